@@ -1,0 +1,41 @@
+# What a newcomer needs: `make quickstart`, `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow lint bench clean
+
+help: ## print this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "setuptools>=77" "torch==$$(sed -n 's/^torch==//p' constraints.txt | cut -d+ -f1)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+install: $(STAMP) ## create .venv and install the project with everything the tests need
+
+quickstart: $(STAMP) ## compile the embedded network under a latency budget and print dense against compiled
+	$(BIN)/tdcompile demo -o out/quickstart
+
+test: $(STAMP) ## run the tests (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP) ## run the tests that take longer
+	$(BIN)/python -m pytest -q -m slow --timeout 3600
+
+lint: $(STAMP) ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases passes models
+
+bench: $(STAMP) ## the benchmarks that need no data: latency, never slower, compile time
+	$(BIN)/python benchmarks/latency.py --json out/bench/latency.json
+	$(BIN)/python benchmarks/compile_time.py --json out/bench/compile_time.json
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache

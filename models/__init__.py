@@ -1,0 +1,1 @@
+"""Reference networks, one file an architecture, and the code that trains the checkpoint of the quick start."""

@@ -1,0 +1,1 @@
+"""tdcompile: a tensor-decomposition compiler."""

@@ -1,0 +1,110 @@
+"""The contract of decompositions: a layer becomes a chain of small layers whose composition approximates it."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tdcompile.layer import Layer, Moments, Refusal, owner
+from tdcompile.plugin import Plugin
+from tdcompile.ranks import Ranks
+
+
+class Decomposition(Plugin):
+    """Replaces one layer by smaller ones; exact at ``exact_ranks``, for every stride, padding and dilation it accepts.
+
+    Attributes:
+        modes: for each rank, the unfolding of the weight that it truncates: ``out`` (T x CK), ``in`` (C x TK), or
+            ``""`` for another one.
+    """
+
+    modes: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def refuse(self, layer: Layer) -> Refusal | None:
+        """Why this form does not apply to the layer (``Refusal.layer`` is left empty), or None where it does."""
+
+    @abstractmethod
+    def exact_ranks(self, layer: Layer) -> Ranks:
+        """Ranks at which any weight of this shape is reproduced."""
+
+    @abstractmethod
+    def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
+        """Candidate ranks: multiples of the grain (see ``grid``), cheapest first in MACs, the exact ranks last."""
+
+    @abstractmethod
+    def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
+        """The small layers in order: pure arithmetic. Only the last has a bias, and only where the layer has one."""
+
+    @abstractmethod
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+        """One factor for each layer of the blueprint, of its ``weight_shape`` and the weight's dtype, balanced.
+
+        Args:
+            weight: ``(T, C / groups, *kernel)``.
+            moments: of the layer's input; with them the error of the layer's output is minimised, else the weight's.
+        """
+
+    @abstractmethod
+    def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
+        """The weight ``(T, C / groups, *kernel)`` that the factors compute together."""
+
+    def errors(
+        self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None
+    ) -> Sequence[float]:
+        """For all ranks of a space the relative error that ``factorize`` would have, in one go where a spectrum gives it.
+
+        Here the slow way, one factorisation for each; a form with a closed expression overrides it.
+        """
+        return [
+            relative_error(weight, self.reconstruct(layer, self.factorize(layer, weight, ranks, moments)), moments)
+            for ranks in space
+        ]
+
+    def build(self, layer: Layer, ranks: Ranks, factors: Sequence[Tensor], bias: Tensor | None) -> nn.Module:
+        """The module that computes the layer from its factors: by default the blueprint's layers in a row.
+
+        Args:
+            factors: what ``factorize`` gave; copied.
+            bias: of the layer, ``(T,)``; copied into the last small layer.
+        """
+        modules = [part.build() for part in self.blueprint(layer, ranks)]
+        for module, factor in zip(modules, factors, strict=True):
+            part = owner(module)
+            part.weight = nn.Parameter(factor.detach().clone().reshape(part.weight.shape))
+        if bias is not None:
+            owner(modules[-1]).bias = nn.Parameter(bias.detach().clone())
+        return nn.Sequential(*flatten(modules))
+
+
+def flatten(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules with sequences opened, so that a pad stands beside its convolution."""
+    return [part for m in modules for part in (flatten(list(m)) if isinstance(m, nn.Sequential) else [m])]
+
+
+def relative_error(weight: Tensor, approximation: Tensor, moments: Moments | None) -> float:
+    """‖(W−W̃)S^½‖_F / ‖W S^½‖_F with W as T x CK, in float64; S is the identity without moments."""
+    flat = weight.detach().double().flatten(1)
+    residual = flat - approximation.detach().double().flatten(1)
+    return math.sqrt(max(energy(residual, moments), 0.0) / max(energy(flat, moments), torch.finfo(torch.float64).tiny))
+
+
+def energy(flat: Tensor, moments: Moments | None) -> float:
+    """‖W S^½‖_F² = trace(W S Wᵀ) for a float64 ``(T, C·K)``."""
+    weighted = flat if moments is None else flat @ moments.second
+    return float((weighted * flat).sum())
+
+
+def grid(full: int, grain: int) -> list[int]:
+    """Ranks from the grain up to, and always with, the full rank: multiples of the grain, at most about 64 of them.
+
+    >>> grid(40, 16)
+    [16, 32, 40]
+    """
+    step = grain * max(1, math.ceil(full / grain / 64))
+    return [*range(step, full, step), full]

@@ -1,0 +1,49 @@
+"""Errors: one root, one class for each exit code of the command, and the hint that names the nearest known word."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class TdcompileError(Exception):
+    """A promise was broken; the message says what, where, what was expected and what to do."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InputError(TdcompileError):
+    """What the user gave cannot be used: a file, an option, a plan, a tensor."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class ParityError(TdcompileError):
+    """Two models that should compute the same function do not."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class BudgetError(TdcompileError):
+    """No plan meets the budget, or a gate was not passed."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class UnavailableError(TdcompileError):
+    """This environment cannot do what was asked: a provider or a package is missing."""
+
+    exit_code: ClassVar[int] = 5
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint that ends a message about an unknown word.
+
+    Returns:
+        ``did you mean 'x'? known: a, b, x``, without the question where nothing is near.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    question = f"did you mean '{close[0]}'? " if close else ""
+    return f"{question}known: {', '.join(names) or 'none'}"

@@ -1,0 +1,188 @@
+"""``Layer``: one convolution or linear layer as plain data, its price in parameters and MACs, and why one is left alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+Pair = tuple[int, int]
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_PAD = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something was not done: a code for machines (``grouped``, ``shared``) and a sentence for people."""
+
+    layer: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moment of a layer's input over calibration data.
+
+    Attributes:
+        second: E[x xᵀ], float64, ``(C·K, C·K)`` with K the number of kernel taps; x is an im2col patch in the
+            order of ``weight.reshape(T, C·K)``.
+        samples: how many patches it was averaged over.
+    """
+
+    second: torch.Tensor
+    samples: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer, without weights.
+
+    Attributes:
+        in_channels, out_channels: C and T; the features of a linear layer.
+        extent: what the layer is applied over: the spatial size ``(H, W)`` of a convolution's input, or the sizes of
+            the axes between batch and features of a linear layer's input, ``()`` for ``(N, C)``.
+        kernel, stride, dilation: one figure for each spatial axis; empty for a linear layer.
+        padding: ``(before, after)`` for each spatial axis.
+        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+    """
+
+    kind: Literal["conv", "linear"]
+    in_channels: int
+    out_channels: int
+    extent: tuple[int, ...] = ()
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[Pair, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+    bias: bool = True
+
+    @property
+    def taps(self) -> int:
+        """K, the number of kernel positions; 1 for a linear layer."""
+        return math.prod(self.kernel)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``(T, C / groups, *kernel)``."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+
+    @property
+    def out_extent(self) -> tuple[int, ...]:
+        """The spatial size of the output (convolution), or ``extent`` itself (linear)."""
+        if self.kind == "linear":
+            return self.extent
+        return tuple(
+            (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+            for size, (before, after), dilation, kernel, stride in zip(
+                self.extent, self.padding, self.dilation, self.kernel, self.stride, strict=True
+            )
+        )
+
+    @property
+    def params(self) -> int:
+        """Weights and biases."""
+        return math.prod(self.weight_shape) + (self.out_channels if self.bias else 0)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one sample; the bias is not counted."""
+        return math.prod(self.weight_shape) * math.prod(self.out_extent)
+
+    @property
+    def depthwise(self) -> bool:
+        """One input channel for each group."""
+        return self.groups > 1 and self.groups == self.in_channels
+
+    @property
+    def pointwise(self) -> bool:
+        """A linear layer, or a convolution whose kernel has one tap."""
+        return self.taps == 1
+
+    def build(self) -> nn.Module:
+        """A module of this shape with weights not yet set (``nn.Conv*`` or ``nn.Linear``, behind a pad where needed).
+
+        ``owner(module)`` finds the part that has the weight.
+        """
+        if self.kind == "linear":
+            return nn.utils.skip_init(nn.Linear, self.in_channels, self.out_channels, bias=self.bias)
+        symmetric = all(before == after for before, after in self.padding)
+        conv = nn.utils.skip_init(
+            _CONV[len(self.kernel)],
+            self.in_channels,
+            self.out_channels,
+            self.kernel,
+            stride=self.stride,
+            padding=tuple(before for before, _ in self.padding) if symmetric else 0,
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=self.bias,
+            padding_mode=self.padding_mode if symmetric else "zeros",
+        )
+        return conv if symmetric else nn.Sequential(Pad(self.padding, self.padding_mode), conv)
+
+    @staticmethod
+    def of(module: nn.Module, extent: tuple[int, ...]) -> Layer | None:
+        """The layer that a module is, or None where it is neither a plain convolution nor a linear layer.
+
+        Args:
+            module: a part of the network.
+            extent: the input's axes that are neither batch nor channels.
+        """
+        if type(module) is nn.Linear:
+            return Layer("linear", module.in_features, module.out_features, extent, bias=module.bias is not None)
+        if type(module) not in _CONV.values():
+            return None
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)  # what the line above has established, for mypy
+        return Layer(
+            "conv",
+            module.in_channels,
+            module.out_channels,
+            extent,
+            kernel=module.kernel_size,
+            stride=module.stride,
+            padding=_padding(module),
+            dilation=module.dilation,
+            groups=module.groups,
+            padding_mode=module.padding_mode,
+            bias=module.bias is not None,
+        )
+
+
+class Pad(nn.Module):
+    """Padding that differs before and after, for which ``nn.Conv*`` has no form; ``(before, after)`` for each axis."""
+
+    def __init__(self, padding: tuple[Pair, ...], mode: str) -> None:
+        super().__init__()
+        self.amounts = [amount for pair in reversed(padding) for amount in pair]
+        self.mode = _PAD.get(mode, "constant")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pad the last axes of ``(N, C, *spatial)``."""
+        return nn.functional.pad(x, self.amounts, mode=self.mode)
+
+    def extra_repr(self) -> str:
+        """The amounts, in ``torch.nn.functional.pad``'s order."""
+        return f"{self.amounts}, mode={self.mode}"
+
+
+def owner(module: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear:
+    """The part of a built layer that holds its weight."""
+    part = module[-1] if isinstance(module, nn.Sequential) else module
+    assert isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)  # what ``Layer.build`` makes
+    return part
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[Pair, ...]:
+    """``(before, after)`` for each axis; 'same' puts the odd one after, as PyTorch does."""
+    if isinstance(module.padding, str):
+        if module.padding == "valid":
+            return ((0, 0),) * len(module.kernel_size)
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((amount, amount) for amount in module.padding)

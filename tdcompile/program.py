@@ -1,0 +1,152 @@
+"""``Program``: the one thing that flows through the passes: graph, inputs, task, target, facts and history."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+from tdcompile.errors import InputError
+from tdcompile.facts import Facts
+from tdcompile.layer import Layer, Refusal
+from tdcompile.target import Budget, Target
+from tdcompile.task import Task
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a pass did to a layer, in a sentence."""
+
+    layer: str
+    step: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A convolution or linear layer of the graph, by its module's name.
+
+    Attributes:
+        calls: one ``Layer`` for each time the module is called; a shared module has several.
+        module: the module itself, whose tensors belong to the program.
+        inner: the name of the untraced leaf that contains it; None where the graph calls it directly.
+    """
+
+    name: str
+    module: nn.Module
+    calls: tuple[Layer, ...]
+    inner: str | None = None
+
+    @property
+    def layer(self) -> Layer:
+        """The layer at its first call."""
+        return self.calls[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """``(T, C / groups, *kernel)``, detached."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)  # ``Layer.of`` takes nothing without one
+        return weight.detach()
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network under compilation; every pass returns a new one.
+
+    Attributes:
+        graph: the network; its example ``inputs`` have a batch of at least 2.
+        dense: the traced network as it came; the teacher of tuning and the reference of every figure.
+        keep_dense: layer names the user wants left alone, with the reason to report.
+        seed: where every random draw comes from, through ``generator``.
+        workspace: a folder in which a pass may keep what it needs to resume; None keeps nothing.
+    """
+
+    graph: fx.GraphModule
+    inputs: tuple[Tensor, ...]
+    dense: fx.GraphModule
+    task: Task = field(default_factory=Task)
+    target: Target = field(default_factory=Target)
+    budget: Budget = field(default_factory=lambda: Budget(latency=0.5))
+    facts: Facts = field(default_factory=Facts)
+    history: tuple[Change | Refusal, ...] = ()
+    keep_dense: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    workspace: Path | None = None
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator that depends on the seed and the purpose alone, so that passes do not disturb each other."""
+        return torch.Generator().manual_seed(hash_text(f"{self.seed}/{purpose}"))
+
+    def with_(self, **changes: object) -> Program:
+        """A copy with some attributes replaced."""
+        return replace(self, **changes)  # type: ignore[arg-type]  # the names are this class's own
+
+
+def hash_text(text: str) -> int:
+    """A stable 63-bit number for a text (Python's own ``hash`` changes from run to run)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def sites(program: Program) -> dict[str, Site]:
+    """Every convolution and linear layer of the graph in the order of its first call, found by running the inputs once.
+
+    Raises:
+        InputError: the inputs do not fit the network.
+    """
+    return sites_of(program.graph, program.inputs)
+
+
+@torch.no_grad()
+def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
+    """Like ``sites``, for a module that belongs to no program; a module under two names is listed under the first."""
+    names = {module: name for name, module in graph.named_modules()}
+    calls: dict[str, list[Layer]] = {}
+    hooks = []
+    for module, name in names.items():
+        if Layer.of(module, ()) is None:
+            continue
+
+        def record(module: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
+            layer = Layer.of(module, _extent(module, arguments[0]))
+            assert layer is not None  # the loop has left the others out
+            calls.setdefault(name, []).append(layer)
+
+        hooks.append(module.register_forward_pre_hook(record))
+    training = graph.training
+    try:
+        graph.eval()(*inputs)
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        shapes = ", ".join("x".join(map(str, x.shape)) + f":{str(x.dtype).removeprefix('torch.')}" for x in inputs)
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"the network does not run on an input of {shapes}: {reason}") from error
+    finally:
+        graph.train(training)
+        for hook in hooks:
+            hook.remove()
+    modules = dict(graph.named_modules())
+    called = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"} if isinstance(graph, fx.GraphModule) else set()
+    return {
+        name: Site(name, modules[name], tuple(layers), None if name in called else _leaf(name, called))
+        for name, layers in calls.items()
+    }
+
+
+def _extent(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape[1:-1]) if isinstance(module, nn.Linear) else tuple(x.shape[2:])
+
+
+def _leaf(name: str, called: set[str]) -> str:
+    """The traced leaf whose name is a prefix of this one; the network itself is ''."""
+    parts = name.split(".")
+    return next((p for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in called), "")
+
+
+def parameters_of(module: nn.Module) -> int:
+    """How many parameters, shared ones once."""
+    return sum(math.prod(p.shape) for p in module.parameters())

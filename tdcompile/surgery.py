@@ -1,0 +1,108 @@
+"""Edits of ``torch.fx`` graphs: copies that share or own their tensors, replacing a module, finding what reads a node."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, fx, nn
+
+
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A new graph and module tree over the same tensors: a network of many gigabytes is not duplicated."""
+    shared: dict[int, object] = {id(t): t for t in chain(graph.parameters(), graph.buffers())}
+    return copy.deepcopy(graph, shared)
+
+
+def copy_weights(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy with tensors of its own, for a pass that trains."""
+    return copy.deepcopy(graph)
+
+
+def outputs_of(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that a network in eval mode returns for the inputs, nested ones in order; its mode is put back."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            return list(tensors_in(module(*inputs)))
+    finally:
+        module.train(training)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors in a nesting of sequences and mappings, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def parent_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds ``name`` and the last part of the name."""
+    parent, _, leaf = name.rpartition(".")
+    return (root.get_submodule(parent) if parent else root), leaf
+
+
+def replace_module(graph: fx.GraphModule, name: str, new: nn.Module) -> None:
+    """Put a module in another's place under the same name, at every call.
+
+    Where the graph calls the module itself and the new one is a sequence, each member becomes a node of its own,
+    named ``name.0``, ``name.1``, ...; inside an untraced leaf the sequence stays one module.
+    """
+    nodes = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == name]
+    parent, leaf = parent_of(graph, name)
+    old = getattr(parent, leaf)
+    for other, module in list(graph.named_modules(remove_duplicate=False)):  # a shared module has several names
+        if module is old:
+            holder, key = parent_of(graph, other)
+            setattr(holder, key, new)
+    for node in nodes:
+        if isinstance(new, nn.Sequential):
+            _spread(graph, node, len(new))
+
+
+def _spread(graph: fx.GraphModule, node: fx.Node, count: int) -> None:
+    value: fx.Node = node.args[0] if node.args else next(iter(node.kwargs.values()))  # type: ignore[assignment]
+    with graph.graph.inserting_before(node):
+        for position in range(count):
+            value = graph.graph.call_module(f"{node.target}.{position}", (value,))
+    node.replace_all_uses_with(value)
+    graph.graph.erase_node(node)
+
+
+def calls_of(graph: fx.GraphModule, name: str) -> list[fx.Node]:
+    """The nodes that call a module by this name."""
+    return [node for node in graph.graph.nodes if node.op == "call_module" and node.target == name]
+
+
+def module_at(graph: fx.GraphModule, node: fx.Node | object) -> nn.Module | None:
+    """The module that a node calls; None where it calls none."""
+    if isinstance(node, fx.Node) and node.op == "call_module":
+        return graph.get_submodule(str(node.target))
+    return None
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The one node that reads this one; None where there are several or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def drop_node(graph: fx.GraphModule, node: fx.Node) -> None:
+    """Take a node out, its readers reading its first argument instead, and its module where nothing else calls it."""
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # a call_module's first argument is a node
+    graph.graph.erase_node(node)
+    if node.op == "call_module" and not calls_of(graph, str(node.target)):
+        graph.delete_submodule(str(node.target))
+
+
+def attribute(root: object, path: str) -> object:
+    """The value at a dotted path."""
+    return operator.attrgetter(path)(root)

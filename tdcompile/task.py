@@ -1,0 +1,115 @@
+"""``Task``: what the network is for: samples to calibrate, tune and test on, the loss, and the metric."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+
+class Batch(NamedTuple):
+    """Inputs of the network in its argument order, each ``(N, ...)``, and class labels ``(N,)`` where there are any."""
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor | None
+
+
+class Samples(Dataset[Batch], ABC):
+    """A set of samples that can be read a batch at a time; also a map-style data set for ``DataLoader``."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The samples at these places, normalised, as float tensors."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> int | None:
+        """How many classes the labels name; None without labels."""
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.batch([index])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """One call a batch: give ``DataLoader`` ``collate_fn=lambda batch: batch``."""
+        return self.batch(indices)
+
+    def subset(self, indices: Sequence[int]) -> Samples:
+        """A view of some of the samples."""
+        return _Subset(self, list(indices))
+
+    def batches(self, size: int = 256, limit: int | None = None) -> Iterator[Batch]:
+        """The first ``limit`` samples in order, ``size`` at a time."""
+        count = len(self) if limit is None else min(limit, len(self))
+        for start in range(0, count, size):
+            yield self.batch(range(start, min(start + size, count)))
+
+    def shuffled(self, generator: torch.Generator) -> Samples:
+        """All samples in a random order drawn from the generator."""
+        return self.subset(torch.randperm(len(self), generator=generator).tolist())
+
+
+class _Subset(Samples):
+    def __init__(self, whole: Samples, indices: list[int]) -> None:
+        self._whole, self._indices = whole, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return self._whole.batch([self._indices[i] for i in indices])
+
+    @property
+    def classes(self) -> int | None:
+        return self._whole.classes
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data for one compilation, all optional.
+
+    Attributes:
+        train: calibration, tuning and every choice use this alone.
+        test: gives the final figure and nothing else.
+        calibrate: how many training samples calibration reads.
+        evaluate: how many test samples the final figure uses; None is all.
+        source: where the data came from, for the report.
+    """
+
+    train: Samples | None = None
+    test: Samples | None = None
+    calibrate: int = 1024
+    evaluate: int | None = None
+    source: str = "none"
+
+
+@torch.no_grad()
+def accuracy(module: nn.Module, samples: Samples | None, limit: int | None = None) -> float | None:
+    """Top-1 accuracy in [0, 1] in eval mode; None without samples or labels. The module's mode is put back."""
+    if samples is None or samples.classes is None or len(samples) == 0:
+        return None
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    training, right, seen = module.training, 0, 0
+    module.eval()
+    for batch in samples.batches(limit=limit):
+        assert batch.labels is not None  # ``classes`` says that there are labels
+        scores = logits(module(*(x.to(device) for x in batch.inputs)))
+        right += int((scores.argmax(1).cpu() == batch.labels).sum())
+        seen += len(batch.labels)
+    module.train(training)
+    return right / seen
+
+
+def logits(output: object) -> Tensor:
+    """The class scores in what a network returns: a tensor, or the first tensor of a sequence or mapping."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if hasattr(output, "values") else output
+    return logits(next(iter(values)))  # type: ignore[call-overload]  # a network may return any nesting
