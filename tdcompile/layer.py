@@ -110,9 +110,9 @@ class Layer:
         ``owner(module)`` finds the part that has the weight.
         """
         if self.kind == "linear":
-            return nn.utils.skip_init(nn.Linear, self.in_channels, self.out_channels, bias=self.bias)
+            return unset(nn.Linear, self.in_channels, self.out_channels, bias=self.bias)
         symmetric = all(before == after for before, after in self.padding)
-        conv = nn.utils.skip_init(
+        conv = unset(
             _CONV[len(self.kernel)],
             self.in_channels,
             self.out_channels,
@@ -169,6 +169,12 @@ class Pad(nn.Module):
     def extra_repr(self) -> str:
         """The amounts, in ``torch.nn.functional.pad``'s order."""
         return f"{self.amounts}, mode={self.mode}"
+
+
+def unset(kind: type[nn.Module], *arguments: object, **options: object) -> nn.Module:
+    """A module whose weights are allocated and not initialised, without touching any random state."""
+    module: nn.Module = nn.utils.skip_init(kind, *arguments, **options)  # type: ignore[no-untyped-call]
+    return module
 
 
 def owner(module: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear:

@@ -130,7 +130,11 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
         for hook in hooks:
             hook.remove()
     modules = dict(graph.named_modules())
-    called = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"} if isinstance(graph, fx.GraphModule) else set()
+    called = (
+        {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
+        if isinstance(graph, fx.GraphModule)
+        else set()
+    )
     return {
         name: Site(name, modules[name], tuple(layers), None if name in called else _leaf(name, called))
         for name, layers in calls.items()

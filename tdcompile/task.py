@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -111,5 +111,6 @@ def logits(output: object) -> Tensor:
     """The class scores in what a network returns: a tensor, or the first tensor of a sequence or mapping."""
     if isinstance(output, Tensor):
         return output
-    values = output.values() if hasattr(output, "values") else output
-    return logits(next(iter(values)))  # type: ignore[call-overload]  # a network may return any nesting
+    values = output.values() if isinstance(output, Mapping) else output
+    assert isinstance(values, Iterable)  # a network returns tensors, or a nesting of them
+    return logits(next(iter(values)))

@@ -1,0 +1,126 @@
+"""``calibrate``: second moments of the inputs of all layers over calibration data, for output-error factorisation."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdcompile.calibration import Calibration
+from tdcompile.errors import InputError
+from tdcompile.facts import Fact
+from tdcompile.kinds import AnalysisPass, tick
+from tdcompile.layer import Layer, Moments
+from tdcompile.program import Program, Site, sites
+
+log = logging.getLogger("tdcompile")
+
+
+@dataclass(frozen=True)
+class Calibrate(AnalysisPass):
+    """Second moments of every layer's input over calibration data; none without data.
+
+    Attributes:
+        patches: at most so many im2col patches are read for each layer, at random places of all samples.
+        largest: layers with more than so many inputs (C·K) are left without a moment matrix, which would have
+            that many rows and columns.
+        batch: samples at a time.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    gives: ClassVar[tuple[type[Fact], ...]] = (Calibration,)
+    patches: int = 100_000
+    largest: int = 5000
+    batch: int = 128
+
+    def analyze(self, program: Program) -> Calibration:
+        """E[x xᵀ] of each layer's im2col patches x.
+
+        Raises:
+            InputError: NaN or Inf reaches a layer.
+        """
+        samples = program.task.train
+        if samples is None or program.task.calibrate < 1:
+            return Calibration({}, {}, 0)
+        count = min(program.task.calibrate, len(samples))
+        chosen = samples.shuffled(program.generator("calibrate"))
+        taps, skipped = self._taps(program, count)
+        hooks = [tap.site.module.register_forward_pre_hook(tap) for tap in taps.values()]
+        try:
+            with torch.no_grad():
+                for done, batch in enumerate(chosen.batches(self.batch, limit=count), start=1):
+                    program.graph(*batch.inputs)
+                    tick(min(done * self.batch, count), count, "samples")
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Calibration({name: tap.moments() for name, tap in taps.items()}, skipped, count)
+
+    def _taps(self, program: Program, count: int) -> tuple[dict[str, _Tap], dict[str, str]]:
+        taps, skipped = {}, {}
+        for name, site in sites(program).items():
+            width = site.layer.in_channels * site.layer.taps
+            if site.layer.groups > 1:
+                skipped[name] = "a grouped layer is not factorised"
+            elif width > self.largest:
+                skipped[name] = f"its {width} inputs need a moment matrix larger than {self.largest} x {self.largest}"
+                log.info("calibrate: no moments for %s: %s", name, skipped[name])
+            else:
+                each = max(1, self.patches // count // len(site.calls))
+                taps[name] = _Tap(site, each, program.generator(f"calibrate/{name}"))
+        return taps, skipped
+
+
+@dataclass
+class _Tap:
+    """Accumulates the second moment of what enters one module."""
+
+    site: Site
+    places: int
+    generator: torch.Generator
+    total: Tensor | None = None
+    seen: int = 0
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        patches = patches_of(self.site.layer, arguments[0], self.places, self.generator)
+        if not bool(torch.isfinite(patches).all()):
+            raise InputError(f"NaN or Inf reaches the layer '{self.site.name}' on calibration data")
+        product = (patches.T @ patches).double()
+        self.total = product if self.total is None else self.total.add_(product)
+        self.seen += len(patches)
+
+    def moments(self) -> Moments:
+        if self.total is None:
+            raise InputError(f"no calibration data reached the layer '{self.site.name}'")
+        return Moments(self.total / self.seen, self.seen)
+
+
+def patches_of(layer: Layer, x: Tensor, places: int, generator: torch.Generator) -> Tensor:
+    """Rows of the im2col matrix ``(patches, C·K)`` at random places, the same for all samples of the batch.
+
+    Args:
+        x: the layer's input, ``(N, C, *spatial)`` or, for a linear layer, ``(N, ..., C)``.
+        places: at most so many places of each sample.
+    """
+    if layer.kind == "linear":
+        rows = x.reshape(len(x), -1, x.shape[-1])
+        return rows[:, _draw(rows.shape[1], places, generator)].reshape(-1, x.shape[-1])
+    amounts = [amount for pair in reversed(layer.padding) for amount in pair]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, amounts, mode=mode)
+    for axis, (kernel, stride, dilation) in enumerate(zip(layer.kernel, layer.stride, layer.dilation, strict=True)):
+        x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    axes = len(layer.kernel)
+    extent = x.shape[2 : 2 + axes]
+    chosen = torch.unravel_index(_draw(math.prod(extent), places, generator), extent)
+    picked = x[(slice(None), slice(None), *chosen)]  # (N, C, places, *kernel)
+    return picked.transpose(1, 2).reshape(-1, layer.in_channels * layer.taps)
+
+
+def _draw(size: int, places: int, generator: torch.Generator) -> Tensor:
+    return torch.arange(size) if size <= places else torch.randperm(size, generator=generator)[:places]

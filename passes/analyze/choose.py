@@ -1,0 +1,37 @@
+"""``choose``: one candidate for each layer, by a named rank selector under the program's budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from tdcompile.facts import Fact
+from tdcompile.kinds import AnalysisPass
+from tdcompile.program import Program
+from tdcompile.ranks import Candidates, Importances, RankPlan, RankSelector
+from tdcompile.registry import make
+
+
+@dataclass(frozen=True)
+class Choose(AnalysisPass):
+    """A plan under the budget.
+
+    Attributes:
+        by: the text form of a rank selector.
+    """
+
+    name: ClassVar[str] = "choose"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Candidates, Importances)
+    gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan,)
+    by: str = "knapsack"
+
+    def analyze(self, program: Program) -> RankPlan:
+        """Ask the selector; what no decomposition applies to keeps that as its reason.
+
+        Raises:
+            BudgetError: no plan meets the budget.
+        """
+        candidates = program.facts[Candidates]
+        plan = make(RankSelector, self.by).select(candidates, program.facts[Importances].scores, program.budget)
+        refused = {refusal.layer: refusal for refusal in candidates.refusals}
+        return replace(plan, reasons={**plan.reasons, **refused})

@@ -1,0 +1,32 @@
+"""``drop-dead``: take out nodes that do nothing in inference, and modules that nothing calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx, nn
+
+from tdcompile.kinds import Rewritten, RewritePass
+from tdcompile.program import Change, Program
+from tdcompile.surgery import drop_node, module_at
+
+_IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+@dataclass(frozen=True)
+class DropDead(RewritePass):
+    """Drop identities, dropout, values that nothing reads and modules that nothing calls."""
+
+    name: ClassVar[str] = "drop-dead"
+
+    def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
+        """The function in eval mode stays the same."""
+        history = []
+        for node in list(graph.graph.nodes):
+            if isinstance(module_at(graph, node), _IDLE):
+                history.append(Change(str(node.target), self.name, "does nothing in inference"))
+                drop_node(graph, node)
+        graph.graph.eliminate_dead_code()
+        graph.delete_all_unused_submodules()
+        return Rewritten(graph, history)

@@ -1,0 +1,45 @@
+"""``fold-batchnorm``: fold batch normalisation into the convolution or linear layer, or its last factor, before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from tdcompile.kinds import Rewritten, RewritePass
+from tdcompile.program import Change, Program, sites
+from tdcompile.surgery import calls_of, drop_node, module_at, only_user, parent_of
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class FoldBatchnorm(RewritePass):
+    """Fold batch norm into the layer before it, where that layer feeds nothing else."""
+
+    name: ClassVar[str] = "fold-batchnorm"
+
+    def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
+        """Each ``layer -> batch norm`` becomes one layer; the function in eval mode stays the same."""
+        history, found = [], sites(program)
+        for node in list(graph.graph.nodes):
+            norm = module_at(graph, node)
+            if not isinstance(norm, _NORMS) or norm.running_mean is None:
+                continue
+            source = node.args[0]
+            layer = module_at(graph, source)
+            if not isinstance(layer, (*_CONVS, nn.Linear)) or only_user(source) is not node:
+                continue
+            if len(calls_of(graph, str(source.target))) > 1 or len(calls_of(graph, str(node.target))) > 1:
+                continue  # shared: another call may not be followed by this normalisation
+            if isinstance(layer, nn.Linear) and found[str(source.target)].layer.extent:
+                continue  # on (N, L, C) batch norm reads axis 1, which is not the features
+            fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+            parent, leaf = parent_of(graph, str(source.target))
+            setattr(parent, leaf, fuse(layer.eval(), norm.eval()))  # type: ignore[arg-type]  # the pair was checked above
+            history.append(Change(str(source.target), self.name, f"took in {node.target}"))
+            drop_node(graph, node)
+        return Rewritten(graph, history)
