@@ -1,0 +1,187 @@
+"""Trains a reference network from scratch: ``python -m tdcompile.models.train digits_net --data digits -o FILE``."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from tdcompile import registry
+from tdcompile.augment import Augment, Augmented
+from tdcompile.data import load_data
+from tdcompile.errors import InputError, TdcompileError
+from tdcompile.network import Network
+from tdcompile.program import sites_of
+from tdcompile.task import Batch, Samples, accuracy, logits
+
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to train: SGD with Nesterov momentum, the rate up in a line and down along a cosine.
+
+    Attributes:
+        lr: the highest rate.
+        batch: samples a step.
+        weight_decay: of weights; biases and the scales of norms are left alone.
+        smoothing: share of the label that is spread over all classes.
+        warmup: share of the steps in which the rate rises.
+    """
+
+    epochs: int = 12
+    lr: float = 0.1
+    batch: int = 64
+    weight_decay: float = 5e-4
+    smoothing: float = 0.1
+    warmup: float = 0.1
+    augment: Augment = "none"
+
+    def rate(self, step: int, steps: int) -> float:
+        """The share of the highest rate at a step, counted from 0."""
+        warm = round(self.warmup * steps)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torch.Generator) -> Iterator[float]:
+    """Train a network in place, in train mode, and give the mean loss of each epoch as it ends; eval mode at the end.
+
+    Args:
+        module: is left on the device that accelerate finds.
+        samples: with labels.
+        schedule: how.
+        generator: the order and the augmentation are drawn from it; dropout draws from torch's own.
+
+    Raises:
+        InputError: there are no labels, more classes than the network has, or inputs it does not run on.
+        TdcompileError: the loss became NaN or Inf.
+    """
+    from accelerate import Accelerator  # the registry imports this file too, and must stay quick
+
+    _check_classes(module, samples)
+    accelerator = Accelerator()
+    loader = DataLoader(
+        Augmented(samples, schedule.augment, generator),
+        schedule.batch,
+        shuffle=True,
+        generator=generator,
+        drop_last=len(samples) > schedule.batch,  # a rest of one sample has no batch statistics
+        collate_fn=_whole,
+    )
+    optimizer = torch.optim.SGD(_groups(module, schedule), schedule.lr, MOMENTUM, nesterov=True)
+    steps = schedule.epochs * len(loader)
+    scheduler = LambdaLR(optimizer, lambda step: schedule.rate(step, steps))
+    model, optimizer, loader, scheduler = accelerator.prepare(module, optimizer, loader, scheduler)
+    for epoch in range(schedule.epochs):
+        model.train()
+        losses = []
+        for batch in loader:
+            loss = F.cross_entropy(logits(model(*batch.inputs)), batch.labels, label_smoothing=schedule.smoothing)
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        mean = float(torch.stack(losses).mean())
+        if not math.isfinite(mean):
+            raise TdcompileError(f"the loss is {mean} after epoch {epoch + 1}: try a rate below {schedule.lr}")
+        model.eval()
+        yield mean
+
+
+def _whole(batch: Any) -> Batch:
+    """What the loader is to hand on: ``Samples`` are read a batch at a time already."""
+    assert isinstance(batch, Batch)
+    return batch
+
+
+def _groups(module: nn.Module, schedule: Schedule) -> list[dict[str, object]]:
+    parameters = list(module.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def _check_classes(module: nn.Module, samples: Samples) -> None:
+    if samples.classes is None:
+        raise InputError("the data have no labels; training needs them")
+    inputs = samples.batch([0]).inputs
+    sites_of(module, inputs)  # says so where the network does not run on them
+    known = logits(module.eval()(*inputs)).shape[1]
+    if samples.classes > known:
+        raise InputError(
+            f"the data have {samples.classes} classes, the network {known}: write NAME{{num_classes={samples.classes}}}"
+        )
+
+
+def save(module: nn.Module, path: Path) -> None:
+    """Write the weights to a safetensors file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}, partial)
+    os.replace(partial, path)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    name: Annotated[str, typer.Argument(help="a registered network, e.g. resnet20 or resnet20{num_classes=100}")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the safetensors file to write")],
+    data: Annotated[str, typer.Option(help="digits, parquet:DIR, imagefolder:DIR, npz:FILE, hub:NAME, file.py:call")],
+    epochs: Annotated[int, typer.Option(min=1)] = Schedule.epochs,
+    lr: Annotated[float, typer.Option(min=0.0)] = Schedule.lr,
+    batch: Annotated[int, typer.Option(min=2)] = Schedule.batch,
+    weight_decay: Annotated[float, typer.Option(min=0.0)] = Schedule.weight_decay,
+    smoothing: Annotated[float, typer.Option(min=0.0, max=1.0)] = Schedule.smoothing,
+    warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="share of the steps")] = Schedule.warmup,
+    augment: Annotated[Augment, typer.Option()] = Schedule.augment,
+    normalize: Annotated[str, typer.Option(help="imagenet, none or m,m,m/s,s,s")] = "none",
+    input_shape: Annotated[str | None, typer.Option("--input", help="e.g. 3x32x32; default the network's own")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train NAME on the train samples, write its weights, print its accuracy on the test samples."""
+    try:
+        if not output.parent.is_dir():
+            raise InputError(f"there is no folder '{output.parent}' to write {output.name} in")
+        network = registry.make(Network, name)
+        train, test = load_data(data, _shape(input_shape) or network.input_shapes[0], normalize, seed)
+        torch.manual_seed(seed)
+        module = network.build()
+        schedule = Schedule(epochs, lr, batch, weight_decay, smoothing, warmup, augment)
+        for epoch, loss in enumerate(fit(module, train, schedule, torch.Generator().manual_seed(seed)), start=1):
+            typer.echo(f"epoch {epoch}/{epochs}: loss {loss:.4f}", err=True)
+        save(module, output)
+        right = accuracy(module, test)
+        typer.echo(f"{output}: " + ("no test samples" if right is None else f"test accuracy {right:.2%}"))
+    except TdcompileError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+
+
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    sizes = text.split("x")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise InputError(f"--input '{text}' is not of the form 1x16x16")
+    return tuple(map(int, sizes))
+
+
+if __name__ == "__main__":
+    app()

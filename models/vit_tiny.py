@@ -1,0 +1,112 @@
+"""The tiny vision transformer of DeiT (Touvron et al., arXiv 2012.12877), with timm's state-dict keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdcompile.network import Network
+
+IMAGE, PATCH = 224, 16
+EPSILON = 1e-6  # of the layer norms; PyTorch's own default is ten times that
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of plain linear layers, so that tracing sees each of them."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``(N, L, width)`` to tokens of the same shape."""
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, N, heads, L, width / heads)
+        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class Mlp(nn.Module):
+    """Two linear layers and a GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``(N, L, width)`` to tokens of the same shape."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a layer norm and around a shortcut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=EPSILON)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=EPSILON)
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``(N, L, width)`` to tokens of the same shape."""
+        x = x + self.attn(self.norm1(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class PatchEmbed(nn.Module):
+    """Square patches to tokens by one strided convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, PATCH, stride=PATCH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(N, 3, H, W)`` to tokens ``(N, H · W / 256, width)``."""
+        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return tokens
+
+
+class VisionTransformer(nn.Module):
+    """Patches and a class token through the blocks; the class token is classified."""
+
+    def __init__(self, width: int, heads: int, depth: int, num_classes: int) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (IMAGE // PATCH) ** 2, width))
+        self.patch_embed = PatchEmbed(width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=EPSILON)
+        self.head = nn.Linear(width, num_classes)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(N, 3, 224, 224)`` to logits ``(N, num_classes)``."""
+        tokens = self.patch_embed(x)
+        first = self.cls_token.expand(x.shape[0], -1, -1)
+        tokens = self.blocks(torch.cat([first, tokens], dim=1) + self.pos_embed)
+        logits: Tensor = self.head(self.norm(tokens)[:, 0])
+        return logits
+
+
+@dataclass(frozen=True)
+class ViTTiny(Network):
+    """DeiT-Ti/16 for ImageNet: 12 blocks, 192 wide, 3 heads, 5.7 M parameters."""
+
+    name: ClassVar[str] = "vit_tiny"
+    input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, IMAGE, IMAGE),)
+    num_classes: int = 1000
+
+    def build(self) -> nn.Module:
+        """The network in eval mode, randomly initialised."""
+        return VisionTransformer(width=192, heads=3, depth=12, num_classes=self.num_classes).eval()
