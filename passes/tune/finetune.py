@@ -1,0 +1,143 @@
+"""``finetune``: train the compressed network to answer like the dense one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from tdcompile.augment import Augment
+from tdcompile.errors import InputError
+from tdcompile.facts import Fact
+from tdcompile.kinds import Rewritten, TunePass
+from tdcompile.layer import Refusal
+from tdcompile.program import Change, Program
+from tdcompile.surgery import copy_weights
+from tdcompile.task import Batch, Samples, logits
+from tdcompile.training import Settings, Trainer
+from tdcompile.tuning import Saved, Tuning, key_of
+
+_RATE = 0.03 / 128  # the default rate for each sample of a batch; see ``lr``
+_HELDOUT = 5000  # more held-out samples cost time and tell no more
+_SHIFTABLE = 16  # pixels: in a smaller image a shift moves what is looked for out of it
+
+
+@dataclass(frozen=True)
+class Finetune(TunePass):
+    """Train the compressed network to answer like the dense one, labels mixed in where there are any.
+
+    The loss is (1 - labels) · T² · KL(dense ‖ compressed), both softened by the temperature T (Hinton, Vinyals and
+    Dean, 2015), plus labels · cross-entropy. Weights do not decay: decay on factors shrinks their product unevenly.
+
+    Attributes:
+        epochs: may be a fraction.
+        lr: highest learning rate; none takes 0.03 for a batch of 128 and in proportion for others.
+        batch: samples a step.
+        warmup: share of the steps in which the rate rises.
+        clip: largest norm of the gradient; a chain of factors multiplies its gradients.
+        temperature: T.
+        labels: share of the label loss; without labels it is left out.
+        holdout: share of the training samples held out to choose the best epoch by (at most 5,000); 0 keeps the last.
+        augment: ``auto`` shifts images of at least 16 pixels a side, and mirrors those of three channels too.
+        bn: ``frozen`` leaves batch-norm statistics as they are.
+    """
+
+    name: ClassVar[str] = "finetune"
+    gives: ClassVar[tuple[type[Fact], ...]] = (Tuning,)
+    epochs: float = 5.0
+    lr: float | None = None
+    batch: int = 128
+    momentum: float = 0.9
+    warmup: float = 0.05
+    clip: float = 5.0
+    temperature: float = 4.0
+    labels: float = 0.1
+    holdout: float = 0.05
+    augment: Literal["auto", "none", "shift", "shift-flip"] = "auto"
+    bn: Literal["train", "frozen"] = "train"
+
+    def __post_init__(self) -> None:
+        """Raises InputError where an option is out of its range."""
+        for option in ("epochs", "batch", "clip", "temperature", "lr"):
+            value = getattr(self, option)
+            if value is not None and not value > 0:
+                raise InputError(f"finetune{{{option}={value}}} is to be more than 0")
+        for option in ("momentum", "warmup", "holdout"):
+            if not 0 <= getattr(self, option) < 1:
+                raise InputError(f"finetune{{{option}={getattr(self, option)}}} is to be a share in [0, 1)")
+        if not 0 <= self.labels <= 1:
+            raise InputError(f"finetune{{labels={self.labels}}} is to be a share in [0, 1]")
+
+    def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
+        """Train the graph and keep its best epoch.
+
+        Raises:
+            TdcompileError: the training diverged.
+        """
+        train = program.task.train
+        if train is None or len(train) < 2:
+            reason = "finetune: there are no training samples"
+            return Rewritten(graph, [Refusal("", "no_data", reason)], [Tuning()])
+        fit, heldout = self._split(train, program)
+        loss = Distillation(copy_weights(program.dense), self.temperature, self.labels if train.classes else 0.0)
+        folder = program.workspace / self.name if program.workspace else None
+        key = key_of([graph, program.dense], self, program.seed, len(train), program.task.source) if folder else ""
+        trainer = Trainer(graph, loss, fit, heldout, self._settings(program), program, self.name, Saved(folder, key))
+        tuning = trainer.run()
+        return Rewritten(graph, [Change("", self.name, _told(tuning))], [tuning])
+
+    def _split(self, train: Samples, program: Program) -> tuple[Samples, Samples | None]:
+        count = min(int(self.holdout * len(train)), _HELDOUT, len(train) - 2)
+        order = torch.randperm(len(train), generator=program.generator(f"{self.name}/holdout")).tolist()
+        return train.subset(order[count:]), train.subset(order[:count]) if count else None
+
+    def _settings(self, program: Program) -> Settings:
+        return Settings(
+            epochs=self.epochs,
+            lr=_RATE * self.batch if self.lr is None else self.lr,
+            batch=self.batch,
+            momentum=self.momentum,
+            warmup=self.warmup,
+            clip=self.clip,
+            augment=_fitting(program.inputs) if self.augment == "auto" else self.augment,
+            frozen=self.bn == "frozen",
+        )
+
+
+class Distillation(nn.Module):
+    """The loss: maps the compressed network's scores ``(N, classes, ...)`` and their batch to a scalar."""
+
+    def __init__(self, teacher: nn.Module, temperature: float, labels: float) -> None:
+        super().__init__()
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.temperature, self.labels = temperature, labels
+
+    def forward(self, scores: Tensor, batch: Batch) -> Tensor:
+        """(1 - labels) · T² · KL + labels · cross-entropy; a mean squared error where the scores are no classes."""
+        with torch.no_grad():
+            wanted = logits(self.teacher(*batch.inputs))
+        if scores.ndim < 2 or scores.shape[1] < 2:
+            return F.mse_loss(scores, wanted)
+        soft, target = ((x / self.temperature).log_softmax(1) for x in (scores, wanted))
+        loss = F.kl_div(soft, target, reduction="batchmean", log_target=True) * self.temperature**2
+        if self.labels and batch.labels is not None:
+            loss = (1 - self.labels) * loss + self.labels * F.cross_entropy(scores, batch.labels)
+        return loss
+
+
+def _fitting(inputs: tuple[Tensor, ...]) -> Augment:
+    """The augmentation that ``auto`` means for these inputs."""
+    if not all(x.ndim == 4 and min(x.shape[2:]) >= _SHIFTABLE for x in inputs):
+        return "none"
+    return "shift-flip" if all(x.shape[1] == 3 for x in inputs) else "shift"
+
+
+def _told(tuning: Tuning) -> str:
+    best = next((e for e in tuning.curve if e.epoch == tuning.best_epoch), None)
+    kept = f"{tuning.epochs} epochs, epoch {tuning.best_epoch} kept" if best else "no epoch did better than the start"
+    if best is None or best.heldout_accuracy is None or tuning.start_accuracy is None:
+        return kept
+    return f"{kept}, held-out accuracy {tuning.start_accuracy:.1%} before and {best.heldout_accuracy:.1%} after"

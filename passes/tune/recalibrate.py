@@ -1,0 +1,115 @@
+"""``recalibrate``: batch-norm running statistics of the compressed network, estimated anew on training samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tdcompile.errors import InputError
+from tdcompile.facts import Aspect
+from tdcompile.kinds import Rewritten, TunePass, tick
+from tdcompile.layer import Refusal
+from tdcompile.program import Change, Program
+
+
+@dataclass(frozen=True)
+class Recalibrate(TunePass):
+    """Estimate batch-norm running statistics anew on training samples; no weight changes.
+
+    Each layer is set to the mean and unbiased variance of its input pooled over all samples, not to an average over
+    batches, which would miss how much the batches' means differ. While they are gathered, batch norm normalises by
+    the batch at hand, so that no layer sees what wrong statistics of an earlier one would do to its input.
+
+    Attributes:
+        samples: how many training samples are read.
+        batch: samples at a time.
+    """
+
+    name: ClassVar[str] = "recalibrate"
+    touches: ClassVar[frozenset[Aspect]] = frozenset({Aspect.STATISTICS})
+    samples: int = 2048
+    batch: int = 256
+
+    def __post_init__(self) -> None:
+        """Raises InputError where a batch would have no variance."""
+        if self.samples < 2 or self.batch < 2:
+            raise InputError(f"recalibrate takes samples and batch of at least 2, not {self.samples} and {self.batch}")
+
+    def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
+        """Set the running statistics.
+
+        Raises:
+            InputError: NaN or Inf reaches a batch-norm layer.
+        """
+        layers = {
+            name: module
+            for name, module in graph.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None
+        }
+        if not layers:
+            return _refused(graph, "no_batchnorm", "the network has no batch-norm layer with running statistics")
+        train = program.task.train
+        if train is None or len(train) < 2:
+            return _refused(graph, "no_data", "there are no training samples to estimate batch-norm statistics on")
+        count = min(self.samples, len(train))
+        chosen = train.shuffled(program.generator(self.name)).subset(range(count))
+        pools = {name: _Pool() for name in layers}
+        hooks = [module.register_forward_pre_hook(pools[name]) for name, module in layers.items()]
+        graph.eval()
+        for module in layers.values():
+            module.train()
+        try:
+            with torch.no_grad():
+                # Equal parts: a last batch of one sample has no variance.
+                parts = torch.arange(count).tensor_split(min(math.ceil(count / self.batch), count // 2))
+                for done, part in enumerate(parts, start=1):
+                    graph(*chosen.batch(part.tolist()).inputs)
+                    tick(done, len(parts), "batches")
+        finally:
+            for hook in hooks:
+                hook.remove()
+            graph.eval()
+        for name, module in layers.items():
+            pools[name].settle(name, module)
+        return Rewritten(graph, [Change("", self.name, f"{len(layers)} batch-norm layers on {count} samples")])
+
+
+class _Pool:
+    """Count, mean and sum of squared deviations of a layer's input by channel, merged batch by batch (Chan, 1979)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def __call__(self, module: nn.Module, arguments: Sequence[Tensor]) -> None:
+        x = arguments[0]
+        variance, mean = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1], correction=0)
+        count, mean = x.numel() // x.shape[1], mean.double()
+        share = count / (self.count + count)
+        off = mean - self.mean
+        self.squares = self.squares + variance.double() * count + off.square() * self.count * share
+        self.mean = self.mean + off * share
+        self.count += count
+
+    def settle(self, name: str, module: _BatchNorm) -> None:
+        """Write the statistics into the layer; one that was never called keeps its own."""
+        if self.count < 2:
+            return
+        mean, variance = torch.as_tensor(self.mean), torch.as_tensor(self.squares) / (self.count - 1)
+        if not (mean.isfinite().all() and variance.isfinite().all()):
+            raise InputError(f"NaN or Inf reaches the batch-norm layer '{name}': look at the data and the weights")
+        assert module.running_mean is not None  # ``tune`` has left the others out
+        assert module.running_var is not None
+        module.running_mean.copy_(mean)
+        module.running_var.copy_(variance)
+
+
+def _refused(graph: fx.GraphModule, code: str, reason: str) -> Rewritten:
+    return Rewritten(graph, [Refusal("", code, f"recalibrate: {reason}")])

@@ -1,0 +1,234 @@
+"""``Trainer``: the training loop of tune passes, on Hugging Face accelerate: one CPU, one GPU or several."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, RandomSampler
+
+from tdcompile.augment import Augment, Augmented
+from tdcompile.errors import InputError, TdcompileError
+from tdcompile.kinds import tick
+from tdcompile.program import Program
+from tdcompile.target import Target
+from tdcompile.task import Batch, Samples, logits
+from tdcompile.tuning import Epoch, Saved, Tuning
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train: SGD with Nesterov momentum, a linear warm-up, a cosine to zero, clipped gradients, no decay.
+
+    Attributes:
+        epochs: may be a fraction.
+        lr: the highest rate.
+        batch: samples a step, over all processes together.
+        warmup: share of the steps in which the rate rises.
+        clip: largest norm of the gradient of all parameters together.
+        frozen: leave batch-norm statistics as they are.
+    """
+
+    epochs: float
+    lr: float
+    batch: int
+    momentum: float
+    warmup: float
+    clip: float
+    augment: Augment
+    frozen: bool
+
+
+class Trainer:
+    """Trains a graph in place and leaves it with the weights that did best on the held-out samples.
+
+    All randomness of an epoch comes from the program's seed, the purpose and the epoch's number, so that a run that
+    goes on from a saved epoch equals one that was never interrupted.
+
+    Args:
+        graph: with tensors of its own.
+        loss: maps the class scores and their batch to a scalar; its mode is its own affair.
+        fit: samples to train on, at least two.
+        heldout: samples to judge by; None keeps the last weights.
+        program: gives the target and the generators.
+        purpose: names the generators.
+        saved: written after each epoch, cleared at the end.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        loss: nn.Module,
+        fit: Samples,
+        heldout: Samples | None,
+        settings: Settings,
+        program: Program,
+        purpose: str,
+        saved: Saved,
+    ) -> None:
+        self._graph, self._heldout, self._settings, self._saved = graph, heldout, settings, saved
+        self._program, self._purpose = program, purpose
+        self._home = program.inputs[0].device
+        self._accelerator = accelerator = _accelerator(program.target)
+        self._loss = loss.to(accelerator.device)
+        self._order, self._draws = torch.Generator(), torch.Generator()
+        processes = accelerator.num_processes
+        loader = DataLoader(
+            Augmented(fit, settings.augment, self._draws),
+            batch_size=max(1, min(settings.batch, len(fit)) // processes) * processes,
+            sampler=RandomSampler(fit, generator=self._order),
+            drop_last=True,  # a rest of one sample has no batch statistics
+            collate_fn=_already_a_batch,
+        )
+        self._steps = max(1, round(settings.epochs * len(loader)))
+        self._epochs = math.ceil(self._steps / len(loader))
+        trained = [p.requires_grad_() for p in graph.parameters() if p.is_floating_point()]
+        optimizer = torch.optim.SGD(trained, settings.lr, settings.momentum, nesterov=settings.momentum > 0)
+        rate = partial(_rate, warm=round(settings.warmup * self._steps), total=self._steps)
+        self._model, self._optimizer, self._loader, self._scheduler = accelerator.prepare(
+            graph, optimizer, loader, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        )
+
+    def run(self) -> Tuning:
+        """Train to the end, from the saved epoch on where there is one.
+
+        Raises:
+            TdcompileError: the loss or its gradient became NaN or Inf.
+        """
+        state = self._begin()
+        curve = [Epoch(*entry) for entry in state["curve"]]
+        for number in range(len(curve) + 1, self._epochs + 1):
+            begun = time.perf_counter()
+            curve.append(Epoch(number, self._epoch(number, curve), *self._judge()))
+            if self._heldout is None or _merit(curve[-1]) > _merit(Epoch(*state["best"])):
+                state |= {"best": tuple(curve[-1]), "weights": _copied(self._graph)}
+            state |= {
+                "curve": [tuple(entry) for entry in curve],
+                "seconds": state["seconds"] + time.perf_counter() - begun,
+                "model": self._graph.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "scheduler": self._scheduler.state_dict(),
+            }
+            if self._accelerator.is_main_process:
+                self._saved.write(state)
+        self._end(state["weights"])
+        return Tuning(self._epochs, tuple(curve), state["best"][0], state["seconds"], state["start"][2])
+
+    def _begin(self) -> dict[str, Any]:
+        """The saved state, put back into the graph and the optimizer, or the state of a new run."""
+        state = self._saved.read()
+        if state is None:
+            start = (0, math.nan, *self._judge())
+            return {"curve": [], "start": start, "best": start, "weights": _copied(self._graph), "seconds": 0.0}
+        self._graph.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        return state
+
+    def _end(self, weights: dict[str, Tensor]) -> None:
+        self._graph.load_state_dict(weights)
+        self._graph.zero_grad(set_to_none=True)
+        self._graph.eval().to(self._home)
+        if self._accelerator.is_main_process:
+            self._saved.clear()
+        self._accelerator.free_memory()
+
+    def _epoch(self, number: int, curve: list[Epoch]) -> float:
+        """Train for one epoch, the last of which may be a part; the mean loss."""
+        done = (number - 1) * len(self._loader)
+        steps = min(len(self._loader), self._steps - done)
+        self._order.manual_seed(self._seed("order", number))
+        self._draws.manual_seed(self._seed("draws", number))
+        known = [entry.heldout_accuracy for entry in curve[-1:] if entry.heldout_accuracy is not None]
+        before = "".join(f", held-out accuracy {share:.1%}" for share in known)
+        device, total = self._accelerator.device, 0.0
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self._seed("dropout", number))
+            self._train_mode()
+            for step, batch in enumerate(self._loader, start=1):
+                if step > steps:
+                    break
+                total += self._step(batch, done + step)
+                tick(done + step, self._steps, f"epoch {number}/{self._epochs}, loss {total / step:.3f}{before}")
+        return total / steps
+
+    def _step(self, batch: Batch, step: int) -> float:
+        loss = self._loss(logits(self._model(*batch.inputs)), batch)
+        self._accelerator.backward(loss)
+        norm = self._accelerator.clip_grad_norm_(self._graph.parameters(), self._settings.clip)
+        if not math.isfinite(norm):  # NaN in one process's loss is NaN here in all
+            if step == 1:
+                raise InputError(
+                    f"{self._purpose}: the first loss is {loss.item()}: the data or the weights are not finite"
+                )
+            raise TdcompileError(
+                f"{self._purpose} diverged: loss {loss.item()} at step {step} of {self._steps}; "
+                f"give it a lower lr than {self._settings.lr:g}"
+            )
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+        return float(loss.item())
+
+    def _train_mode(self) -> None:
+        self._model.train()
+        if self._settings.frozen:
+            for module in self._graph.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
+    @torch.no_grad()
+    def _judge(self) -> tuple[float | None, float | None]:
+        """Accuracy and loss on the held-out samples, each None where it cannot be told."""
+        if self._heldout is None:
+            return None, None
+        self._graph.eval()
+        loss, right, device = 0.0, 0, self._accelerator.device
+        for cpu in self._heldout.batches():
+            labels = None if cpu.labels is None else cpu.labels.to(device)
+            batch = Batch(tuple(x.to(device) for x in cpu.inputs), labels)
+            scores = logits(self._graph(*batch.inputs))
+            loss += float(self._loss(scores, batch)) * len(scores)
+            right += 0 if labels is None else int((scores.argmax(1) == labels).sum())
+        count = len(self._heldout)
+        return (None if self._heldout.classes is None else right / count), loss / count
+
+    def _seed(self, what: str, epoch: int) -> int:
+        return self._program.generator(f"{self._purpose}/{what}/{epoch}").initial_seed()
+
+
+def _accelerator(target: Target) -> Accelerator:
+    """One for the target's kind of device; accelerate remembers the first device a process asked for."""
+    cpu = target.device == "cpu" or not torch.cuda.is_available()
+    if (PartialState(cpu=cpu).device.type == "cpu") != cpu:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    # A step's batch is shared out among the processes, so that their number changes neither steps nor rates.
+    return Accelerator(cpu=cpu, mixed_precision="no", dataloader_config=DataLoaderConfiguration(split_batches=True))
+
+
+def _rate(step: int, warm: int, total: int) -> float:
+    """The share of the highest rate at a step: up along a line, down along a cosine."""
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def _merit(epoch: Epoch) -> tuple[float, float]:
+    """By which weights are chosen: held-out accuracy, then loss."""
+    return epoch.heldout_accuracy or 0.0, -(epoch.heldout_loss or 0.0)
+
+
+def _copied(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def _already_a_batch(batch: Any) -> Any:
+    return batch  # ``Samples`` reads a batch at a time

@@ -1,0 +1,111 @@
+"""``Tuning``: how a training run went, for the report; ``Saved``: what an interrupted one goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tdcompile.errors import InputError
+from tdcompile.facts import Fact
+
+log = logging.getLogger("tdcompile")
+
+
+class Epoch(NamedTuple):
+    """One epoch of training; the held-out figures are None where nothing is held out, or without labels."""
+
+    epoch: int
+    train_loss: float
+    heldout_accuracy: float | None
+    heldout_loss: float | None
+
+
+@dataclass(frozen=True)
+class Tuning(Fact):
+    """How a training run went.
+
+    Attributes:
+        epochs: how many were run; 0 where there was nothing to train on.
+        curve: one entry an epoch.
+        best_epoch: whose weights were kept; 0 are those before training.
+        seconds: of all epochs, those before an interruption included.
+        start_accuracy: on the held-out samples before training.
+    """
+
+    epochs: int = 0
+    curve: tuple[Epoch, ...] = ()
+    best_epoch: int = 0
+    seconds: float = 0.0
+    start_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The state of a training run on disk, good for the run with the same key alone.
+
+    Attributes:
+        folder: where it lies; None keeps nothing.
+        key: see ``key_of``.
+    """
+
+    folder: Path | None
+    key: str
+
+    def read(self) -> dict[str, Any] | None:
+        """The state of an interrupted run; None where there is none, or one of another run."""
+        if self.folder is None or not (self.folder / "state.pt").is_file():
+            return None
+        path = self.folder / "state.pt"
+        try:
+            if not zipfile.is_zipfile(path):  # torch's reader of its older format raises anything at all
+                raise OSError("it is no whole zip file")
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, pickle.UnpicklingError) as error:
+            log.warning("the saved training state %s cannot be read and is left aside: %s", path, error)
+            return None
+        if state.get("key") != self.key:
+            log.info("the saved training state %s is of another run and is left aside", path)
+            return None
+        return state
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Keep a state, whole or not at all.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        if self.folder is None:
+            return
+        part = self.folder / "state.pt.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save({**state, "key": self.key}, part)
+            os.replace(part, self.folder / "state.pt")
+        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
+            raise InputError(f"the training state cannot be written to {self.folder}: {error}") from error
+
+    def clear(self) -> None:
+        """Forget the state: the run is done."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def key_of(modules: Iterable[nn.Module], *facts: object) -> str:
+    """A digest of the modules' parameters and buffers, names, shapes and values, and of whatever else decides a run."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,332 @@
+"""``finetune``: it learns from the dense network, repeats itself, resumes where it stopped, and says when it fails."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tdcompile.passes.tune.finetune import Distillation, Finetune
+from torch import Tensor, fx, nn
+
+from tdcompile.errors import InputError, TdcompileError
+from tdcompile.kinds import progress
+from tdcompile.layer import Refusal
+from tdcompile.program import Change, Program
+from tdcompile.target import Target
+from tdcompile.task import Batch, Samples, Task, accuracy
+from tdcompile.tuning import Tuning
+
+FAST = Finetune(epochs=3, batch=32, holdout=0.1)
+
+
+class Tensors(Samples):
+    def __init__(self, x: Tensor, labels: Tensor | None) -> None:
+        self.x, self.labels = x, labels
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        places = list(indices)
+        return Batch((self.x[places],), None if self.labels is None else self.labels[places])
+
+    @property
+    def classes(self) -> int | None:
+        return None if self.labels is None else 4
+
+
+def network(seed: int) -> fx.GraphModule:
+    torch.manual_seed(seed)
+    module = nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    )
+    return fx.symbolic_trace(module.eval())
+
+
+def data(count: int = 320, labelled: bool = True) -> Tensors:
+    """Four classes, told apart by the quadrant that is brighter."""
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    x = torch.randn(count, 1, 8, 8, generator=generator)
+    for row, label in enumerate(labels.tolist()):
+        x[row, 0, 4 * (label // 2) : 4 * (label // 2) + 4, 4 * (label % 2) : 4 * (label % 2) + 4] += 1.5
+    return Tensors(x, labels if labelled else None)
+
+
+def program(train: Samples | None, graph: fx.GraphModule | None = None, **changes: object) -> Program:
+    return Program(graph or network(1), (torch.zeros(2, 1, 8, 8),), network(0), Task(train=train)).with_(**changes)
+
+
+@torch.no_grad()
+def distance(program: Program) -> float:
+    """KL from the dense network's answers to the graph's, on the training samples."""
+    loss = Distillation(program.dense, 1.0, 0.0)
+    batch = data().batch(range(320))
+    return float(loss(program.graph(*batch.inputs), batch))
+
+
+def same(a: Program, b: Program) -> bool:
+    return all(
+        torch.equal(x, y) for x, y in zip(a.graph.state_dict().values(), b.graph.state_dict().values(), strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def taught() -> Program:
+    """A program whose dense network knows the classes."""
+    start = program(data(), network(0))
+    graph = replace(FAST, labels=1.0, lr=0.1, epochs=6).run(start).graph
+    return program(data()).with_(dense=graph)
+
+
+def test_it_learns_the_answers_of_the_dense_network_without_labels(taught: Program) -> None:
+    before = taught.with_(task=Task(train=data(labelled=False)))
+    after = FAST.run(before)
+    assert distance(after) < 0.5 * distance(before)
+    tuning = after.facts[Tuning]
+    assert [entry.heldout_accuracy for entry in tuning.curve] == [None] * 3
+    assert tuning.start_accuracy is None
+
+
+def test_it_gives_the_curve_and_the_epoch_that_was_kept(taught: Program) -> None:
+    after = FAST.run(taught)
+    tuning = after.facts[Tuning]
+    assert tuning.epochs == 3
+    assert [entry.epoch for entry in tuning.curve] == [1, 2, 3]
+    assert tuning.curve[2].train_loss < tuning.curve[0].train_loss
+    accuracies = [tuning.start_accuracy, *(entry.heldout_accuracy for entry in tuning.curve)]
+    assert accuracies[tuning.best_epoch] == max(accuracies)
+    assert tuning.seconds > 0
+    assert isinstance(after.history[-1], Change)
+    assert f"epoch {tuning.best_epoch} kept" in after.history[-1].what
+    learnt, untaught = accuracy(after.graph, data()), accuracy(taught.graph, data())
+    assert learnt is not None
+    assert untaught is not None
+    assert learnt > untaught + 0.2
+
+
+def test_the_given_program_and_the_dense_network_stay_as_they_were(taught: Program) -> None:
+    kept = [t.clone() for module in (taught.graph, taught.dense) for t in module.state_dict().values()]
+    after = FAST.run(taught)
+    now = [t for module in (taught.graph, taught.dense) for t in module.state_dict().values()]
+    assert all(torch.equal(x, y) for x, y in zip(kept, now, strict=True))
+    assert not after.graph.training
+    assert all(p.grad is None and p.requires_grad for p in after.graph.parameters())
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_state_alone(taught: Program) -> None:
+    state = torch.random.get_rng_state()
+    first = FAST.run(taught)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(7)
+    assert same(first, FAST.run(taught))
+    assert not same(first, FAST.run(taught.with_(seed=1)))
+
+
+class InterruptionError(Exception):
+    pass
+
+
+def stopping_at(step: int) -> Callable[[int, int, str], None]:
+    def watch(done: int, of: int, note: str) -> None:
+        if done == step:
+            raise InterruptionError
+
+    return watch
+
+
+def interrupted(tune: Finetune, program: Program, step: int) -> None:
+    token = progress.set(stopping_at(step))
+    try:
+        with pytest.raises(InterruptionError):
+            tune.run(program)
+    finally:
+        progress.reset(token)
+
+
+def steps_of(tune: Finetune, program: Program) -> tuple[list[int], Program]:
+    steps: list[int] = []
+    token = progress.set(lambda done, of, note: steps.append(done))
+    try:
+        return steps, tune.run(program)
+    finally:
+        progress.reset(token)
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(taught: Program, tmp_path: Path) -> None:
+    whole = FAST.run(taught)
+    resumable = taught.with_(workspace=tmp_path)
+    interrupted(FAST, resumable, step=23)  # nine steps an epoch: in the third
+    assert (tmp_path / "finetune").is_dir()
+    steps, resumed = steps_of(FAST, resumable)
+    assert steps == list(range(19, 28))
+    assert same(whole, resumed)
+    assert resumed.facts[Tuning].curve == whole.facts[Tuning].curve
+    assert resumed.facts[Tuning].best_epoch == whole.facts[Tuning].best_epoch
+    assert not (tmp_path / "finetune").exists()
+
+
+@pytest.mark.parametrize("changed", ["options", "seed", "weights", "teacher"])
+def test_the_state_of_another_run_is_left_aside(taught: Program, tmp_path: Path, changed: str) -> None:
+    before = taught.with_(workspace=tmp_path)
+    interrupted(FAST, before, step=12)
+    tune = replace(FAST, lr=0.01) if changed == "options" else FAST
+    other = {"seed": {"seed": 9}, "weights": {"graph": network(2)}, "teacher": {"dense": network(2)}}.get(changed, {})
+    steps, _ = steps_of(tune, before.with_(**other))
+    assert steps[0] == 1
+
+
+def test_a_state_that_cannot_be_read_is_left_aside_with_a_warning(
+    taught: Program, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "finetune").mkdir()
+    (tmp_path / "finetune" / "state.pt").write_bytes(b"half")
+    assert same(FAST.run(taught.with_(workspace=tmp_path)), FAST.run(taught))
+    assert "cannot be read" in caplog.text
+
+
+def test_a_workspace_that_cannot_be_written_is_an_error(taught: Program, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        FAST.run(taught.with_(workspace=tmp_path / "file"))
+
+
+def test_a_rate_that_diverges_is_an_error_that_says_to_lower_it(taught: Program) -> None:
+    with pytest.raises(TdcompileError, match=r"diverged.*lower lr than 1e\+20"):
+        replace(FAST, lr=1e20, bn="frozen", warmup=0.0).run(taught)
+
+
+def test_a_first_loss_that_is_not_finite_is_the_datas_fault(taught: Program) -> None:
+    bad = data()
+    bad.x[:] = math.nan
+    with pytest.raises(InputError, match="the data or the weights are not finite"):
+        replace(FAST, holdout=0.0).run(taught.with_(task=Task(train=bad)))
+
+
+def test_where_every_epoch_does_worse_the_start_is_kept(taught: Program) -> None:
+    start = taught.with_(graph=taught.dense)
+    after = replace(FAST, lr=5.0, clip=1e9, epochs=1).run(start)
+    assert after.facts[Tuning].best_epoch == 0
+    assert same(after, start)
+    assert "no epoch did better" in after.history[-1].what  # type: ignore[union-attr]  # asserted by the attribute
+
+
+def test_without_holdout_the_last_epoch_is_kept(taught: Program) -> None:
+    tuning = replace(FAST, holdout=0.0).run(taught).facts[Tuning]
+    assert (tuning.best_epoch, tuning.curve[-1].heldout_loss) == (3, None)
+
+
+def test_frozen_statistics_stay_and_trained_ones_move(taught: Program) -> None:
+    kept = taught.graph.get_submodule("1").running_mean
+    moved, frozen = (replace(FAST, bn=bn, epochs=1).run(taught).graph for bn in ("train", "frozen"))
+    assert not torch.equal(moved.get_submodule("1").running_mean, kept)
+    assert torch.equal(frozen.get_submodule("1").running_mean, kept)
+    assert not torch.equal(frozen.get_submodule("0").weight, taught.graph.get_submodule("0").weight)
+
+
+def test_a_fraction_of_an_epoch_is_so_many_steps(taught: Program) -> None:
+    steps, after = steps_of(replace(FAST, epochs=1.5), taught)
+    assert steps == list(range(1, 15))
+    assert after.facts[Tuning].epochs == 2
+
+
+def test_progress_notes_tell_loss_and_held_out_accuracy(taught: Program) -> None:
+    notes: list[tuple[int, int, str]] = []
+    token = progress.set(lambda done, of, note: notes.append((done, of, note)))
+    try:
+        FAST.run(taught)
+    finally:
+        progress.reset(token)
+    assert [of for _, of, _ in notes] == [27] * 27
+    assert notes[-1][2].startswith("epoch 3/3, loss ")
+    assert "held-out accuracy" in notes[-1][2]
+
+
+@pytest.mark.parametrize("train", [None, data(1)])
+def test_without_data_nothing_changes_and_history_says_why(train: Samples | None) -> None:
+    before = program(train)
+    after = Finetune().run(before)
+    refusal = after.history[-1]
+    assert isinstance(refusal, Refusal)
+    assert (refusal.layer, refusal.code) == ("", "no_data")
+    assert after.facts[Tuning] == Tuning()
+    assert same(before, after)
+
+
+def test_fewer_samples_than_a_batch_are_one_batch() -> None:
+    steps, _ = steps_of(Finetune(epochs=2), program(data(20)))
+    assert steps == [1, 2]
+
+
+def test_the_loss_is_hintons() -> None:
+    teacher = network(0)
+    batch = data().batch(range(8))
+    scores = network(1)(*batch.inputs)
+    p, q = (torch.softmax(x / 4, 1) for x in (teacher(*batch.inputs), scores))
+    wanted = 0.75 * 16 * (p * (p.log() - q.log())).sum(1).mean() + 0.25 * F.cross_entropy(scores, batch.labels)
+    torch.testing.assert_close(Distillation(teacher, 4.0, 0.25)(scores, batch), wanted)
+    unlabelled = Batch(batch.inputs, None)
+    torch.testing.assert_close(
+        Distillation(teacher, 4.0, 0.25)(scores, unlabelled), Distillation(teacher, 4.0, 0.0)(scores, batch)
+    )
+
+
+def test_outputs_that_are_no_classes_are_matched_by_squares() -> None:
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    batch = data(labelled=False).batch(range(8))
+    scores = torch.zeros(8, 1)
+    torch.testing.assert_close(Distillation(teacher, 4.0, 0.1)(scores, batch), teacher(*batch.inputs).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("shape", "augmented"),
+    [((2, 3, 16, 16), "shift-flip"), ((2, 1, 32, 32), "shift"), ((2, 3, 8, 8), "none"), ((2, 32), "none")],
+)
+def test_auto_augments_images_that_can_bear_it(shape: tuple[int, ...], augmented: str) -> None:
+    start = program(None, inputs=(torch.zeros(shape),))
+    assert Finetune()._settings(start).augment == augmented
+    assert Finetune(augment="none")._settings(start).augment == "none"
+
+
+def test_the_default_rate_is_in_proportion_to_the_batch() -> None:
+    start = program(None)
+    assert Finetune()._settings(start).lr == pytest.approx(0.03)
+    assert Finetune(batch=32)._settings(start).lr == pytest.approx(0.0075)
+    assert Finetune(batch=32, lr=0.2)._settings(start).lr == 0.2
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("epochs", "0"),
+        ("lr", "-1"),
+        ("batch", "0"),
+        ("clip", "0"),
+        ("temperature", "nan"),
+        ("momentum", "1"),
+        ("labels", "2"),
+        ("holdout", "1"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(option: str, text: str) -> None:
+    with pytest.raises(InputError, match=option):
+        Finetune.from_options({option: text})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu_it_learns_and_hands_back_a_graph_on_the_cpu(taught: Program) -> None:
+    before = taught.with_(target=Target("cuda"))
+    after = FAST.run(before)
+    assert distance(after) < 0.5 * distance(before)
+    assert {tensor.device.type for tensor in after.graph.state_dict().values()} == {"cpu"}
+    FAST.run(taught)  # and back: accelerate remembers the first device it was asked for

@@ -1,0 +1,142 @@
+"""``recalibrate``: the statistics are those of the data, whatever the batch, and nothing else changes."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tdcompile.passes.tune.recalibrate import Recalibrate
+from torch import Tensor, fx, nn
+
+from tdcompile.errors import InputError
+from tdcompile.facts import Aspect, Fact, Facts
+from tdcompile.layer import Refusal
+from tdcompile.program import Change, Program
+from tdcompile.task import Batch, Samples, Task
+
+
+class Tensors(Samples):
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return Batch((self.x[list(indices)],), None)
+
+    @property
+    def classes(self) -> None:
+        return None
+
+
+def program(module: nn.Module, x: Tensor | None, seed: int = 0) -> Program:
+    graph = fx.symbolic_trace(module.eval())
+    task = Task(train=None if x is None else Tensors(x))
+    return Program(graph, (torch.zeros(2, 3, 4, 4),), graph, task, seed=seed)
+
+
+def drawn(count: int) -> Tensor:
+    return torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(5)) * torch.tensor([1.0, 2.0, 5.0]).view(
+        3, 1, 1
+    ) + torch.linspace(-3, 3, count).view(-1, 1, 1, 1)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.BatchNorm2d(3),
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(2, 70), batch=st.integers(2, 80))
+def test_statistics_are_those_pooled_over_all_samples(count: int, batch: int) -> None:
+    x = drawn(count)
+    layer = Recalibrate(samples=count, batch=batch).run(program(network(), x)).graph.get_submodule("0")
+    torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(layer.running_var, x.transpose(0, 1).flatten(1).var(1))
+
+
+def test_a_layer_sees_its_input_as_the_corrected_layers_before_it_leave_it() -> None:
+    x = drawn(32)
+    graph = Recalibrate(samples=32, batch=32).run(program(network(), x)).graph
+    seen = graph.get_submodule("1")(graph.get_submodule("0").train()(x)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(graph.get_submodule("2").running_var, seen.var(1))
+
+
+def test_weights_modes_and_the_given_program_stay_as_they_were() -> None:
+    before = program(network(), drawn(40))
+    kept = {name: tensor.clone() for name, tensor in before.graph.state_dict().items()}
+    after = Recalibrate().run(before)
+    for name, tensor in after.graph.named_parameters():
+        assert torch.equal(tensor, kept[name])
+    for name, tensor in before.graph.state_dict().items():
+        assert torch.equal(tensor, kept[name])
+    assert not any(module.training for module in after.graph.modules())
+    assert after.graph.get_submodule("0").momentum == 0.1
+    assert isinstance(after.history[-1], Change)
+
+
+def test_only_so_many_samples_are_read_the_same_ones_for_a_seed() -> None:
+    x = drawn(64)
+    means = [
+        Recalibrate(samples=16).run(program(network(), x, seed)).graph.get_submodule("0").running_mean
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(means[0], means[1])
+    assert not torch.equal(means[0], means[2])
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "code"),
+    [
+        (network(), None, "no_data"),
+        (network(), torch.zeros(1, 3, 4, 4), "no_data"),
+        (nn.Sequential(nn.Conv2d(3, 2, 1)), torch.zeros(8, 3, 4, 4), "no_batchnorm"),
+        (nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), torch.zeros(8, 3, 4, 4), "no_batchnorm"),
+    ],
+)
+def test_with_nothing_to_do_nothing_changes_and_history_says_why(
+    module: nn.Module, x: Tensor | None, code: str
+) -> None:
+    before = program(module, x)
+    after = Recalibrate().run(before)
+    refusal = after.history[-1]
+    assert isinstance(refusal, Refusal)
+    assert (refusal.layer, refusal.code) == ("", code)
+    for name, tensor in after.graph.state_dict().items():
+        assert torch.equal(tensor, before.graph.state_dict()[name])
+
+
+def test_data_that_is_not_finite_is_an_error_that_names_the_layer() -> None:
+    x = drawn(8)
+    x[3, 1, 2, 2] = torch.inf
+    with pytest.raises(InputError, match="'0'"):
+        Recalibrate().run(program(network(), x))
+
+
+@pytest.mark.parametrize("options", [{"samples": "1"}, {"batch": "1"}, {"batch": "0"}])
+def test_a_batch_without_a_variance_is_refused(options: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="at least 2"):
+        Recalibrate.from_options(options)
+
+
+def test_facts_read_from_statistics_are_dropped_and_others_are_not() -> None:
+    class OfWeights(Fact):
+        reads = frozenset({Aspect.WEIGHTS})
+
+    class OfStatistics(Fact):
+        reads = frozenset({Aspect.STATISTICS})
+
+    before = program(network(), drawn(8)).with_(facts=Facts(OfWeights(), OfStatistics()))
+    facts = Recalibrate().run(before).facts
+    assert OfWeights in facts
+    assert OfStatistics not in facts
