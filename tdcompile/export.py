@@ -1,0 +1,259 @@
+"""``export_onnx``: a PyTorch network to a checked, simplified ONNX file that is the same bytes every time."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from tdcompile.errors import InputError, TdcompileError
+
+BATCH = "batch"
+# A protobuf message ends at 2 GiB; the graph itself, beside its weights, needs some of that.
+LARGEST_SINGLE_FILE = 2**31 - 2**26
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_CHATTY = ("torch", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        bytes: size of the file, with its external data where it has any.
+        notes: what did not go the usual way, a sentence each.
+    """
+
+    path: Path
+    bytes: int
+    opset: int
+    nodes: int
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def export_onnx(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    path: Path,
+    *,
+    dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None,
+    simplify: bool = True,
+    metadata: Mapping[str, str] | None = None,
+) -> Exported:
+    """Write a network, in eval mode, as ONNX: whole or not at all.
+
+    A node is named ``<module>/<operator>``, so what it costs can be told by layer; the outputs are ``output``, or
+    ``output_0``, ``output_1``, ... in the order of ``surgery.tensors_in``. Over 2 GB the weights stand beside the file
+    in ``<name>.data``.
+
+    Args:
+        module: the network; its mode is put back.
+        inputs: example inputs; those whose first axis is as long as that of the first input share the batch axis.
+        path: the file to write; its folder is made where there is none.
+        dynamic_batch: leave the batch axis open, under the name ``batch``.
+        input_names: names of the graph's inputs; the arguments of ``forward`` otherwise.
+        simplify: run onnxsim over what torch exports.
+        metadata: what to stamp into the model's ``metadata_props``.
+
+    Raises:
+        InputError: there is no batch axis to leave open, the network fixes it, or the names do not fit the inputs.
+        TdcompileError: torch cannot export the network, or the model is not valid ONNX.
+    """
+    if not inputs or (dynamic_batch and not any(x.dim() for x in inputs)):
+        raise InputError("the example inputs have no batch axis to leave open: give tensors (N, ...)")
+    if input_names is not None and len(input_names) != len(inputs):
+        raise InputError(f"{len(input_names)} input names are given for {len(inputs)} inputs: {', '.join(input_names)}")
+    if input_names is not None and len(set(input_names)) < len(input_names):
+        raise InputError(f"an input name is given twice: {', '.join(input_names)}")
+    size = next((len(x) for x in inputs if x.dim()), 0)
+    batched = [dynamic_batch and x.dim() > 0 and len(x) == size for x in inputs]
+    # torch takes a size of 1 for a constant
+    examples = tuple(torch.cat([x, x]) if size == 1 and open_ else x for x, open_ in zip(inputs, batched, strict=True))
+    model = _capture(module, examples, batched if dynamic_batch else None)
+    _check_open(model.graph, batched)
+    _tidy(model, input_names)
+    model.metadata_props.update(sorted((metadata or {}).items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        return _write(model, Path(folder) / path.name, path, simplify)
+
+
+def _capture(module: nn.Module, examples: tuple[Tensor, ...], batched: Sequence[bool] | None) -> ir.Model:
+    shapes = None if batched is None else tuple({0: BATCH} if open_ else None for open_ in batched)
+    with _eval(module), torch.no_grad(), _silence() as said:
+        try:
+            program = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=shapes, verbose=False)
+        except Exception as error:  # noqa: BLE001  # the exporter and the network raise anything
+            cause = _root(error)
+            cause.add_note(said.getvalue())
+            if "inferred a static shape" in str(cause) or "Constraints violated" in str(cause):
+                raise InputError(
+                    "the network fixes its batch size, so the batch axis cannot stay open: pass dynamic_batch=False "
+                    f"(--no-dynamic-batch); torch says: {str(cause).strip().splitlines()[-1].lstrip('- ')}"
+                ) from cause
+            first = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+            raise TdcompileError(f"torch cannot export the network to ONNX: {first}") from cause
+    assert program is not None  # torch.onnx.export returns one under dynamo=True
+    return program.model
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _check_open(graph: ir.Graph, batched: Sequence[bool]) -> None:
+    for value, open_ in zip(graph.inputs, batched, strict=True):
+        if open_ and (value.shape is None or isinstance(value.shape[0], int)):
+            raise InputError(
+                f"the network fixes the batch size of its input '{value.name}' ({value.shape}): "
+                "pass dynamic_batch=False (--no-dynamic-batch)"
+            )
+
+
+def _tidy(model: ir.Model, input_names: Sequence[str] | None) -> None:
+    """Name nodes by module and outputs by place; drop what names files and versions of the machine that exported."""
+    graph = model.graph
+    for node in graph.all_nodes():
+        module = _module_of(node)
+        name = (node.name or "").removeprefix("node_")
+        node.name = f"{module}/{name}" if module else name
+        node.doc_string = None
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+    for value, name in zip(graph.inputs, input_names or (), strict=input_names is not None):
+        _rename(graph, value, name)
+    # the outputs' names are a promise: an input called ``output`` gives way
+    count = len(graph.outputs)
+    for place, value in enumerate(graph.outputs):
+        _rename(graph, value, "output" if count == 1 else f"output_{place}")
+
+
+def _module_of(node: ir.Node) -> str:
+    """``layer1.0.conv1`` from the exporter's ``['layer1', 'layer1.0', 'layer1.0.conv1', 'conv2d_1']``."""
+    scopes = [part.strip(" '\"") for part in node.metadata_props.get(_SCOPES, "").strip("[]").split(",")]
+    return scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_empty_nn_module_stack") else ""
+
+
+def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    taken = [*graph.inputs, *graph.initializers.values(), *(v for node in graph.all_nodes() for v in node.outputs)]
+    for other in taken:
+        if other.name == name and other is not value:
+            other.name = f"{name}_inner"
+    value.name = name
+
+
+def _write(model: ir.Model, draft: Path, path: Path, simplify: bool) -> Exported:
+    """Write and check a draft in a folder of its own, then move what is there to its place."""
+    notes: list[str] = []
+    if sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value) > (
+        LARGEST_SINGLE_FILE
+    ):
+        notes.append("the weights are over 2 GB: they stand in external data, and the model is not simplified")
+        ir.save(model, draft, external_data=f"{path.name}.data")
+        proto = onnx.load(draft, load_external_data=False)
+        _check(str(draft))
+    else:
+        proto = ir.to_proto(model)
+        if simplify:
+            proto, refused = _simplify(proto)
+            notes += refused
+        _check(proto)
+        draft.write_bytes(proto.SerializeToString(deterministic=True))
+    written = sorted(draft.parent.iterdir(), key=lambda file: file.name == path.name)  # the model itself comes last
+    size = sum(file.stat().st_size for file in written)
+    for file in written:
+        os.replace(file, path.parent / file.name)
+    return Exported(
+        path=path,
+        bytes=size,
+        opset=next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
+        nodes=len(proto.graph.node),
+        input_names=tuple(value.name for value in proto.graph.input),
+        output_names=tuple(value.name for value in proto.graph.output),
+        notes=tuple(notes),
+    )
+
+
+def _check(model: onnx.ModelProto | str) -> None:
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise TdcompileError(f"the exported model is not valid ONNX: {str(error).splitlines()[0]}") from error
+
+
+def _simplify(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    """The simplified model, or the model itself and a note where onnxsim fails or changes what goes in or out."""
+    import onnxsim  # slow to import, and not every caller simplifies
+
+    with _silence():
+        try:
+            simple, right = onnxsim.simplify(proto)
+            onnx.checker.check_model(simple)
+        except Exception as error:  # noqa: BLE001  # simplifying is a convenience: whatever fails, the model is kept
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            return proto, [f"onnxsim failed ({first}): the model is not simplified"]
+    if not right or _interface(simple) != _interface(proto):
+        return proto, ["onnxsim changed the model's inputs or outputs: the model is not simplified"]
+    del simple.metadata_props[:]  # onnxsim's own log
+    simple.metadata_props.extend(proto.metadata_props)
+    return simple, []
+
+
+def _interface(proto: onnx.ModelProto) -> list[bytes]:
+    return [value.SerializeToString(deterministic=True) for value in (*proto.graph.input, *proto.graph.output)]
+
+
+@contextmanager
+def _eval(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every part gets its own mode back."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def _silence() -> Iterator[io.StringIO]:
+    """Keep what exporter and simplifier print, warn and log, each of which they do."""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    known = [logging.getLogger(name) for name in _CHATTY]
+    known += [
+        logger
+        for name, logger in logging.root.manager.loggerDict.items()
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] in _CHATTY and logger not in known
+    ]
+    before = [(logger, logger.handlers, logger.propagate) for logger in known]
+    for logger in known:
+        logger.handlers, logger.propagate = [handler] if logger.name in _CHATTY else [], logger.name not in _CHATTY
+    try:
+        with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield said
+    finally:
+        for logger, handlers, propagate in before:
+            logger.handlers, logger.propagate = handlers, propagate

@@ -1,0 +1,36 @@
+"""What every test needs: GPU tests are skipped, with the reason, where onnxruntime's CUDA provider does not load."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from tdcompile.errors import UnavailableError
+from tdcompile.runtime import open_session
+from tdcompile.target import Target
+
+
+@functools.cache
+def _why_no_gpu() -> str | None:
+    """The reason why the CUDA provider does not run here; None where it does."""
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA device"
+    value = (
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [1]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, [1]),
+    )
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", [value[0]], [value[1]])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    try:
+        open_session(model.SerializeToString(), Target("cuda"))
+    except UnavailableError as error:
+        return str(error)
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and (reason := _why_no_gpu()) is not None:
+        pytest.skip(reason)
