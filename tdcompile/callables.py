@@ -1,0 +1,102 @@
+"""The user's own code: ``path/to/file.py:name`` and ``package.module:name``, the only code that is ever executed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tdcompile.errors import InputError, TdcompileError, nearest
+
+_FORMS = "path/to/file.py:callable or package.module:callable"
+
+
+def load_callable(text: str) -> Callable[..., Any]:
+    """Import the file or module before the last colon and take the name after it.
+
+    Raises:
+        InputError: there is no such file, module or name, importing it fails, or it cannot be called.
+    """
+    place, colon, name = text.rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        raise InputError(f"'{text}' is not of the form {_FORMS}")
+    module = _from_file(Path(place)) if is_file(place) else _from_name(place)
+    if not hasattr(module, name):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise InputError(f"'{place}' has no '{name}': {nearest(name, known)}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise InputError(f"'{text}' is a {type(found).__name__}; it must be a callable")
+    return found  # type: ignore[no-any-return]  # the user's code has no types that could be known here
+
+
+def call(text: str) -> object:
+    """What the callable returns when it is given nothing.
+
+    Raises:
+        InputError: it cannot be loaded, or raised an exception, which the message names.
+    """
+    function = load_callable(text)
+    try:
+        return function()
+    except TdcompileError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"'{text}', called without arguments, failed: {_sentence(error)}") from error
+
+
+def is_file(place: str) -> bool:
+    """Whether the text before the colon names a file rather than a module."""
+    return place.endswith(".py") or "/" in place or "\\" in place
+
+
+def is_module(place: str) -> bool:
+    """Whether a module of this name can be found; only its parent packages are imported to see."""
+    _search(Path.cwd())
+    try:
+        return importlib.util.find_spec(place) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"there is no file '{path}'")
+    spec = importlib.util.spec_from_file_location(f"tdcompile_user_{path.stem}", path.resolve())
+    if spec is None or spec.loader is None:
+        raise InputError(f"'{path}' is not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    _search(path.resolve().parent)
+    sys.modules[spec.name] = module  # dataclasses and pickling look a class's module up there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
+        raise InputError(f"importing '{path}' failed: {_sentence(error)}") from error
+    return module
+
+
+def _from_name(name: str) -> ModuleType:
+    _search(Path.cwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise InputError(f"there is no module '{name}' (searched the Python path and this folder)") from error
+        raise InputError(f"importing '{name}' failed: {_sentence(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"importing '{name}' failed: {_sentence(error)}") from error
+
+
+def _search(folder: Path) -> None:
+    """As ``python file.py`` does: what lies beside the user's code can be imported, also later, inside functions."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

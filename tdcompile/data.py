@@ -1,0 +1,203 @@
+"""``--data``: each kind of data, from its text to train and test samples of the network's input."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tdcompile.callables import call, is_file, is_module
+from tdcompile.errors import InputError, nearest
+from tdcompile.extras import extra
+from tdcompile.images import Normalisation, Shape, to_tensor
+from tdcompile.readers import ArrayReader, DatasetReader, EncodedReader
+from tdcompile.samples import Loaded, Split
+from tdcompile.tables import HELD_OUT, read_hub, read_parquet
+from tdcompile.task import Samples
+
+Part = Split | Samples
+_TENTH = 10
+
+
+@dataclass(frozen=True)
+class _Kind:
+    form: str
+    about: str
+    read: Callable[[str, Shape, int], tuple[Part, Part | None]]
+
+
+def load_data(
+    spec: str, input_shape: tuple[int, ...], normalize: str = "none", seed: int = 0
+) -> tuple[Samples, Samples | None]:
+    """Train and test samples; test is None where the data has none.
+
+    Args:
+        spec: one of ``kinds()``.
+        input_shape: of the network's input, without the batch.
+        normalize: ``none``, ``imagenet`` or ``m,m,m/s,s,s``.
+        seed: of what is held out where the data brings no test samples.
+
+    Raises:
+        InputError: there are no such data, or they do not fit the input; the first of each part is read to see.
+        UnavailableError: a package or the hub is missing.
+    """
+    shape = tuple(input_shape)
+    normalisation = Normalisation.parse(normalize, shape)
+    read, argument = _resolve(spec)
+    train, test = read(argument, shape, seed)
+    classes = max(part.classes or 0 for part in (train, test) if part is not None)
+    made = _finish(train, classes, normalisation, shape)
+    return made, None if test is None else _finish(test, classes, normalisation, shape)
+
+
+def kinds() -> dict[str, str]:
+    """Each form that a spec may have, and what it reads."""
+    return {kind.form: kind.about for kind in (*_KINDS.values(), _CALLABLE)}
+
+
+def _resolve(spec: str) -> tuple[Callable[[str, Shape, int], tuple[Part, Part | None]], str]:
+    name, colon, argument = spec.partition(":")
+    kind = _KINDS.get(name)
+    if kind is not None:
+        if (":" in kind.form) != bool(argument) or (colon and not argument):
+            raise InputError(f"the data '{spec}' is not of the form {kind.form}")
+        return kind.read, argument
+    place = spec.rpartition(":")[0]
+    if place and (is_file(place) or "." in place or is_module(place)):
+        return _CALLABLE.read, spec
+    raise InputError(f"unknown kind of data '{name}': {nearest(name, _KINDS)}, or {_CALLABLE.form}")
+
+
+def _finish(part: Part, classes: int, normalisation: Normalisation, shape: Shape) -> Samples:
+    if isinstance(part, Split):
+        made: Samples = Loaded(part, classes, normalisation)
+        made.batch([0])
+        return made
+    if normalisation.mean:
+        raise InputError("--normalize cannot be given with data that are Samples already: they normalise themselves")
+    if len(part) == 0:
+        raise InputError("the callable's Samples hold no samples")
+    found = part.batch([0]).inputs
+    if len(found) == 1 and tuple(found[0].shape[1:]) != shape:
+        raise InputError(f"the callable's Samples have the shape {tuple(found[0].shape[1:])}, the input is {shape}")
+    return part
+
+
+def _digits(argument: str, shape: Shape, seed: int) -> tuple[Split, Split | None]:
+    """Always the same fifth of each class is test, whatever the seed: figures stay comparable, sets never mix."""
+    bunch = extra("sklearn.datasets").load_digits()
+    x, y = to_tensor(bunch.images, "digits") / 16, to_tensor(bunch.target, "digits")  # the set counts from 0 to 16
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    rank = torch.zeros_like(y)  # of each sample within its class, in that order
+    for label in range(int(y.max()) + 1):
+        members = order[y[order] == label]
+        rank[members] = torch.arange(len(members))
+    test = rank[order] % 5 == 4
+    return _arrays("train of 'digits'", x, y, shape, order[~test]), _arrays(
+        "test of 'digits'", x, y, shape, order[test]
+    )
+
+
+def _npz(argument: str, shape: Shape, seed: int) -> tuple[Split, Split | None]:
+    path = Path(argument).expanduser()
+    if not path.is_file():
+        raise InputError(f"npz: there is no file '{path}'")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            held = {key: to_tensor(archive[key], f"npz: '{key}' in '{path}'") for key in archive.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, pickle.PickleError) as error:
+        raise InputError(f"npz: '{path}' is not an archive of plain arrays (pickled objects are refused)") from error
+    if "x" not in held:
+        raise InputError(f"npz: '{path}' has no array 'x': {nearest('x', held)}")
+    train, test = f"train of 'npz:{path}'", f"test of 'npz:{path}'"
+    x, y = held["x"], held.get("y")
+    if "x_test" in held:
+        return _arrays(train, x, y, shape), _arrays(test, held["x_test"], held.get("y_test"), shape)
+    if x.ndim == 0 or len(x) < 2:
+        raise InputError(f"npz: '{path}' holds {x.numel()} samples; two at least are needed to hold one out")
+    if y is not None and len(y) != len(x):
+        raise InputError(f"npz: '{path}' has {len(x)} samples but {len(y)} labels")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    held_out = max(1, len(x) // _TENTH)
+    return _arrays(train, x, y, shape, order[held_out:]), _arrays(test, x, y, shape, order[:held_out])
+
+
+def _arrays(name: str, x: Tensor, y: Tensor | None, shape: Shape, chosen: Tensor | None = None) -> Split:
+    if chosen is not None:
+        x, y = x[chosen], None if y is None else y[chosen]
+    if x.ndim == 0:
+        raise InputError(f"{name} is a single number, not an array of samples")
+    return Split.checked(name, ArrayReader(x, shape), y)
+
+
+def _imagefolder(argument: str, shape: Shape, seed: int) -> tuple[Split, Split | None]:
+    root = Path(argument).expanduser()
+    if not (root / "train").is_dir():
+        raise InputError(f"imagefolder: there is no folder '{root / 'train'}'")
+    classes = {
+        name: label for label, name in enumerate(sorted(p.name for p in (root / "train").iterdir() if p.is_dir()))
+    }
+    test = next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
+    return _folder(root / "train", classes, shape), _folder(test, classes, shape) if test else None
+
+
+def _folder(root: Path, classes: Mapping[str, int], shape: Shape) -> Split:
+    pillow = extra("PIL.Image")
+    suffixes = {suffix for suffix, form in pillow.registered_extensions().items() if form in pillow.OPEN}
+    found = [
+        (path, folder.name)
+        for folder in sorted(root.iterdir())
+        if folder.is_dir()
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in suffixes
+    ]
+    strangers = {name for _, name in found} - set(classes)
+    if strangers:
+        raise InputError(
+            f"imagefolder: '{root / min(strangers)}' is no class of train: {nearest(min(strangers), classes)}"
+        )
+    # By class, the first thousand would be of one class alone; the order is mixed once and for all.
+    mixed = [found[i] for i in torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()]
+    labels = torch.tensor([classes[name] for _, name in mixed], dtype=torch.long)
+    return Split.checked(f"'{root}'", EncodedReader(len(mixed), lambda index: mixed[index][0], shape), labels)
+
+
+def _callable(spec: str, shape: Shape, seed: int) -> tuple[Part, Part | None]:
+    made = call(spec)
+    if not isinstance(made, tuple | list) or len(made) != 2:
+        raise InputError(f"'{spec}' returned a {type(made).__name__}; a pair (train, test) is needed, test may be None")
+    train, test = made
+    return _part(train, f"train of '{spec}'", shape), None if test is None else _part(test, f"test of '{spec}'", shape)
+
+
+def _part(made: object, name: str, shape: Shape) -> Part:
+    if isinstance(made, Samples):
+        return made
+    if isinstance(made, Dataset):
+        reader = DatasetReader(made, shape)
+        return Split.checked(name, reader, reader.labels())
+    if isinstance(made, tuple | list) and len(made) in (1, 2):
+        x, y = (*made, None)[:2]
+        return _arrays(name, to_tensor(x, name), None if y is None else to_tensor(y, f"the labels of {name}"), shape)
+    raise InputError(
+        f"{name} is a {type(made).__name__}; Samples, a torch Dataset or a pair of arrays (x, y) is needed"
+    )
+
+
+_KINDS = {
+    "digits": _Kind("digits", "8x8 digits that scikit-learn brings along; no download", _digits),
+    "parquet": _Kind("parquet:DIR", "train*.parquet and test*.parquet, in the Hugging Face image schema", read_parquet),
+    "imagefolder": _Kind(
+        "imagefolder:DIR", "train/ and test/ or val/, a folder of images for each class", _imagefolder
+    ),
+    "npz": _Kind("npz:FILE", "arrays x, y and x_test, y_test; without the latter a tenth is held out", _npz),
+    "hub": _Kind("hub:NAME", "a data set of the Hugging Face hub, NAME or NAME:CONFIGURATION", read_hub),
+}
+_CALLABLE = _Kind("file.py:callable", "your own, also package.module:callable; returns (train, test)", _callable)

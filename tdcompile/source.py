@@ -1,0 +1,137 @@
+"""The network to compile: from the user's callable or by its registered name, and weights from a file into it."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from tdcompile.callables import call, is_file, load_callable
+from tdcompile.errors import InputError
+from tdcompile.network import Network
+from tdcompile.registry import make
+
+__all__ = ["check_weights", "load_callable", "load_source", "load_weights"]
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
+_NAMED = 4  # how many names of a kind a message lists
+
+
+def load_source(source: str) -> tuple[nn.Module, Network | None]:
+    """The network, in eval mode, and its plug-in where the source is a registered name.
+
+    Raises:
+        InputError: there is no such file, module, callable or registered name, or it gives no ``nn.Module``.
+    """
+    if ":" not in source:
+        if is_file(source):
+            raise InputError(f"'{source}' names no callable: write {source}:NAME, a function that returns the network")
+        network = make(Network, source)
+        return network.build().eval(), network
+    place, _, name = source.rpartition(":")
+    found = load_callable(source)
+    module = found if isinstance(found, nn.Module) else call(source)
+    if not isinstance(module, nn.Module):
+        raise InputError(f"'{name}' in '{place}' returned a {type(module).__name__}; it must return an nn.Module")
+    return module.eval(), None
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a checkpoint into the module, all of it; a file is only ever read, none of it is executed.
+
+    Raises:
+        InputError: the file cannot be read, needs code, does not fit the network or holds NaN or Inf.
+    """
+    weights = _unwrapped(_read(path), set(module.state_dict()), path)
+    own = module.state_dict()
+    shapes = [
+        f"{name} is {tuple(value.shape)} in the file, {tuple(own[name].shape)} in the network"
+        for name, value in weights.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if shapes:
+        raise InputError(f"'{path}' does not fit the network: {_first(shapes, '; ')}")
+    loaded = module.load_state_dict(weights, strict=False)
+    # A file may hold a tensor that two layers share only once.
+    shared = {own[name].data_ptr() for name in weights if name in own}
+    missing = [name for name in loaded.missing_keys if own[name].data_ptr() not in shared]
+    if missing or loaded.unexpected_keys:
+        parts = [("lacks", missing), ("has in excess", loaded.unexpected_keys)]
+        said = "; it ".join(f"{verb} {_first(names, ', ')}" for verb, names in parts if names)
+        raise InputError(f"'{path}' does not fit the network: it {said}")
+    check_weights(module, str(path))
+
+
+def check_weights(module: nn.Module, where: str) -> None:
+    """Refuse a network with NaN or Inf in it; -Inf is allowed in buffers, where attention masks hold it.
+
+    Raises:
+        InputError: a parameter or buffer is not finite; the message names the first.
+    """
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if not value.is_floating_point():
+            continue
+        bad = ~torch.isfinite(value.detach())
+        if name not in parameters:
+            bad &= ~torch.isneginf(value.detach())
+        if bad.any():
+            raise InputError(f"{where}: the tensor '{name}' holds {int(bad.sum())} values that are NaN or Inf")
+
+
+def _read(path: Path) -> object:
+    if not path.is_file():
+        raise InputError(f"there is no weights file '{path}'")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch remarks on odd files is said below, in one sentence
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except safetensors.SafetensorError as error:
+        raise InputError(f"'{path}' is not a safetensors file: {error}") from error
+    except pickle.UnpicklingError as error:
+        needs = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if needs is None:
+            raise InputError(f"'{path}' is not a state dict that can be read without running code") from error
+        raise InputError(
+            f"'{path}' is a pickle that needs code to load ({needs[1]}), which is refused: "
+            "save the state_dict() alone, best as safetensors"
+        ) from error
+    except Exception as error:  # torch's reader meets a file of another kind with whatever its parsing runs into
+        if "TorchScript" in str(error):
+            raise InputError(f"'{path}' is a TorchScript archive, which holds code; a state dict is needed") from error
+        said = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise InputError(f"'{path}' cannot be read as weights: {said}") from error
+
+
+def _unwrapped(held: object, own: set[str], path: Path) -> Mapping[str, Tensor]:
+    while isinstance(held, Mapping):
+        inner = next((held[key] for key in _WRAPPERS if isinstance(held.get(key), Mapping)), None)
+        if inner is None:
+            break
+        held = inner
+    if not isinstance(held, Mapping) or not held or not all(isinstance(value, Tensor) for value in held.values()):
+        raise InputError(f"'{path}' holds no state dict: a mapping from names to tensors, alone or under 'state_dict'")
+    weights: dict[str, Any] = {str(name): value for name, value in held.items()}
+    while prefix := next((p for p in _PREFIXES if _all_start(weights, p) and not _all_start(own, p)), ""):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def _all_start(names: Iterable[str], prefix: str) -> bool:
+    return all(name.startswith(prefix) for name in names)
+
+
+def _first(names: list[str], between: str) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return between.join(names[:_NAMED]) + more
