@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -132,7 +132,8 @@ def _check_classes(module: nn.Module, samples: Samples) -> None:
 def save(module: nn.Module, path: Path) -> None:
     """Write the weights to a safetensors file, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}, partial)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
+    partial.write_bytes(serialize(weights))  # safetensors' own writer makes a file that only its owner can read
     os.replace(partial, path)
 
 
