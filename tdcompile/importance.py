@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 
+from tdcompile.errors import InputError
 from tdcompile.plugin import Plugin
 from tdcompile.program import Program
 
@@ -19,3 +21,18 @@ class Importance(Plugin):
         Raises:
             InputError: the score needs data (or labels) that the task does not have.
         """
+
+
+def normalised(scores: Mapping[str, float]) -> dict[str, float]:
+    """Scores of mean 1; all 1.0 where all are zero.
+
+    Raises:
+        InputError: a score is NaN or infinite.
+    """
+    broken = [name for name, score in scores.items() if not math.isfinite(score)]
+    if broken:
+        raise InputError(
+            f"the importance of '{broken[0]}' is not finite: the weights or the data hold a NaN or an infinity"
+        )
+    mean = sum(scores.values()) / max(len(scores), 1)
+    return {name: score / mean if mean > 0 else 1.0 for name, score in scores.items()}

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+
 from tdcompile.errors import InputError
 from tdcompile.facts import Aspect, Fact
 from tdcompile.layer import Refusal
@@ -176,16 +178,19 @@ def pareto(options: Sequence[Candidate], fields: Sequence[str]) -> list[Candidat
     """The candidates that no other one beats in error and in every named field of cost; the dense one is kept.
 
     Args:
-        options: the candidates of one layer, dense first.
+        options: the candidates of one layer, dense first; the order of the others does not matter.
         fields: names of ``Cost`` fields.
     """
 
-    def key(candidate: Candidate) -> tuple[float, ...]:
+    def figures(candidate: Candidate) -> tuple[float, ...]:
         return (candidate.error, *(getattr(candidate.cost, name) for name in fields))
 
-    kept: list[Candidate] = []
-    for option in sorted(options[1:], key=key):
-        figures = key(option)
-        if not any(all(a <= b for a, b in zip(key(better), figures, strict=True)) for better in kept):
+    rest = sorted(options[1:], key=lambda option: (figures(option), option.decomposition, option.ranks))
+    kept = [options[0]]
+    table = np.empty((len(options), 1 + len(fields)))  # one comparison with all kept: a layer has hundreds of options
+    table[0] = figures(options[0])
+    for option in rest:
+        table[len(kept)] = figures(option)
+        if not (table[: len(kept)] <= table[len(kept)]).all(axis=1).any():
             kept.append(option)
-    return [options[0], *kept]
+    return kept

@@ -1,0 +1,29 @@
+"""``analytic``: parameters, multiply-accumulates and bytes by arithmetic; no seconds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tdcompile.layer import Layer
+from tdcompile.target import Cost, CostModel, Target
+
+_BYTES = {"fp32": 4, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Analytic(CostModel):
+    """Parameters, multiply-accumulates and bytes by arithmetic; seconds stay 0.
+
+    Bytes are those of the parameters, the input and the output, each read or written once, at the target's precision.
+    """
+
+    name: ClassVar[str] = "analytic"
+
+    def price(self, layer: Layer, target: Target) -> Cost:
+        """See ``CostModel.price``."""
+        read = layer.in_channels * math.prod(layer.extent)
+        written = layer.out_channels * math.prod(layer.out_extent)
+        moved = _BYTES[target.precision] * (layer.params + read + written)
+        return Cost(params=layer.params, macs=layer.macs, bytes=moved)

@@ -1,0 +1,49 @@
+"""``energy``: every layer keeps the same share of its output's energy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tdcompile.errors import InputError
+from tdcompile.ranks import Candidates, RankPlan, RankSelector
+from tdcompile.selection import first_fit, ladder, limits_of, settle, within_error
+from tdcompile.target import Budget
+
+_ROUNDING = 1e-12  # of 1 - keep, so that an error of exactly the square root is let in
+
+
+@dataclass(frozen=True)
+class Energy(RankSelector):
+    """Every layer keeps at least one share of its output's energy: the cheapest candidate with error² <= 1 - keep.
+
+    Attributes:
+        keep: the share, in (0, 1]; by default the largest that meets the budget. Importances are not used.
+    """
+
+    name: ClassVar[str] = "energy"
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError where ``keep`` is no share."""
+        if self.keep is not None and not 0.0 < self.keep <= 1.0:
+            raise InputError(
+                f"'energy{{keep={self.keep}}}' is not a share in (0, 1]: 0.9 keeps nine tenths of the energy"
+            )
+
+    def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
+        """See ``RankSelector.select``; a given ``keep`` whose plan misses the budget is an error."""
+        limits = limits_of(candidates, budget)
+        ladders = {name: ladder(options, limits) for name, options in candidates.layers.items()}
+        if self.keep is None:
+            keeps = sorted({1.0} | {1 - rung.error**2 for rungs in ladders.values() for rung in rungs}, reverse=True)
+        else:
+            keeps = [self.keep]
+        choices = first_fit(lambda keep: within_error(ladders, _error(keep)), keeps, candidates, limits)
+        return settle(self, candidates, budget, choices)
+
+
+def _error(keep: float) -> float:
+    return math.sqrt(max(1 - keep + _ROUNDING, 0.0))

@@ -1,0 +1,109 @@
+"""``uniform``: one fraction of the full rank for every layer, the largest that the budget allows."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tdcompile.errors import InputError, nearest
+from tdcompile.layer import Refusal
+from tdcompile.ranks import DENSE, Candidate, Candidates, RankPlan, RankSelector, Spectrum, within
+from tdcompile.selection import first_fit, full_ranks, gainful, limits_of, load, settle
+from tdcompile.spec import parse_spec
+from tdcompile.target import Budget
+
+Step = tuple[float, Candidate]
+
+
+@dataclass(frozen=True)
+class Uniform(RankSelector):
+    """One fraction of the full rank for every layer, the largest that meets the budget.
+
+    At the fraction φ a layer takes, of one form's candidates, the one of least error whose ranks are all at most φ
+    times the full ranks; where φ is below them all, the smallest; where that is not cheaper than dense, dense.
+
+    Attributes:
+        form: the decomposition for every layer; ``auto`` takes for each the one with the least error at the share of
+            the layer's own cost that the budget leaves. Importances are not used.
+    """
+
+    name: ClassVar[str] = "uniform"
+    form: str = "auto"
+
+    def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
+        """See ``RankSelector.select``.
+
+        Raises:
+            InputError: no layer has a candidate of the form.
+        """
+        limits = limits_of(candidates, budget)
+        forms = {name: self._form(options, budget) for name, options in candidates.layers.items()}
+        self._known(candidates)
+        steps = {
+            name: _steps(options, forms[name], candidates.spectra.get(name, {}), limits)
+            for name, options in candidates.layers.items()
+        }
+        fractions = sorted({step[0] for rungs in steps.values() for step in rungs} | {1.0}, reverse=True)
+        choices = first_fit(lambda fraction: _at(steps, fraction), fractions, candidates, limits)
+        return settle(self, candidates, budget, choices, reasons=self._reasons(candidates))
+
+    def _form(self, options: Sequence[Candidate], budget: Budget) -> str:
+        if self.form != "auto":
+            return self.form
+        limits = budget.limits(options[0].cost)
+        positive = {field: limit for field, limit in limits.items() if limit > 0}
+        saving = gainful(options, positive)
+        if not saving:
+            return DENSE
+        fitting = [option for option in saving if within(option.cost, limits)]
+        if fitting:
+            return _form_of(min(fitting, key=lambda o: (o.error, load(o.cost, positive), _form_of(o))))
+        return _form_of(min(saving, key=lambda o: (load(o.cost, positive), o.error, _form_of(o))))
+
+    def _known(self, candidates: Candidates) -> None:
+        known = {_form_of(option) for options in candidates.layers.values() for option in options[1:]}
+        if self.form != "auto" and known and self.form not in known:
+            raise InputError(f"'{self.spec()}': no layer has a candidate of '{self.form}': {nearest(self.form, known)}")
+
+    def _reasons(self, candidates: Candidates) -> dict[str, Refusal]:
+        """For the layers that a named form does not apply to, though others do."""
+        return {
+            name: Refusal(name, "other_form", f"'{self.form}' was asked for and does not apply to this layer")
+            for name, options in candidates.layers.items()
+            if self.form != "auto" and len(options) > 1 and all(_form_of(o) != self.form for o in options[1:])
+        }
+
+
+def _form_of(candidate: Candidate) -> str:
+    """The decomposition's name without its options."""
+    return parse_spec(candidate.decomposition).name
+
+
+def _steps(
+    options: Sequence[Candidate], form: str, spectra: Mapping[str, Spectrum], limits: Mapping[str, float]
+) -> list[Step]:
+    """The fractions at which a layer's candidate changes, ascending; dense stands in for one that saves nothing."""
+    family = [option for option in options[1:] if _form_of(option) == form and math.isfinite(option.error)]
+    if not family:
+        return [(0.0, options[0])]
+    full = full_ranks(family, spectra)
+    saving = set(gainful(options, limits))
+    best, steps = math.inf, []
+    for fraction, option in sorted(
+        ((max((r / f for r, f in zip(o.ranks, full, strict=True)), default=1.0), o) for o in family),
+        key=lambda step: (step[0], step[1].error, step[1].ranks),
+    ):
+        if option.error < best:
+            best = option.error
+            steps.append((fraction, option if option in saving else options[0]))
+    return steps
+
+
+def _at(steps: Mapping[str, Sequence[Step]], fraction: float) -> dict[str, Candidate]:
+    return {
+        name: rungs[max(bisect_right(rungs, fraction, key=lambda step: step[0]), 1) - 1][1]
+        for name, rungs in steps.items()
+    }

@@ -1,0 +1,154 @@
+"""``vbmf``: ranks by empirical variational Bayes of the channel unfoldings (Nakajima et al. 2013, Kim et al. 2016)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+
+from tdcompile.errors import InputError
+from tdcompile.layer import Refusal
+from tdcompile.ranks import Candidate, Candidates, RankPlan, RankSelector, Spectrum
+from tdcompile.selection import first_fit, full_ranks, gainful, limits_of, load, settle
+from tdcompile.target import Budget
+
+_STEPS = 64  # of the search over the weakening factor
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class VBMF(RankSelector):
+    """Ranks by empirical variational Bayes of each layer's channel unfoldings; the budget only strengthens them.
+
+    Each rank becomes r_max - w (r_max - r_vbmf), at least 1, and then the nearest candidate from above. A rank that
+    truncates neither unfolding takes the larger of the layer's two fractions, and a form with such ranks alone is
+    taken only where a layer has no other. Importances are not used.
+
+    Attributes:
+        weaken: w in (0, 1]; 1 is the estimate itself, which is far too strong for networks with batch norm. Where
+            the plan misses the budget, w grows towards 1: 0.02 gives the mildest plan that meets it.
+    """
+
+    name: ClassVar[str] = "vbmf"
+    weaken: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises InputError where the factor is outside (0, 1]."""
+        if not 0.0 < self.weaken <= 1.0:
+            raise InputError(f"'vbmf{{weaken={self.weaken}}}' is not in (0, 1]: 1 takes the estimated ranks themselves")
+
+    def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
+        """See ``RankSelector.select``."""
+        limits = limits_of(candidates, budget)
+        estimates = {
+            name: {mode: max(1, evbmf_rank(s.values, s.rows, s.columns)) for mode, s in spectra.items()}
+            for name, spectra in candidates.spectra.items()
+        }
+        factors = [w for w in (step / _STEPS for step in range(1, _STEPS + 1)) if w > self.weaken]
+
+        def plan(w: float) -> dict[str, Candidate]:
+            return {
+                name: _choose(options, candidates.spectra.get(name, {}), estimates.get(name, {}), w, limits)
+                for name, options in candidates.layers.items()
+            }
+
+        choices = first_fit(plan, [self.weaken, *factors], candidates, limits)
+        blind = {
+            name: Refusal(name, "no_spectrum", "the singular values of this layer's unfoldings are not known")
+            for name, options in candidates.layers.items()
+            if len(options) > 1 and not candidates.spectra.get(name)
+        }
+        return settle(self, candidates, budget, choices, reasons=blind)
+
+
+def _choose(
+    options: Sequence[Candidate],
+    spectra: Mapping[str, Spectrum],
+    estimates: Mapping[str, int],
+    w: float,
+    limits: Mapping[str, float],
+) -> Candidate:
+    """The cheapest candidate with no rank below its weakened estimate; dense where none of those is cheaper."""
+    if not spectra:
+        return options[0]
+    full = {mode: min(spectrum.rows, spectrum.columns) for mode, spectrum in spectra.items()}
+    ranks = {mode: max(1, int(full[mode] - w * (full[mode] - estimate))) for mode, estimate in estimates.items()}
+    fraction = max(ranks[mode] / full[mode] for mode in ranks)
+    families: dict[str, list[Candidate]] = {}
+    for option in options[1:]:
+        families.setdefault(option.decomposition, []).append(option)
+    seen = {form for form, family in families.items() if any(mode in ranks for mode in family[0].modes)}
+    lowest = {
+        form: [
+            ranks.get(mode, math.ceil(fraction * largest))
+            for mode, largest in zip(
+                family[0].modes or ("",) * len(family[0].ranks), full_ranks(family, spectra), strict=True
+            )
+        ]
+        for form, family in families.items()
+        if form in seen or not seen
+    }
+    fitting = [
+        option
+        for option in gainful(options, limits)
+        if option.decomposition in lowest
+        and all(rank >= least for rank, least in zip(option.ranks, lowest[option.decomposition], strict=True))
+    ]
+    return min(fitting, key=lambda o: (load(o.cost, limits), o.error, o.decomposition, o.ranks), default=options[0])
+
+
+def evbmf_rank(values: Sequence[float], rows: int, columns: int) -> int:
+    """The rank that empirical variational Bayes matrix factorisation finds; 0 where all is noise.
+
+    With L <= M the sides, α = L/M and the noise variance σ², a singular value s survives where s² > M σ² x̄,
+    x̄ = (1 + τ̄)(1 + α/τ̄), τ̄ = 2.5129 √α. σ² minimises the free energy (Nakajima et al., JMLR 14, 2013, Theorem 2 and
+    Corollary 2), over log σ² and from the best point of a grid: weights have variances that an absolute tolerance
+    on σ² cannot see, and the free energy has a kink wherever a value crosses the threshold.
+
+    Args:
+        values: all singular values; those left out count as zero.
+        rows: of the matrix.
+        columns: of the matrix.
+    """
+    L, M = sorted((rows, columns))
+    alpha = L / M
+    tau_bar = 2.5129 * math.sqrt(alpha)
+    x_bar = (1 + tau_bar) * (1 + alpha / tau_bar)
+    squares = np.zeros(L)
+    given = np.sort(np.square(np.asarray(values, dtype=np.float64)))[::-1][:L]
+    squares[: len(given)] = given
+    if squares[0] == 0:
+        return 0
+    squares[squares < squares[0] * np.finfo(np.float64).eps ** 2] = 0
+    high = squares.sum() / (L * M)
+    tail = squares[max(math.ceil(L / (1 + alpha)) - 1, 0) :]
+    low = max(tail[0] / (M * x_bar), tail.mean() / M, high * np.finfo(np.float64).eps)
+    variance = _noise(squares[squares > 0], L, M, x_bar, min(low, high), high)
+    return int((squares > M * variance * x_bar).sum())
+
+
+def _noise(squares: Floats, L: int, M: int, x_bar: float, low: float, high: float) -> float:
+    """The σ² in [low, high] of least free energy; a zero singular value adds ln σ² to it."""
+    alpha = L / M
+
+    def free_energy(log_variance: float) -> float:
+        x = squares / (M * math.exp(log_variance))
+        noise, signal = x[x <= x_bar], x[x > x_bar]
+        middle = signal - (1 + alpha)
+        tau = (middle + np.sqrt(middle**2 - 4 * alpha)) / 2
+        kept = signal - tau + np.log((tau + 1) / signal) + alpha * np.log(tau / alpha + 1)
+        return float((noise - np.log(noise)).sum() + kept.sum() + (L - len(squares)) * log_variance)
+
+    points = np.linspace(math.log(low), math.log(high), 65)
+    best = int(np.argmin([free_energy(point) for point in points]))
+    bounds = points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)]
+    if bounds[0] >= bounds[1]:
+        return high
+    found = minimize_scalar(free_energy, bounds=bounds, method="bounded", options={"xatol": 1e-9})
+    return math.exp(found.x if found.fun <= free_energy(points[best]) else points[best])

@@ -1,0 +1,55 @@
+"""A small network with all that gets in a score's way: in-place ops, batch norm, a shared module, frozen weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from tdcompile.program import Program
+from tdcompile.task import Batch, Samples, Task
+from tdcompile.trace import trace
+
+
+class Memory(Samples):
+    def __init__(self, x, labels=None):
+        self.x, self.labels = x, labels
+
+    def __len__(self):
+        return len(self.x)
+
+    def batch(self, indices):
+        places = list(indices)
+        return Batch((self.x[places],), None if self.labels is None else self.labels[places])
+
+    @property
+    def classes(self):
+        return None if self.labels is None else int(self.labels.max()) + 1
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.act = nn.ReLU(inplace=True)
+        self.shared = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.dead = nn.Linear(8, 4)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.act(self.norm(self.stem(x)))
+        x = self.act(self.shared(self.act(self.shared(x)))).mean((2, 3))
+        return self.head(x) + 0.0 * self.dead(x).sum()
+
+
+@pytest.fixture
+def memory():
+    return Memory
+
+
+@pytest.fixture
+def program() -> Program:
+    """The network over 40 random samples with labels."""
+    torch.manual_seed(0)
+    program = trace(Net(), (torch.randn(2, 3, 8, 8),))
+    samples = Memory(torch.randn(40, 3, 8, 8), torch.randint(5, (40,)))
+    return program.with_(task=Task(train=samples, calibrate=32))
