@@ -217,7 +217,21 @@ def _simplify(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
         return proto, ["onnxsim changed the model's inputs or outputs: the model is not simplified"]
     del simple.metadata_props[:]  # onnxsim's own log
     simple.metadata_props.extend(proto.metadata_props)
+    _rehome(simple.graph, proto.graph)
     return simple, []
+
+
+def _rehome(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
+    """Name a node that onnxsim made (Gemm of MatMul + Add) by the one module that read the same weights before."""
+    readers: dict[str, set[str]] = {weight.name: set() for weight in old.initializer}
+    for node in old.node:
+        for value in readers.keys() & set(node.input):
+            readers[value].add(node.name.rpartition("/")[0])
+    known = {node.name for node in old.node}
+    for node in new.node:
+        if node.name not in known:
+            modules = set[str]().union(*(readers.get(value, ()) for value in node.input)) - {""}
+            node.name = "/".join([*(modules if len(modules) == 1 else ()), node.name])
 
 
 def _interface(proto: onnx.ModelProto) -> list[bytes]:
