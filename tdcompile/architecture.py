@@ -258,7 +258,9 @@ class _Reader:
 def _shape(tensor: Tensor) -> dict[str, Any]:
     dtype = str(tensor.dtype).removeprefix("torch.")
     parameter = tensor.requires_grad if isinstance(tensor, nn.Parameter) else None
-    return {"shape": list(tensor.shape), "dtype": dtype, "parameter": parameter}
+    shape = {"shape": list(tensor.shape), "dtype": dtype, "parameter": parameter}
+    # Channels-last weights make PyTorch take other kernels, which round otherwise.
+    return shape if tensor.is_contiguous() else shape | {"stride": list(torch.empty_like(tensor).stride())}
 
 
 def _filled(name: str, shape: Mapping[str, Any], tensors: Mapping[str, Tensor] | None) -> Tensor:
@@ -275,6 +277,8 @@ def _filled(name: str, shape: Mapping[str, Any], tensors: Mapping[str, Tensor] |
                 f"the weight '{name}' is {list(tensor.shape)} {tensor.dtype} where the architecture has "
                 f"{shape['shape']} {dtype}"
             )
+        if "stride" in shape:
+            tensor = torch.empty_strided(shape["shape"], shape["stride"], dtype=dtype).copy_(tensor)
     return tensor if shape["parameter"] is None else nn.Parameter(tensor, requires_grad=shape["parameter"])
 
 
