@@ -1,1 +1,60 @@
-"""tdcompile: a tensor-decomposition compiler."""
+"""tdcompile: a PyTorch network in, a smaller, faster, verified ONNX model out.
+
+``compile`` is the whole; ``Pipeline``, ``trace`` and the kinds of pass are for one's own. Names are imported when they
+are first used, so that the command answers ``--help`` without loading torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tdcompile.artifact import load
+    from tdcompile.compiler import Compiled, compile  # the field's word, as in torch.compile
+    from tdcompile.errors import TdcompileError
+    from tdcompile.kinds import AnalysisPass, RewritePass, Rewritten, TunePass
+    from tdcompile.pipeline import Pipeline
+    from tdcompile.program import Program, sites
+    from tdcompile.target import Budget, Target
+    from tdcompile.task import Batch, Samples, Task
+    from tdcompile.trace import trace
+
+_HOMES = {
+    "artifact": ("load",),
+    "compiler": ("Compiled", "compile"),
+    "errors": ("TdcompileError",),
+    "kinds": ("AnalysisPass", "RewritePass", "Rewritten", "TunePass"),
+    "pipeline": ("Pipeline",),
+    "program": ("Program", "sites"),
+    "target": ("Budget", "Target"),
+    "task": ("Batch", "Samples", "Task"),
+    "trace": ("trace",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AnalysisPass",
+    "Batch",
+    "Budget",
+    "Compiled",
+    "Pipeline",
+    "Program",
+    "RewritePass",
+    "Rewritten",
+    "Samples",
+    "Target",
+    "Task",
+    "TdcompileError",
+    "TunePass",
+    "compile",
+    "load",
+    "sites",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'tdcompile' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"tdcompile.{_HOME_OF[name]}"), name)

@@ -57,7 +57,7 @@ class Decomposition(Plugin):
     def errors(
         self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None
     ) -> Sequence[float]:
-        """For all ranks of a space the relative error that ``factorize`` would have, in one go where a spectrum gives it.
+        """For all ranks of a space the relative error of ``factorize``, in one go where a spectrum gives it.
 
         Here the slow way, one factorisation for each; a form with a closed expression overrides it.
         """

@@ -98,8 +98,13 @@ class RewritePass(Pass):
 
 
 class TunePass(Pass):
-    """Changes weights or statistics, not topology."""
+    """Changes weights or statistics, not topology.
 
+    Attributes:
+        trains: whether it trains weights; the accuracy before the first such pass goes into the report.
+    """
+
+    trains: ClassVar[bool] = False
     touches: ClassVar[frozenset[Aspect]] = frozenset({Aspect.WEIGHTS, Aspect.STATISTICS})
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""``Layer``: one convolution or linear layer as plain data, its price in parameters and MACs, and why one is left alone."""
+"""``Layer``: one convolution or linear layer as plain data; ``Refusal``: why one is left alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``Plugin``: what every pass, decomposition, score, selector, cost model and network is; its options are its fields."""
+"""``Plugin``: what every pass, decomposition, score, selector, cost model and network is."""
 
 from __future__ import annotations
 

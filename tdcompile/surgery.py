@@ -1,4 +1,4 @@
-"""Edits of ``torch.fx`` graphs: copies that share or own their tensors, replacing a module, finding what reads a node."""
+"""Edits of ``torch.fx`` graphs: copies that share or own their tensors, replacing and dropping modules."""
 
 from __future__ import annotations
 

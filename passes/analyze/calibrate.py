@@ -118,8 +118,9 @@ def patches_of(layer: Layer, x: Tensor, places: int, generator: torch.Generator)
     axes = len(layer.kernel)
     extent = x.shape[2 : 2 + axes]
     chosen = torch.unravel_index(_draw(math.prod(extent), places, generator), extent)
-    picked = x[(slice(None), slice(None), *chosen)]  # (N, C, places, *kernel)
-    return picked.transpose(1, 2).reshape(-1, layer.in_channels * layer.taps)
+    x = x.movedim(1, axes + 1)  # (N, *extent, C, *kernel)
+    picked = x[(slice(None), *chosen)]  # type: ignore[index]  # (N, places, C, *kernel); a tensor for each axis
+    return picked.reshape(-1, layer.in_channels * layer.taps)
 
 
 def _draw(size: int, places: int, generator: torch.Generator) -> Tensor:

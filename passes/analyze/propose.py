@@ -8,16 +8,15 @@ from typing import ClassVar
 
 import torch
 
-
 from tdcompile.calibration import Baseline, Calibration
 from tdcompile.decomposition import Decomposition
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Layer, Refusal
 from tdcompile.program import Program, Site, parameters_of, sites
-from tdcompile.ranks import DENSE, Candidate, Candidates, Ranks, Spectrum, pareto
+from tdcompile.ranks import DENSE, Candidate, Candidates, Spectrum
 from tdcompile.registry import find, make
-from tdcompile.target import LIMITED, Cost, CostModel, total
+from tdcompile.target import Cost, CostModel, total
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,11 @@ class Propose(AnalysisPass):
         priced = self._price(program, found, options)
         dense = total([candidates[0].cost for candidates in priced.values()])
         return Candidates(
-            {name: tuple(pareto(candidates, self._fields(program))) for name, candidates in priced.items()},
+            {name: tuple(candidates) for name, candidates in priced.items()},
             rest=self._whole(program, dense) - dense,
             spectra={name: _spectra(found[name]) for name in found if name not in refusals},
             refusals=tuple(refusals.values()),
         )
-
-    def _fields(self, program: Program) -> list[str]:
-        return [LIMITED[name] for name in program.budget.shares]
 
     def _candidates(self, program: Program, site: Site, forms: Sequence[Decomposition]) -> list[Candidate]:
         """Every form that applies at every rank of its space, not yet priced."""
@@ -99,7 +95,9 @@ class Propose(AnalysisPass):
             for part in parts:
                 prices[part] += model.price(part, program.target)
         return {
-            name: [replace(c, cost=_cost(chains[name, c.decomposition, c.ranks], prices, found[name])) for c in candidates]
+            name: [
+                replace(c, cost=_cost(chains[name, c.decomposition, c.ranks], prices, found[name])) for c in candidates
+            ]
             for name, candidates in options.items()
         }
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from tdcompile.kinds import Rewritten, RewritePass
+from tdcompile.kinds import RewritePass, Rewritten
 from tdcompile.program import Change, Program
 from tdcompile.surgery import drop_node, module_at
 

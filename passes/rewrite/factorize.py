@@ -8,13 +8,12 @@ from typing import ClassVar
 from torch import Tensor, fx
 
 from tdcompile.calibration import Calibration
-from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError, nearest
 from tdcompile.facts import Fact
-from tdcompile.kinds import Rewritten, RewritePass, tick
-from tdcompile.program import Change, Program, Site, sites
-from tdcompile.ranks import DENSE, Candidate, RankPlan
-from tdcompile.registry import make
+from tdcompile.kinds import RewritePass, Rewritten, tick
+from tdcompile.planfile import check
+from tdcompile.program import Change, Program, sites
+from tdcompile.ranks import DENSE, RankPlan
 from tdcompile.surgery import replace_module
 
 
@@ -48,23 +47,3 @@ class Factorize(RewritePass):
             history.append(Change(name, self.name, f"{choice.decomposition}{list(choice.ranks)}"))
             tick(done, len(replaced), name)
         return Rewritten(graph, history)
-
-
-def check(site: Site, choice: Candidate) -> Decomposition:
-    """The decomposition of a choice, made sure that it fits the layer.
-
-    Raises:
-        InputError: it refuses the layer, or the ranks are not ranks of it.
-    """
-    form = make(Decomposition, choice.decomposition)
-    refusal = form.refuse(site.layer)
-    if refusal is not None:
-        raise InputError(f"the plan wants {choice.decomposition} for '{site.name}': {refusal.reason}")
-    full = form.exact_ranks(site.layer)
-    fits = len(choice.ranks) == len(full) and all(1 <= r <= most for r, most in zip(choice.ranks, full, strict=True))
-    if not fits:
-        raise InputError(
-            f"the plan wants {choice.decomposition}{list(choice.ranks)} for '{site.name}': "
-            f"expected {len(full)} rank(s), each at least 1 and at most {list(full)}"
-        )
-    return form

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from tdcompile.kinds import Rewritten, RewritePass
+from tdcompile.kinds import RewritePass, Rewritten
 from tdcompile.program import Change, Program, sites
 from tdcompile.surgery import calls_of, drop_node, module_at, only_user, parent_of
 
@@ -31,15 +31,23 @@ class FoldBatchnorm(RewritePass):
                 continue
             source = node.args[0]
             layer = module_at(graph, source)
-            if not isinstance(layer, (*_CONVS, nn.Linear)) or only_user(source) is not node:
+            if not isinstance(source, fx.Node) or not isinstance(layer, (*_CONVS, nn.Linear)):
+                continue
+            if only_user(source) is not node:
                 continue
             if len(calls_of(graph, str(source.target))) > 1 or len(calls_of(graph, str(node.target))) > 1:
                 continue  # shared: another call may not be followed by this normalisation
             if isinstance(layer, nn.Linear) and found[str(source.target)].layer.extent:
                 continue  # on (N, L, C) batch norm reads axis 1, which is not the features
-            fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
             parent, leaf = parent_of(graph, str(source.target))
-            setattr(parent, leaf, fuse(layer.eval(), norm.eval()))  # type: ignore[arg-type]  # the pair was checked above
+            setattr(parent, leaf, _fused(layer.eval(), norm.eval()))
             history.append(Change(str(source.target), self.name, f"took in {node.target}"))
             drop_node(graph, node)
         return Rewritten(graph, history)
+
+
+def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    if isinstance(layer, nn.Linear):
+        return fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var]  # any batch norm will do
+    fused: nn.Module = fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var]  # a convolution, as the caller has seen
+    return fused

@@ -46,6 +46,7 @@ class Finetune(TunePass):
     """
 
     name: ClassVar[str] = "finetune"
+    trains: ClassVar[bool] = True
     gives: ClassVar[tuple[type[Fact], ...]] = (Tuning,)
     epochs: float = 5.0
     lr: float | None = None

@@ -1,0 +1,41 @@
+"""``baseline``: the dense network as an ONNX model, batch norm folded, and its latency on the target."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from tdcompile.calibration import Baseline
+from tdcompile.facts import Fact
+from tdcompile.inference import export_folded, timing_inputs
+from tdcompile.kinds import AnalysisPass
+from tdcompile.program import Program
+from tdcompile.runtime import time_models
+
+
+@dataclass(frozen=True)
+class MeasureBaseline(AnalysisPass):
+    """Export the dense network and measure it.
+
+    Attributes:
+        seconds: how long to measure.
+        dynamic_batch: whether the batch dimension is left open.
+    """
+
+    name: ClassVar[str] = "baseline"
+    gives: ClassVar[tuple[type[Fact], ...]] = (Baseline,)
+    seconds: float = 2.0
+    dynamic_batch: bool = True
+
+    def analyze(self, program: Program) -> Baseline:
+        """The median latency of the dense model.
+
+        Raises:
+            UnavailableError: the target's execution provider does not load.
+        """
+        folder = program.workspace or Path(tempfile.mkdtemp(prefix="tdcompile-"))
+        exported = export_folded(program, program.dense, folder / "dense.onnx", dynamic_batch=self.dynamic_batch)
+        timing = time_models([exported.path], timing_inputs(program), program.target, seconds=self.seconds)[0]
+        return Baseline(exported.path, timing.median)

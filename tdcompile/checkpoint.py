@@ -1,0 +1,102 @@
+"""A compilation on disk between two passes: facts as JSON, tensors as safetensors, and which step was the last."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tdcompile.artifact import load_graph, save_weights
+from tdcompile.calibration import Calibration
+from tdcompile.errors import TdcompileError
+from tdcompile.facts import Fact, Facts
+from tdcompile.layer import Moments, Refusal
+from tdcompile.program import Change, Program
+
+log = logging.getLogger("tdcompile")
+_HISTORY: TypeAdapter[tuple[Change | Refusal, ...]] = TypeAdapter(tuple[Change | Refusal, ...])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that holds the last finished step of one compilation.
+
+    Attributes:
+        folder: the folder, made when something is saved.
+        key: what the compilation is: its recipe, network and weights; another one's state is not taken.
+    """
+
+    folder: Path
+    key: str
+
+    def save(self, program: Program, done: int, seconds: dict[str, float]) -> None:
+        """Keep a program after ``done`` steps; the former state stands until this one is complete."""
+        draft = self.folder / f"state.{os.getpid()}"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        facts: dict[str, Any] = {}
+        for fact in program.facts:
+            if isinstance(fact, Calibration):
+                save_file({name: m.second for name, m in fact.moments.items()}, draft / "moments.safetensors")
+                facts["Calibration"] = {
+                    "skipped": dict(fact.skipped),
+                    "samples": fact.samples,
+                    "patches": {name: m.samples for name, m in fact.moments.items()},
+                }
+            else:
+                facts[type(fact).__name__] = TypeAdapter(type(fact)).dump_python(fact, mode="json")
+        if program.graph is not program.dense:
+            save_weights(program.graph, draft / "graph.safetensors", {})
+        history = _HISTORY.dump_python(program.history, mode="json")
+        state = {"key": self.key, "done": done, "facts": facts, "history": history, "seconds": seconds}
+        (draft / "state.json").write_text(json.dumps(state))
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
+        draft.rename(self.folder / "state")
+
+    def restore(self, program: Program) -> tuple[Program, int, dict[str, float]] | None:
+        """The program as it was saved and how many steps are done; None where there is no state of this compilation."""
+        folder = self.folder / "state"
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            if state["key"] != self.key:
+                log.warning("the state in %s is of another compilation: starting anew", self.folder)
+                return None
+            facts = [_fact(name, value, folder) for name, value in state["facts"].items()]
+            graph = program.dense
+            if (folder / "graph.safetensors").exists():
+                graph = load_graph(folder / "graph.safetensors", trusted=_packages(program))
+            history = _HISTORY.validate_python(tuple(state["history"]))
+            restored = replace(program, graph=graph, facts=Facts(*facts), history=history)
+            return restored, int(state["done"]), dict(state["seconds"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, ValidationError, SafetensorError, TdcompileError) as error:
+            log.warning("the state in %s cannot be read (%s): starting anew", self.folder, error)
+            return None
+
+    def drop(self) -> None:
+        """Forget the state: the compilation is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _packages(program: Program) -> tuple[str, ...]:
+    """The packages of the user's own classes: they are imported already, so the state may name them."""
+    return tuple({type(module).__module__ for module in program.dense.modules()})
+
+
+def _fact(name: str, value: dict[str, Any], folder: Path) -> Fact:
+    if name == "Calibration":
+        tensors = load_file(folder / "moments.safetensors")
+        moments = {layer: Moments(tensors[layer], count) for layer, count in value["patches"].items()}
+        return Calibration(moments, value["skipped"], value["samples"])
+    kinds = {kind.__name__: kind for kind in Fact.__subclasses__()}
+    fact: Fact = TypeAdapter(kinds[name]).validate_python(value)
+    return fact

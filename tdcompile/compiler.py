@@ -1,0 +1,272 @@
+"""``compile``: a network in, a verified ONNX model and its report out; the one engine behind command and API."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from tdcompile.artifact import check_out, save_weights, write_folder
+from tdcompile.checkpoint import Checkpoint
+from tdcompile.errors import InputError, nearest
+from tdcompile.kinds import TunePass
+from tdcompile.outcome import measure
+from tdcompile.pipeline import Pipeline, Silent, Watch, run_step
+from tdcompile.planfile import adopt
+from tdcompile.program import Program, sites
+from tdcompile.ranks import RankPlan
+from tdcompile.recipes import Recipe, load_recipe
+from tdcompile.report import Report, render_html
+from tdcompile.runtime import open_session
+from tdcompile.summary import Run, summarise
+from tdcompile.surgery import outputs_of
+from tdcompile.target import Target
+from tdcompile.task import Samples, Task, accuracy
+from tdcompile.trace import trace
+from tdcompile.tuning import key_of
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ``compile`` made.
+
+    Attributes:
+        module: the compiled network in PyTorch, batch norm folded, in eval mode.
+        report: every figure.
+        plan: what became of every layer.
+        folder: holds ``model.onnx`` and ``dense.onnx`` as long as this object lives; ``save`` keeps them.
+    """
+
+    module: fx.GraphModule
+    report: Report
+    plan: RankPlan
+    folder: Path
+    _life: object = field(repr=False, default=None)
+
+    @property
+    def onnx(self) -> Path:
+        """The compiled model's file."""
+        return self.folder / "model.onnx"
+
+    def save(self, out: str | Path, command: Sequence[str] = ()) -> Path:
+        """Write the artefact folder: models, weights, plan, report and manifest; whole or not at all.
+
+        Args:
+            out: the folder; one that exists must be empty or an earlier one of ours.
+            command: the command line, for the manifest.
+
+        Raises:
+            InputError: the folder is somebody else's, or cannot be written.
+        """
+        check_out(Path(out))
+        weights = self.folder / "weights.safetensors"
+        save_weights(self.module, weights, {"source": self.report.source})
+        files: dict[str, bytes | str | Path] = {
+            "model.onnx": self.onnx,
+            "dense.onnx": self.folder / "dense.onnx",
+            "weights.safetensors": weights,
+            "plan.json": self.plan.to_json(),
+            "report.json": self.report.to_json(),
+            "report.html": render_html(self.report),
+        }
+        info = {
+            "versions": self.report.environment,
+            "command": list(command),
+            "seed": self.report.seed,
+            "pipeline": self.report.pipeline,
+        }
+        return write_folder(Path(out), files, info=info)
+
+
+def compile(  # the field's word, as in torch.compile
+    module: nn.Module,
+    inputs: Sequence[Tensor] | Tensor,
+    *,
+    data: Task | Samples | tuple[Samples, Samples | None] | None = None,
+    recipe: str | Recipe | None = None,
+    workspace: Path | None = None,
+    resume: bool = False,
+    watch: Watch | None = None,
+    **options: Any,
+) -> Compiled:
+    """Compile a network: trace, choose forms and ranks, factorise, tune, export, verify, measure.
+
+    Args:
+        module: the network; it is not changed.
+        inputs: example inputs in the order of ``forward``'s arguments.
+        data: training samples, or (training, test) samples, or a whole ``Task``; everything runs without.
+        recipe: a shipped recipe's name, a TOML file, or a ``Recipe``; ``options`` override it.
+        workspace: a folder that keeps the state between passes, removed at the end; none by default.
+        resume: go on from the state in the workspace where it is of this very compilation.
+        watch: told of every pass.
+        **options: fields of ``Recipe``: ``budget={"latency": 0.5}``, ``target="cpu"``, ``tune="epochs=5"``, ...
+
+    Raises:
+        InputError: something given cannot be used.
+        BudgetError: no plan meets the budget.
+        ParityError: an exported model does not compute what its PyTorch network computes.
+        UnavailableError: the target's execution provider does not load.
+    """
+    start = time.perf_counter()
+    chosen = resolve(recipe, options)
+    pipeline = chosen.steps()
+    program = prepare(module, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), data, chosen)
+    pipeline.check(program.facts)
+    life = tempfile.TemporaryDirectory(prefix="tdcompile-")
+    folder = Path(life.name)
+    driver = _Driver(
+        pipeline,
+        watch or Silent(),
+        Checkpoint(workspace, _key(program, chosen)) if workspace else None,
+        {"trace": time.perf_counter() - start},
+    )
+    program = driver.run(program.with_(workspace=workspace or folder), resume)
+    began = time.perf_counter()
+    outcome = measure(
+        program,
+        folder,
+        dynamic_batch=chosen.dynamic_batch,
+        stamp={"producer": f"tdcompile {version('tdcompile')}", "source": chosen.source or "", "plan": _stamp(program)},
+    )
+    seconds = {**driver.seconds, "verify": time.perf_counter() - began}
+    before = outcome.compiled.accuracy if driver.before_tuning is None else driver.before_tuning
+    run = Run(str(pipeline), seconds, time.perf_counter() - start, before)
+    report = summarise(program, chosen, outcome, run)
+    if driver.checkpoint:
+        driver.checkpoint.drop()
+    return Compiled(outcome.compiled.module, report, program.facts[RankPlan], folder, life)
+
+
+def resolve(recipe: str | Recipe | None, options: Mapping[str, Any]) -> Recipe:
+    """One recipe out of a recipe and the options that override it.
+
+    Raises:
+        InputError: an unknown recipe or option, or a value of the wrong kind.
+    """
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    if isinstance(recipe, Recipe):
+        return load_recipe(None, {**recipe.model_dump(), **given})
+    return load_recipe(recipe, given)
+
+
+def prepare(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    data: Task | Samples | tuple[Samples, Samples | None] | None,
+    recipe: Recipe,
+) -> Program:
+    """The program that the passes of a recipe run on.
+
+    Raises:
+        InputError: wrong inputs, weights with NaN, a pattern that matches no layer, a plan for another network.
+        UnavailableError: the target's execution provider does not load.
+    """
+    target = recipe.device()
+    budget = recipe.shares()
+    _prove(target)
+    program = trace(module, inputs)
+    program = program.with_(task=_task(data, recipe), target=target, budget=budget, seed=recipe.seed)
+    program = program.with_(keep_dense=_kept(program, recipe.keep_dense))
+    _check_labels(program)
+    return adopt(program, Path(recipe.plan)) if recipe.plan else program
+
+
+@dataclass
+class _Driver:
+    """Runs the steps, times them, keeps the state after each, and tests the network before the first training pass."""
+
+    pipeline: Pipeline
+    watch: Watch
+    checkpoint: Checkpoint | None
+    seconds: dict[str, float]
+    before_tuning: float | None = None
+
+    def run(self, program: Program, resume: bool) -> Program:
+        done = 0
+        if self.checkpoint and resume and (restored := self.checkpoint.restore(program)):
+            program, done, self.seconds = restored
+        steps = self.pipeline.steps
+        for position in range(done, len(steps)):
+            step = steps[position]
+            if isinstance(step, TunePass) and step.trains and self.before_tuning is None:
+                self.before_tuning = accuracy(program.graph, program.task.test, program.task.evaluate)
+            began = time.perf_counter()
+            program = run_step(step, program, self.watch, position, len(steps))
+            self.seconds[step.name] = self.seconds.get(step.name, 0.0) + time.perf_counter() - began
+            if self.checkpoint:
+                self.checkpoint.save(program, position + 1, self.seconds)
+        return program
+
+
+def _task(data: Task | Samples | tuple[Samples, Samples | None] | None, recipe: Recipe) -> Task:
+    if isinstance(data, Task):
+        return data
+    train, test = data if isinstance(data, tuple) else (data, None)
+    return Task(train, test, recipe.calibrate, recipe.eval, recipe.data or ("given" if train else "none"))
+
+
+def _kept(program: Program, patterns: Sequence[str]) -> dict[str, str]:
+    """The layers that patterns leave dense.
+
+    Raises:
+        InputError: a pattern matches no layer.
+    """
+    found = sites(program)
+    kept: dict[str, str] = {}
+    for pattern in patterns:
+        matched = fnmatch.filter(found, pattern)
+        if not matched:
+            raise InputError(f"--keep-dense '{pattern}' matches no layer: {nearest(pattern, found)}")
+        kept |= dict.fromkeys(matched, f"left alone as asked by '{pattern}'")
+    return kept
+
+
+def _check_labels(program: Program) -> None:
+    """Labels must be classes that the network has.
+
+    Raises:
+        InputError: there are more classes than outputs.
+    """
+    classes = max((s.classes or 0 for s in (program.task.train, program.task.test) if s is not None), default=0)
+    if not classes:
+        return
+    scores = outputs_of(program.graph, program.inputs)[0]
+    if scores.dim() != 2 or classes > scores.shape[1]:
+        shape = "x".join(map(str, scores.shape))
+        raise InputError(
+            f"the labels go up to {classes - 1}, and the network's output is {shape}: expected a score for each class"
+        )
+
+
+def _prove(target: Target) -> None:
+    """Open a session on the smallest of models: whether the provider loads is known before any work.
+
+    Raises:
+        UnavailableError: it does not.
+    """
+    from onnx import TensorProto, helper  # needed in this one place
+
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    open_session(model.SerializeToString(), target)
+
+
+def _stamp(program: Program) -> str:
+    plan = program.facts[RankPlan]
+    return json.dumps({name: [choice.decomposition, *choice.ranks] for name, choice in plan.choices.items()})
+
+
+def _key(program: Program, recipe: Recipe) -> str:
+    """What makes two compilations the same one: recipe, network, weights, data source."""
+    text = f"{recipe.model_dump_json()}|{program.dense.code}|{key_of([program.dense])}|{program.task.source}"
+    return hashlib.sha256(text.encode()).hexdigest()

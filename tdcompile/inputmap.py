@@ -1,0 +1,124 @@
+"""W ≈ G B with few inputs: a map A of the inputs, alike for all taps, and the least-squares core G in the metric of S.
+
+A weight ``flat`` is ``(T, G·K)`` with K taps for each of G groups of inputs; S is the second moment of its input, None
+the identity. An input map A, ``(G, r)``, has orthonormal columns, and B = Aᵀ ⊗ I_K is ordered by component: the first
+r'·K rows of B belong to the first r' components. Hence one Cholesky factor of B S Bᵀ holds those of all smaller ranks
+as its leading blocks, and one regression the errors of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tdcompile.linalg import cholesky, leading, ridge, unfold
+
+
+def input_map(flat: Tensor, second: Tensor | None, taps: int, rank: int) -> Tensor:
+    """A, ``(G, rank)``: the row space of the leading output directions, were S a Kronecker product S_c ⊗ R.
+
+    S_c = L Lᵀ is the mean over taps of S's G x G blocks, R the mean over groups of its K x K blocks. With Z the leading
+    left singular vectors of Lᵀ W_(G) (I ⊗ R^½), the map is Zᵀ L⁻¹, made orthonormal in order, so that it stays nested:
+    the first r' columns serve rank r'. R matters: neighbouring taps see nearly the same, and what they agree on weighs
+    most.
+    """
+    groups = flat.shape[1] // taps
+    by_group = flat.reshape(-1, groups, taps)
+    if second is None:
+        return leading(unfold(by_group, 1), None, rank)
+    blocks = second.reshape(groups, taps, groups, taps)
+    between_groups = torch.einsum("gkhk->gh", blocks) / taps
+    between_taps = torch.einsum("gkgl->kl", blocks) / groups
+    root = cholesky(between_groups, ridge(second))
+    weighted = unfold(by_group @ cholesky(between_taps, ridge(second)), 1)
+    vectors = leading(root.T @ weighted, None, rank)
+    basis: Tensor = torch.linalg.qr(torch.linalg.solve_triangular(root.T, vectors, upper=True)).Q
+    return basis
+
+
+def mapped(flat: Tensor, basis: Tensor) -> Tensor:
+    """``flat`` Bᵀ, ``(T, r·K)``."""
+    return torch.einsum("tgk,gi->tik", flat.reshape(len(flat), len(basis), -1), basis).flatten(1)
+
+
+def regress(flat: Tensor, second: Tensor | None, basis: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Y and L with G = Y L⁻¹ the least-squares core of W ≈ G B, L Lᵀ = B (S + ridge) Bᵀ, Y = W (S + ridge) Bᵀ L⁻ᵀ.
+
+    Y is the output that B explains, in coordinates of unit variance. Without S the core is Y itself and L None.
+    """
+    if second is None:
+        return mapped(flat, basis), None
+    groups, taps = len(basis), flat.shape[1] // len(basis)
+    extra = ridge(second)
+    half = torch.einsum("gi,gkhl->ikhl", basis, second.reshape(groups, taps, groups, taps))
+    normal = torch.einsum("ikhl,hj->ikjl", half, basis).flatten(2).flatten(0, 1)
+    root = cholesky(normal, extra)
+    cross = mapped(flat @ second + extra * flat, basis)
+    explained: Tensor = torch.linalg.solve_triangular(root, cross.T, upper=False).T
+    return explained, root
+
+
+def settle(explained: Tensor, root: Tensor | None) -> Tensor:
+    """The core G = Y L⁻¹ of a regression."""
+    if root is None:
+        return explained
+    core: Tensor = torch.linalg.solve_triangular(root, explained, upper=False, left=False)
+    return core
+
+
+def core_of(flat: Tensor, second: Tensor | None, basis: Tensor) -> Tensor:
+    """G, ``(T, r·K)``: the least-squares core of W ≈ G B in the metric of S; exact where B spans everything."""
+    if basis.shape[0] == basis.shape[1]:
+        return mapped(flat, basis)
+    return settle(*regress(flat, second, basis))
+
+
+def residuals(flat: Tensor, second: Tensor | None, basis: Tensor, levels: Sequence[int]) -> Tensor:
+    """For each row of ``flat`` and each level r the energy of W − G B in the metric of S, ``(T, levels)``.
+
+    G is ``core_of`` with the first r columns of A. Row by row the regression explains ‖Y[:, :r·K]‖² of the energy with
+    the ridge, and the ridge's own share, ridge·‖w − g B‖², comes off; the cores of all levels grow by adding blocks.
+    """
+    taps = flat.shape[1] // len(basis)
+    explained, root = regress(flat, second, basis)
+    norms = flat.square().sum(1)
+    if root is None or second is None:
+        return (norms[:, None] - explained.square().cumsum(1)[:, [r * taps - 1 for r in levels]]).clamp(min=0)
+    extra, own, cross = ridge(second), ((flat @ second) * flat).sum(1), mapped(flat, basis)
+    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
+    core, start, found = torch.zeros_like(explained), 0, []
+    for stop in (r * taps for r in levels):
+        core[:, :stop] += explained[:, start:stop] @ inverse[start:stop, :stop]
+        gap = (core * (core - 2 * cross)).sum(1)  # ‖w − g B‖² − ‖w‖²
+        found.append(own - explained[:, :stop].square().sum(1) - extra * gap)
+        start = stop
+    return torch.stack(found, 1).clamp(min=0)
+
+
+def refine(flat: Tensor, second: Tensor, core: Tensor, basis: Tensor, steps: int) -> Tensor:
+    """The input map after some conjugate-gradient steps on ‖(W − G B)(S + ridge)^½‖² with the core G held."""
+    groups, rank = basis.shape
+    kernel, extra = core.reshape(len(core), rank, -1), ridge(second)
+
+    def pull(residual: Tensor) -> Tensor:
+        weighted = residual @ second + extra * residual
+        return torch.einsum("tgk,tik->gi", weighted.reshape(len(flat), groups, -1), kernel)
+
+    def push(change: Tensor) -> Tensor:
+        return torch.einsum("tik,gi->tgk", kernel, change).flatten(1)
+
+    downhill = pull(flat - push(basis))
+    direction, slope = downhill, downhill.square().sum()
+    for _ in range(steps):
+        bent = pull(push(direction))
+        curvature = (direction * bent).sum()
+        if not curvature > 0:  # nothing left to gain
+            break
+        basis = basis + slope / curvature * direction
+        downhill = downhill - slope / curvature * bent
+        previous, slope = slope, downhill.square().sum()
+        direction = downhill + slope / previous * direction
+    orthonormal: Tensor = torch.linalg.qr(basis).Q
+    return orthonormal

@@ -1,0 +1,220 @@
+"""CP by alternating least squares and the tensor train by SVD; the one file that calls tensorly, and no layers here.
+
+tensorly keeps its backend in a global, so every call sits in ``backend_context``. Its ``parafac`` is not used: for the
+short mode of a convolution it forms a Khatri-Rao product of T·C rows, gigabytes where a sweep here needs megabytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import cast
+
+import tensorly as tl
+import torch
+from tensorly.decomposition import tensor_train
+from torch import Tensor
+
+# Weight of the old factor in each least-squares update: it keeps the system solvable, and the error still only falls.
+PROXIMAL = 1e-8
+# Norm of the components over the norm of the tensor from which a CP counts as degenerate (Phan et al. 2020).
+DEGENERATE = 10.0
+# Matrices with a shorter side above the first are sketched where so many times fewer singular vectors are wanted,
+# with so many probes more than vectors and so many power iterations.
+SKETCHED, SKETCHED_SHARE, OVERSAMPLED, POWERS = 1024, 4, 16, 2
+
+
+@torch.no_grad()
+def cp_als(tensor: Tensor, start: Sequence[Tensor], sweeps: int, tolerance: float = 1e-5) -> list[Tensor]:
+    """A CP approximation: factors ``(I_n, rank)``, float64, the norm of each component spread equally over them.
+
+    Components that grow large and cancel each other are fitted again with a growing Tikhonov term.
+
+    Args:
+        tensor: ``(T, C, k1, k2, ...)``, the long modes first.
+        start: factors to start from (``slice_start``).
+        sweeps: the most passes over all modes.
+        tolerance: stop when a sweep lowers the squared relative error by less.
+    """
+    tensor, size = tensor.double(), float(tensor.double().norm())
+    for ridge in (0.0, 1e-3, 1e-2, 1e-1):
+        factors, residual = balanced(start), math.inf
+        for _ in range(sweeps):
+            factors, left = _sweep(tensor, factors, ridge)
+            if residual - left <= tolerance * size**2:
+                break
+            residual = left
+        if component_norm(factors) <= DEGENERATE * size:
+            break
+    return factors
+
+
+@torch.no_grad()
+def slice_start(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A CP from the SVDs of all T x C slices: what each rank leaves, and the factors, strongest component first.
+
+    The short modes are first rotated to their HOSVD bases, where few slices hold most of the energy. A singular
+    pair u, v of slice (i, j, ...) has the columns i, j, ... of those bases as its other factors, so the first r pairs
+    are a CP of rank r; all of them together are exact.
+
+    Returns:
+        The relative error at each rank from 0 on, and the factors with all components.
+    """
+    tensor = tensor.double()
+    short = list(range(2, tensor.ndim))
+    with tl.backend_context("pytorch"):
+        bases = [_basis(tl.unfold(tensor, mode)) for mode in short]
+        slices = tl.tenalg.multi_mode_dot(tensor, bases, modes=short, transpose=True).flatten(2).permute(2, 0, 1)
+    tall = slices if slices.shape[1] >= slices.shape[2] else slices.mT
+    squares, narrow = torch.linalg.eigh(tall.mT @ tall)
+    order = squares.flatten().argsort(descending=True, stable=True)
+    row, column = order // narrow.shape[2], order % narrow.shape[2]
+    long = [(tall @ narrow)[row, :, column].T, narrow[row, :, column].T]
+    tails = [base[:, at] for base, at in zip(bases, torch.unravel_index(row, tensor.shape[2:]), strict=True)]
+    kept = squares.clamp_min(0).flatten()[order].cumsum(0)
+    left = 1 - torch.cat([kept.new_zeros(1), kept]) / kept[-1].clamp_min(torch.finfo(kept.dtype).tiny)
+    return left.clamp_min(0).sqrt(), [*(long if tall is slices else long[::-1]), *tails]
+
+
+@torch.no_grad()
+def cp_exact(tensor: Tensor, rank: int) -> list[Tensor]:
+    """An exact CP by construction: one component, unit vectors but for the longest mode, for each entry of the others.
+
+    Args:
+        tensor: of any shape.
+        rank: at least the product of all extents but the largest; the rest is filled with zeros.
+    """
+    tensor = tensor.double()
+    free = max(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
+    fibres = tensor.movedim(free, 0).flatten(1)
+    others = [size for mode, size in enumerate(tensor.shape) if mode != free]
+    positions = torch.unravel_index(torch.arange(fibres.shape[1], device=tensor.device), others)
+    factors = [
+        torch.eye(n, dtype=tensor.dtype, device=tensor.device)[:, p] for n, p in zip(others, positions, strict=True)
+    ]
+    factors.insert(free, fibres)
+    return balanced([torch.nn.functional.pad(factor, (0, rank - fibres.shape[1])) for factor in factors])
+
+
+def cp_compose(factors: Sequence[Tensor]) -> Tensor:
+    """The tensor that CP factors ``(I_n, rank)`` stand for."""
+    with tl.backend_context("pytorch"):
+        return cast(Tensor, tl.cp_to_tensor((None, list(factors))))
+
+
+def columns_product(factors: Sequence[Tensor]) -> Tensor:
+    """Khatri-Rao product: ``(I_1·I_2·..., rank)``, the last index running fastest."""
+    if len(factors) == 1:
+        return factors[0]
+    with tl.backend_context("pytorch"):
+        return cast(Tensor, tl.tenalg.khatri_rao(list(factors)))
+
+
+def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The same CP with the norm of each component spread equally over the modes; unequal ones diverge in training."""
+    norms = torch.stack([factor.norm(dim=0) for factor in factors])
+    scale = norms.prod(0) ** (1 / len(factors)) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return [factor * s for factor, s in zip(factors, scale, strict=True)]
+
+
+def component_norm(factors: Sequence[Tensor]) -> float:
+    """sqrt(Σ λ_r²), λ_r the norm of component r; far above the tensor's norm where components cancel."""
+    return float(torch.stack([factor.norm(dim=0) for factor in factors]).prod(0).norm())
+
+
+@torch.no_grad()
+def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    """Tensor-train cores ``(r_{k-1}, I_k, r_k)``, float64, orthonormal from the left, the scale in the last.
+
+    Args:
+        tensor: of any shape.
+        ranks: the bonds between the modes; none above what its unfolding can have after those before it.
+    """
+    with tl.backend_context("pytorch"):
+        return list(tensor_train(tensor.double(), [1, *ranks, 1], svd=_left_svd).factors)
+
+
+def tt_compose(cores: Sequence[Tensor]) -> Tensor:
+    """The tensor that tensor-train cores stand for."""
+    with tl.backend_context("pytorch"):
+        return cast(Tensor, tl.tt_to_tensor(list(cores)))
+
+
+def share_bond(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Two neighbouring cores with the norms on either side of each index of their bond made equal."""
+    tiny = torch.finfo(left.dtype).tiny
+    before, after = left.flatten(0, -2).norm(dim=0), right.flatten(1).norm(dim=1)
+    scale = torch.where((before > tiny) & (after > tiny), (after / before.clamp_min(tiny)).sqrt(), 1.0)
+    scale = scale.clamp_min(tiny)
+    return left * scale, right / scale.reshape(-1, *[1] * (right.ndim - 1))
+
+
+def tail(matrix: Tensor, most: int) -> Tensor:
+    """Energy Σ_{i>r} σ_i² that a matrix's best approximation of rank r leaves, for r from 0 to ``most``, float64."""
+    kept = (_leading(matrix.double(), most).T @ matrix.double()).square().sum(1).cumsum(0)
+    return (matrix.double().square().sum() - torch.cat([kept.new_zeros(1), kept])).clamp_min(0)
+
+
+def _sweep(tensor: Tensor, factors: Sequence[Tensor], ridge: float) -> tuple[list[Tensor], float]:
+    """One pass over all modes, and the squared error after it; two products with the tensor in all."""
+    A, B, *short = factors
+    flat, rank = tensor.flatten(1), A.shape[1]
+    grams = [factor.T @ factor for factor in factors]
+    # Both B and the short modes need the tensor times the old A: once for all, (K, C, rank).
+    outer = (flat.T @ A).reshape(B.shape[0], -1, rank).movedim(1, 0)
+    inner = (outer * B).sum(1).reshape(*tensor.shape[2:], rank)
+    for i, old in enumerate(short):
+        others = [_along(short[j], j, len(short)) for j in range(len(short)) if j != i]
+        product = reduce(torch.mul, others, inner).movedim(i, 0).reshape(len(old), -1, rank).sum(1)
+        short[i] = _solve(product, reduce(torch.mul, grams[: i + 2] + grams[i + 3 :]), old, ridge)
+        grams[i + 2] = short[i].T @ short[i]
+    taps = columns_product(short)
+    B = _solve((outer * taps.unsqueeze(1)).sum(0), reduce(torch.mul, grams[2:], grams[0]), B, ridge)
+    grams[1] = B.T @ B
+    product, gram = flat @ columns_product([B, taps]), reduce(torch.mul, grams[1:])
+    A = _solve(product, gram, A, ridge)
+    left = float(flat.square().sum() - 2 * (product * A).sum() + (gram * (A.T @ A)).sum())
+    return balanced([A, B, *short]), left
+
+
+def _along(factor: Tensor, mode: int, modes: int) -> Tensor:
+    """``(k, rank)`` as ``(1, ..., k, ..., 1, rank)``, with k at that mode."""
+    return factor.reshape(*[1] * mode, len(factor), *[1] * (modes - mode - 1), -1)
+
+
+def _solve(product: Tensor, gram: Tensor, old: Tensor, ridge: float) -> Tensor:
+    """min_X ‖unfolding − X Zᵀ‖² + p‖X − old‖² + ridge‖X‖² from ``product`` = unfolding·Z and ``gram`` = ZᵀZ."""
+    mean = float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny ** 0.5
+    system = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (mean * (PROXIMAL + ridge))
+    found: Tensor = torch.cholesky_solve((product + mean * PROXIMAL * old).T, torch.linalg.cholesky(system)).T
+    return found
+
+
+def _basis(matrix: Tensor) -> Tensor:
+    """Left singular vectors of a wide matrix, strongest first; all of them."""
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1]
+    return vectors.flip(1)
+
+
+def _left_svd(matrix: Tensor, n_eigenvecs: int, **_: object) -> tuple[Tensor, Tensor, Tensor]:
+    """U, ones and Uᵀ·matrix: all that tensorly's TT-SVD needs of an SVD, as it only multiplies the last two."""
+    left = _leading(matrix, n_eigenvecs)
+    return left, left.new_ones(n_eigenvecs), left.T @ matrix
+
+
+def _leading(matrix: Tensor, count: int) -> Tensor:
+    """The first left singular vectors; of a large matrix by a sketch of fixed seed (Halko et al. 2011, alg. 4.4)."""
+    rows, columns = matrix.shape
+    turned: Tensor
+    if min(rows, columns) > SKETCHED and SKETCHED_SHARE * count < min(rows, columns):
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(columns, count + OVERSAMPLED, dtype=matrix.dtype, generator=generator).to(matrix.device)
+        turned = torch.linalg.qr(matrix @ probes)[0]
+        for _ in range(POWERS):
+            turned = torch.linalg.qr(matrix @ (matrix.T @ turned))[0]
+        return turned @ _basis(turned.T @ matrix)[:, :count]
+    if rows <= columns:
+        return _basis(matrix)[:, :count]
+    turned, small = torch.linalg.qr(matrix)
+    return turned @ _basis(small)[:, :count]

@@ -1,0 +1,104 @@
+"""``measure``: the compiled and the dense network exported, verified and measured side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+from tdcompile.attribution import layer_seconds
+from tdcompile.export import Exported
+from tdcompile.inference import export_folded, folded, timing_inputs
+from tdcompile.program import Program, sites_of
+from tdcompile.ranks import RankPlan
+from tdcompile.runtime import Timing, time_models
+from tdcompile.surgery import outputs_of
+from tdcompile.task import accuracy
+from tdcompile.validate import Parity, check_parity
+
+
+@dataclass(frozen=True)
+class Network:
+    """One of the two networks, measured.
+
+    Attributes:
+        macs: of one sample, in convolutions and linear layers.
+        layer_seconds: of each layer of the dense network, inside this model's graph.
+        accuracy: on the test samples; None without labels.
+    """
+
+    module: fx.GraphModule
+    exported: Exported
+    params: int
+    macs: int
+    parity: Parity
+    timing: Timing
+    layer_seconds: Mapping[str, float]
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Both networks and how far apart their outputs are: the approximation error, relative to the largest output."""
+
+    dense: Network
+    compiled: Network
+    approximation: tuple[float, float]
+
+
+def measure(
+    program: Program, folder: Path, *, dynamic_batch: bool, stamp: Mapping[str, str], seconds: float = 4.0
+) -> Outcome:
+    """Export both networks, verify each against its PyTorch graph in onnxruntime, time them interleaved, test them.
+
+    Args:
+        folder: where the models are written.
+        seconds: how long the two are timed.
+        stamp: what goes into the models' metadata.
+
+    Raises:
+        ParityError: a model does not compute what its PyTorch graph computes.
+    """
+    dense_graph, compiled_graph = folded(program, program.dense), folded(program, program.graph)
+    plan = program.facts.get(RankPlan)
+    names = list(plan.choices) if plan else []
+    exports = [
+        export_folded(program, graph, folder / name, dynamic_batch=dynamic_batch, metadata={**stamp, "model": role})
+        for graph, name, role in ((dense_graph, "dense.onnx", "dense"), (compiled_graph, "model.onnx", "compiled"))
+    ]
+    paths, inputs = [exported.path for exported in exports], timing_inputs(program)
+    parities = [
+        check_parity(path, graph, program.inputs, program.target, seed=program.seed)
+        for path, graph in zip(paths, (dense_graph, compiled_graph), strict=True)
+    ]
+    timings = time_models(paths, inputs, program.target, seconds=seconds)
+    task = program.task
+    networks = [
+        Network(
+            module=graph,
+            exported=exported,
+            params=sum(p.numel() for p in graph.parameters()),
+            macs=sum(call.macs for site in sites_of(graph, program.inputs).values() for call in site.calls),
+            parity=parity,
+            timing=timing,
+            layer_seconds=layer_seconds(exported.path, names, inputs, program.target) if names else {},
+            accuracy=accuracy(graph, task.test, task.evaluate),
+        )
+        for graph, exported, parity, timing in zip(
+            (dense_graph, compiled_graph), exports, parities, timings, strict=True
+        )
+    ]
+    return Outcome(networks[0], networks[1], _approximation(dense_graph, compiled_graph, program))
+
+
+@torch.no_grad()
+def _approximation(dense: nn.Module, compiled: nn.Module, program: Program) -> tuple[float, float]:
+    """Largest difference of the outputs, absolute and in relation to the largest dense output, on real data if any."""
+    samples = program.task.test or program.task.train
+    inputs = next(samples.batches(64)).inputs if samples is not None else program.inputs
+    pairs = list(zip(outputs_of(dense, inputs), outputs_of(compiled, inputs), strict=True))
+    worst = max(float((a - b).abs().max()) for a, b in pairs)
+    return worst, worst / max(max(float(a.abs().max()) for a, _ in pairs), torch.finfo(torch.float32).tiny)

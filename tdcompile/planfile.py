@@ -1,0 +1,65 @@
+"""``adopt``: take a plan from a file, edited by hand or not, for the network at hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from tdcompile.decomposition import Decomposition
+from tdcompile.errors import InputError, nearest
+from tdcompile.layer import Refusal
+from tdcompile.program import Program, Site, sites
+from tdcompile.ranks import DENSE, Candidate, RankPlan
+from tdcompile.registry import make
+from tdcompile.target import Cost
+
+
+def adopt(program: Program, path: Path) -> Program:
+    """The program with the plan of a file as a fact; layers that it does not mention stay dense.
+
+    Raises:
+        InputError: no such file, no plan in it, or the plan is for another network: it names a layer that is not
+            there, a form that refuses its layer, or ranks that the layer does not have.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the plan {path} cannot be read: {error}") from error
+    plan, found = RankPlan.from_json(text, str(path)), sites(program)
+    for name in plan.choices:
+        if name not in found:
+            raise InputError(f"{path} is for another network: it has no layer '{name}'; {nearest(name, found)}")
+    reasons = dict(plan.reasons)
+    choices = {}
+    for name, site in found.items():
+        choice = plan.choices.get(name, Candidate(DENSE, (), 0.0, Cost()))
+        if name in program.keep_dense:
+            choice = replace(choice, decomposition=DENSE, ranks=())
+            reasons[name] = Refusal(name, "excluded_by_user", program.keep_dense[name])
+        elif choice.decomposition != DENSE:
+            check(site, choice)
+            reasons.pop(name, None)
+        elif name not in reasons:
+            reasons[name] = Refusal(name, "dense_in_plan", f"{path.name} leaves it dense")
+        choices[name] = choice
+    return program.with_(facts=program.facts.having(replace(plan, choices=choices, reasons=reasons)))
+
+
+def check(site: Site, choice: Candidate) -> Decomposition:
+    """The decomposition of a choice, made sure that it fits the layer.
+
+    Raises:
+        InputError: it refuses the layer, or the ranks are not ranks of it.
+    """
+    form = make(Decomposition, choice.decomposition)
+    refusal = form.refuse(site.layer)
+    if refusal is not None:
+        raise InputError(f"the plan wants {choice.decomposition} for '{site.name}': {refusal.reason}")
+    full = form.exact_ranks(site.layer)
+    fits = len(choice.ranks) == len(full) and all(1 <= r <= most for r, most in zip(choice.ranks, full, strict=True))
+    if not fits:
+        raise InputError(
+            f"the plan wants {choice.decomposition}{list(choice.ranks)} for '{site.name}': "
+            f"expected {len(full)} rank(s), each at least 1 and at most {list(full)}"
+        )
+    return form

@@ -1,0 +1,144 @@
+"""What the CP forms of a convolution share: a 1x1 to r channels, depthwise layers on them, a 1x1 to the output."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tdcompile.anchors import anchored, spread
+from tdcompile.decomposition import Decomposition
+from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.metric import OutputMetric
+from tdcompile.multilinear import balanced, columns_product, cp_als, cp_compose, cp_exact, slice_start
+from tdcompile.ranks import Ranks
+
+# How many ranks are proposed, the exact one included, and how many of them at least are factorised for an estimate.
+MEMBERS, ANCHORS = 12, 4
+# Alternating least squares stops at so many sweeps, or earlier where it would take more operations than these: a
+# factorisation is made for the chosen layers, an estimate (of that many anchors) for every layer of a network.
+SWEEPS, FACTORIZE, ESTIMATE = 30, 3e10, 6e9
+
+
+class Polyadic(Decomposition):
+    """W[t, c, k...] ≈ Σ_r A[t, r] B[c, r] D[k, r]...: a CP of the tensor that ``tensor_shape`` makes of the weight."""
+
+    modes: ClassVar[tuple[str, ...]] = ("",)
+
+    @abstractmethod
+    def tensor_shape(self, layer: Layer) -> tuple[int, ...]:
+        """``(T, C, ...)``, then one mode for each depthwise layer."""
+
+    def refuse(self, layer: Layer) -> Refusal | None:
+        """Ungrouped convolutions with more than one tap are accepted."""
+        if layer.kind != "conv":
+            return Refusal("", "kind", f"{self.name} is a form of convolutions")
+        if layer.groups > 1:
+            code = "depthwise" if layer.depthwise else "grouped"
+            return Refusal("", code, f"{self.name} needs a convolution that mixes all its channels")
+        if layer.pointwise:
+            return Refusal("", "pointwise", f"{self.name} needs a kernel of more than one tap")
+        return None
+
+    def exact_ranks(self, layer: Layer) -> Ranks:
+        """The product of all modes but the longest."""
+        shape = self.tensor_shape(layer)
+        return (math.prod(shape) // max(shape),)
+
+    def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
+        """Geometric from the grain to the last that costs fewer MACs than the dense layer, then the exact rank."""
+        (exact,) = self.exact_ranks(layer)
+        each = sum(part.macs for part in self.blueprint(layer, (1,)))
+        top = min((layer.macs - 1) // each, exact - 1) // grain
+        steps = MEMBERS - 2
+        multiples = {int(top ** (i / steps) + 1e-9) for i in range(steps + 1)} if top else set()
+        return [*((grain * multiple,) for multiple in sorted(multiples)), (exact,)]
+
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+        """Alternating least squares; with moments of the whitened weight, the last factor then refitted.
+
+        At the exact rank the factors are written down, not searched for.
+        """
+        tensor = self._tensor(layer, weight)
+        if ranks >= self.exact_ranks(layer):
+            last, *others = cp_exact(tensor, ranks[0])
+        elif moments is None:
+            last, *others = _fit(tensor, slice_start(tensor)[1], ranks[0], FACTORIZE)
+        else:
+            last, *others = _fit_output(tensor, ranks[0], OutputMetric(weight, moments.second))
+        found = [*(factor.T for factor in others), last]
+        parts = self.blueprint(layer, ranks)
+        return tuple(f.reshape(part.weight_shape).to(weight.dtype) for f, part in zip(found, parts, strict=True))
+
+    def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
+        """The sum of the components."""
+        *others, last = (factor.flatten(1) for factor in factors)
+        return cp_compose([last, *(factor.T for factor in others)]).reshape(layer.weight_shape)
+
+    @torch.no_grad()
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+        """What the SVDs of the slices leave at each rank, corrected by alternating least squares at a few ranks."""
+        tensor = self._tensor(layer, weight)
+        metric = OutputMetric(weight, moments.second) if moments is not None else None
+        root = metric.channel_root(tensor.shape[1]) if metric is not None else None
+        whitened = tensor if root is None else _whiten(tensor, root)
+        left, start = slice_start(whitened)
+        inner = sorted({rank for (rank,) in space if (rank,) < self.exact_ranks(layer)})
+
+        def truth(index: int) -> float:
+            factors = _fit(whitened, start, inner[index], ESTIMATE / ANCHORS)
+            if metric is None or root is None:
+                return float((tensor - cp_compose(factors)).norm() / tensor.norm().clamp_min(torch.finfo().tiny))
+            return _refit(_unwhiten(factors, root), metric)[1]
+
+        costs = [(_sweeps(tensor, rank, ESTIMATE / ANCHORS), _operations(tensor, rank)) for rank in inner]
+        anchors = spread([sweeps * each for sweeps, each in costs if sweeps > 1], ESTIMATE, ANCHORS)
+        found = anchored(inner, [float(left[rank]) for rank in inner], anchors, truth)
+        known = dict(zip(inner, found, strict=True))
+        return [known.get(rank, 0.0) for (rank,) in space]
+
+    def _tensor(self, layer: Layer, weight: Tensor) -> Tensor:
+        return weight.detach().double().reshape(self.tensor_shape(layer))
+
+
+def _fit(tensor: Tensor, start: Sequence[Tensor], rank: int, operations: float) -> list[Tensor]:
+    return cp_als(tensor, [factor[:, :rank] for factor in start], max(_sweeps(tensor, rank, operations), 1))
+
+
+def _sweeps(tensor: Tensor, rank: int, operations: float) -> int:
+    return int(min(SWEEPS, operations / _operations(tensor, rank)))
+
+
+def _operations(tensor: Tensor, rank: int) -> float:
+    """Floating-point operations of one sweep: two products with the tensor, and a Cholesky solve for each mode."""
+    return 4 * tensor.numel() * rank + tensor.ndim * rank**3 / 3 + 2 * rank**2 * sum(tensor.shape)
+
+
+@torch.no_grad()
+def _fit_output(tensor: Tensor, rank: int, metric: OutputMetric) -> list[Tensor]:
+    """The better of the plain CP and that of the weight whitened by the channels' second moment, both refitted."""
+    root = metric.channel_root(tensor.shape[1])
+    whitened = _whiten(tensor, root)
+    plain = _fit(tensor, slice_start(tensor)[1], rank, FACTORIZE)
+    aware = _unwhiten(_fit(whitened, slice_start(whitened)[1], rank, FACTORIZE), root)
+    return min((_refit(factors, metric) for factors in (aware, plain)), key=lambda fit: fit[1])[0]
+
+
+def _refit(factors: Sequence[Tensor], metric: OutputMetric) -> tuple[list[Tensor], float]:
+    last, *others = factors
+    last, error = metric.refit(last, columns_product(others).T)
+    return balanced([last, *others]), error
+
+
+def _whiten(tensor: Tensor, root: Tensor) -> Tensor:
+    """Lᵀ applied to the channels of ``(T, C, ...)``."""
+    return torch.einsum("tc...,cd->td...", tensor, root)
+
+
+def _unwhiten(factors: Sequence[Tensor], root: Tensor) -> list[Tensor]:
+    last, first, *others = factors
+    return [last, torch.linalg.solve_triangular(root.T, first, upper=True), *others]

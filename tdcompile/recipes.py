@@ -1,0 +1,147 @@
+"""``Recipe``: everything that decides a compilation, from defaults, a shipped or own TOML file, and flags."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tdcompile.errors import InputError, nearest
+from tdcompile.pipeline import Pipeline
+from tdcompile.spec import parse_options
+from tdcompile.target import Budget, Target
+
+SHIPPED = "recipes.toml"
+
+
+class Recipe(BaseModel):
+    """All options of a compilation; the names are those of the command's flags.
+
+    Attributes:
+        budget: shares of the dense cost that may be kept, by name.
+        decompose: decompositions to consider; ``("auto",)`` is all of them.
+        tune: ``none``, or options of the pass ``finetune``, e.g. ``epochs=5,lr=0.02``.
+        pipeline: a pipeline of one's own in text form, in place of the one made of the options above.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str | None = None
+    weights: str | None = None
+    input: tuple[str, ...] = ()
+    dynamic_batch: bool = True
+    data: str | None = None
+    normalize: str = "none"
+    calibrate: int = 1024
+    eval: int | None = None
+    target: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1
+    grain: int | None = None
+    budget: Mapping[str, float] = {"latency": 0.5}
+    decompose: tuple[str, ...] = ("auto",)
+    ranks: str = "knapsack"
+    importance: str = "none"
+    plan: str | None = None
+    tune: str = "none"
+    keep_dense: tuple[str, ...] = ()
+    max_drop: float | None = None
+    min_speedup: float | None = None
+    pipeline: str | None = None
+    seed: int = 0
+
+    def shares(self) -> Budget:
+        """The budget, checked.
+
+        Raises:
+            InputError: it limits nothing, or a share is outside (0, 1].
+        """
+        return Budget.parse([f"{name}={share}" for name, share in self.budget.items()])
+
+    def device(self) -> Target:
+        """The target.
+
+        Raises:
+            InputError: threads or grain below 1.
+        """
+        for name, value in (("threads", self.threads), ("grain", self.grain)):
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} is below 1")
+        return Target(device=self.target, threads=self.threads, grain=self.grain)
+
+    def steps(self) -> Pipeline:
+        """The pipeline that the options describe.
+
+        Raises:
+            InputError: an unknown pass, plug-in or option.
+        """
+        if self.pipeline is not None:
+            return Pipeline.parse(self.pipeline)
+        latency = "latency" in self.budget
+        parts = ["baseline" if self.dynamic_batch else "baseline{dynamic_batch=false}"] if latency else []
+        if self.plan is None:
+            chosen = "" if "auto" in self.decompose else "+".join(self.decompose)
+            options = {"decompose": chosen} if chosen else {}
+            options |= {"grain": str(self.grain)} if self.grain else {}
+            written = ",".join(f"{key}={value}" for key, value in options.items())
+            parts += [
+                "calibrate",
+                f"score{{by={self.importance}}}",
+                f"propose{{{written}}}" if written else "propose",
+                f"choose{{by={self.ranks}}}",
+            ]
+            parts += ["rehearse"] if latency else []
+        else:
+            parts += ["calibrate"]
+        parts += ["factorize", "recalibrate"]
+        if self.tune != "none":
+            parse_options(self.tune)
+            parts += [f"finetune{{{self.tune}}}"]
+        parts += ["fold-batchnorm", "drop-dead"]
+        return Pipeline.parse(",".join(parts))
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """The shipped recipes by name, each with a ``description`` and options."""
+    return tomllib.loads(resources.files("tdcompile").joinpath(SHIPPED).read_text())
+
+
+def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
+    """Defaults, then a recipe, then overrides.
+
+    Args:
+        name: a shipped recipe's name, a TOML file, or None.
+        overrides: options that were given explicitly.
+
+    Raises:
+        InputError: no such recipe, an unknown option (the nearest is named), or a value of the wrong kind.
+    """
+    options = {**_read(name), **overrides} if name else dict(overrides)
+    options.pop("description", None)
+    for key in options:
+        if key not in Recipe.model_fields:
+            raise InputError(f"a recipe has no option '{key}': {nearest(key, Recipe.model_fields)}")
+    try:
+        return Recipe(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"the option '{where}' cannot be {first.get('input')!r}: {first['msg']}") from error
+
+
+def _read(name: str) -> dict[str, Any]:
+    if not name.endswith(".toml"):
+        shipped = recipes()
+        if name not in shipped:
+            raise InputError(f"there is no recipe '{name}': {nearest(name, shipped)}; a file ends in .toml")
+        return dict(shipped[name])
+    try:
+        document = tomllib.loads(Path(name).read_text())
+    except OSError as error:
+        raise InputError(f"the recipe {name} cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"the recipe {name} is not TOML: {error}") from error
+    return {key.replace("-", "_"): value for key, value in document.items()}
