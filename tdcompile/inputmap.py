@@ -50,10 +50,9 @@ def regress(flat: Tensor, second: Tensor | None, basis: Tensor) -> tuple[Tensor,
     """
     if second is None:
         return mapped(flat, basis), None
-    groups, taps = len(basis), flat.shape[1] // len(basis)
-    extra = ridge(second)
-    half = torch.einsum("gi,gkhl->ikhl", basis, second.reshape(groups, taps, groups, taps))
-    normal = torch.einsum("ikhl,hj->ikjl", half, basis).flatten(2).flatten(0, 1)
+    groups, extra = len(basis), ridge(second)
+    half = (basis.T @ second.reshape(groups, -1)).reshape(-1, flat.shape[1])
+    normal = (basis.T @ half.T.reshape(groups, -1)).reshape(len(half), len(half))  # half.T: the other side of S
     root = cholesky(normal, extra)
     cross = mapped(flat @ second + extra * flat, basis)
     explained: Tensor = torch.linalg.solve_triangular(root, cross.T, upper=False).T
@@ -78,23 +77,21 @@ def core_of(flat: Tensor, second: Tensor | None, basis: Tensor) -> Tensor:
 def residuals(flat: Tensor, second: Tensor | None, basis: Tensor, levels: Sequence[int]) -> Tensor:
     """For each row of ``flat`` and each level r the energy of W − G B in the metric of S, ``(T, levels)``.
 
-    G is ``core_of`` with the first r columns of A. Row by row the regression explains ‖Y[:, :r·K]‖² of the energy with
-    the ridge, and the ridge's own share, ridge·‖w − g B‖², comes off; the cores of all levels grow by adding blocks.
+    Level 0 has that of W itself. G is ``core_of`` with the first r columns of A. Row by row the regression explains
+    ‖Y[:, :r·K]‖² of the energy with the ridge, and the ridge's own share, ridge·‖w − g B‖², comes off.
     """
     taps = flat.shape[1] // len(basis)
     explained, root = regress(flat, second, basis)
-    norms = flat.square().sum(1)
+    stops = [r * taps for r in levels]
+    kept = torch.nn.functional.pad(explained.square().cumsum(1, dtype=torch.float64), (1, 0))[:, stops]
     if root is None or second is None:
-        return (norms[:, None] - explained.square().cumsum(1)[:, [r * taps - 1 for r in levels]]).clamp(min=0)
+        return (flat.square().sum(1, keepdim=True) - kept).clamp(min=0)
     extra, own, cross = ridge(second), ((flat @ second) * flat).sum(1), mapped(flat, basis)
-    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
-    core, start, found = torch.zeros_like(explained), 0, []
-    for stop in (r * taps for r in levels):
-        core[:, :stop] += explained[:, start:stop] @ inverse[start:stop, :stop]
-        gap = (core * (core - 2 * cross)).sum(1)  # ‖w − g B‖² − ‖w‖²
-        found.append(own - explained[:, :stop].square().sum(1) - extra * gap)
-        start = stop
-    return torch.stack(found, 1).clamp(min=0)
+    gaps = []
+    for stop in stops:
+        core = settle(explained[:, :stop], root[:stop, :stop])
+        gaps.append((core * (core - 2 * cross[:, :stop])).sum(1))  # ‖w − g B‖² − ‖w‖²
+    return (own[:, None] - kept - extra * torch.stack(gaps, 1)).clamp(min=0)
 
 
 def refine(flat: Tensor, second: Tensor, core: Tensor, basis: Tensor, steps: int) -> Tensor:

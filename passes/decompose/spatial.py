@@ -1,0 +1,113 @@
+"""``spatial``: a kh x kw convolution as a vertical kh x 1 one to r channels and a horizontal 1 x kw one, C -> r -> T.
+
+W[t,c,y,x] ≈ Σ_r H[t,r,x] V[r,c,y], exactly one SVD of W unfolded to (C kh) x (T kw) (Jaderberg et al. 2014, arXiv
+1405.3866, scheme 2). Stride, padding and dilation part by axis. With moments V comes from the Kronecker approximation
+in ``tdcompile.inputmap`` with the kw horizontal taps, and H is refit by least squares in the metric of S itself, so
+that the whole family of ranks stays nested and its errors come from one Cholesky factor. Where the plain V, refit
+alike, serves the output better, it is taken: data never make the factors worse (this project's completion).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tdcompile.decomposition import Decomposition, grid
+from tdcompile.inputmap import core_of, input_map, residuals
+from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.linalg import balance, operands
+from tdcompile.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Spatial(Decomposition):
+    """A vertical convolution to r channels, then a horizontal one."""
+
+    name: ClassVar[str] = "spatial"
+    modes: ClassVar[tuple[str, ...]] = ("",)
+
+    def refuse(self, layer: Layer) -> Refusal | None:
+        """Groups, kernels that are not two-dimensional with both sides above 1, and layers rank 1 makes no cheaper."""
+        if layer.groups > 1:
+            code = "depthwise" if layer.depthwise else "grouped"
+            return Refusal("", code, f"its {layer.groups} groups each see other channels; one SVD would mix them")
+        if layer.pointwise:
+            return Refusal("", "pointwise", "it has no kernel to part by axis; svd fits it")
+        if len(layer.kernel) != 2 or 1 in layer.kernel:
+            return Refusal("", "kernel", f"its kernel {layer.kernel} has no two axes longer than 1 to part")
+        if self._macs(layer, (1,)) >= layer.macs:
+            return Refusal("", "small", f"{layer.in_channels} -> {layer.out_channels} costs less than two factors do")
+        return None
+
+    def exact_ranks(self, layer: Layer) -> Ranks:
+        """The smaller of C·kh and T·kw."""
+        height, width = layer.kernel
+        return (min(layer.in_channels * height, layer.out_channels * width),)
+
+    def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
+        """Every grain up to break-even, and the exact rank."""
+        (full,) = self.exact_ranks(layer)
+        return [*((r,) for r in grid(full, grain)[:-1] if self._macs(layer, (r,)) < layer.macs), (full,)]
+
+    def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
+        """A kh x 1 layer with everything vertical, a 1 x kw one with everything horizontal."""
+        (rank,) = ranks
+        vertical = replace(
+            layer,
+            out_channels=rank,
+            kernel=(layer.kernel[0], 1),
+            stride=(layer.stride[0], 1),
+            padding=(layer.padding[0], (0, 0)),
+            dilation=(layer.dilation[0], 1),
+            bias=False,
+        )
+        return vertical, replace(
+            layer,
+            in_channels=rank,
+            extent=vertical.out_extent,
+            kernel=(1, layer.kernel[1]),
+            stride=(1, layer.stride[1]),
+            padding=((0, 0), layer.padding[1]),
+            dilation=(1, layer.dilation[1]),
+        )
+
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+        """``(r, C, kh, 1)``, orthonormal up to a scale, and ``(T, r, 1, kw)``."""
+        flat, second = operands(weight, moments.second if moments else None, weight[0].numel())
+        metric = None if ranks == self.exact_ranks(layer) else second
+        maps = _maps(flat, metric, layer.kernel[1], ranks[0])
+        basis = min(maps, key=lambda basis: float(residuals(flat, metric, basis, ranks).sum()))
+        factors = balance((basis.T, core_of(flat, metric, basis)))
+        shapes = (part.weight_shape for part in self.blueprint(layer, ranks))
+        return tuple(f.reshape(s).to(weight.dtype) for f, s in zip(factors, shapes, strict=True))
+
+    def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
+        """Σ over r of column times row."""
+        vertical, horizontal = factors
+        return torch.einsum("rcy,trx->tcyx", vertical.squeeze(3), horizontal.squeeze(2))
+
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+        """What ``factorize`` has, all ranks from one regression for each map; 0 at the exact rank."""
+        flat, second = operands(weight, moments.second if moments else None, weight[0].numel())
+        exact = self.exact_ranks(layer)
+        levels = sorted({rank for (rank,) in space if (rank,) != exact})
+        if not levels:
+            return [0.0] * len(space)
+        maps = _maps(flat, second, layer.kernel[1], levels[-1])
+        lost = torch.stack([residuals(flat, second, basis, [0, *levels]).double().sum(0) for basis in maps]).amin(0)
+        if not lost[0] > 0:  # an output that is always zero is lost by no rank
+            return [0.0] * len(space)
+        known = dict(zip(levels, (lost[1:] / lost[0]).sqrt().tolist(), strict=True))
+        return [known.get(rank, 0.0) for (rank,) in space]
+
+    def _macs(self, layer: Layer, ranks: Ranks) -> int:
+        return sum(part.macs for part in self.blueprint(layer, ranks))
+
+
+def _maps(flat: Tensor, second: Tensor | None, taps: int, rank: int) -> list[Tensor]:
+    """The input maps that compete: that of the data, if there are any, and that of the weight alone."""
+    return [input_map(flat, metric, taps, rank) for metric in ([None] if second is None else [second, None])]

@@ -1,0 +1,202 @@
+"""What every registered decomposition promises, over layers of every kind; what it does not accept it refuses."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tdcompile.decomposition import Decomposition, relative_error
+from tdcompile.layer import Layer, Moments, owner
+from tdcompile.registry import find, make
+
+FORMS = find(Decomposition)
+GRAIN = 4
+# How far above the truth ``errors`` may lie, and how far below, for forms whose ``factorize`` iterates; the others tell
+# it exactly.
+ESTIMATES = {"cp": (0.1, 0.02), "cp4": (0.1, 0.02), "tucker2": (0.05, 1e-4)}
+EXACT = (1e-4, 1e-4)
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv": (lambda: nn.Conv2d(16, 12, 3, padding=1), (2, 16, 7, 9)),
+    "stride (1, 2)": (lambda: nn.Conv2d(8, 12, 3, stride=(1, 2), padding=1), (2, 8, 7, 9)),
+    "stride (2, 2), no bias": (lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), (2, 8, 8, 9)),
+    "padding (2, 1), kernel (3, 5)": (lambda: nn.Conv2d(8, 12, (3, 5), padding=(2, 1)), (2, 8, 7, 9)),
+    "same, dilation 2": (lambda: nn.Conv2d(8, 12, 3, padding="same", dilation=2), (2, 8, 9, 8)),
+    "same, even kernel": (lambda: nn.Conv2d(8, 12, (2, 4), padding="same"), (2, 8, 7, 9)),
+    "same, even kernel, reflect": (
+        lambda: nn.Conv2d(8, 12, (4, 2), padding="same", padding_mode="reflect"),
+        (2, 8, 7, 9),
+    ),
+    "valid, stride (2, 1)": (lambda: nn.Conv2d(8, 12, 3, padding="valid", stride=(2, 1)), (2, 8, 7, 9)),
+    "reflect": (lambda: nn.Conv2d(8, 12, 3, padding=(1, 2), padding_mode="reflect", stride=2), (2, 8, 7, 9)),
+    "replicate": (lambda: nn.Conv2d(8, 12, 3, padding=(2, 1), padding_mode="replicate"), (2, 8, 7, 9)),
+    "circular": (lambda: nn.Conv2d(8, 12, (5, 3), padding=(2, 1), padding_mode="circular"), (2, 8, 7, 9)),
+    "dilation (1, 2)": (lambda: nn.Conv2d(8, 12, 3, dilation=(1, 2), padding=(1, 2), stride=2), (2, 8, 8, 9)),
+    "one input channel": (lambda: nn.Conv2d(1, 16, 3, padding=1), (2, 1, 7, 9)),
+    "few outputs": (lambda: nn.Conv2d(24, 2, 3, padding=1), (2, 24, 7, 9)),
+    "row kernel": (lambda: nn.Conv2d(8, 12, (1, 5), padding=(0, 2)), (2, 8, 7, 9)),
+    "conv1d": (lambda: nn.Conv1d(8, 12, 5, stride=2, padding=2), (2, 8, 11)),
+    "conv3d": (lambda: nn.Conv3d(6, 8, 3, padding=1, stride=(1, 2, 2)), (2, 6, 4, 5, 6)),
+    "1x1": (lambda: nn.Conv2d(12, 16, 1), (2, 12, 7, 9)),
+    "1x1, stride 2, padded": (lambda: nn.Conv2d(24, 16, 1, stride=2, padding=1, bias=False), (2, 24, 7, 9)),
+    "grouped": (lambda: nn.Conv2d(8, 12, 3, padding=1, groups=2), (2, 8, 7, 9)),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (2, 8, 7, 9)),
+    "linear": (lambda: nn.Linear(36, 24), (3, 36)),
+    "linear over tokens": (lambda: nn.Linear(24, 40, bias=False), (2, 5, 24)),
+    "linear to one": (lambda: nn.Linear(24, 1), (2, 24)),
+}
+MUST_REFUSE = {"grouped": "grouped", "depthwise": "depthwise"}
+
+
+def case(name: str) -> tuple[nn.Module, Layer, Tensor]:
+    torch.manual_seed(len(name))
+    build, shape = LAYERS[name]
+    module = build()
+    x = torch.randn(shape)
+    layer = Layer.of(module, shape[1:-1] if isinstance(module, nn.Linear) else shape[2:])
+    assert layer is not None
+    return module, layer, x
+
+
+def moments_of(layer: Layer) -> Moments:
+    """Of inputs as behind a rectifier: non-negative, correlated between channels and between neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(layer.in_channels, layer.in_channels, generator=generator, dtype=torch.float64)
+    mix *= torch.linspace(1.0, 0.1, layer.in_channels, dtype=torch.float64)
+    sizes = [kernel + 5 for kernel in layer.kernel]
+    x = torch.randn(80, *sizes, layer.in_channels, generator=generator, dtype=torch.float64)
+    for axis in range(1, len(sizes) + 1):
+        x = x + x.roll(1, axis)
+    x = (x @ mix).relu().movedim(-1, 1)
+    for axis, kernel in enumerate(layer.kernel, start=2):
+        x = x.unfold(axis, kernel, 1)
+    axes = len(sizes)
+    patches = x.movedim(1, axes + 1).flatten(0, axes).flatten(1)
+    return Moments(patches.T @ patches / len(patches), len(patches))
+
+
+ACCEPTED = [
+    (form, name)
+    for form, kind in FORMS.items()
+    for name in LAYERS
+    if name not in MUST_REFUSE and kind().refuse(case(name)[1]) is None
+]
+
+
+def accepted(form: str, name: str) -> tuple[Decomposition, nn.Module, Layer, Tensor, Tensor]:
+    module, layer, x = case(name)
+    return FORMS[form](), module, layer, owner(module).weight.detach(), x
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_accepts_some_layers_and_refuses_the_others_with_a_reason(form: str) -> None:
+    decomposition = FORMS[form]()
+    refusals = {name: decomposition.refuse(case(name)[1]) for name in LAYERS}
+    assert None in refusals.values()
+    for refusal in (r for r in refusals.values() if r is not None):
+        assert refusal.layer == ""
+        assert refusal.code.replace("-", "").isalnum()
+        assert len(refusal.reason) > 10
+    for name, code in MUST_REFUSE.items():
+        refusal = refusals[name]
+        assert refusal is not None
+        assert refusal.code in (code, "kind")  # a form of linear layers refuses every convolution alike
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_text_of_a_form_reads_back(form: str) -> None:
+    assert make(Decomposition, str(FORMS[form]().spec())) == FORMS[form]()
+    assert FORMS[form].summary()
+
+
+@pytest.mark.parametrize(("form", "name"), ACCEPTED)
+def test_exact_ranks_compute_the_layer(form: str, name: str) -> None:
+    decomposition, module, layer, weight, x = accepted(form, name)
+    bias = owner(module).bias
+    before = weight.clone()
+    ranks = decomposition.exact_ranks(layer)
+    factors = decomposition.factorize(layer, weight, ranks, None)
+    built = decomposition.build(layer, ranks, factors, bias)
+    with torch.no_grad():
+        expected, found = module(x), built(x)
+    assert found.shape == expected.shape
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    assert torch.equal(owner(module).weight, before)
+    assert relative_error(weight, decomposition.reconstruct(layer, factors), None) < 1e-5
+
+
+@pytest.mark.parametrize(("form", "name"), ACCEPTED)
+def test_exact_ranks_stay_exact_with_moments(form: str, name: str) -> None:
+    decomposition, _, layer, weight, _ = accepted(form, name)
+    moments = moments_of(layer)
+    factors = decomposition.factorize(layer, weight, decomposition.exact_ranks(layer), moments)
+    assert relative_error(weight, decomposition.reconstruct(layer, factors), moments) < 1e-5
+
+
+@pytest.mark.parametrize(("form", "name"), ACCEPTED)
+def test_a_blueprint_is_what_is_built(form: str, name: str) -> None:
+    decomposition, module, layer, weight, x = accepted(form, name)
+    space = decomposition.rank_space(layer, GRAIN)
+    for ranks in (space[0], space[-1]):
+        blueprint = decomposition.blueprint(layer, ranks)
+        assert len(decomposition.modes) in (0, len(ranks))  # none where the number of ranks is an option
+        assert [part.bias for part in blueprint] == [False] * (len(blueprint) - 1) + [layer.bias]
+        factors = decomposition.factorize(layer, weight, ranks, None)
+        assert [tuple(factor.shape) for factor in factors] == [part.weight_shape for part in blueprint]
+        assert {factor.dtype for factor in factors} == {torch.float32}
+        built = decomposition.build(layer, ranks, factors, owner(module).bias)
+        assert sum(p.numel() for p in built.parameters()) == sum(part.params for part in blueprint)
+        with torch.no_grad():
+            dense = module(x)
+            assert built(x).shape == dense.shape
+        assert decomposition.reconstruct(layer, factors).shape == weight.shape
+
+
+@pytest.mark.parametrize(("form", "name"), ACCEPTED)
+def test_a_rank_space_runs_from_the_cheapest_to_the_exact_ranks_on_the_grain(form: str, name: str) -> None:
+    decomposition, _, layer, _, _ = accepted(form, name)
+    exact = decomposition.exact_ranks(layer)
+    for grain in (1, GRAIN, 16):
+        space = list(decomposition.rank_space(layer, grain))
+        macs = {ranks: sum(part.macs for part in decomposition.blueprint(layer, ranks)) for ranks in space}
+        assert space[-1] == exact
+        assert len(space) == len(macs) <= 400
+        assert [macs[ranks] for ranks in space[:-1]] == sorted(macs[ranks] for ranks in space[:-1])
+        assert all(macs[ranks] <= layer.macs for ranks in space[:-1])
+        for ranks in space:
+            assert all(rank % grain == 0 or rank == full for rank, full in zip(ranks, exact, strict=True))
+        for small in space[:: max(len(space) // 20, 1)]:
+            for large in space[:: max(len(space) // 20, 1)]:
+                if all(a <= b for a, b in zip(small, large, strict=True)):
+                    assert macs[small] <= macs[large]
+
+
+@pytest.mark.parametrize("data", [False, True], ids=["plain", "data"])
+@pytest.mark.parametrize(("form", "name"), ACCEPTED)
+def test_errors_are_those_of_the_factors_and_data_never_make_them_worse(form: str, name: str, data: bool) -> None:
+    decomposition, _, layer, weight, _ = accepted(form, name)
+    space = list(decomposition.rank_space(layer, GRAIN))
+    members = sorted({round(i * (len(space) - 1) / 6) for i in range(7)})
+    moments = moments_of(layer) if data else None
+    told = decomposition.errors(layer, weight, space, moments)
+    assert len(told) == len(space)
+    above, below = ESTIMATES.get(form, EXACT)
+    for member in members:
+        factors = decomposition.factorize(layer, weight, space[member], moments)
+        truth = relative_error(weight, decomposition.reconstruct(layer, factors), moments)
+        assert -below <= told[member] - truth <= above, (space[member], told[member], truth)
+        if moments is not None:
+            plain = decomposition.factorize(layer, weight, space[member], None)
+            assert truth <= relative_error(weight, decomposition.reconstruct(layer, plain), moments) + 1e-6
+        gains = [float(factor.norm()) / math.sqrt(len(factor)) for factor in factors]
+        assert max(gains) < 1e3 * min(gains)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_in_double_precision_gives_factors_in_it(form: str) -> None:
+    name = next(name for accepting, name in ACCEPTED if accepting == form)
+    decomposition, _, layer, weight, _ = accepted(form, name)
+    factors = decomposition.factorize(layer, weight.double(), decomposition.exact_ranks(layer), None)
+    assert {factor.dtype for factor in factors} == {torch.float64}
