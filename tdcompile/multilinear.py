@@ -16,6 +16,8 @@ import torch
 from tensorly.decomposition import tensor_train
 from torch import Tensor
 
+from tdcompile.errors import InputError
+
 # Weight of the old factor in each least-squares update: it keeps the system solvable, and the error still only falls.
 PROXIMAL = 1e-8
 # Norm of the components over the norm of the tensor from which a CP counts as degenerate (Phan et al. 2020).
@@ -129,8 +131,20 @@ def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
 
     Args:
         tensor: of any shape.
-        ranks: the bonds between the modes; none above what its unfolding can have after those before it.
+        ranks: the bonds between the modes.
+
+    Raises:
+        InputError: a bond is larger than the sides of the unfolding that it cuts.
     """
+    before = 1
+    for place, bond in enumerate(ranks):
+        most = min(before * tensor.shape[place], math.prod(tensor.shape[place + 1 :]))
+        if not 1 <= bond <= most:
+            raise InputError(
+                f"rank {place + 1} of the tensor train {tuple(ranks)} of a {'x'.join(map(str, tensor.shape))} tensor "
+                f"is {bond}; with those before it, it can be 1 to {most}"
+            )
+        before = bond
     with tl.backend_context("pytorch"):
         return list(tensor_train(tensor.double(), [1, *ranks, 1], svd=_left_svd).factors)
 
@@ -152,8 +166,14 @@ def share_bond(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def tail(matrix: Tensor, most: int) -> Tensor:
     """Energy Σ_{i>r} σ_i² that a matrix's best approximation of rank r leaves, for r from 0 to ``most``, float64."""
-    kept = (_leading(matrix.double(), most).T @ matrix.double()).square().sum(1).cumsum(0)
-    return (matrix.double().square().sum() - torch.cat([kept.new_zeros(1), kept])).clamp_min(0)
+    matrix = matrix.double()
+    if _sketched(matrix, most):
+        squares = (_leading(matrix, most).T @ matrix).square().sum(1)
+    else:
+        short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        squares = torch.linalg.eigvalsh(short @ short.T).flip(0)[:most]
+    kept = torch.cat([squares.new_zeros(1), squares.clamp_min(0).cumsum(0)])
+    return (matrix.square().sum() - kept).clamp_min(0)
 
 
 def _sweep(tensor: Tensor, factors: Sequence[Tensor], ridge: float) -> tuple[list[Tensor], float]:
@@ -207,7 +227,7 @@ def _leading(matrix: Tensor, count: int) -> Tensor:
     """The first left singular vectors; of a large matrix by a sketch of fixed seed (Halko et al. 2011, alg. 4.4)."""
     rows, columns = matrix.shape
     turned: Tensor
-    if min(rows, columns) > SKETCHED and SKETCHED_SHARE * count < min(rows, columns):
+    if _sketched(matrix, count):
         generator = torch.Generator().manual_seed(0)
         probes = torch.randn(columns, count + OVERSAMPLED, dtype=matrix.dtype, generator=generator).to(matrix.device)
         turned = torch.linalg.qr(matrix @ probes)[0]
@@ -218,3 +238,7 @@ def _leading(matrix: Tensor, count: int) -> Tensor:
         return _basis(matrix)[:, :count]
     turned, small = torch.linalg.qr(matrix)
     return turned @ _basis(small)[:, :count]
+
+
+def _sketched(matrix: Tensor, count: int) -> bool:
+    return min(matrix.shape) > SKETCHED and SKETCHED_SHARE * count < min(matrix.shape)

@@ -1,0 +1,37 @@
+"""``cp``: 1x1 to r channels, depthwise k×k, 1x1 to the output; the kernel's taps are one mode of a three-way CP."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from tdcompile.layer import Layer
+from tdcompile.polyadic import Polyadic
+from tdcompile.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class CP(Polyadic):
+    """CP of T x C x K: 1x1, depthwise k×k, 1x1.
+
+    W[t, c, k] ≈ Σ_r A[t, r] B[c, r] D[k, r]. With the taps in one mode the problem is better conditioned than the
+    four-way one of ``cp4``, and there is one layer less. Stride, padding and dilation are the depthwise layer's.
+    """
+
+    name: ClassVar[str] = "cp"
+
+    def tensor_shape(self, layer: Layer) -> tuple[int, ...]:
+        """``(T, C, K)``."""
+        return (layer.out_channels, layer.in_channels, math.prod(layer.kernel))
+
+    def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
+        """C to r, depthwise on r, r to T."""
+        (rank,) = ranks
+        ones, none = (1,) * len(layer.kernel), ((0, 0),) * len(layer.kernel)
+        first = Layer("conv", layer.in_channels, rank, layer.extent, ones, ones, none, ones, bias=False)
+        depthwise = replace(layer, in_channels=rank, out_channels=rank, groups=rank, bias=False)
+        last = replace(
+            first, in_channels=rank, out_channels=layer.out_channels, extent=layer.out_extent, bias=layer.bias
+        )
+        return first, depthwise, last

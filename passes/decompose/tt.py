@@ -1,0 +1,174 @@
+"""``tt``: 1x1, k×1, 1×k and 1x1 in a row, full convolutions in the middle: the tensor train of a convolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tdcompile.anchors import anchored, spread
+from tdcompile.decomposition import Decomposition
+from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.metric import OutputMetric
+from tdcompile.multilinear import share_bond, tail, tt_compose, tt_svd
+from tdcompile.ranks import Ranks
+
+# How finely the ranks are divided, how many members are at least factorised for an estimate, and the operations that
+# an estimate may take to do so for more of them.
+MEMBERS, ANCHORS, ESTIMATE = 24, 4, 6e9
+
+
+@dataclass(frozen=True)
+class TT(Decomposition):
+    """Tensor train of C x kh x kw x T: 1x1, k×1, 1×k, 1x1.
+
+    W[t, c, y, x] ≈ G1[c, :] G2[:, y, :] G3[:, x, :] G4[:, t], by successive SVDs (Oseledets 2011).
+    """
+
+    name: ClassVar[str] = "tt"
+    modes: ClassVar[tuple[str, ...]] = ("in", "", "out")
+
+    def refuse(self, layer: Layer) -> Refusal | None:
+        """Ungrouped convolutions in two dimensions with a kernel longer than 1 along both are accepted."""
+        if layer.kind != "conv":
+            return Refusal("", "kind", "tt is a form of convolutions; tt-linear is that of linear layers")
+        if layer.groups > 1:
+            code = "depthwise" if layer.depthwise else "grouped"
+            return Refusal("", code, "tt needs a convolution that mixes all its channels")
+        if layer.pointwise:
+            return Refusal("", "pointwise", "tt needs a kernel of more than one tap")
+        if len(layer.kernel) != 2 or min(layer.kernel) < 2:
+            size = "x".join(map(str, layer.kernel))
+            return Refusal("", "kernel", f"tt separates the two axes of a kernel; {size} has no two to separate")
+        return None
+
+    def exact_ranks(self, layer: Layer) -> Ranks:
+        """The smaller side of each unfolding of C x kh x kw x T."""
+        sizes = (layer.in_channels, *layer.kernel, layer.out_channels)
+        first, middle, last = (min(math.prod(sizes[:i]), math.prod(sizes[i:])) for i in (1, 2, 3))
+        return first, middle, last
+
+    def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
+        """One fraction of the three exact ranks after another, rounded up to the grain; the exact ones last."""
+        exact = self.exact_ranks(layer)
+        space = [
+            tuple(min(math.ceil(rank * i / MEMBERS / grain) * grain, rank) for rank in exact) for i in range(1, MEMBERS)
+        ]
+        cheap = [r for r in space if r != exact and sum(part.macs for part in self.blueprint(layer, r)) < layer.macs]
+        return [*dict.fromkeys(cheap), exact]
+
+    def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
+        """C to r1, (kh, 1) to r2, (1, kw) to r3, r3 to T."""
+        r1, r2, r3 = ranks
+        ones, none = (1, 1), ((0, 0), (0, 0))
+        first = Layer("conv", layer.in_channels, r1, layer.extent, ones, ones, none, ones, bias=False)
+        rows = replace(
+            layer,
+            in_channels=r1,
+            out_channels=r2,
+            kernel=(layer.kernel[0], 1),
+            stride=(layer.stride[0], 1),
+            padding=(layer.padding[0], (0, 0)),
+            dilation=(layer.dilation[0], 1),
+            bias=False,
+        )
+        columns = replace(
+            rows,
+            in_channels=r2,
+            out_channels=r3,
+            extent=rows.out_extent,
+            kernel=(1, layer.kernel[1]),
+            stride=(1, layer.stride[1]),
+            padding=((0, 0), layer.padding[1]),
+            dilation=(1, layer.dilation[1]),
+        )
+        last = replace(first, in_channels=r3, out_channels=layer.out_channels, extent=layer.out_extent, bias=layer.bias)
+        return first, rows, columns, last
+
+    @torch.no_grad()
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+        """TT-SVD; with moments the better of it and that of the whitened weight, the last factor of both refitted.
+
+        The first and last factors leave with orthonormal rows, the scale shared by the two in the middle.
+        """
+        if moments is None:
+            cores = tt_svd(_tensor(weight), ranks)
+        else:
+            cores, _ = _fit_output(weight, ranks, OutputMetric(weight, moments.second))
+        turned, scale = torch.linalg.qr(cores[3].squeeze(2).T)
+        rows, columns = share_bond(cores[1], cores[2] @ scale.T)
+        found = (cores[0].squeeze(0).T, rows.permute(2, 0, 1), columns.permute(2, 0, 1), turned)
+        parts = self.blueprint(layer, ranks)
+        return tuple(f.reshape(part.weight_shape).to(weight.dtype) for f, part in zip(found, parts, strict=True))
+
+    def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
+        """The product of the cores."""
+        first, rows, columns, last = (factor.flatten(2).permute(1, 2, 0) for factor in factors)
+        return tt_compose([first.movedim(1, 0), rows, columns, last.movedim(1, 2)]).movedim(-1, 0)
+
+    @torch.no_grad()
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+        """The energy that the three unfoldings leave bounds the error; a TT-SVD at a few ranks corrects it."""
+        metric = OutputMetric(weight, moments.second) if moments is not None else None
+        tensor = _tensor(weight) if metric is None else _whiten(weight, metric)
+        total = float(tensor.square().sum()) + torch.finfo(tensor.dtype).tiny
+        inner = sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})
+        most = [max(ranks) for ranks in zip(*inner, strict=True)]
+        tails = [tail(tensor.flatten(0, i).flatten(1), rank) for i, rank in enumerate(most)]
+        bounds = [math.sqrt(sum(float(t[r]) for t, r in zip(tails, ranks, strict=True)) / total) for ranks in inner]
+
+        def truth(index: int) -> float:
+            if metric is not None:
+                # The plain fit, which ``factorize`` also tries, is hardly ever the better one.
+                return _refit(_whitened(weight, inner[index], metric), metric)[1]
+            # Each truncation is an orthogonal projection of what the one before it left.
+            kept = float(tt_svd(tensor, inner[index])[-1].square().sum())
+            return math.sqrt(max(1 - kept / total, 0.0))
+
+        anchors = spread([_operations(layer, ranks, metric) for ranks in inner], ESTIMATE, ANCHORS)
+        found = anchored([sum(ranks) for ranks in inner], bounds, anchors, truth)
+        known = dict(zip(inner, found, strict=True))
+        return [known.get(ranks, 0.0) for ranks in space]
+
+
+def _tensor(weight: Tensor) -> Tensor:
+    """``(C, kh, kw, T)``, float64."""
+    return weight.detach().double().movedim(0, -1)
+
+
+def _whiten(weight: Tensor, metric: OutputMetric) -> Tensor:
+    return torch.einsum("cd,c...->d...", metric.channel_root(weight.shape[1]), _tensor(weight))
+
+
+def _fit_output(weight: Tensor, ranks: Ranks, metric: OutputMetric) -> tuple[list[Tensor], float]:
+    """The better of the plain and the whitened TT-SVD, the last core of both refitted; cores and relative error."""
+    fits = (_refit(cores, metric) for cores in (_whitened(weight, ranks, metric), tt_svd(_tensor(weight), ranks)))
+    return min(fits, key=lambda fit: fit[1])
+
+
+def _whitened(weight: Tensor, ranks: Ranks, metric: OutputMetric) -> list[Tensor]:
+    """Cores of the weight from the TT-SVD of the whitened one, the first orthonormal again."""
+    first, rows, *rest = tt_svd(_whiten(weight, metric), ranks)
+    root = metric.channel_root(weight.shape[1])
+    turned, scale = torch.linalg.qr(torch.linalg.solve_triangular(root.T, first.squeeze(0), upper=True))
+    return [turned.unsqueeze(0), torch.tensordot(scale, rows, dims=1), *rest]
+
+
+def _refit(cores: list[Tensor], metric: OutputMetric) -> tuple[list[Tensor], float]:
+    *before, last = cores
+    basis = tt_compose([*before, torch.eye(len(last), dtype=last.dtype, device=last.device).unsqueeze(2)])
+    found, error = metric.refit(last.squeeze(2).T, basis.flatten(0, 2).T)
+    return [*before, found.T.unsqueeze(2)], error
+
+
+def _operations(layer: Layer, ranks: Ranks, metric: OutputMetric | None) -> float:
+    """Of a TT-SVD, roughly: the Gram matrix of each unfolding, and its eigenvectors for ten times its cube."""
+    rows, columns = layer.kernel
+    tall = (layer.in_channels, ranks[0] * rows, ranks[1] * columns)
+    wide = (rows * columns * layer.out_channels, columns * layer.out_channels, layer.out_channels)
+    svd = sum(4 * n * m * min(n, m) + 10 * min(n, m) ** 3 for n, m in zip(tall, wide, strict=True))
+    return svd if metric is None else svd + 2 * ranks[2] * len(metric.second) ** 2

@@ -1,0 +1,197 @@
+"""``tt-linear``: a linear layer as a chain of small ones over its features split into modes (a TT-matrix)."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tdcompile.anchors import anchored, spread
+from tdcompile.decomposition import Decomposition
+from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.metric import OutputMetric
+from tdcompile.multilinear import share_bond, tail, tt_compose, tt_svd
+from tdcompile.ranks import Ranks
+
+# How many ranks are proposed beside the exact ones, and how many of them are factorised for an estimate.
+MEMBERS, ANCHORS = 12, 4
+
+
+@dataclass(frozen=True)
+class TTLinear(Decomposition):
+    """TT-matrix of a linear layer, ``cores`` small matrices (Novikov et al. 2015, eq. 4).
+
+    With t = (t1, ..., td) and c = (c1, ..., cd): W[t, c] ≈ G1[t1, c1, :] G2[:, t2, c2, :] ... Gd[:, td, cd]. The last
+    core is applied first; each step contracts one input mode and the bond, and leaves one output mode and a bond.
+    """
+
+    name: ClassVar[str] = "tt-linear"
+    modes: ClassVar[tuple[str, ...]] = ("",)
+    cores: int = 2
+
+    def __post_init__(self) -> None:
+        if self.cores < 2:
+            raise ValueError(f"a TT-matrix has at least 2 cores, not {self.cores}")
+        # One for each bond, of which an option decides the number: the instance's own stands before the class's.
+        object.__setattr__(self, "modes", ("",) * (self.cores - 1))
+
+    def refuse(self, layer: Layer) -> Refusal | None:
+        """Linear layers whose features have enough divisors are accepted."""
+        if layer.groups > 1:
+            code = "depthwise" if layer.depthwise else "grouped"
+            return Refusal("", code, "tt-linear is a form of linear layers, not of convolutions in groups")
+        if layer.kind != "linear":
+            return Refusal("", "kind", "tt-linear is a form of linear layers")
+        for size in (layer.in_channels, layer.out_channels):
+            if not modes_of(size, self.cores):
+                return Refusal("", "shape", f"{size} features are not a product of {self.cores} numbers above 1")
+        return None
+
+    def exact_ranks(self, layer: Layer) -> Ranks:
+        """The smaller side of each unfolding of (t1 c1) x ... x (td cd)."""
+        sizes = [t * c for t, c in self._modes(layer)]
+        return tuple(min(math.prod(sizes[:i]), math.prod(sizes[i:])) for i in range(1, self.cores))
+
+    def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
+        """One fraction of the exact ranks after another, rounded up to the grain, as far as the MACs of dense go."""
+        exact = self.exact_ranks(layer)
+
+        def ranks(step: int) -> Ranks:
+            return tuple(min(math.ceil(step * rank / max(exact)) * grain, rank) for rank in exact)
+
+        def macs(step: int) -> int:
+            return sum(part.macs for part in self.blueprint(layer, ranks(step)))
+
+        top = bisect_right(range(1, max(exact) // grain + 1), layer.macs - 1, key=macs)
+        steps = sorted({math.ceil(top * i / MEMBERS) for i in range(1, MEMBERS + 1)} - {0})
+        return [*dict.fromkeys(ranks(step) for step in steps if ranks(step) != exact), exact]
+
+    def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
+        """For each core from the last: c_k r_k to r_{k-1} t_k, over the modes ahead and those already contracted."""
+        modes, bonds = self._modes(layer), (1, *ranks, 1)
+        parts: list[Layer] = []
+        for k in reversed(range(self.cores)):
+            t, c = modes[k]
+            ahead, done = math.prod(c for _, c in modes[:k]), math.prod(t for t, _ in modes[k + 1 :])
+            extent = (*layer.extent, ahead, done)
+            if k:
+                parts.append(Layer("linear", c * bonds[k + 1], bonds[k] * t, extent, bias=False))
+            else:
+                parts.append(LastCore("linear", c * bonds[1], t, extent, bias=layer.bias))
+        return tuple(parts)
+
+    @torch.no_grad()
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+        """TT-SVD, every bond's scale shared by its two cores; with moments all of it scaled to fit the output best."""
+        cores = tt_svd(self._tensor(layer, weight), ranks)
+        if moments is not None:
+            scale, _ = OutputMetric(weight, moments.second).scale(self._weight(layer, cores))
+            cores[0] = cores[0] * scale
+        for k in reversed(range(self.cores - 1)):
+            cores[k], cores[k + 1] = share_bond(cores[k], cores[k + 1])
+        parts = self.blueprint(layer, ranks)
+        return tuple(f.reshape(p.weight_shape).to(weight.dtype) for f, p in zip(reversed(cores), parts, strict=True))
+
+    def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
+        """The product of the cores, with its modes put back in order."""
+        cores, bond = [], 1
+        for factor, (t, c) in zip(reversed(factors), self._modes(layer), strict=True):
+            cores.append(factor.reshape(bond, t * c, -1))
+            bond = cores[-1].shape[2]
+        return self._weight(layer, cores)
+
+    @torch.no_grad()
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+        """The energy that the unfoldings leave: the error itself with two cores and no moments, else corrected."""
+        tensor = self._tensor(layer, weight)
+        total = float(tensor.square().sum()) + torch.finfo(tensor.dtype).tiny
+        inner = sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})
+        most = [max(ranks) for ranks in zip(*inner, strict=True)]
+        tails = [tail(tensor.flatten(0, i).flatten(1), rank) for i, rank in enumerate(most)]
+        bounds = [math.sqrt(sum(float(t[r]) for t, r in zip(tails, ranks, strict=True)) / total) for ranks in inner]
+        metric = OutputMetric(weight, moments.second) if moments is not None else None
+
+        def truth(index: int) -> float:
+            cores = tt_svd(tensor, inner[index])
+            if metric is not None:
+                return metric.scale(self._weight(layer, cores))[1]
+            return math.sqrt(max(1 - float(cores[-1].square().sum()) / total, 0.0))
+
+        anchors = spread([1.0] * len(inner), 0.0, ANCHORS) if metric is not None or self.cores > 2 else []
+        found = anchored([sum(ranks) for ranks in inner], bounds, anchors, truth)
+        known = dict(zip(inner, found, strict=True))
+        return [known.get(ranks, 0.0) for ranks in space]
+
+    def build(self, layer: Layer, ranks: Ranks, factors: Sequence[Tensor], bias: Tensor | None) -> nn.Module:
+        """A module of matrix products and reshapes, for any axes before the features."""
+        return TTChain([c for _, c in self._modes(layer)], [1, *ranks], factors, bias)
+
+    def _modes(self, layer: Layer) -> list[tuple[int, int]]:
+        """(t_k, c_k): output modes falling and input modes rising, which keeps what is in flight small."""
+        outputs, inputs = (modes_of(size, self.cores) for size in (layer.out_channels, layer.in_channels))
+        return list(zip(reversed(outputs), inputs, strict=True))
+
+    def _tensor(self, layer: Layer, weight: Tensor) -> Tensor:
+        """``(t1 c1, ..., td cd)``, float64."""
+        modes, d = self._modes(layer), self.cores
+        split = weight.detach().reshape(*(t for t, _ in modes), *(c for _, c in modes))
+        paired = split.permute(*(axis for k in range(d) for axis in (k, d + k)))
+        return paired.to(torch.float64, memory_format=torch.contiguous_format).reshape([t * c for t, c in modes])
+
+    def _weight(self, layer: Layer, cores: Sequence[Tensor]) -> Tensor:
+        modes, d = self._modes(layer), self.cores
+        paired = tt_compose(cores).reshape([size for mode in modes for size in mode])
+        return paired.permute(*range(0, 2 * d, 2), *range(1, 2 * d, 2)).reshape(layer.weight_shape)
+
+
+class LastCore(Layer):
+    """The last small layer: its bias has one figure for every output feature of the whole layer."""
+
+    @property
+    def params(self) -> int:
+        """Weights, and T biases where one linear layer of this shape has t1."""
+        return math.prod(self.weight_shape) + (self.out_channels * self.extent[-1] if self.bias else 0)
+
+
+class TTChain(nn.Module):
+    """Applies the cores of a TT-matrix to ``(..., C)``, the last core first; the parameters are in that order."""
+
+    def __init__(
+        self, inputs: Sequence[int], bonds: Sequence[int], factors: Sequence[Tensor], bias: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.inputs, self.bonds = tuple(inputs), tuple(bonds)
+        self.factors = nn.ParameterList(nn.Parameter(factor.detach().clone()) for factor in factors)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., C)`` to ``(..., T)``."""
+        x = _split(x, -1, (-1, 1, self.inputs[-1]))
+        for factor, bond, ahead in zip(self.factors, reversed(self.bonds), (*self.inputs[-2::-1], 1), strict=True):
+            # (..., c_1 ... c_{k-1}, t_{k+1} ... t_d, c_k r_k) to (..., c_1 ... c_{k-2}, t_k ... t_d, c_{k-1} r_{k-1})
+            x = _split(_split(nn.functional.linear(x, factor), -1, (bond, -1)), -4, (-1, ahead))
+            x = x.movedim((-1, -3, -4, -2), (-4, -3, -2, -1)).flatten(-2).flatten(-3, -2)
+        x = x.flatten(-3)
+        return x if self.bias is None else x + self.bias
+
+
+def _split(x: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
+    split: Tensor = torch.unflatten(x, axis, sizes)
+    return split
+
+
+def modes_of(size: int, count: int) -> tuple[int, ...]:
+    """So many numbers above 1 whose product is the size, as near to each other as can be, rising; empty where none are.
+
+    >>> modes_of(768, 2), modes_of(512, 3), modes_of(7, 2)
+    ((24, 32), (8, 8, 8), ())
+    """
+    if count == 1:
+        return (size,) if size > 1 else ()
+    splits = [(d, *modes_of(size // d, count - 1)) for d in range(2, math.isqrt(size) + 1) if size % d == 0]
+    return min((tuple(sorted(s)) for s in splits if len(s) == count), key=sum, default=())

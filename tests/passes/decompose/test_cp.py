@@ -1,0 +1,125 @@
+"""``cp``: the three-layer CP of a convolution."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from tdcompile.decomposition import relative_error
+from tdcompile.layer import Layer, Moments
+from tdcompile.passes.decompose.cp import CP
+
+
+def layer_of(*channels: int, kernel: tuple[int, ...] = (3, 3), bias: bool = True) -> Layer:
+    ones = (1,) * len(kernel)
+    padding = tuple((k // 2, k // 2) for k in kernel)
+    return Layer("conv", channels[0], channels[1], (14,) * len(kernel), kernel, ones, padding, ones, bias=bias)
+
+
+def weight_of(layer: Layer) -> torch.Tensor:
+    """With a decaying spectrum, as trained weights have."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(layer.weight_shape, generator=generator)
+    for axis in (0, 1):
+        size = weight.shape[axis]
+        mix = torch.randn(size, size, generator=generator) * torch.arange(1, size + 1) ** -0.7
+        weight = torch.tensordot(weight, mix, dims=([axis], [1])).movedim(-1, axis)
+    return weight
+
+
+def moments_of(layer: Layer) -> Moments:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1000, layer.in_channels, layer.taps, generator=generator, dtype=torch.float64)
+    x = x * torch.linspace(0.05, 2, layer.in_channels)[:, None] + 0.5 * x.roll(1, 2)
+    return Moments(x.flatten(1).T @ x.flatten(1) / 1000, 1000)
+
+
+def test_the_spatial_settings_are_the_depthwise_layers() -> None:
+    module = nn.Conv2d(6, 10, 3, stride=(2, 1), padding=(1, 2), dilation=(1, 2), padding_mode="circular")
+    layer = Layer.of(module, (9, 8))
+    assert layer is not None
+    first, depthwise, last = CP().blueprint(layer, (5,))
+    assert (first.in_channels, first.out_channels, first.extent, first.taps, first.bias) == (6, 5, (9, 8), 1, False)
+    assert (depthwise.groups, depthwise.kernel, depthwise.stride) == (5, (3, 3), (2, 1))
+    assert (depthwise.padding, depthwise.dilation) == (((1, 1), (2, 2)), (1, 2))
+    assert (depthwise.padding_mode, depthwise.bias) == ("circular", False)
+    assert (last.in_channels, last.out_channels, last.extent, last.bias) == (5, 10, layer.out_extent, True)
+    assert sum(part.params for part in (first, depthwise, last)) == 5 * (6 + 10 + 9) + 10
+
+
+@pytest.mark.parametrize(
+    ("module", "extent", "code"),
+    [
+        (nn.Linear(8, 8), (), "kind"),
+        (nn.Conv2d(8, 8, 1), (5, 5), "pointwise"),
+        (nn.Conv2d(8, 8, 3, groups=2), (5, 5), "grouped"),
+        (nn.Conv2d(8, 8, 3, groups=8), (5, 5), "depthwise"),
+    ],
+)
+def test_what_it_cannot_do_it_refuses(module: nn.Module, extent: tuple[int, ...], code: str) -> None:
+    layer = Layer.of(module, extent)
+    assert layer is not None
+    refusal = CP().refuse(layer)
+    assert refusal is not None
+    assert refusal.code == code
+
+
+def test_kernels_of_any_dimension_are_accepted() -> None:
+    for kernel in ((5,), (1, 3), (3, 3, 3)):
+        assert CP().refuse(layer_of(8, 8, kernel=kernel)) is None
+
+
+def test_about_a_dozen_ranks_are_proposed_up_to_where_dense_is_cheaper() -> None:
+    layer = layer_of(256, 256)
+    space = [rank for (rank,) in CP().rank_space(layer, 16)]
+    assert 8 <= len(space) <= 12
+    assert space == sorted(set(space))
+    assert space[0] == 16
+    assert space[-1] == 256 * 9
+    dearest = 256 * 256 * 9 // (256 + 256 + 9)
+    assert dearest - 16 <= space[-2] < dearest
+    assert CP().rank_space(layer_of(3, 4), 16) == [(12,)]
+
+
+@pytest.mark.parametrize("aware", [False, True], ids=["plain", "data"])
+def test_the_estimates_are_near_the_errors_and_not_below_them(aware: bool) -> None:
+    layer = layer_of(96, 64)
+    weight, moments = weight_of(layer), moments_of(layer) if aware else None
+    space = CP().rank_space(layer, 16)
+    told = CP().errors(layer, weight, space, moments)
+    assert told[-1] == 0.0
+    assert all(a > b for a, b in pairwise(told))
+    for ranks, estimate in list(zip(space, told, strict=True))[:-1:3]:
+        factors = CP().factorize(layer, weight, ranks, moments)
+        truth = relative_error(weight, CP().reconstruct(layer, factors), moments)
+        assert -0.02 <= estimate - truth <= 0.1
+
+
+def test_errors_are_told_for_any_ranks_in_any_order() -> None:
+    layer = layer_of(16, 12)
+    weight = weight_of(layer)
+    first = CP().errors(layer, weight, [(8,), (40,)], None)
+    assert CP().errors(layer, weight, [(40,), (108,), (8,)], None) == [first[1], 0.0, first[0]]
+    assert CP().errors(layer, weight, [], None) == []
+
+
+def test_data_lowers_the_error_of_the_output() -> None:
+    layer = layer_of(32, 24)
+    weight, moments = weight_of(layer), moments_of(layer)
+    plain, aware = (
+        relative_error(weight, CP().reconstruct(layer, CP().factorize(layer, weight, (24,), seen)), moments)
+        for seen in (None, moments)
+    )
+    assert aware < 0.95 * plain
+
+
+def test_the_same_weight_gives_the_same_factors_bit_for_bit() -> None:
+    layer = layer_of(16, 12)
+    weight, moments = weight_of(layer), moments_of(layer)
+    for seen in (None, moments):
+        torch.manual_seed(0)
+        once = CP().factorize(layer, weight, (20,), seen)
+        torch.manual_seed(1)
+        again = CP().factorize(layer, weight.clone(), (20,), seen)
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))

@@ -1,0 +1,53 @@
+"""The metric of a layer's output: its channel root, and least squares that never make a factor worse."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tdcompile.decomposition import relative_error
+from tdcompile.layer import Moments
+from tdcompile.metric import OutputMetric
+
+
+def case(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Moments]:
+    generator = torch.Generator().manual_seed(seed)
+    weight, last, before = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 4, 3, 3), (6, 5), (5, 36))
+    )
+    x = torch.randn(200, 36, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 3, 36)
+    return weight, last, before, Moments(x.T @ x / 200, 200)
+
+
+def test_a_refit_factor_is_never_worse_and_its_error_is_told() -> None:
+    weight, last, before, moments = case()
+    found, told = OutputMetric(weight, moments.second).refit(last, before)
+    assert told == pytest.approx(relative_error(weight, (found @ before).reshape(weight.shape), moments))
+    assert told < relative_error(weight, (last @ before).reshape(weight.shape), moments)
+    again, still = OutputMetric(weight, moments.second).refit(found, before)
+    assert still <= told
+    assert torch.allclose(again, found, rtol=1e-2, atol=1e-2)
+
+
+def test_one_scale_is_the_best_there_is() -> None:
+    weight, last, before, moments = case()
+    approximation = (0.2 * weight.flatten(1) + 0.01 * last @ before).reshape(weight.shape)
+    scale, told = OutputMetric(weight, moments.second).scale(approximation)
+    assert told == pytest.approx(relative_error(weight, scale * approximation, moments))
+    for other in (0.9 * scale, 1.1 * scale, 1.0):
+        assert told < relative_error(weight, other * approximation, moments)
+
+
+def test_the_channel_root_is_that_of_the_mean_over_the_taps() -> None:
+    weight, _, _, moments = case()
+    root = OutputMetric(weight, moments.second).channel_root(4)
+    taps = [moments.second[k::9, k::9] for k in range(9)]
+    assert torch.allclose(root @ root.T, torch.stack(taps).mean(0), rtol=1e-3, atol=1e-3)
+    assert torch.equal(root, root.tril())
+
+
+def test_inputs_that_are_all_zero_are_no_trouble() -> None:
+    weight, last, before, _ = case()
+    metric = OutputMetric(weight, torch.zeros(36, 36))
+    assert torch.allclose(metric.refit(last, before)[0], last)
+    assert metric.scale(weight) == (1.0, 0.0)
+    assert bool(torch.isfinite(metric.channel_root(4)).all())
