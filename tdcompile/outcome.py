@@ -21,7 +21,7 @@ from tdcompile.validate import Parity, check_parity
 
 
 @dataclass(frozen=True)
-class Network:
+class MeasuredNetwork:
     """One of the two networks, measured.
 
     Attributes:
@@ -44,8 +44,8 @@ class Network:
 class Outcome:
     """Both networks and how far apart their outputs are: the approximation error, relative to the largest output."""
 
-    dense: Network
-    compiled: Network
+    dense: MeasuredNetwork
+    compiled: MeasuredNetwork
     approximation: tuple[float, float]
 
 
@@ -77,7 +77,7 @@ def measure(
     timings = time_models(paths, inputs, program.target, seconds=seconds)
     task = program.task
     networks = [
-        Network(
+        MeasuredNetwork(
             module=graph,
             exported=exported,
             params=sum(p.numel() for p in graph.parameters()),

@@ -8,7 +8,7 @@ from typing import Any
 
 from tdcompile.calibration import Rehearsal
 from tdcompile.layer import Refusal
-from tdcompile.outcome import Network, Outcome
+from tdcompile.outcome import MeasuredNetwork, Outcome
 from tdcompile.program import Program, Site, sites_of
 from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.recipes import Recipe
@@ -93,7 +93,7 @@ def summarise(program: Program, recipe: Recipe, outcome: Outcome, run: Run) -> R
     )
 
 
-def _figures(network: Network) -> dict[str, Any]:
+def _figures(network: MeasuredNetwork) -> dict[str, Any]:
     return {
         "params": network.params,
         "macs": network.macs,
@@ -107,7 +107,7 @@ def _agreement(parity: Parity) -> Agreement:
     return Agreement(provider=parity.provider, max_abs=parity.max_abs, max_rel=parity.max_rel, cases=len(parity.cases))
 
 
-def _predicted(plan: RankPlan | None, dense: Network) -> float | None:
+def _predicted(plan: RankPlan | None, dense: MeasuredNetwork) -> float | None:
     """The plan's predicted share of the dense latency, at what the dense network takes now."""
     if plan is None or not plan.dense.seconds or not plan.predicted.seconds:
         return None
@@ -141,7 +141,7 @@ def _macs(sites: Sequence[Site]) -> int:
     return sum(call.macs for site in sites for call in site.calls)
 
 
-def _milliseconds(network: Network, name: str) -> float | None:
+def _milliseconds(network: MeasuredNetwork, name: str) -> float | None:
     seconds = network.layer_seconds.get(name)
     return seconds * 1e3 if seconds else None
 
