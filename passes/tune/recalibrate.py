@@ -16,25 +16,31 @@ from tdcompile.facts import Aspect
 from tdcompile.kinds import Rewritten, TunePass, tick
 from tdcompile.layer import Refusal
 from tdcompile.program import Change, Program
+from tdcompile.surgery import copy_weights
+from tdcompile.task import Samples
 
 
 @dataclass(frozen=True)
 class Recalibrate(TunePass):
     """Estimate batch-norm running statistics anew on training samples; no weight changes.
 
-    Each layer is set to the mean and unbiased variance of its input pooled over all samples, not to an average over
-    batches, which would miss how much the batches' means differ. While they are gathered, batch norm normalises by
-    the batch at hand, so that no layer sees what wrong statistics of an earlier one would do to its input.
+    The mean and variance of each layer's input are pooled over all samples, in the compressed and in the dense network.
+    What changed between the two is then applied to the statistics that the dense network was trained with, which know
+    more images, and augmented ones: mean + (m − m_dense), variance · v / v_dense. On a dense network it changes
+    nothing. While they are gathered, batch norm normalises by the batch at hand, so that no layer sees what wrong
+    statistics of an earlier one would do to its input.
 
     Attributes:
         samples: how many training samples are read.
         batch: samples at a time; larger ones cost memory and did not raise the accuracy where it was tried.
+        relative: false sets the pooled statistics themselves.
     """
 
     name: ClassVar[str] = "recalibrate"
     touches: ClassVar[frozenset[Aspect]] = frozenset({Aspect.STATISTICS})
     samples: int = 2048
     batch: int = 64
+    relative: bool = True
 
     def __post_init__(self) -> None:
         """Raises InputError where a batch would have no variance."""
@@ -47,11 +53,7 @@ class Recalibrate(TunePass):
         Raises:
             InputError: NaN or Inf reaches a batch-norm layer.
         """
-        layers = {
-            name: module
-            for name, module in graph.named_modules()
-            if isinstance(module, _BatchNorm) and module.running_mean is not None
-        }
+        layers = _norms(graph)
         if not layers:
             return _refused(graph, "no_batchnorm", "the network has no batch-norm layer with running statistics")
         train = program.task.train
@@ -59,6 +61,16 @@ class Recalibrate(TunePass):
             return _refused(graph, "no_data", "there are no training samples to estimate batch-norm statistics on")
         count = min(self.samples, len(train))
         chosen = train.shuffled(program.generator(self.name)).subset(range(count))
+        pools = self._pooled(graph, chosen)
+        known = _norms(program.dense) if self.relative else {}
+        before = self._pooled(copy_weights(program.dense), chosen) if known.keys() & layers.keys() else {}
+        for name, module in layers.items():
+            pools[name].settle(name, module, before.get(name), known.get(name))
+        return Rewritten(graph, [Change("", self.name, f"{len(layers)} batch-norm layers on {count} samples")])
+
+    def _pooled(self, graph: fx.GraphModule, samples: Samples) -> dict[str, _Pool]:
+        """The pooled statistics of every batch-norm layer's input; the graph's own are overwritten."""
+        layers, count = _norms(graph), len(samples)
         pools = {name: _Pool() for name in layers}
         hooks = [module.register_forward_pre_hook(pools[name]) for name, module in layers.items()]
         graph.eval()
@@ -69,15 +81,13 @@ class Recalibrate(TunePass):
                 # Equal parts: a last batch of one sample has no variance.
                 parts = torch.arange(count).tensor_split(min(math.ceil(count / self.batch), count // 2))
                 for done, part in enumerate(parts, start=1):
-                    graph(*chosen.batch(part.tolist()).inputs)
+                    graph(*samples.batch(part.tolist()).inputs)
                     tick(done, len(parts), "batches")
         finally:
             for hook in hooks:
                 hook.remove()
             graph.eval()
-        for name, module in layers.items():
-            pools[name].settle(name, module)
-        return Rewritten(graph, [Change("", self.name, f"{len(layers)} batch-norm layers on {count} samples")])
+        return pools
 
 
 class _Pool:
@@ -98,17 +108,42 @@ class _Pool:
         self.mean = self.mean + off * share
         self.count += count
 
-    def settle(self, name: str, module: _BatchNorm) -> None:
-        """Write the statistics into the layer; one that was never called keeps its own."""
+    def settle(self, name: str, module: _BatchNorm, before: _Pool | None, dense: _BatchNorm | None) -> None:
+        """Write the statistics into the layer; one that was never called keeps its own.
+
+        Args:
+            before: what was pooled in the dense network.
+            dense: its layer, with the statistics that it was trained with; None sets the pooled ones.
+        """
         if self.count < 2:
             return
-        mean, variance = torch.as_tensor(self.mean), torch.as_tensor(self.squares) / (self.count - 1)
-        if not (mean.isfinite().all() and variance.isfinite().all()):
-            raise InputError(f"NaN or Inf reaches the batch-norm layer '{name}': look at the data and the weights")
-        assert module.running_mean is not None  # ``tune`` has left the others out
+        mean, variance = self.statistics(name)
+        if before is not None and dense is not None:
+            old_mean, old_variance = before.statistics(name)
+            assert dense.running_mean is not None  # ``_norms`` has left the others out
+            assert dense.running_var is not None
+            tiny = torch.finfo(torch.float32).tiny
+            mean = dense.running_mean + (mean - old_mean)
+            variance = dense.running_var * (variance / old_variance.clamp(min=tiny))
+        assert module.running_mean is not None
         assert module.running_var is not None
         module.running_mean.copy_(mean)
         module.running_var.copy_(variance)
+
+    def statistics(self, name: str) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance."""
+        mean, variance = torch.as_tensor(self.mean), torch.as_tensor(self.squares) / (self.count - 1)
+        if not (mean.isfinite().all() and variance.isfinite().all()):
+            raise InputError(f"NaN or Inf reaches the batch-norm layer '{name}': look at the data and the weights")
+        return mean, variance
+
+
+def _norms(graph: fx.GraphModule) -> dict[str, _BatchNorm]:
+    return {
+        name: module
+        for name, module in graph.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
 
 
 def _refused(graph: fx.GraphModule, code: str, reason: str) -> Rewritten:

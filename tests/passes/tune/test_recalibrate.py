@@ -13,6 +13,7 @@ from tdcompile.errors import InputError
 from tdcompile.facts import Aspect, Fact, Facts
 from tdcompile.layer import Refusal
 from tdcompile.program import Change, Program
+from tdcompile.surgery import copy_weights
 from tdcompile.task import Batch, Samples, Task
 
 
@@ -60,16 +61,37 @@ def network() -> nn.Module:
 @given(count=st.integers(2, 70), batch=st.integers(2, 80))
 def test_statistics_are_those_pooled_over_all_samples(count: int, batch: int) -> None:
     x = drawn(count)
-    layer = Recalibrate(samples=count, batch=batch).run(program(network(), x)).graph.get_submodule("0")
+    layer = Recalibrate(samples=count, batch=batch, relative=False).run(program(network(), x)).graph.get_submodule("0")
     torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
     torch.testing.assert_close(layer.running_var, x.transpose(0, 1).flatten(1).var(1))
 
 
 def test_a_layer_sees_its_input_as_the_corrected_layers_before_it_leave_it() -> None:
     x = drawn(32)
-    graph = Recalibrate(samples=32, batch=32).run(program(network(), x)).graph
+    graph = Recalibrate(samples=32, batch=32, relative=False).run(program(network(), x)).graph
     seen = graph.get_submodule("1")(graph.get_submodule("0").train()(x)).transpose(0, 1).flatten(1)
     torch.testing.assert_close(graph.get_submodule("2").running_var, seen.var(1))
+
+
+def test_the_dense_network_keeps_the_statistics_it_was_trained_with() -> None:
+    before = program(network(), drawn(40))
+    after = Recalibrate().run(before).graph
+    for name, buffer in before.dense.named_buffers():
+        torch.testing.assert_close(after.get_buffer(name), buffer)
+
+
+def test_what_changed_against_the_dense_network_is_added_to_its_statistics() -> None:
+    x = drawn(48)
+    dense = program(network(), x)
+    dense.dense.get_submodule("2").running_mean.fill_(7.0)
+    changed = copy_weights(dense.graph)
+    changed.get_submodule("1").weight.data.mul_(2.0)
+    changed.get_submodule("1").bias.data.zero_()
+    dense.dense.get_submodule("1").bias.data.zero_()
+    layer = Recalibrate().run(dense.with_(graph=changed)).graph.get_submodule("2")
+    pooled = Recalibrate(relative=False).run(dense.with_(graph=changed)).graph.get_submodule("2")
+    torch.testing.assert_close(layer.running_var, torch.full((4,), 4.0))  # twice the weights, from a variance of 1
+    torch.testing.assert_close(layer.running_mean, 7.0 + pooled.running_mean / 2)
 
 
 def test_weights_modes_and_the_given_program_stay_as_they_were() -> None:
@@ -88,7 +110,7 @@ def test_weights_modes_and_the_given_program_stay_as_they_were() -> None:
 def test_only_so_many_samples_are_read_the_same_ones_for_a_seed() -> None:
     x = drawn(64)
     means = [
-        Recalibrate(samples=16).run(program(network(), x, seed)).graph.get_submodule("0").running_mean
+        Recalibrate(samples=16, relative=False).run(program(network(), x, seed)).graph.get_submodule("0").running_mean
         for seed in (1, 1, 2)
     ]
     assert torch.equal(means[0], means[1])
