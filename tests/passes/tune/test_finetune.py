@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tdcompile.passes.tune.finetune import Distillation, Finetune
 from torch import Tensor, fx, nn
 
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.kinds import progress
 from tdcompile.layer import Refusal
+from tdcompile.passes.tune.finetune import Distillation, Finetune
 from tdcompile.program import Change, Program
 from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, Task, accuracy

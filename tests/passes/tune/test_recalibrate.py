@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tdcompile.passes.tune.recalibrate import Recalibrate
 from torch import Tensor, fx, nn
 
 from tdcompile.errors import InputError
 from tdcompile.facts import Aspect, Fact, Facts
 from tdcompile.layer import Refusal
+from tdcompile.passes.tune.recalibrate import Recalibrate
 from tdcompile.program import Change, Program
 from tdcompile.surgery import copy_weights
 from tdcompile.task import Batch, Samples, Task
@@ -77,6 +77,8 @@ def test_the_dense_network_keeps_the_statistics_it_was_trained_with() -> None:
     before = program(network(), drawn(40))
     after = Recalibrate().run(before).graph
     for name, buffer in before.dense.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            continue
         torch.testing.assert_close(after.get_buffer(name), buffer)
 
 
