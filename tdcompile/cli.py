@@ -1,0 +1,206 @@
+"""The command ``tdcompile``: arguments in, results on stdout, everything else on stderr, an exit code out."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from tdcompile.console import Answer, messages, tell
+from tdcompile.errors import InputError, TdcompileError
+from tdcompile.noise import native_output_to_stderr
+from tdcompile.options import signed
+
+INTERRUPTED = 130
+UNAVAILABLE = 5
+
+_NETWORK = ("source", "weights", "input")
+_COMMON = ("seed", "json", "verbose", "quiet")
+_PLAN = (
+    *(*_NETWORK, "dynamic_batch", "data", "normalize", "calibrate", "target", "threads", "grain", "budget"),
+    *("decompose", "ranks", "importance", "keep_dense", "recipe", "out"),
+)
+_COMPILE = ("eval", "plan", "tune", "max_drop", "min_speedup", "pipeline", "dry_run", "resume")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: the function that does it, which is imported when it is called, and the options it takes."""
+
+    name: str
+    home: str
+    function: str
+    options: tuple[str, ...]
+    about: str
+
+
+VERBS = (
+    Verb(
+        "compile",
+        "commands_compile",
+        "compile_network",
+        (*_PLAN, *_COMPILE, *_COMMON),
+        "A network in, a smaller, faster, verified ONNX model out, with a report on every layer.",
+    ),
+    Verb("analyze", "commands_inspect", "analyze", (*_NETWORK, *_COMMON), "Every layer, and what could be done to it."),
+    Verb("plan", "commands_compile", "plan", (*_PLAN, *_COMMON), "Choose forms and ranks, and change nothing."),
+    Verb(
+        "validate",
+        "commands_models",
+        "validate",
+        (*("model", "against", "weights", "input", "target", "threads", "rtol", "atol"), *_COMMON),
+        "Run a model against another one, or against the PyTorch network it came from; exit 3 if they differ.",
+    ),
+    Verb(
+        "bench",
+        "commands_models",
+        "bench",
+        (*("models", "input", "target", "threads", "batch", "seconds"), *_COMMON),
+        "Time models against each other, in turns.",
+    ),
+    Verb(
+        "list",
+        "commands_inspect",
+        "list_plugins",
+        ("kind", "schema", "json", "verbose", "quiet"),
+        "passes, decompositions, selectors, scores, costs, models, data or recipes, with their options.",
+    ),
+    Verb(
+        "doctor",
+        "doctor",
+        "doctor",
+        ("target", "json", "verbose", "quiet"),
+        "Whether this environment can do it; exit 5 if not.",
+    ),
+    Verb(
+        "demo",
+        "commands_compile",
+        "demo",
+        (*("out", "budget", "tune", "target", "threads", "resume"), *_COMMON),
+        "Compile a network that ships with its weights, on data that needs no download.",
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # whatever stands in for a stream in a test or a notebook
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        answer = _app(arguments)(arguments, prog_name="tdcompile", standalone_mode=False)
+    except _UsageError as error:
+        tell(f"error: {error.format_message()}")  # type: ignore[attr-defined]  # typer's own errors have it
+        tell(f"'{_usage_of(error)} --help' lists what there is")
+        return InputError.exit_code
+    if not isinstance(answer, Answer):
+        return int(answer or 0)  # --help or --version have printed what there is to print
+    try:
+        answer.show()
+    except BrokenPipeError:  # the reader has seen enough; Python must not find out again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return answer.code
+
+
+# typer brings a click of its own or uses the installed one, depending on its version; this is the class in either.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def _usage_of(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return str(context.command_path) if context is not None else "tdcompile"
+
+
+def _app(arguments: Sequence[str]) -> typer.Typer:
+    app = typer.Typer(
+        name="tdcompile",
+        help="A tensor-decomposition compiler: a PyTorch network in, a smaller, faster, verified ONNX model out.",
+        add_completion=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for verb in VERBS:
+        app.command(verb.name)(signed(_answering(verb, arguments), verb.options, verb.about))
+    app.callback(invoke_without_command=True)(_top)
+    return app
+
+
+def _top(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"tdcompile {version('tdcompile')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+    else:
+        return
+    raise typer.Exit
+
+
+def _answering(verb: Verb, arguments: Sequence[str]) -> Callable[[Mapping[str, Any]], Answer]:
+    """The verb's function, held to the promises of the command: a clean stdout, one sentence for every failure."""
+
+    def answer(given: Mapping[str, Any]) -> Answer:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(native_output_to_stderr())
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            stack.enter_context(messages(verbose=given["verbose"], quiet=given["quiet"]))
+            stack.enter_context(_terminable())
+            try:
+                # imported here: --help and a mistyped option are answered without loading torch
+                function = getattr(importlib.import_module(f"tdcompile.{verb.home}"), verb.function)
+                result: Answer = function({**given, "command": ("tdcompile", *arguments)})
+                return result
+            except KeyboardInterrupt as stop:
+                tell(f"interrupted; {stop or 'nothing was written'}")
+                return Answer(code=INTERRUPTED)
+            except Exception as error:  # noqa: BLE001  # the last line of defence: every failure is one sentence
+                if given["verbose"]:
+                    traceback.print_exc(file=sys.stderr)
+                code, sentence = _failure(error)
+                tell(f"error: {sentence}")
+                return Answer(code=code)
+
+    return answer
+
+
+def _failure(error: Exception) -> tuple[int, str]:
+    """The exit code of a failure and the sentence that tells it."""
+    if isinstance(error, TdcompileError):
+        return error.exit_code, " ".join(str(error).split())
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return InputError.exit_code, f"{where}{error.strerror or error}"
+    if isinstance(error, ImportError):
+        return UNAVAILABLE, f"{error}; 'tdcompile doctor' looks the installation over"
+    said = next(iter(str(error).strip().splitlines()), "")
+    return TdcompileError.exit_code, f"{type(error).__name__}: {said}; run again with -v for the traceback"
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """While it lasts, SIGTERM is handled like Ctrl-C, so that a job that is stopped says how to go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

@@ -1,0 +1,122 @@
+"""``--input``: example inputs from their text, ``[NAME=]1x3x224x224[:dtype]``, or from what a model says it takes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from tdcompile.errors import InputError, nearest
+
+_FORM = re.compile(r"^(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?$")
+_TYPES = {
+    str(kind).removeprefix("torch."): kind
+    for kind in (
+        *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input: the argument of ``forward`` that it is for, where it was named, its shape and type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    name: str | None = None
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """Normal values, or zeros and ones for other types: these are valid as index, token and mask."""
+        if self.dtype.is_floating_point:
+            return torch.randn(self.shape, generator=generator).to(self.dtype)
+        return torch.randint(0, 2, self.shape, generator=generator).to(self.dtype)
+
+
+def parse_example(text: str) -> Example:
+    """Read ``[NAME=]1x3x224x224[:dtype]``.
+
+    Raises:
+        InputError: it has another form, an axis of length 0, or an unknown type.
+    """
+    match = _FORM.match(text.strip())
+    if match is None:
+        raise InputError(f"the input '{text}' is not of the form [NAME=]1x3x224x224[:dtype], e.g. ids=1x64:int64")
+    shape = tuple(int(size) for size in match["shape"].split("x"))
+    if 0 in shape:
+        raise InputError(f"the input '{text}' has an axis of length 0; each is at least 1")
+    if match["dtype"] and match["dtype"] not in _TYPES:
+        raise InputError(f"the input '{text}' has an unknown type: {nearest(match['dtype'], _TYPES)}")
+    return Example(shape, _TYPES[match["dtype"] or "float32"], match["name"])
+
+
+def draw_inputs(texts: Sequence[str], arguments: Sequence[str], seed: int) -> tuple[Tensor, ...]:
+    """Random inputs in the order of a network's or model's arguments.
+
+    Args:
+        arguments: the names of all that it takes.
+
+    Raises:
+        InputError: there are none, one is malformed, or the names are not those of the first arguments.
+    """
+    if not texts:
+        raise InputError("the network's input is not known: give --input, e.g. --input 1x3x224x224")
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(example.draw(generator) for example in _ordered([parse_example(text) for text in texts], arguments))
+
+
+def arguments_of(module: nn.Module) -> list[str]:
+    """The names of what ``forward`` takes."""
+    return list(inspect.signature(module.forward).parameters)
+
+
+def model_inputs(model: Path, batch: int, seed: int, texts: Sequence[str] = ()) -> tuple[Tensor, ...]:
+    """Random inputs for an ONNX file: those given, or what it says it takes.
+
+    Args:
+        batch: length of the first axis where it is open.
+
+    Raises:
+        InputError: the file is missing or no model, leaves more than the batch open, or takes other inputs.
+    """
+    if not model.is_file():
+        raise InputError(f"there is no model {model}")
+    try:
+        graph = onnx.load(model, load_external_data=False).graph
+    except Exception as error:  # protobuf's errors and onnx's share no root
+        raise InputError(f"{model} is not an ONNX model") from error
+    weights, generator = {weight.name for weight in graph.initializer}, torch.Generator().manual_seed(seed)
+    values = [value for value in graph.input if value.name not in weights]
+    if texts:
+        return draw_inputs(texts, [value.name for value in values], seed)
+    return tuple(_example_of(value, model, batch).draw(generator) for value in values)
+
+
+def _ordered(examples: Sequence[Example], arguments: Sequence[str]) -> list[Example]:
+    names = [example.name for example in examples if example.name is not None]
+    if not names:
+        return list(examples)
+    for name in names:
+        if name not in arguments:
+            raise InputError(f"the network takes no input '{name}': {nearest(name, arguments)}")
+    first = arguments[: len(examples)]
+    if sorted(names) != sorted(first):
+        raise InputError(f"inputs {', '.join(names)} are given; expected each of {', '.join(first)}, once")
+    return sorted(examples, key=lambda example: first.index(str(example.name)))
+
+
+def _example_of(value: onnx.ValueInfoProto, model: Path, batch: int) -> Example:
+    tensor = value.type.tensor_type
+    sizes = [axis.dim_value for axis in tensor.shape.dim]  # 0 where the axis is open
+    if 0 in sizes[1:]:
+        raise InputError(f"{model.name} leaves more of '{value.name}' open than the batch: give --input")
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    if kind not in _TYPES:
+        raise InputError(f"{model.name} takes '{value.name}' as {kind}: {', '.join(_TYPES)} can be drawn at random")
+    return Example(tuple(size or batch for size in sizes), _TYPES[kind], value.name)
