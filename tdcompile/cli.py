@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -18,6 +16,7 @@ import typer
 
 from tdcompile.console import Answer, messages, tell
 from tdcompile.errors import InputError, TdcompileError
+from tdcompile.interruption import terminable, was_interrupted
 from tdcompile.noise import native_output_to_stderr
 from tdcompile.options import signed
 
@@ -157,50 +156,33 @@ def _answering(verb: Verb, arguments: Sequence[str]) -> Callable[[Mapping[str, A
             stack.enter_context(native_output_to_stderr())
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             stack.enter_context(messages(verbose=given["verbose"], quiet=given["quiet"]))
-            stack.enter_context(_terminable())
+            stack.enter_context(terminable())
             try:
                 # imported here: --help and a mistyped option are answered without loading torch
                 function = getattr(importlib.import_module(f"tdcompile.{verb.home}"), verb.function)
                 result: Answer = function({**given, "command": ("tdcompile", *arguments)})
                 return result
-            except KeyboardInterrupt as stop:
-                tell(f"interrupted; {stop or 'nothing was written'}")
-                return Answer(code=INTERRUPTED)
-            except Exception as error:  # noqa: BLE001  # the last line of defence: every failure is one sentence
+            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the last line of defence: one sentence each
                 if given["verbose"]:
                     traceback.print_exc(file=sys.stderr)
                 code, sentence = _failure(error)
-                tell(f"error: {sentence}")
+                tell(sentence)
                 return Answer(code=code)
 
     return answer
 
 
-def _failure(error: Exception) -> tuple[int, str]:
+def _failure(error: BaseException) -> tuple[int, str]:
     """The exit code of a failure and the sentence that tells it."""
+    if was_interrupted(error):
+        how_to_go_on = str(error) if isinstance(error, KeyboardInterrupt) else ""
+        return INTERRUPTED, f"interrupted; {how_to_go_on or 'nothing was written'}"
     if isinstance(error, TdcompileError):
-        return error.exit_code, " ".join(str(error).split())
+        return error.exit_code, f"error: {' '.join(str(error).split())}"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return InputError.exit_code, f"{where}{error.strerror or error}"
+        return InputError.exit_code, f"error: {where}{error.strerror or error}"
     if isinstance(error, ImportError):
-        return UNAVAILABLE, f"{error}; 'tdcompile doctor' looks the installation over"
-    said = next(iter(str(error).strip().splitlines()), "")
-    return TdcompileError.exit_code, f"{type(error).__name__}: {said}; run again with -v for the traceback"
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """While it lasts, SIGTERM is handled like Ctrl-C, so that a job that is stopped says how to go on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        return UNAVAILABLE, f"error: {error}; 'tdcompile doctor' looks the installation over"
+    said = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    return TdcompileError.exit_code, f"error: {said}; run again with -v for the traceback"

@@ -20,6 +20,7 @@ from tdcompile.compiler import compile as compile_module
 from tdcompile.compiler import prepare
 from tdcompile.console import Answer, watching
 from tdcompile.errors import BudgetError, InputError
+from tdcompile.interruption import was_interrupted
 from tdcompile.job import load_job, recipe_of, to_toml
 from tdcompile.pipeline import Pipeline
 from tdcompile.ranks import RankPlan
@@ -97,12 +98,15 @@ def _compile(recipe: Recipe, out: Path, given: Mapping[str, Any]) -> Answer:
                 watch=watch,
             )
         compiled.save(out, command=command)
-    except KeyboardInterrupt as stop:
-        kept = (workspace / "state").exists()
-        raise KeyboardInterrupt(f"go on with: {_resumed(command)}" if kept else "nothing was written") from stop
-    except (InputError, BudgetError):
-        if fresh:  # a run that cannot succeed leaves nothing; what an earlier one has kept is not ours to drop
+    except (Exception, KeyboardInterrupt) as error:
+        # What an earlier run has kept stays. Of this one nothing stays that could not be gone on with.
+        if fresh and (isinstance(error, InputError | BudgetError) or not (workspace / "state").exists()):
             shutil.rmtree(workspace, ignore_errors=True)
+        go_on = f"go on with: {_resumed(command)}" if (workspace / "state").exists() else "nothing was written"
+        if was_interrupted(error):
+            raise KeyboardInterrupt(go_on) from error
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {error.filename or out}: {error.strerror or error}; {go_on}") from error
         raise
     report = compiled.report
     code = 0 if report.met else BudgetError.exit_code

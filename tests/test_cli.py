@@ -246,6 +246,33 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tdc: Any, home: Path, mon
     assert not workspace_of(home / "made").exists()
 
 
+def test_an_interruption_that_a_library_turned_into_an_error_is_still_one(
+    tdc: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half_imported(*_: object, **__: object) -> NoReturn:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise AttributeError("module 'torch._dynamo' has no attribute 'exc'")  # noqa: B904  # as libraries do
+
+    monkeypatch.setattr(compile_command, "compile_module", half_imported)
+    ran = tdc("compile", "net.py:build", *SMALL)
+    assert (ran.code, ran.out) == (130, "")
+    assert "interrupted; nothing was written" in ran.err
+    assert "error" not in ran.err
+
+
+def test_a_failure_after_finished_passes_keeps_them(tdc: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(out: Path) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tdcompile.compiler, "measure", lambda *_, **__: full(home))
+    ran = tdc("compile", "net.py:build", *SMALL, "-o", "made")
+    assert ran.code == 2
+    assert "cannot write made: No space left on device; go on with: tdcompile compile" in ran.sentence
+    assert workspace_of(home / "made").is_dir()
+
+
 def test_resume_without_anything_to_resume_says_so(tdc: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_command, "compile_module", lambda *_, **__: stopped())
     ran = tdc("compile", "net.py:build", *SMALL, "--resume")
@@ -553,7 +580,7 @@ def test_a_failure_of_a_second_run_keeps_what_the_first_has_kept(tdc: Any, home:
         (
             OSError(errno.ENOSPC, "No space left on device", "out/model.onnx"),
             2,
-            "out/model.onnx: No space left on device",
+            "cannot write out/model.onnx: No space left on device; nothing was written",
         ),
         (ImportError("libtorch.so is gone"), 5, "tdcompile doctor"),
         (RuntimeError("a bug\nof ours"), 1, "RuntimeError: a bug; run again with -v for the traceback"),
