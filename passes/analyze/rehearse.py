@@ -36,8 +36,8 @@ class Rehearse(AnalysisPass):
 
     Attributes:
         rounds: at most so many plans are measured.
-        tolerance: a plan stands when its measured latency is at most this share over the budget, and its predicted
-            latency at most this share away from the measured one.
+        over: a plan stands when its measured latency is at most this share over the budget,
+        tolerance: and its predicted latency at most this share away from the measured one.
         seconds: how long each round measures.
     """
 
@@ -45,6 +45,7 @@ class Rehearse(AnalysisPass):
     needs: ClassVar[tuple[type[Fact], ...]] = (Baseline, Candidates, Importances, RankPlan)
     gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan, Rehearsal)
     rounds: int = 4
+    over: float = 0.01
     tolerance: float = 0.02
     seconds: float = 3.0
 
@@ -73,7 +74,7 @@ class Rehearse(AnalysisPass):
             predicted = plan.predicted.seconds / plan.dense.seconds * dense
             tried.append((Round(predicted, compiled, dense, tuple(slower)), plan))
             tick(number, self.rounds, f"{compiled / dense:.3f} of dense measured, {share:g} wanted")
-            fits = compiled <= share * dense * (1 + self.tolerance)
+            fits = compiled <= share * dense * (1 + self.over)
             if fits and not slower and abs(predicted / compiled - 1) <= self.tolerance:
                 break
             back |= slower

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,33 +22,40 @@ from tdcompile.target import Budget
 _ROW, _OBJECTIVE = 1e3, 1e4
 _TIE = 1e-6  # what the whole budget is worth in the objective, as a share of the largest possible loss
 _INFEASIBLE = 2
+_LEAST_SIGNAL = 0.02  # an error of 1 has a price too, and the solver's scales stay within a few powers of ten
+LOSSES: Mapping[str, Callable[[float], float]] = {
+    "noise": lambda error: error**2 / max(1.0 - error**2, _LEAST_SIGNAL),
+    "squared": lambda error: error**2,
+    "linear": lambda error: error,
+}
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Knapsack(RankSelector):
-    """The plan of least Σ importance · error^power that keeps to every limit at once; the default.
+    """The plan of least Σ importance · loss(error) that keeps to every limit at once; the default.
 
     Each layer's candidates are pruned to those that no other one beats, and the rest is a multiple-choice knapsack:
     binary x, Σ_c x_lc = 1 for each layer l, Σ cost · x <= limit for each limited field. Among plans of equal loss the
     cheaper one is taken. The gap that the solver proves is in the plan.
 
     Attributes:
-        power: 2 adds up squared relative errors.
+        loss: what a relative error e costs. ``noise``: e² / (1 − e²), noise over what is left of the signal, which a
+            layer that is as good as gone makes large; ``squared``: e²; ``linear``: e.
         mip_rel_gap: the relative gap at which the solver may stop.
         time_limit: seconds after which the best plan so far is taken, with its gap.
     """
 
     name: ClassVar[str] = "knapsack"
-    power: float = 2.0
+    loss: Literal["noise", "squared", "linear"] = "noise"
     mip_rel_gap: float = 1e-4
     time_limit: float = 30.0
 
     def __post_init__(self) -> None:
         """Raises InputError where an option is out of its range."""
-        if not (self.power > 0 and self.mip_rel_gap >= 0 and self.time_limit > 0):
-            raise InputError(f"'{self.spec()}': power and time_limit are above 0, mip_rel_gap is at least 0")
+        if not (self.mip_rel_gap >= 0 and self.time_limit > 0):
+            raise InputError(f"'{self.spec()}': time_limit is above 0, mip_rel_gap is at least 0")
 
     def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
         """See ``RankSelector.select``."""
@@ -57,7 +64,7 @@ class Knapsack(RankSelector):
             name: pareto([o for o in candidates.layers[name] if math.isfinite(o.error)], tuple(limits))
             for name in sorted(candidates.layers)  # sorted: the order of a mapping must not reach the solver
         }
-        problem = _Problem.of(table, candidates, importances, limits, self.power)
+        problem = _Problem.of(table, candidates, importances, limits, LOSSES[self.loss])
         if problem.loss.size == 0 or not problem.coverable():
             cheapest = {name: min(rows, key=lambda o: load(o.cost, limits)) for name, rows in table.items()}
             return settle(self, candidates, budget, cheapest, gap=0.0)
@@ -111,9 +118,9 @@ class _Problem:
         candidates: Candidates,
         importances: Mapping[str, float],
         limits: Mapping[str, float],
-        power: float,
+        price: Callable[[float], float],
     ) -> _Problem:
-        loss = np.array([importances.get(name, 1.0) * o.error**power for name, rows in table.items() for o in rows])
+        loss = np.array([importances.get(name, 1.0) * price(o.error) for name, rows in table.items() for o in rows])
         if not (np.isfinite(loss).all() and (loss >= 0).all()):
             raise InputError("an importance is negative or not finite: every layer's is at least 0")
         costs = [o.cost for rows in table.values() for o in rows]

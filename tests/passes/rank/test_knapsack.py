@@ -12,15 +12,19 @@ from tdcompile.ranks import DENSE, Candidate, Candidates, within
 from tdcompile.target import Budget, Cost
 
 
-def loss(choices, importances, power=2.0):
-    return sum(importances.get(name, 1.0) * choice.error**power for name, choice in choices.items())
+def loss(choices, importances):
+    return sum(importances.get(name, 1.0) * noise(choice.error) for name, choice in choices.items())
 
 
-def brute_force(candidates, importances, budget, power=2.0):
+def noise(error):
+    return error**2 / max(1 - error**2, 0.02)
+
+
+def brute_force(candidates, importances, budget):
     limits = budget.limits(candidates.dense)
     names = list(candidates.layers)
     plans = (dict(zip(names, row, strict=True)) for row in itertools.product(*candidates.layers.values()))
-    return min((loss(p, importances, power) for p in plans if within(candidates.cost(p), limits)), default=None)
+    return min((loss(p, importances) for p in plans if within(candidates.cost(p), limits)), default=None)
 
 
 @st.composite
@@ -124,17 +128,30 @@ def test_the_order_of_layers_and_candidates_does_not_matter(table):
         assert dict(plans[0]) == dict(plans[1])
 
 
-def test_power_one_and_two_choose_differently():
+def test_a_linear_and_a_squared_loss_choose_differently():
     def layer(*figures):
         dense = Candidate("dense", (), 0.0, Cost(macs=10.0))
         return (dense, *(Candidate("svd", (i,), e, Cost(macs=m)) for i, (e, m) in enumerate(figures, start=1)))
 
     # Two errors of 0.3 add up to less than 0.7 squared, and to less than 0.55 in neither way of adding.
     candidates = Candidates({"a": layer((0.3, 7.0), (0.5, 4.0)), "b": layer((0.3, 7.0), (0.5, 4.0))}, Cost())
-    squared = Knapsack().select(candidates, {}, Budget(macs=0.7))
-    linear = Knapsack(power=1.0).select(candidates, {}, Budget(macs=0.7))
+    squared = Knapsack(loss="squared").select(candidates, {}, Budget(macs=0.7))
+    linear = Knapsack(loss="linear").select(candidates, {}, Budget(macs=0.7))
     assert sorted(c.error for c in squared.choices.values()) == [0.3, 0.3]
     assert sorted(c.error for c in linear.choices.values()) == [0.0, 0.5]
+
+
+def test_a_layer_that_would_be_as_good_as_gone_is_spared():
+    def layer(*figures):
+        dense = Candidate("dense", (), 0.0, Cost(macs=10.0))
+        return (dense, *(Candidate("svd", (i,), e, Cost(macs=m)) for i, (e, m) in enumerate(figures, start=1)))
+
+    candidates = Candidates({"a": layer((0.72, 5.0), (0.99, 0.0)), "b": layer((0.72, 5.0), (0.99, 0.0))}, Cost())
+    budget = Budget(macs=0.5)
+    spared = Knapsack().select(candidates, {}, budget)
+    squared = Knapsack(loss="squared").select(candidates, {}, budget)
+    assert sorted(c.error for c in spared.choices.values()) == [0.72, 0.72]
+    assert sorted(c.error for c in squared.choices.values()) == [0.0, 0.99]
 
 
 def test_two_hundred_layers_with_three_hundred_candidates_take_seconds(capfd):
@@ -163,7 +180,7 @@ def test_a_solver_without_time_says_so(table):
         Knapsack(time_limit=1e-9).select(table([0.1 * i for i in range(1, 30)]), {}, Budget(macs=0.4))
 
 
-@pytest.mark.parametrize("options", [{"power": 0.0}, {"mip_rel_gap": -1.0}, {"time_limit": 0.0}])
+@pytest.mark.parametrize("options", [{"mip_rel_gap": -1.0}, {"time_limit": 0.0}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(InputError, match="knapsack"):
         Knapsack(**options)
