@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tdcompile.artifact import load_graph, save_weights
 from tdcompile.calibration import Calibration
-from tdcompile.errors import TdcompileError
+from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact, Facts
 from tdcompile.layer import Moments, Refusal
 from tdcompile.program import Change, Program
@@ -37,8 +37,22 @@ class Checkpoint:
     folder: Path
     key: str
 
-    def save(self, program: Program, done: int, seconds: dict[str, float]) -> None:
-        """Keep a program after ``done`` steps; the former state stands until this one is complete."""
+    def save(self, program: Program, done: int, seconds: dict[str, float], before_tuning: float | None) -> None:
+        """Keep a program after ``done`` steps; the former state stands until this one is complete.
+
+        Args:
+            seconds: of each pass so far.
+            before_tuning: the accuracy before the first training pass, once it is known.
+
+        Raises:
+            InputError: the state cannot be written, for example because the disk is full.
+        """
+        try:
+            self._write(program, done, seconds, before_tuning)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"the state of this run cannot be kept in {self.folder}: {error}") from error
+
+    def _write(self, program: Program, done: int, seconds: dict[str, float], before_tuning: float | None) -> None:
         draft = self.folder / f"state.{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -57,12 +71,13 @@ class Checkpoint:
             save_weights(program.graph, draft / "graph.safetensors", {})
         history = _HISTORY.dump_python(program.history, mode="json")
         state = {"key": self.key, "done": done, "facts": facts, "history": history, "seconds": seconds}
+        state["before_tuning"] = before_tuning
         (draft / "state.json").write_text(json.dumps(state))
         shutil.rmtree(self.folder / "state", ignore_errors=True)
         draft.rename(self.folder / "state")
 
-    def restore(self, program: Program) -> tuple[Program, int, dict[str, float]] | None:
-        """The program as it was saved and how many steps are done; None where there is no state of this compilation."""
+    def restore(self, program: Program) -> tuple[Program, int, dict[str, float], float | None] | None:
+        """The program as it was saved, the steps done, and the rest; None where there is no state of this run."""
         folder = self.folder / "state"
         try:
             state = json.loads((folder / "state.json").read_text())
@@ -75,7 +90,7 @@ class Checkpoint:
                 graph = load_graph(folder / "graph.safetensors", trusted=_packages(program))
             history = _HISTORY.validate_python(tuple(state["history"]))
             restored = replace(program, graph=graph, facts=Facts(*facts), history=history)
-            return restored, int(state["done"]), dict(state["seconds"])
+            return restored, int(state["done"]), dict(state["seconds"]), state["before_tuning"]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, ValidationError, SafetensorError, TdcompileError) as error:

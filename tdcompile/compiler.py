@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from tdcompile.artifact import check_out, save_weights, write_folder
 from tdcompile.checkpoint import Checkpoint
 from tdcompile.errors import InputError, nearest
+from tdcompile.inference import timing_inputs
 from tdcompile.kinds import TunePass
 from tdcompile.outcome import measure
 from tdcompile.pipeline import Pipeline, Silent, Watch, run_step
@@ -51,6 +52,7 @@ class Compiled:
     plan: RankPlan
     folder: Path
     _life: object = field(repr=False, default=None)
+    _checkpoint: Checkpoint | None = field(repr=False, default=None)
 
     @property
     def onnx(self) -> Path:
@@ -84,7 +86,10 @@ class Compiled:
             "seed": self.report.seed,
             "pipeline": self.report.pipeline,
         }
-        return write_folder(Path(out), files, info=info)
+        written = write_folder(Path(out), files, info=info)
+        if self._checkpoint is not None:
+            self._checkpoint.drop()  # not before: a disk that is full now must not cost the run
+        return written
 
 
 def compile(  # the field's word, as in torch.compile
@@ -105,7 +110,7 @@ def compile(  # the field's word, as in torch.compile
         inputs: example inputs in the order of ``forward``'s arguments.
         data: training samples, or (training, test) samples, or a whole ``Task``; everything runs without.
         recipe: a shipped recipe's name, a TOML file, or a ``Recipe``; ``options`` override it.
-        workspace: a folder that keeps the state between passes, removed at the end; none by default.
+        workspace: a folder that keeps the state between passes, until the result is saved; none by default.
         resume: go on from the state in the workspace where it is of this very compilation.
         watch: told of every pass.
         **options: fields of ``Recipe``: ``budget={"latency": 0.5}``, ``target="cpu"``, ``tune="epochs=5"``, ...
@@ -141,9 +146,7 @@ def compile(  # the field's word, as in torch.compile
     before = outcome.compiled.accuracy if driver.before_tuning is None else driver.before_tuning
     run = Run(str(pipeline), seconds, time.perf_counter() - start, before)
     report = summarise(program, chosen, outcome, run)
-    if driver.checkpoint:
-        driver.checkpoint.drop()
-    return Compiled(outcome.compiled.module, report, program.facts[RankPlan], folder, life)
+    return Compiled(outcome.compiled.module, report, program.facts[RankPlan], folder, life, driver.checkpoint)
 
 
 def resolve(recipe: str | Recipe | None, options: Mapping[str, Any]) -> Recipe:
@@ -175,6 +178,8 @@ def prepare(
     _prove(target)
     program = trace(module, inputs)
     program = program.with_(task=_task(data, recipe), target=target, budget=budget, seed=recipe.seed)
+    if not recipe.dynamic_batch:
+        program = program.with_(inputs=tuple(timing_inputs(program)))  # the one batch size that the model will take
     program = program.with_(keep_dense=_kept(program, recipe.keep_dense))
     _check_labels(program)
     return adopt(program, Path(recipe.plan)) if recipe.plan else program
@@ -193,7 +198,7 @@ class _Driver:
     def run(self, program: Program, resume: bool) -> Program:
         done = 0
         if self.checkpoint and resume and (restored := self.checkpoint.restore(program)):
-            program, done, self.seconds = restored
+            program, done, self.seconds, self.before_tuning = restored
         steps = self.pipeline.steps
         for position in range(done, len(steps)):
             step = steps[position]
@@ -203,7 +208,7 @@ class _Driver:
             program = run_step(step, program, self.watch, position, len(steps))
             self.seconds[step.name] = self.seconds.get(step.name, 0.0) + time.perf_counter() - began
             if self.checkpoint:
-                self.checkpoint.save(program, position + 1, self.seconds)
+                self.checkpoint.save(program, position + 1, self.seconds, self.before_tuning)
         return program
 
 

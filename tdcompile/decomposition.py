@@ -54,9 +54,7 @@ class Decomposition(Plugin):
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
         """The weight ``(T, C / groups, *kernel)`` that the factors compute together."""
 
-    def errors(
-        self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None
-    ) -> Sequence[float]:
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
         """For all ranks of a space the relative error of ``factorize``, in one go where a spectrum gives it.
 
         Here the slow way, one factorisation for each; a form with a closed expression overrides it.

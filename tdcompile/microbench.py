@@ -26,6 +26,9 @@ from tdcompile.target import Target
 
 TOGETHER = 48  # layers in one session
 BYTES = 128 << 20  # of weights and activations in one session
+PATIENCE = 0.5  # seconds of runs a session may take before their number is cut
+FEWEST_RUNS = 3
+MACS_PER_SECOND = 5e10  # what a core reaches, roughly: only the number of runs depends on it
 _INDEX = re.compile(r"layer(\d+)(?!\d)")
 
 
@@ -90,12 +93,18 @@ def measure(layers: Sequence[Layer], target: Target, runs: int) -> Iterator[tupl
     done = 0
     for batch in _batches(layers):
         if target.device == "cpu":
-            seconds = _profiled(batch, target, runs)
+            seconds = _profiled(batch, target, _runs(batch, target, runs))
         else:
             seconds = [_alone(layer, target) for layer in batch]
         done += len(batch)
         tick(done, len(layers), "layers measured")
         yield batch, seconds
+
+
+def _runs(layers: Sequence[Layer], target: Target, most: int) -> int:
+    """Fewer runs where one takes long: a long kernel's time varies less, and nobody waits for the ninth of them."""
+    seconds = sum(layer.macs for layer in layers) * target.batch / MACS_PER_SECOND
+    return max(FEWEST_RUNS, min(most, round(PATIENCE / max(seconds, 1e-9))))
 
 
 def _profiled(layers: Sequence[Layer], target: Target, runs: int) -> list[float]:
@@ -150,14 +159,15 @@ def model_of(layers: Sequence[Layer], target: Target) -> onnx.ModelProto:
     the value it writes.
     """
     kind, number = (TensorProto.FLOAT16, np.float16) if target.precision == "fp16" else (TensorProto.FLOAT, np.float32)
-    random = np.random.default_rng(0)
+    # Time does not depend on values as long as none is zero or denormal: a short piece of noise, repeated, will do.
+    noise = np.random.default_rng(0).standard_normal(8191, dtype=np.float32).astype(number)
     nodes, inputs, outputs, weights = [], [], [], []
     for i, layer in enumerate(layers):
         shape = _input_shape(layer, target.batch)
         inputs.append(helper.make_tensor_value_info(f"input{i}", kind, shape))
         nodes.append(helper.make_node("Relu", [f"input{i}"], [f"fresh{i}"], name=f"fresh{i}"))
         stored = layer.weight_shape if layer.kind == "conv" else layer.weight_shape[::-1]
-        weight = random.standard_normal(stored, dtype=np.float32).astype(number)
+        weight = np.resize(noise, stored)
         weights.append(numpy_helper.from_array(weight, f"weight{i}"))
         weights.append(numpy_helper.from_array(np.zeros(layer.out_channels, number), f"bias{i}"))
         nodes += _nodes(layer, i)

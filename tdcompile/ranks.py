@@ -153,7 +153,13 @@ def _candidate(entry: Mapping[str, Any]) -> Candidate:
 
 
 class RankSelector(Plugin):
-    """Chooses one candidate for each layer: a table in, a plan out."""
+    """Chooses one candidate for each layer: a table in, a plan out.
+
+    Attributes:
+        needs_spectra: whether it reads ``Candidates.spectra``, which ``propose{spectra=true}`` gives.
+    """
+
+    needs_spectra: ClassVar[bool] = False
 
     @abstractmethod
     def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:

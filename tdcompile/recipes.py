@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tdcompile.errors import InputError, nearest
 from tdcompile.pipeline import Pipeline
-from tdcompile.spec import parse_options
+from tdcompile.ranks import RankSelector
+from tdcompile.registry import get
+from tdcompile.spec import parse_options, parse_spec
 from tdcompile.target import Budget, Target
 
 SHIPPED = "recipes.toml"
@@ -85,6 +87,7 @@ class Recipe(BaseModel):
         if self.plan is None:
             chosen = "" if "auto" in self.decompose else "+".join(self.decompose)
             options = {"decompose": chosen} if chosen else {}
+            options |= {"spectra": "true"} if get(RankSelector, parse_spec(self.ranks).name).needs_spectra else {}
             options |= {"grain": str(self.grain)} if self.grain else {}
             written = ",".join(f"{key}={value}" for key, value in options.items())
             parts += [

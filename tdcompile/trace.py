@@ -126,9 +126,7 @@ def _modularise(graph: fx.GraphModule) -> None:
 class _Call:
     """A functional call whose weight, and bias if any, are parameters of the network."""
 
-    def __init__(
-        self, node: fx.Node, weight: nn.Parameter, bias: nn.Parameter | None, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, node: fx.Node, weight: nn.Parameter, bias: nn.Parameter | None, options: dict[str, Any]) -> None:
         self.input, self.weight, self.bias, self.options = (
             node.args[0] if node.args else node.kwargs["input"],
             weight,

@@ -28,6 +28,7 @@ class Propose(AnalysisPass):
         grain: ranks are multiples of it; none takes the target's grain under a latency budget and 1 otherwise.
         cost: the cost model that counts.
         timer: the cost model that measures, asked under a latency budget alone.
+        spectra: also give the singular values of every weight, for the selectors that ask for them.
     """
 
     name: ClassVar[str] = "propose"
@@ -36,6 +37,7 @@ class Propose(AnalysisPass):
     grain: int | None = None
     cost: str = "analytic"
     timer: str = "measured"
+    spectra: bool = False
 
     def analyze(self, program: Program) -> Candidates:
         """Errors come from one spectrum a layer where the form has one; prices from the cost models."""
@@ -54,7 +56,7 @@ class Propose(AnalysisPass):
         return Candidates(
             {name: tuple(candidates) for name, candidates in priced.items()},
             rest=self._whole(program, dense) - dense,
-            spectra={name: _spectra(found[name]) for name in found if name not in refusals},
+            spectra={name: _spectra(found[name]) for name in found if self.spectra and name not in refusals},
             refusals=tuple(refusals.values()),
         )
 
@@ -155,8 +157,10 @@ def _refused(name: str, site: Site, forms: Sequence[Decomposition]) -> Refusal:
 def _spectra(site: Site) -> dict[str, Spectrum]:
     """Singular values of the unfoldings ``out`` (T x CK) and ``in`` (C x TK) of a weight."""
     weight = site.weight.double()
-    unfoldings = {"out": weight.flatten(1), "in": weight.transpose(0, 1).flatten(1)}
-    return {mode: _spectrum(unfolded) for mode, unfolded in unfoldings.items()}
+    out = _spectrum(weight.flatten(1))
+    if site.layer.pointwise:  # the two unfoldings are one matrix and its transpose
+        return {"out": out, "in": Spectrum(out.values, out.columns, out.rows)}
+    return {"out": out, "in": _spectrum(weight.transpose(0, 1).flatten(1))}
 
 
 def _spectrum(matrix: torch.Tensor) -> Spectrum:

@@ -13,7 +13,7 @@ from tdcompile.microbench import CostCache, measure
 from tdcompile.target import Cost, CostModel, Target
 
 # Channels at which layers are measured: powers of two and half-way between them, where networks' own channels lie.
-LADDER = tuple(sorted({2**n for n in range(16)} | {3 * 2**n for n in range(14)}))
+LADDER = tuple(sorted({2**n for n in range(13)} | {3 * 2**n for n in range(11)}))
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ def corners(layer: Layer) -> list[tuple[Layer, float]]:
 
 
 def rungs(channels: int) -> Iterable[tuple[int, float]]:
-    """The rungs of the ladder around a channel count and its linear weights between them."""
+    """The rungs of the ladder around a channel count and its linear weights between them.
+
+    Above the ladder a count is a rung of its own: so many channels are a network's, seldom a rank.
+    """
     above = bisect.bisect_left(LADDER, channels)
     if above == len(LADDER) or LADDER[above] == channels:
         return [(channels, 1.0)]

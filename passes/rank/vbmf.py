@@ -36,6 +36,7 @@ class VBMF(RankSelector):
     """
 
     name: ClassVar[str] = "vbmf"
+    needs_spectra: ClassVar[bool] = True
     weaken: float = 1.0
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -47,7 +47,7 @@ class FoldBatchnorm(RewritePass):
 
 
 def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    norm = cast(nn.BatchNorm2d, norm)  # any number of axes will do
     if isinstance(layer, nn.Linear):
-        return fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var]  # any batch norm will do
-    fused: nn.Module = fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var]  # a convolution, as the caller has seen
-    return fused
+        return fuse_linear_bn_eval(layer, norm)
+    return fuse_conv_bn_eval(cast(nn.Conv2d, layer), norm)
