@@ -191,11 +191,8 @@ def _drop_gate(limit: float, dense: float | None, compiled: float | None) -> Gat
 def _verdict(outcome: Outcome, ratio: Ratio, gates: Sequence[Gate]) -> str:
     missed = [gate.sentence for gate in gates if not gate.passed]
     speed = ratio.latency or 1.0
-    pace = (
-        f"{speed:.2f} times as fast as the dense network"
-        if speed >= 1.0
-        else f"{1 / speed:.2f} times as slow as the dense network"
-    )
+    pace = f"{speed:.2f} times as fast" if speed >= 1.0 else f"{1 / speed:.2f} times as slow"
+    pace += " as the dense network"
     accuracy = ""
     if outcome.dense.accuracy is not None and outcome.compiled.accuracy is not None:
         accuracy = f", accuracy {outcome.dense.accuracy:.2%} to {outcome.compiled.accuracy:.2%}"

@@ -29,11 +29,9 @@ class FoldBatchnorm(RewritePass):
             norm = module_at(graph, node)
             if not isinstance(norm, _NORMS) or norm.running_mean is None:
                 continue
-            source = node.args[0]
+            source = cast(fx.Node, node.args[0])  # what a module is called on is a node
             layer = module_at(graph, source)
-            if not isinstance(source, fx.Node) or not isinstance(layer, (*_CONVS, nn.Linear)):
-                continue
-            if only_user(source) is not node:
+            if not isinstance(layer, (*_CONVS, nn.Linear)) or only_user(source) is not node:
                 continue
             if len(calls_of(graph, str(source.target))) > 1 or len(calls_of(graph, str(node.target))) > 1:
                 continue  # shared: another call may not be followed by this normalisation
