@@ -35,6 +35,7 @@ lint: $(STAMP) ## ruff and mypy --strict
 
 bench: $(STAMP) ## the benchmarks that need no data: latency, never slower, compile time
 	$(BIN)/python benchmarks/latency.py --json out/bench/latency.json
+	$(BIN)/python benchmarks/latency.py --budget 1.0 --networks resnet18,resnet50,vgg16,mobilenet_v2 --json out/bench/never_slower.json
 	$(BIN)/python benchmarks/compile_time.py --json out/bench/compile_time.json
 
 clean: ## remove what the targets above made

@@ -1,9 +1,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tdcompile.passes.rank.knapsack import Knapsack
 
 from tdcompile.errors import BudgetError
+from tdcompile.passes.rank.knapsack import Knapsack
 from tdcompile.ranks import Candidate, Candidates, pareto
 from tdcompile.selection import first_fit, ladder, settle, within_error
 from tdcompile.target import Budget, Cost

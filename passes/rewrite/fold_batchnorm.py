@@ -31,7 +31,7 @@ class FoldBatchnorm(RewritePass):
                 continue
             source = cast(fx.Node, node.args[0])  # what a module is called on is a node
             layer = module_at(graph, source)
-            if not isinstance(layer, (*_CONVS, nn.Linear)) or only_user(source) is not node:
+            if not isinstance(layer, (*_CONVS, nn.Linear)) or only_user(source) != node:
                 continue
             if len(calls_of(graph, str(source.target))) > 1 or len(calls_of(graph, str(node.target))) > 1:
                 continue  # shared: another call may not be followed by this normalisation

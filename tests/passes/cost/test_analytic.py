@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tdcompile.passes.cost.analytic import Analytic
 
 from tdcompile.layer import Layer
+from tdcompile.passes.cost.analytic import Analytic
 from tdcompile.target import Cost, Target
 
 CONV = Layer("conv", 8, 16, (10, 12), (3, 3), (2, 1), ((1, 1), (1, 1)), (1, 1))

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tdcompile.passes.importance.fisher import Fisher
 from torch import nn
 from torch.nn import functional as F
 
 from tdcompile.errors import InputError
+from tdcompile.passes.importance.fisher import Fisher
 from tdcompile.task import Task
 from tdcompile.trace import trace
 

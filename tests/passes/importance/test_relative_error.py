@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tdcompile.passes.importance.relative_error import RelativeError
 
 from tdcompile.errors import InputError
+from tdcompile.passes.importance.relative_error import RelativeError
 from tdcompile.task import Task
 
 

@@ -1,7 +1,7 @@
 import pytest
-from tdcompile.passes.rank.energy import Energy
 
 from tdcompile.errors import BudgetError, InputError
+from tdcompile.passes.rank.energy import Energy
 from tdcompile.ranks import DENSE
 from tdcompile.target import Budget
 

@@ -1,7 +1,7 @@
 import pytest
-from tdcompile.passes.rank.equal_error import EqualError
 
 from tdcompile.errors import BudgetError
+from tdcompile.passes.rank.equal_error import EqualError
 from tdcompile.ranks import within
 from tdcompile.target import Budget
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tdcompile.passes.rank.knapsack import Knapsack
 
 from tdcompile.errors import BudgetError, InputError
+from tdcompile.passes.rank.knapsack import Knapsack
 from tdcompile.ranks import DENSE, Candidate, Candidates, within
 from tdcompile.target import Budget, Cost
 

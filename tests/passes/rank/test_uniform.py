@@ -1,7 +1,7 @@
 import pytest
-from tdcompile.passes.rank.uniform import Uniform
 
 from tdcompile.errors import BudgetError, InputError
+from tdcompile.passes.rank.uniform import Uniform
 from tdcompile.ranks import DENSE, Candidate, Candidates, Spectrum
 from tdcompile.target import Budget, Cost
 

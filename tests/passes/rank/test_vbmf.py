@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tdcompile.passes.rank.vbmf import VBMF, evbmf_rank
 
 from tdcompile.errors import BudgetError, InputError
+from tdcompile.passes.rank.vbmf import VBMF, evbmf_rank
 from tdcompile.ranks import DENSE, Candidate, Candidates, Spectrum
 from tdcompile.target import Budget, Cost
 
