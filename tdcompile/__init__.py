@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tdcompile.program import Program, sites
     from tdcompile.target import Budget, Target
     from tdcompile.task import Batch, Samples, Task
-    from tdcompile.trace import trace
+    from tdcompile.tracing import trace
 
 _HOMES = {
     "artifact": ("load",),
@@ -29,7 +29,7 @@ _HOMES = {
     "program": ("Program", "sites"),
     "target": ("Budget", "Target"),
     "task": ("Batch", "Samples", "Task"),
-    "trace": ("trace",),
+    "tracing": ("trace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

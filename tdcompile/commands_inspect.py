@@ -25,7 +25,7 @@ from tdcompile.recipes import recipes
 from tdcompile.registry import find
 from tdcompile.report import Report, count
 from tdcompile.target import CostModel
-from tdcompile.trace import trace
+from tdcompile.tracing import trace
 
 Listed = dict[str, dict[str, Any]]
 

@@ -32,7 +32,7 @@ from tdcompile.summary import Run, summarise
 from tdcompile.surgery import outputs_of
 from tdcompile.target import Target
 from tdcompile.task import Samples, Task, accuracy
-from tdcompile.trace import trace
+from tdcompile.tracing import trace
 from tdcompile.tuning import key_of
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from tdcompile.program import Program
 from tdcompile.task import Batch, Samples, Task
-from tdcompile.trace import trace
+from tdcompile.tracing import trace
 
 
 class Memory(Samples):

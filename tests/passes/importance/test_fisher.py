@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from tdcompile.errors import InputError
 from tdcompile.passes.importance.fisher import Fisher
 from tdcompile.task import Task
-from tdcompile.trace import trace
+from tdcompile.tracing import trace
 
 
 def test_scores_are_finite_of_mean_one_and_zero_for_what_the_loss_ignores(program):

@@ -1,0 +1,103 @@
+"""The house rules: floors, the plug-in rule, packaging, one onnxruntime, no unsafe loading, no printing."""
+
+import ast
+import re
+import tomllib
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE, PLUGINS = ROOT / "tdcompile", [ROOT / "passes", ROOT / "models"]
+
+# A file imports from floors below its own, and from those of its own floor that stand before it in this list.
+FLOORS = [
+    ["errors", "spec", "noise", "vocabulary", "linalg", "multilinear", "anchors", "inputmap"],
+    ["plugin", "facts", "layer", "callables", "extras"],
+    ["target", "task", "surgery", "images", "tuning", "metric", "calibration"],
+    ["program", "augment", "readers"],
+    ["samples", "ranks", "kinds", "decomposition", "importance", "network", "polyadic", "selection"],
+    ["registry", "pipeline", "planfile", "training", "tables"],
+    ["tracing", "export", "runtime", "validate", "data", "source", "recipes", "architecture", "microbench"],
+    ["attribution", "inference", "artifact", "checkpoint", "outcome", "report", "summary", "compiler", "__init__"],
+    ["console", "interruption", "options", "examples", "anatomy", "job", "doctor"],
+    ["commands_compile", "commands_inspect", "commands_models", "cli"],
+]
+ORDER = {name: place for place, name in enumerate(name for floor in FLOORS for name in floor)}
+
+
+def imports(file):
+    """Modules that a file imports when it runs, with those inside functions; not those for types alone."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_every_core_file_has_a_floor_and_no_floor_names_a_file_that_is_gone():
+    assert {file.stem for file in CORE.glob("*.py")} == set(ORDER)
+
+
+@pytest.mark.parametrize("file", sorted(CORE.glob("*.py")), ids=lambda file: file.stem)
+def test_a_file_imports_only_from_below(file):
+    for module in imports(file):
+        if module.startswith("tdcompile."):
+            assert not module.startswith(("tdcompile.passes", "tdcompile.models")), "the core never imports a plug-in"
+            assert ORDER[module.split(".")[1]] < ORDER[file.stem], f"{file.stem} imports {module} from above"
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted(file for folder in PLUGINS for file in folder.rglob("*.py")),
+    ids=lambda f: f"{f.parent.name}-{f.stem}",
+)
+def test_a_plug_in_imports_no_other_plug_in(file):
+    assert not [m for m in imports(file) if m.startswith(("tdcompile.passes", "tdcompile.models"))]
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted(f for folder in (CORE, *PLUGINS) for f in folder.rglob("*.py")),
+    ids=lambda f: f"{f.parent.name}-{f.stem}",
+)
+def test_a_file_says_what_lives_there_and_neither_prints_nor_unpickles(file):
+    text = file.read_text()
+    assert ast.get_docstring(ast.parse(text))
+    for call in (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)):
+        assert getattr(call.func, "id", "") != "print" or file.parent.name == "models"
+        if ast.unparse(call.func) == "torch.load":
+            assert [k for k in call.keywords if k.arg == "weights_only" and getattr(k.value, "value", False) is True]
+
+
+def test_the_packages_listed_are_the_folders_of_the_tree():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {
+        "tdcompile." + ".".join(file.parent.relative_to(ROOT).parts)
+        for folder in PLUGINS
+        for file in folder.rglob("__init__.py")
+    }
+    assert set(listed) == {"tdcompile", *folders}
+
+
+def test_there_is_one_onnxruntime_and_the_project_asks_for_one_on_every_platform():
+    installed = {d.metadata["Name"] for d in distributions() if re.match(r"onnxruntime(-|$)", d.metadata["Name"] or "")}
+    assert len(installed) == 1, f"several onnxruntime distributions overwrite each other: {installed}"
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [r for r in map(Requirement, project["dependencies"]) if r.name.startswith("onnxruntime")]
+    for system in ("Linux", "Windows", "Darwin"):
+        for machine in ("x86_64", "aarch64", "AMD64", "arm64"):
+            env = {"platform_system": system, "platform_machine": machine}
+            assert len([r for r in asked if r.marker.evaluate(env)]) == 1, env
+
+
+def test_ci_runs_what_the_readme_says():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "make test" in (ROOT / "README.md").read_text()
