@@ -5,8 +5,10 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -51,7 +53,6 @@ class Compiled:
     report: Report
     plan: RankPlan
     folder: Path
-    _life: object = field(repr=False, default=None)
     _checkpoint: Checkpoint | None = field(repr=False, default=None)
 
     @property
@@ -126,11 +127,30 @@ def compile(  # the field's word, as in torch.compile
     pipeline = chosen.steps()
     program = prepare(module, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), data, chosen)
     pipeline.check(program.facts)
-    life = tempfile.TemporaryDirectory(prefix="tdcompile-")
-    folder = Path(life.name)
+    folder = Path(tempfile.mkdtemp(prefix="tdcompile-"))
+    try:
+        compiled = _compiled(program, chosen, pipeline, folder, workspace, resume, watch or Silent(), start)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
+    return compiled
+
+
+def _compiled(
+    program: Program,
+    chosen: Recipe,
+    pipeline: Pipeline,
+    folder: Path,
+    workspace: Path | None,
+    resume: bool,
+    watch: Watch,
+    start: float,
+) -> Compiled:
+    """Run the pipeline, then export, verify and measure into ``folder``."""
     driver = _Driver(
         pipeline,
-        watch or Silent(),
+        watch,
         Checkpoint(workspace, _key(program, chosen)) if workspace else None,
         {"trace": time.perf_counter() - start},
     )
@@ -146,7 +166,7 @@ def compile(  # the field's word, as in torch.compile
     before = outcome.compiled.accuracy if driver.before_tuning is None else driver.before_tuning
     run = Run(str(pipeline), seconds, time.perf_counter() - start, before)
     report = summarise(program, chosen, outcome, run)
-    return Compiled(outcome.compiled.module, report, program.facts[RankPlan], folder, life, driver.checkpoint)
+    return Compiled(outcome.compiled.module, report, program.facts[RankPlan], folder, driver.checkpoint)
 
 
 def resolve(recipe: str | Recipe | None, options: Mapping[str, Any]) -> Recipe:

@@ -35,6 +35,7 @@ class MeasureBaseline(AnalysisPass):
         Raises:
             UnavailableError: the target's execution provider does not load.
         """
+        # Without a workspace the file stays in the temporary folder: the fact that names it outlives the pass.
         folder = program.workspace or Path(tempfile.mkdtemp(prefix="tdcompile-"))
         exported = export_folded(program, program.dense, folder / "dense.onnx", dynamic_batch=self.dynamic_batch)
         timing = time_models([exported.path], timing_inputs(program), program.target, seconds=self.seconds)[0]

@@ -1,0 +1,227 @@
+"""``compile`` as its users meet it: budgets, reports, reproducibility, resume, plans and refusals."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tdcompile
+from tdcompile.compiler import Compiled
+from tdcompile.errors import BudgetError, InputError
+from tdcompile.pipeline import Silent
+from tdcompile.task import Batch, Samples
+
+
+class Points(Samples):
+    """Two classes of noise images, bright and dark."""
+
+    def __init__(self, count=96, classes=2, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.y = torch.randint(0, 2, (count,), generator=generator) * (classes - 1)
+        self.x = torch.randn(count, 3, 12, 12, generator=generator) + self.y.view(-1, 1, 1, 1)
+        self._classes = classes
+
+    def __len__(self):
+        return len(self.x)
+
+    def batch(self, indices):
+        return Batch((self.x[list(indices)],), self.y[list(indices)])
+
+    @property
+    def classes(self):
+        return self._classes
+
+
+def network(classes=2):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1, bias=False),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Conv2d(24, 32, 3, stride=2, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, classes),
+    ).eval()
+
+
+X = torch.randn(1, 3, 12, 12)
+
+
+class Steps(Silent):
+    """Records the steps, and raises after one."""
+
+    def __init__(self, stop=None):
+        self.names, self.stop = [], stop
+
+    def finished(self, step, program, seconds):
+        self.names.append(step.name)
+
+    def started(self, step, position, of):
+        if step.name == self.stop:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    return tdcompile.compile(network(), X, data=(Points(), Points(seed=1)), budget={"macs": 0.5}, tune="epochs=1")
+
+
+def test_the_budget_is_kept_and_the_figures_agree_with_each_other(compiled):
+    report = compiled.report
+    assert report.compiled.macs <= 0.5 * report.dense.macs
+    assert report.met
+    assert report.ratio.macs == pytest.approx(report.dense.macs / report.compiled.macs)
+    assert report.ratio.latency == pytest.approx(report.dense.latency_ms / report.compiled.latency_ms)
+    assert report.realised == pytest.approx(report.ratio.latency / report.ratio.macs)
+    assert report.compiled.params == sum(p.numel() for p in compiled.module.parameters())
+    assert report.compiled.onnx_bytes == compiled.onnx.stat().st_size
+    assert sum(layer.macs_after for layer in report.layers) == report.compiled.macs
+    assert report.parity.max_rel < 1e-3
+    assert report.parity.provider == "CPUExecutionProvider"
+    assert report.compiled.accuracy is not None
+    assert report.compiled.accuracy_before_tuning is not None
+    assert len(report.tuning_curve) == 1
+    assert {"calibrate", "propose", "factorize", "finetune", "total"} <= set(report.seconds)
+    for layer in report.layers:
+        assert (layer.decomposition == "dense") == (layer.refusal is not None), "a layer left alone has a reason"
+
+
+def test_no_batch_norm_and_no_dense_branch_are_left(compiled):
+    assert not [m for m in compiled.module.modules() if isinstance(m, nn.BatchNorm2d)]
+    replaced = [layer.name for layer in compiled.report.layers if layer.decomposition != "dense"]
+    assert replaced
+    for name in replaced:
+        weights = [
+            p for n, p in compiled.module.named_parameters() if n.startswith(f"{name}.") and n.endswith("weight")
+        ]
+        assert len(weights) >= 2
+
+
+def test_what_is_saved_loads_back_and_says_what_it_is(compiled, tmp_path):
+    out = compiled.save(tmp_path / "out", command=["tdcompile", "compile"])
+    assert {p.name for p in out.iterdir()} == {
+        "model.onnx", "dense.onnx", "weights.safetensors", "plan.json", "report.json", "report.html", "manifest.json"
+    }  # fmt: skip
+    x = torch.randn(5, 3, 12, 12)
+    with torch.no_grad():
+        assert torch.equal(tdcompile.load(out)(x), compiled.module(x))
+    assert json.loads((out / "report.json").read_text())["budget"] == {"macs": 0.5}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="not a tdcompile output folder"):
+        compiled.save(tmp_path / "mine")
+
+
+def test_one_seed_gives_one_plan_and_the_same_bytes():
+    made = [tdcompile.compile(network(), X, data=Points(), budget={"macs": 0.6}, seed=3) for _ in range(2)]
+    assert made[0].plan.to_json() == made[1].plan.to_json()
+    assert made[0].onnx.read_bytes() == made[1].onnx.read_bytes()
+
+
+def test_an_interrupted_run_goes_on_from_its_last_finished_pass(tmp_path):
+    options = {"data": Points(), "budget": {"params": 0.6}, "workspace": tmp_path / "work", "tune": "epochs=1"}
+    whole = tdcompile.compile(network(), X, **{**options, "workspace": tmp_path / "other"})
+    first, second = Steps(stop="finetune"), Steps()
+    with pytest.raises(KeyboardInterrupt):
+        tdcompile.compile(network(), X, watch=first, **options)
+    resumed = tdcompile.compile(network(), X, watch=second, resume=True, **options)
+    assert first.names[-1] == "recalibrate"
+    assert second.names[0] == "finetune"
+    x = torch.randn(4, 3, 12, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(resumed.module(x), whole.module(x))
+    resumed.save(tmp_path / "out")
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_state_of_another_compilation_is_not_taken(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        tdcompile.compile(network(), X, budget={"macs": 0.6}, workspace=tmp_path, watch=Steps(stop="factorize"))
+    steps = Steps()
+    tdcompile.compile(network(), X, budget={"macs": 0.5}, workspace=tmp_path, watch=steps, resume=True)
+    assert steps.names[0] == "calibrate"
+
+
+def test_a_plan_edited_by_hand_is_followed(tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"layers": {"3": {"decomposition": "tucker2", "ranks": [8, 6]}}}))
+    made = tdcompile.compile(network(), X, plan=str(plan), budget={"macs": 1.0})
+    assert made.module.get_submodule("3.1").weight.shape == (8, 6, 3, 3)
+    assert [layer.refusal.code for layer in made.report.layers if layer.refusal] == ["dense_in_plan"] * 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"30": {"decomposition": "svd", "ranks": [4]}}, "another network"),
+        ({"3": {"decomposition": "svd", "ranks": [4]}}, "plan wants svd for '3'"),
+        ({"3": {"decomposition": "tucker2", "ranks": [99, 4]}}, "expected 2 rank"),
+        ({"3": {"decomposition": "tuckr2", "ranks": [9, 4]}}, "did you mean 'tucker2'"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(tmp_path, entry, message):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"layers": entry}))
+    with pytest.raises(InputError, match=message):
+        tdcompile.compile(network(), X, plan=str(plan))
+
+
+def test_a_latency_budget_is_predicted_checked_in_the_graph_and_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("TDCOMPILE_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)).eval()
+    report = tdcompile.compile(wide, torch.randn(1, 64, 28, 28), budget={"latency": 0.7}).report
+    assert report.iterations
+    assert report.predicted_latency_ms == pytest.approx(report.compiled.latency_ms, rel=0.5)  # a shared machine
+    assert all(ranks % 16 == 0 for layer in report.layers for ranks in layer.ranks)
+    assert [gate.name for gate in report.gates] == ["latency"]
+
+
+def test_a_budget_that_no_plan_meets_says_what_can():
+    with pytest.raises(BudgetError, match="the cheapest one keeps"):
+        tdcompile.compile(network(), X, budget={"macs": 0.001})
+
+
+def test_gates_that_are_not_passed_are_in_the_report():
+    report = tdcompile.compile(
+        network(), X, data=(Points(), Points()), budget={"macs": 0.9}, min_speedup=1e6, max_drop=-1000.0
+    ).report
+    assert not report.met
+    assert [gate.name for gate in report.gates if not gate.passed] == ["min-speedup", "max-drop"]
+    assert "not met" in report.verdict
+
+
+def test_layers_are_kept_dense_by_pattern_and_a_pattern_without_a_layer_is_an_error():
+    report = tdcompile.compile(network(), X, budget={"macs": 0.9}, keep_dense=("8", "0")).report
+    assert {layer.name: layer.refusal.code for layer in report.layers if layer.refusal}["0"] == "excluded_by_user"
+    with pytest.raises(InputError, match="matches no layer"):
+        tdcompile.compile(network(), X, keep_dense=("head*",))
+
+
+def test_damaged_data_and_foreign_labels_are_refused():
+    bad = Points()
+    bad.x[5] = float("nan")
+    with pytest.raises(InputError, match="NaN or Inf"):
+        tdcompile.compile(network(), X, data=bad, budget={"macs": 0.5})
+    with pytest.raises(InputError, match="labels go up to 6"):
+        tdcompile.compile(network(), X, data=Points(classes=7), budget={"macs": 0.5})
+
+
+@pytest.mark.parametrize("budget", [{"macs": 0.0}, {"macs": 1.5}, {"energy": 0.5}, {}])
+def test_a_budget_outside_its_range_is_refused(budget):
+    with pytest.raises(InputError, match="budget"):
+        tdcompile.compile(network(), X, budget=budget)
+
+
+def test_a_fixed_batch_is_exported_verified_and_timed():
+    report = tdcompile.compile(network(), X, budget={"macs": 0.7}, dynamic_batch=False).report
+    assert report.parity.cases >= 1
+
+
+def test_an_unknown_option_names_the_nearest():
+    with pytest.raises(InputError, match="did you mean 'budget'"):
+        tdcompile.compile(network(), X, budgets={"macs": 0.5})
