@@ -79,6 +79,8 @@ class Trainer:
         self._home = program.inputs[0].device
         self._accelerator = accelerator = _accelerator(program.target)
         self._loss = loss.to(accelerator.device)
+        # Depthwise convolutions, which CP makes, train two to three times as fast with the channels last.
+        graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # nn.Module takes it alone too
         self._order, self._draws = torch.Generator(), torch.Generator()
         processes = accelerator.num_processes
         loader = DataLoader(
@@ -137,6 +139,7 @@ class Trainer:
         self._graph.load_state_dict(weights)
         self._graph.zero_grad(set_to_none=True)
         self._graph.eval().to(self._home)
+        self._graph.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         if self._accelerator.is_main_process:
             self._saved.clear()
         self._accelerator.free_memory()
@@ -161,6 +164,7 @@ class Trainer:
         return total / steps
 
     def _step(self, batch: Batch, step: int) -> float:
+        batch = batch._replace(inputs=tuple(map(_channels_last, batch.inputs)))
         loss = self._loss(logits(self._model(*batch.inputs)), batch)
         self._accelerator.backward(loss)
         norm = self._accelerator.clip_grad_norm_(self._graph.parameters(), self._settings.clip)
@@ -228,6 +232,10 @@ def _merit(epoch: Epoch) -> tuple[float, float]:
 
 def _copied(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def _already_a_batch(batch: Any) -> Any:

@@ -79,14 +79,17 @@ class Rehearse(AnalysisPass):
                 break
             back |= slower
             candidates = _corrected(_without(candidates, plan, slower), in_dense, plan, in_plan)
-            bias = (compiled / dense) / (candidates.cost(plan.choices).seconds / candidates.dense.seconds)
+            parts = _forecast(plan, candidates, 1.0)
+            bias = (compiled / dense) / (parts.predicted.seconds / parts.dense.seconds)
             try:
                 plan = self._again(program, candidates, plan, replace(program.budget, latency=min(1.0, share / bias)))
             except BudgetError:
                 break
-        plan = min(
-            tried, key=lambda one: (one[0].measured > share * one[0].dense * (1 + self.tolerance), _error(one[1]))
-        )[1]
+        limit = share * (1 + self.over)
+        best, plan = min(tried, key=lambda one: (one[0].measured > limit * one[0].dense, _error(one[1])))
+        # Factors do not change what was measured: from here on it is the prediction.
+        seconds = best.measured / best.dense * plan.dense.seconds
+        plan = replace(plan, predicted=replace(plan.predicted, seconds=seconds))
         reasons = {**plan.reasons, **{n: r for n, r in back.items() if plan.choices[n].decomposition == DENSE}}
         return replace(plan, reasons=reasons), Rehearsal(tuple(entry for entry, _ in tried))
 
