@@ -79,7 +79,7 @@ class Rehearse(AnalysisPass):
                 break
             back |= slower
             candidates = _corrected(_without(candidates, plan, slower), in_dense, plan, in_plan)
-            parts = _forecast(plan, candidates, 1.0)
+            parts = _forecast(_measured(plan, in_plan), candidates, 1.0)
             bias = (compiled / dense) / (parts.predicted.seconds / parts.dense.seconds)
             try:
                 plan = self._again(program, candidates, plan, replace(program.budget, latency=min(1.0, share / bias)))
@@ -133,6 +133,11 @@ def _slower(plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, f
     }
 
 
+def _measured(plan: RankPlan, seconds: Mapping[str, float]) -> RankPlan:
+    """The plan with what its layers took; it counts for those that are no longer in the table."""
+    return replace(plan, choices={n: _lasting(c, seconds[n] or c.cost.seconds) for n, c in plan.choices.items()})
+
+
 def _without(candidates: Candidates, plan: RankPlan, slower: Mapping[str, Refusal]) -> Candidates:
     """The table without the forms that were slower, at their ranks and every dearer one."""
     layers = dict(candidates.layers)
@@ -179,7 +184,11 @@ def _same(one: Candidate, other: Candidate) -> bool:
 
 
 def _scaled(candidate: Candidate, factor: float) -> Candidate:
-    return replace(candidate, cost=replace(candidate.cost, seconds=candidate.cost.seconds * factor))
+    return _lasting(candidate, candidate.cost.seconds * factor)
+
+
+def _lasting(candidate: Candidate, seconds: float) -> Candidate:
+    return replace(candidate, cost=replace(candidate.cost, seconds=seconds))
 
 
 def _forecast(plan: RankPlan, candidates: Candidates, bias: float) -> RankPlan:

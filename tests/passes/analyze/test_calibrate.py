@@ -1,0 +1,77 @@
+"""``calibrate``: the second moments are those of the im2col patches, whatever the layer's geometry."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tdcompile
+from tdcompile.calibration import Calibration
+from tdcompile.passes.analyze.calibrate import Calibrate
+from tdcompile.task import Batch, Samples
+
+
+class Drawn(Samples):
+    def __init__(self, *shape):
+        self.x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self):
+        return len(self.x)
+
+    def batch(self, indices):
+        return Batch((self.x[list(indices)],), None)
+
+    @property
+    def classes(self):
+        return None
+
+
+def moments(module, samples, **options):
+    program = tdcompile.trace(nn.Sequential(module).eval(), (samples.x[:2],)).with_(task=tdcompile.Task(samples))
+    return Calibrate(**options).run(program).facts[Calibration]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1},
+        {"stride": (1, 2), "padding": (0, 2)},
+        {"dilation": 2, "padding": 2},
+        {"padding": "same", "padding_mode": "reflect"},
+    ],
+)
+def test_moments_are_those_of_unfolded_patches(options):
+    conv, samples = nn.Conv2d(4, 6, 3, **options), Drawn(7, 4, 9, 8)
+    found = moments(conv, samples, batch=3).moments["0"]
+    mode = options.get("padding_mode", "constant")
+    before = conv._reversed_padding_repeated_twice if mode == "reflect" else (0,) * 4
+    x = F.pad(samples.x, before, mode=mode)
+    pad = 0 if mode == "reflect" else conv.padding
+    patches = F.unfold(x, 3, dilation=conv.dilation, padding=pad, stride=conv.stride)
+    rows = patches.transpose(1, 2).reshape(-1, 36).double()
+    assert found.samples == len(rows)
+    torch.testing.assert_close(found.second, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+
+
+def test_a_linear_layer_over_tokens():
+    samples = Drawn(5, 7, 6)
+    rows = samples.x.reshape(-1, 6).double()
+    found = moments(nn.Linear(6, 3), samples).moments["0"]
+    torch.testing.assert_close(found.second, rows.T @ rows / 35, rtol=1e-4, atol=1e-6)
+
+
+def test_only_so_many_patches_are_read_and_they_are_near_the_whole():
+    conv, samples = nn.Conv2d(3, 4, 3, padding=1), Drawn(64, 3, 16, 16)
+    some, whole = (moments(conv, samples, patches=n).moments["0"] for n in (4000, 10**9))
+    assert some.samples <= 4000 < whole.samples
+    assert float((some.second - whole.second).norm() / whole.second.norm()) < 0.2
+
+
+def test_large_and_grouped_layers_are_left_out_with_a_reason():
+    assert "36 inputs" in moments(nn.Conv2d(4, 4, 3), Drawn(4, 4, 6, 6), largest=35).skipped["0"]
+    assert "grouped" in moments(nn.Conv2d(4, 4, 3, groups=2), Drawn(4, 4, 6, 6)).skipped["0"]
+
+
+def test_without_data_there_are_no_moments():
+    program = tdcompile.trace(nn.Linear(3, 3).eval(), (torch.randn(2, 3),))
+    assert Calibrate().run(program).facts[Calibration] == Calibration({}, {}, 0)
