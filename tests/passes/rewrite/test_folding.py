@@ -1,0 +1,83 @@
+"""``fold-batchnorm`` and ``drop-dead``: the function stays, what must not be folded is not."""
+
+import pytest
+import torch
+from torch import nn
+
+import tdcompile
+from tdcompile.surgery import outputs_of
+
+
+def trained(*modules):
+    """A network whose batch norms have statistics and weights of their own."""
+    network = nn.Sequential(*modules)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return network.eval()
+
+
+def folded(network, x):
+    program = tdcompile.trace(network, (x,))
+    after = tdcompile.Pipeline.parse("fold-batchnorm,drop-dead").run(program)
+    torch.testing.assert_close(outputs_of(after.graph, (x,)), outputs_of(network, (x,)), rtol=1e-4, atol=1e-5)
+    return after, sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in after.graph.modules())
+
+
+@pytest.mark.parametrize(
+    ("modules", "shape"),
+    [
+        ((nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU()), (2, 3, 6, 6)),
+        ((nn.Conv2d(4, 8, 3, groups=2, padding=1), nn.BatchNorm2d(8)), (2, 4, 6, 6)),
+        ((nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5)), (2, 3, 9)),
+        ((nn.Linear(6, 4), nn.BatchNorm1d(4)), (3, 6)),
+    ],
+)
+def test_batch_norm_goes_into_the_layer_before_it(modules, shape):
+    after, left = folded(trained(*modules), torch.randn(shape))
+    assert left == 0
+    assert any("took in" in change.what for change in after.history)
+
+
+@pytest.mark.parametrize(
+    ("modules", "shape"),
+    [
+        ((nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), (2, 3, 6, 6)),  # before the layer
+        ((nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), (2, 3, 6, 6)),  # something in between
+        ((nn.Linear(6, 6), nn.BatchNorm1d(5)), (2, 5, 6)),  # over tokens: axis 1 is not the features
+    ],
+)
+def test_batch_norm_stays_where_it_is_not_the_layers_own(modules, shape):
+    _, left = folded(trained(*modules), torch.randn(shape))
+    assert left == 1
+
+
+class Read(nn.Module):
+    def __init__(self, shared):
+        super().__init__()
+        self.conv, self.norm, self.shared = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), shared
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + (self.conv(y) if self.shared else y)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_layer_that_is_read_or_called_elsewhere_is_not_folded(shared):
+    network = Read(shared)
+    nn.init.uniform_(network.norm.running_var, 0.5, 2.0)
+    _, left = folded(network.eval(), torch.randn(2, 4, 6, 6))
+    assert left == 1
+
+
+def test_dropout_and_identities_go_and_the_given_program_stays():
+    network = trained(nn.Dropout(0.5), nn.Conv2d(3, 4, 3), nn.Identity(), nn.BatchNorm2d(4), nn.Dropout2d(0.1))
+    program = tdcompile.trace(network, (torch.randn(2, 3, 6, 6),))
+    before = program.graph.code
+    after = tdcompile.Pipeline.parse("drop-dead,fold-batchnorm").run(program)
+    assert [n.target for n in after.graph.graph.nodes if n.op == "call_module"] == ["1"]
+    assert program.graph.code == before
+    assert set(dict(after.graph.named_parameters())) == {"1.weight", "1.bias"}
