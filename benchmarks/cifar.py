@@ -30,7 +30,9 @@ def main(
     decompose: Annotated[str, typer.Option(help="one row each, separated by ';'")] = "auto",
     ranks: Annotated[str, typer.Option(help="rank selectors, one row each, separated by ';'")] = "knapsack",
     importance: Annotated[str, typer.Option(help="scores, one row each, separated by ';'")] = "none",
-    baseline: Annotated[bool, typer.Option(help="also plain uniform HOSVD, without and with re-estimated norms")] = True,
+    baseline: Annotated[
+        bool, typer.Option(help="also plain uniform HOSVD, without and with re-estimated norms")
+    ] = True,
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a table in Markdown and in JSON, with the command, seed, versions and machine that made it."""
+"""What the benchmarks share: one table, in Markdown and JSON, with the command, seed, versions and machine of it."""
 
 from __future__ import annotations
 
