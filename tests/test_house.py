@@ -22,7 +22,7 @@ FLOORS = [
     ["tracing", "export", "runtime", "validate", "data", "source", "recipes", "architecture", "microbench"],
     ["attribution", "inference", "artifact", "checkpoint", "outcome", "report", "summary", "compiler", "__init__"],
     ["console", "interruption", "options", "examples", "anatomy", "job", "doctor"],
-    ["commands_compile", "commands_inspect", "commands_models", "cli"],
+    ["commands_compile", "commands_inspect", "commands_models", "cli", "__main__"],
 ]
 ORDER = {name: place for place, name in enumerate(name for floor in FLOORS for name in floor)}
 

@@ -1,0 +1,110 @@
+"""``Checkpoint``: what is saved between two passes comes back; what is damaged or another run's does not."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import tdcompile
+from tdcompile.calibration import Calibration
+from tdcompile.checkpoint import Checkpoint
+from tdcompile.errors import InputError
+from tdcompile.pipeline import Pipeline
+from tdcompile.program import Program
+from tdcompile.ranks import RankPlan
+from tdcompile.surgery import outputs_of
+from tdcompile.task import Batch, Samples, Task
+
+
+class Noise(Samples):
+    """Unlabelled images."""
+
+    classes = None
+
+    def __len__(self) -> int:
+        return 32
+
+    def batch(self, indices: object) -> Batch:
+        return Batch((torch.randn(len(indices), 3, 8, 8, generator=torch.Generator().manual_seed(0)),), None)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def programs() -> tuple[Program, Program]:
+    """Before and after some passes."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(576, 4)
+    )
+    program = tdcompile.trace(network.eval(), (torch.randn(2, 3, 8, 8),))
+    program = program.with_(budget=tdcompile.Budget(macs=0.5), task=Task(Noise()))
+    done = Pipeline.parse("calibrate,score,propose{decompose=svd+channel},choose,factorize").run(program)
+    return program, done
+
+
+def test_what_was_saved_comes_back(programs: tuple[Program, Program], tmp_path: Path) -> None:
+    before, after = programs
+    Checkpoint(tmp_path / "state", "key").save(after, 5, {"propose": 1.5}, 0.25)
+    restored = Checkpoint(tmp_path / "state", "key").restore(before)
+    assert restored is not None
+    program, done, seconds, accuracy = restored
+    assert (done, seconds, accuracy) == (5, {"propose": 1.5}, 0.25)
+    assert program.history == after.history
+    assert {type(fact) for fact in program.facts} == {type(fact) for fact in after.facts}
+    if RankPlan in after.facts:
+        assert program.facts[RankPlan] == after.facts[RankPlan]
+    got, expected = (outputs_of(p.graph, before.inputs)[0] for p in (program, after))
+    assert torch.equal(got, expected)
+
+
+def test_moments_come_back_bit_for_bit(programs: tuple[Program, Program], tmp_path: Path) -> None:
+    before = Pipeline.parse("calibrate").run(programs[0])
+    Checkpoint(tmp_path, "key").save(before, 1, {}, None)
+    restored = Checkpoint(tmp_path, "key").restore(programs[0])
+    assert restored is not None
+    assert restored[0].graph is programs[0].dense
+    got, expected = restored[0].facts[Calibration], before.facts[Calibration]
+    assert (got.samples, dict(got.skipped)) == (expected.samples, dict(expected.skipped))
+    for name, moments in expected.moments.items():
+        assert torch.equal(got.moments[name].second, moments.second)
+        assert got.moments[name].samples == moments.samples
+
+
+def test_the_last_state_stands_and_can_be_dropped(programs: tuple[Program, Program], tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "state", "key")
+    assert checkpoint.restore(programs[0]) is None
+    for done in (1, 2):
+        checkpoint.save(programs[1], done, {}, None)
+    restored = checkpoint.restore(programs[0])
+    assert restored is not None
+    assert restored[1] == 2
+    checkpoint.drop()
+    assert checkpoint.restore(programs[0]) is None
+    assert not checkpoint.folder.exists()
+
+
+@pytest.mark.parametrize("harm", ["key", "json", "weights", "facts"])
+def test_a_state_that_cannot_be_used_is_told_and_left_aside(
+    programs: tuple[Program, Program], tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    Checkpoint(tmp_path, "key").save(programs[1], 5, {}, None)
+    state = tmp_path / "state"
+    if harm == "json":
+        (state / "state.json").write_text("{")
+    elif harm == "weights":
+        (state / "graph.safetensors").write_bytes(b"nothing of the kind")
+    elif harm == "facts":
+        text = (state / "state.json").read_text()
+        (state / "state.json").write_text(text.replace("RankPlan", "Prank"))
+    with caplog.at_level(logging.WARNING, "tdcompile"):
+        assert Checkpoint(tmp_path, "other" if harm == "key" else "key").restore(programs[0]) is None
+    assert "starting anew" in caplog.text
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(programs: tuple[Program, Program], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be kept in"):
+        Checkpoint(tmp_path / "file" / "state", "key").save(programs[1], 1, {}, None)

@@ -1,0 +1,95 @@
+"""``Recipe``: options become a pipeline that can run, files and flags are laid over each other, mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdcompile.decomposition import Decomposition
+from tdcompile.errors import InputError
+from tdcompile.importance import Importance
+from tdcompile.pipeline import Pipeline
+from tdcompile.ranks import RankSelector
+from tdcompile.recipes import Recipe, load_recipe, recipes
+from tdcompile.registry import find
+
+
+def names(recipe: Recipe) -> list[str]:
+    return [step.name for step in recipe.steps().steps]
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_shipped_recipe_is_a_pipeline_whose_needs_are_met(name: str) -> None:
+    recipe = load_recipe(name, {})
+    recipe.steps().check()
+    recipe.shares()
+    assert recipes()[name]["description"]
+
+
+@settings(deadline=None)
+@given(
+    st.builds(
+        Recipe,
+        budget=st.dictionaries(st.sampled_from(["latency", "macs", "params"]), st.just(0.5), min_size=1),
+        decompose=st.just(("auto",)) | st.lists(st.sampled_from(sorted(find(Decomposition))), min_size=1).map(tuple),
+        ranks=st.sampled_from(sorted(find(RankSelector))),
+        importance=st.sampled_from(sorted(find(Importance))),
+        tune=st.sampled_from(["none", "epochs=1", "epochs=2,lr=0.1"]),
+        grain=st.none() | st.integers(1, 8),
+        dynamic_batch=st.booleans(),
+        plan=st.none() | st.just("plan.json"),
+    )
+)
+def test_any_options_make_a_pipeline_that_reads_back(recipe: Recipe) -> None:
+    pipeline = recipe.steps()
+    assert Pipeline.parse(str(pipeline)) == pipeline
+    if recipe.plan is None:
+        pipeline.check()
+    made = [step.name for step in pipeline.steps]
+    assert ("rehearse" in made) == ("latency" in recipe.budget and recipe.plan is None)
+    assert ("finetune" in made) == (recipe.tune != "none")
+    assert made[-2:] == ["fold-batchnorm", "drop-dead"]
+
+
+def test_a_pipeline_of_ones_own_takes_the_place_of_all() -> None:
+    assert names(Recipe(pipeline="score,drop-dead", tune="epochs=3")) == ["score", "drop-dead"]
+
+
+def test_flags_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('keep-dense = ["fc"]\ncalibrate = 64\n[budget]\nmacs = 0.4\n')
+    recipe = load_recipe(str(file), {"calibrate": 32})
+    assert (recipe.keep_dense, recipe.calibrate, recipe.budget, recipe.seed) == (("fc",), 32, {"macs": 0.4}, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bugdet = 1", "no option 'bugdet': did you mean 'budget'"),
+        ("seed = 'x'", "'seed' cannot be 'x'"),
+        ("= 1", "is not TOML"),
+        ("target = 'tpu'", "'target' cannot be 'tpu'"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=said):
+        load_recipe(str(file), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("missing.toml", "cannot be read"), ("qick", "there is no recipe 'qick'.*a file ends in .toml")]
+)
+def test_a_recipe_that_is_not_there_is_told(name: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        load_recipe(name, {})
+
+
+@pytest.mark.parametrize(("field", "value"), [("threads", 0), ("grain", -1)])
+def test_a_target_below_one_is_refused(field: str, value: int) -> None:
+    with pytest.raises(InputError, match=f"{field}={value} is below 1"):
+        Recipe(**{field: value}).device()
