@@ -1,5 +1,7 @@
 """``python -m tdcompile``: the command, where its script is not on the path."""
 
+import sys
+
 from tdcompile.cli import main
 
-main()
+sys.exit(main())

@@ -12,7 +12,7 @@ from tdcompile.target import Target
 
 
 def layer_seconds(
-    model: Path, layers: Iterable[str], inputs: Sequence[Tensor], target: Target, runs: int = 10
+    model: Path, layers: Iterable[str], inputs: Sequence[Tensor], target: Target, runs: int = 7
 ) -> dict[str, float]:
     """Median seconds of the kernels of each layer in one run; 0.0 where no kernel is known to be its.
 

@@ -34,10 +34,14 @@ class Baseline(Fact):
     Attributes:
         model: the file.
         seconds: median of one run of ``target.batch`` samples.
+        dynamic_batch: whether its batch dimension is open.
+        notes: what did not go the usual way when it was exported.
     """
 
     model: Path
     seconds: float
+    dynamic_batch: bool = True
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
+from onnx import helper
 from torch import Tensor, nn
 
 from tdcompile.errors import InputError, TdcompileError
@@ -90,6 +91,27 @@ def export_onnx(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         return _write(model, Path(folder) / path.name, path, simplify)
+
+
+def restamp(model: Path, path: Path, metadata: Mapping[str, str], notes: Sequence[str] = ()) -> Exported | None:
+    """Write a model of ``export_onnx`` with other metadata; None where its weights stand in a file of their own.
+
+    Args:
+        model: the file it was written to; it may be the same as ``path``.
+        path: the file to write.
+        metadata: what to stamp into ``metadata_props``.
+        notes: those of the export.
+    """
+    proto = onnx.load(model, load_external_data=False)
+    if any(weight.external_data for weight in proto.graph.initializer):
+        return None
+    del proto.metadata_props[:]
+    helper.set_model_props(proto, dict(sorted(metadata.items())))
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        draft.write_bytes(proto.SerializeToString(deterministic=True))
+        os.replace(draft, path)
+    return _described(proto, path, path.stat().st_size, notes)
 
 
 def _capture(module: nn.Module, examples: tuple[Tensor, ...], batched: Sequence[bool] | None) -> ir.Model:
@@ -184,6 +206,10 @@ def _write(model: ir.Model, draft: Path, path: Path, simplify: bool) -> Exported
     size = sum(file.stat().st_size for file in written)
     for file in written:
         os.replace(file, path.parent / file.name)
+    return _described(proto, path, size, notes)
+
+
+def _described(proto: onnx.ModelProto, path: Path, size: int, notes: Sequence[str]) -> Exported:
     return Exported(
         path=path,
         bytes=size,

@@ -10,8 +10,9 @@ import torch
 from torch import fx, nn
 
 from tdcompile.attribution import layer_seconds
-from tdcompile.export import Exported
-from tdcompile.inference import export_folded, folded, timing_inputs
+from tdcompile.calibration import Baseline
+from tdcompile.export import Exported, export_onnx, restamp
+from tdcompile.inference import folded, timing_inputs
 from tdcompile.program import Program, sites_of
 from tdcompile.ranks import RankPlan
 from tdcompile.runtime import Timing, time_models
@@ -50,7 +51,7 @@ class Outcome:
 
 
 def measure(
-    program: Program, folder: Path, *, dynamic_batch: bool, stamp: Mapping[str, str], seconds: float = 4.0
+    program: Program, folder: Path, *, dynamic_batch: bool, stamp: Mapping[str, str], seconds: float = 3.0
 ) -> Outcome:
     """Export both networks, verify each against its PyTorch graph in onnxruntime, time them interleaved, test them.
 
@@ -65,9 +66,15 @@ def measure(
     dense_graph, compiled_graph = folded(program, program.dense), folded(program, program.graph)
     plan = program.facts.get(RankPlan)
     names = list(plan.choices) if plan else []
+    stamps = [{**stamp, "model": role} for role in ("dense", "compiled")]
+
+    def export(graph: fx.GraphModule, name: str, metadata: Mapping[str, str]) -> Exported:
+        return export_onnx(graph, program.inputs, folder / name, dynamic_batch=dynamic_batch, metadata=metadata)
+
     exports = [
-        export_folded(program, graph, folder / name, dynamic_batch=dynamic_batch, metadata={**stamp, "model": role})
-        for graph, name, role in ((dense_graph, "dense.onnx", "dense"), (compiled_graph, "model.onnx", "compiled"))
+        _known(program, folder / "dense.onnx", dynamic_batch, stamps[0])
+        or export(dense_graph, "dense.onnx", stamps[0]),
+        export(compiled_graph, "model.onnx", stamps[1]),
     ]
     paths, inputs = [exported.path for exported in exports], timing_inputs(program)
     parities = [
@@ -92,6 +99,14 @@ def measure(
         )
     ]
     return Outcome(networks[0], networks[1], _approximation(dense_graph, compiled_graph, program))
+
+
+def _known(program: Program, path: Path, dynamic_batch: bool, stamp: Mapping[str, str]) -> Exported | None:
+    """The dense model as ``baseline`` has exported it, with the metadata of this compilation; None without one."""
+    baseline = program.facts.get(Baseline)
+    if baseline is None or baseline.dynamic_batch != dynamic_batch or not baseline.model.is_file():
+        return None
+    return restamp(baseline.model, path, stamp, baseline.notes)
 
 
 @torch.no_grad()

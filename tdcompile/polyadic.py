@@ -21,7 +21,7 @@ from tdcompile.ranks import Ranks
 MEMBERS, ANCHORS = 12, 4
 # Alternating least squares stops at so many sweeps, or earlier where it would take more operations than these: a
 # factorisation is made for the chosen layers, an estimate (of that many anchors) for every layer of a network.
-SWEEPS, FACTORIZE, ESTIMATE = 30, 3e10, 6e9
+SWEEPS, FACTORIZE, ESTIMATE = 30, 3e10, 3e9
 
 
 class Polyadic(Decomposition):

@@ -199,7 +199,7 @@ class _Judge:
             place = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
             raise ParityError(
                 f"{self.what} differ {where}: '{name}' by {most:.3g} at {place}, where {allowed:.3g} is allowed "
-                f"on a scale of {scale:.3g}; export without simplifying to see whether onnxsim is the cause"
+                f"on a scale of {scale:.3g}"
             )
         return most, most / scale if scale else 0.0
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import tdcompile.export
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.export import export_onnx
+from tdcompile.export import export_onnx, restamp
 from tdcompile.runtime import infer, open_session
 from tdcompile.target import Target
 
@@ -213,3 +214,25 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         export_onnx(nn.Linear(3, 2), (torch.randn(2, 3),), path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_model_is_stamped_anew_without_another_export(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval()
+    first = export_onnx(network, [torch.randn(2, 3, 5, 5)], tmp_path / "a.onnx", metadata={"model": "draft"})
+    again = restamp(tmp_path / "a.onnx", tmp_path / "b.onnx", {"model": "dense", "by": "us"}, ["a note"])
+    assert again == dataclasses.replace(first, path=tmp_path / "b.onnx", bytes=again.bytes, notes=("a note",))
+    one, other = onnx.load(tmp_path / "a.onnx"), onnx.load(tmp_path / "b.onnx")
+    assert {entry.key: entry.value for entry in other.metadata_props} == {"model": "dense", "by": "us"}
+    assert one.graph == other.graph
+    fresh = export_onnx(
+        network, [torch.randn(2, 3, 5, 5)], tmp_path / "c.onnx", metadata={"model": "dense", "by": "us"}
+    )
+    assert (tmp_path / "b.onnx").read_bytes() == (tmp_path / "c.onnx").read_bytes()
+    assert fresh.bytes == again.bytes
+
+
+def test_a_model_whose_weights_stand_beside_it_is_not_stamped(tmp_path):
+    export_onnx(torch.nn.Linear(9, 9).eval(), [torch.randn(2, 9)], tmp_path / "a.onnx")
+    onnx.save(onnx.load(tmp_path / "a.onnx"), tmp_path / "b.onnx", save_as_external_data=True, size_threshold=0)
+    assert restamp(tmp_path / "b.onnx", tmp_path / "c.onnx", {}) is None
+    assert not (tmp_path / "c.onnx").exists()

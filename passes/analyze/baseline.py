@@ -26,7 +26,7 @@ class MeasureBaseline(AnalysisPass):
 
     name: ClassVar[str] = "baseline"
     gives: ClassVar[tuple[type[Fact], ...]] = (Baseline,)
-    seconds: float = 2.0
+    seconds: float = 1.0
     dynamic_batch: bool = True
 
     def analyze(self, program: Program) -> Baseline:
@@ -39,4 +39,4 @@ class MeasureBaseline(AnalysisPass):
         folder = program.workspace or Path(tempfile.mkdtemp(prefix="tdcompile-"))
         exported = export_folded(program, program.dense, folder / "dense.onnx", dynamic_batch=self.dynamic_batch)
         timing = time_models([exported.path], timing_inputs(program), program.target, seconds=self.seconds)[0]
-        return Baseline(exported.path, timing.median)
+        return Baseline(exported.path, timing.median, self.dynamic_batch, exported.notes)

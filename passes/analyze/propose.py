@@ -14,9 +14,12 @@ from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Layer, Refusal
 from tdcompile.program import Program, Site, parameters_of, sites
-from tdcompile.ranks import DENSE, Candidate, Candidates, Spectrum
+from tdcompile.ranks import DENSE, Candidate, Candidates, Ranks, Spectrum
 from tdcompile.registry import find, make
 from tdcompile.target import Cost, CostModel, total
+
+# A price is a measurement, and in the graph a layer may cost a little more or less than alone.
+_MARGIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -40,68 +43,83 @@ class Propose(AnalysisPass):
     spectra: bool = False
 
     def analyze(self, program: Program) -> Candidates:
-        """Errors come from one spectrum a layer where the form has one; prices from the cost models."""
+        """Prices from the cost models, then errors, from one spectrum a layer where the form has one."""
         forms = [make(Decomposition, text) for text in self.decompose or find(Decomposition)]
         found = sites(program)
         refusals = dict(_kept_dense(program, found))
-        options: dict[str, list[Candidate]] = {}
+        spaces = {name: {} if name in refusals else self._spaces(program, site, forms) for name, site in found.items()}
+        prices = self._prices(program, found, spaces)
+        options: dict[str, tuple[Candidate, ...]] = {}
         for done, (name, site) in enumerate(found.items(), start=1):
             tick(done, len(found), name)
-            chains = [] if name in refusals else self._candidates(program, site, forms)
-            options[name] = [Candidate(DENSE, (), 0.0, Cost()), *chains]
-            if not chains and name not in refusals:
+            dense = Candidate(DENSE, (), 0.0, _cost(site.calls, prices, site))
+            options[name] = (dense, *self._candidates(program, site, spaces[name], dense.cost, prices))
+            if not spaces[name] and name not in refusals:
                 refusals[name] = _refused(name, site, forms)
-        priced = self._price(program, found, options)
-        dense = total([candidates[0].cost for candidates in priced.values()])
+        dense_cost = total([candidates[0].cost for candidates in options.values()])
         return Candidates(
-            {name: tuple(candidates) for name, candidates in priced.items()},
-            rest=self._whole(program, dense) - dense,
+            options,
+            rest=self._whole(program, dense_cost) - dense_cost,
             spectra={name: _spectra(found[name]) for name in found if self.spectra and name not in refusals},
             refusals=tuple(refusals.values()),
         )
 
-    def _candidates(self, program: Program, site: Site, forms: Sequence[Decomposition]) -> list[Candidate]:
-        """Every form that applies at every rank of its space, not yet priced."""
+    def _spaces(self, program: Program, site: Site, forms: Sequence[Decomposition]) -> dict[Decomposition, list[Ranks]]:
+        """The ranks of every form that applies."""
+        grain = self.grain or (program.target.rank_grain if program.budget.latency is not None else 1)
+        spaces = {form: list(form.rank_space(site.layer, grain)) for form in forms if form.refuse(site.layer) is None}
+        return {form: space for form, space in spaces.items() if space}
+
+    def _candidates(
+        self,
+        program: Program,
+        site: Site,
+        spaces: Mapping[Decomposition, Sequence[Ranks]],
+        dense: Cost,
+        prices: Mapping[Layer, Cost],
+    ) -> list[Candidate]:
+        """Every form at every rank that may be worth its price, and at its exact ranks."""
         calibration = program.facts.get(Calibration)
         moments = calibration.moments.get(site.name) if calibration else None
-        grain = self.grain or (program.target.rank_grain if program.budget.latency is not None else 1)
+        fields = list(program.budget.limits(dense))
         made = []
-        for form in forms:
-            if form.refuse(site.layer) is not None:
-                continue
-            space = list(form.rank_space(site.layer, grain))
-            errors = form.errors(site.layer, site.weight, space, moments)
+        for form, space in spaces.items():
+            costs = [_cost(_chain(site, form, ranks), prices, site) for ranks in space]
+            # Nothing takes a candidate that costs more than the dense layer, and its error may be dear to find out;
+            # only the exact ranks stay, by which selectors know how far the ranks go.
+            kept = [i for i, cost in enumerate(costs) if _worth(cost, dense, fields) or i == len(space) - 1]
+            errors = form.errors(site.layer, site.weight, [space[i] for i in kept], moments)
             text = str(form.spec())
             made += [
-                Candidate(text, ranks, float(error), Cost(), form.modes)
-                for ranks, error in zip(space, errors, strict=True)
+                Candidate(text, space[i], float(error), costs[i], form.modes)
+                for i, error in zip(kept, errors, strict=True)
             ]
         return made
 
-    def _price(
-        self, program: Program, found: Mapping[str, Site], options: Mapping[str, list[Candidate]]
-    ) -> dict[str, list[Candidate]]:
-        """Every candidate with its cost; what is measured is measured together."""
+    def _prices(
+        self,
+        program: Program,
+        found: Mapping[str, Site],
+        spaces: Mapping[str, Mapping[Decomposition, Sequence[Ranks]]],
+    ) -> dict[Layer, Cost]:
+        """What every layer of every chain costs; what is measured is measured together."""
         models = [make(CostModel, self.cost)]
         if program.budget.latency is not None:
             models.append(make(CostModel, self.timer))
-        chains = {
-            (name, candidate.decomposition, candidate.ranks): chain_of(found[name], candidate)
-            for name, candidates in options.items()
-            for candidate in candidates
-        }
-        parts = list(dict.fromkeys(part for chain in chains.values() for part in chain))
+        chains = (
+            _chain(site, form, ranks)
+            for name, site in found.items()
+            for form, space in spaces[name].items()
+            for ranks in space
+        )
+        dense = (call for site in found.values() for call in site.calls)
+        parts = list(dict.fromkeys([*dense, *(part for chain in chains for part in chain)]))
         prices: dict[Layer, Cost] = {part: Cost() for part in parts}
         for model in models:
             model.prepare(parts, program.target)
             for part in parts:
                 prices[part] += model.price(part, program.target)
-        return {
-            name: [
-                replace(c, cost=_cost(chains[name, c.decomposition, c.ranks], prices, found[name])) for c in candidates
-            ]
-            for name, candidates in options.items()
-        }
+        return prices
 
     def _whole(self, program: Program, dense: Cost) -> Cost:
         """What the dense network costs: all its parameters, its measured latency where there is one."""
@@ -114,12 +132,14 @@ class Propose(AnalysisPass):
         )
 
 
-def chain_of(site: Site, candidate: Candidate) -> tuple[Layer, ...]:
-    """The layers that a candidate computes, for all calls of the site."""
-    if candidate.decomposition == DENSE:
-        return site.calls
-    form = make(Decomposition, candidate.decomposition)
-    return tuple(part for call in site.calls for part in form.blueprint(call, candidate.ranks))
+def _chain(site: Site, form: Decomposition, ranks: Ranks) -> tuple[Layer, ...]:
+    """The layers that a form computes, for all calls of the site."""
+    return tuple(part for call in site.calls for part in form.blueprint(call, ranks))
+
+
+def _worth(cost: Cost, dense: Cost, fields: Sequence[str]) -> bool:
+    """Whether a cost comes near enough to being less than the dense one in anything that is limited."""
+    return any(getattr(cost, field) < _MARGIN * getattr(dense, field) for field in fields)
 
 
 def _cost(chain: Sequence[Layer], prices: Mapping[Layer, Cost], site: Site) -> Cost:

@@ -19,7 +19,7 @@ from tdcompile.ranks import Ranks
 
 # How finely the ranks are divided, how many members are at least factorised for an estimate, and the operations that
 # an estimate may take to do so for more of them.
-MEMBERS, ANCHORS, ESTIMATE = 24, 4, 6e9
+MEMBERS, ANCHORS, ESTIMATE = 24, 2, 3e9
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,21 @@ from tdcompile.runtime import Timing
 from tdcompile.target import Cost
 
 
-def table(seconds):
-    """Two layers of 10 s, each with channel{8} at a price."""
-
-    def row(s):
-        return (Candidate(DENSE, (), 0.0, Cost(10, 10, 10, 10.0)), Candidate("channel", (8,), 0.2, Cost(5, 5, 5, s)))
-
-    return Candidates({"0": row(seconds[0]), "2": row(seconds[1])}, Cost(seconds=2.0))
+def table():
+    """Two layers of 10 s, each with channel{8} at 4 s and channel{4} at 2 s."""
+    row = (
+        Candidate(DENSE, (), 0.0, Cost(10, 10, 10, 10.0)),
+        Candidate("channel", (8,), 0.2, Cost(5, 5, 5, 4.0)),
+        Candidate("channel", (4,), 0.5, Cost(3, 3, 3, 2.0)),
+    )
+    return Candidates({"0": row, "2": row}, Cost(seconds=2.0))
 
 
 @pytest.fixture
 def program():
     network = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)).eval()
-    program = tdcompile.trace(network, (torch.randn(2, 16, 6, 6),)).with_(budget=tdcompile.Budget(latency=0.8))
-    candidates = table((4.0, 4.0))
+    program = tdcompile.trace(network, (torch.randn(2, 16, 6, 6),)).with_(budget=tdcompile.Budget(latency=0.5))
+    candidates = table()
     choices = {name: rows[1] for name, rows in candidates.layers.items()}
     plan = RankPlan(choices, candidates.cost(choices), candidates.dense, selector="knapsack")
     facts = program.facts.having(candidates, Importances({}), plan, Baseline(Path("dense.onnx"), 22.0))
@@ -35,34 +36,38 @@ def program():
 
 
 def pretend(monkeypatch, in_graph):
-    """Timing as if each layer took these seconds where it is replaced and 10 where it is not."""
+    """Timing as if each layer took so many times its price where it is replaced and 10 s where it is not."""
     now = {}
 
     def export(program, graph, file, **options):
-        now["replaced"] = {str(n.target).partition(".")[0] for n in graph.graph.nodes if "." in str(n.target)}
+        parts = {name: graph.get_submodule(name) for name in ("0", "2")}
+        now["ranks"] = {name: part[0].out_channels for name, part in parts.items() if isinstance(part, nn.Sequential)}
 
     def layers(model, names, *rest):
-        replaced = set() if model == Path("dense.onnx") else now["replaced"]
-        return {name: in_graph[name] if name in replaced else 10.0 for name in names}
+        ranks = {} if model == Path("dense.onnx") else now["ranks"]
+        return {name: in_graph[name] * ranks[name] / 2 if name in ranks else 10.0 for name in names}
 
     def times(models, *rest, **options):
         totals = [2.0 + sum(layers(model, ("0", "2")).values()) for model in models]
         return [Timing(t, t, t, 1) for t in totals]
 
+    monkeypatch.setattr(rehearse, "transplant", lambda *rest: False)
     monkeypatch.setattr(rehearse, "export_folded", export)
     monkeypatch.setattr(rehearse, "layer_seconds", layers)
     monkeypatch.setattr(rehearse, "time_models", times)
 
 
 def test_a_plan_that_keeps_its_word_stands_after_one_round(program, monkeypatch):
-    pretend(monkeypatch, {"0": 4.0, "2": 4.0})
+    pretend(monkeypatch, {"0": 1.0, "2": 1.0})
     facts = rehearse.Rehearse().run(program).facts
     assert len(facts[Rehearsal].rounds) == 1
     assert {c.decomposition for c in facts[RankPlan].choices.values()} == {"channel"}
 
 
 def test_a_layer_that_is_slower_in_the_graph_is_put_back_with_the_reason(program, monkeypatch):
-    pretend(monkeypatch, {"0": 4.0, "2": 11.0})
+    pretend(monkeypatch, {"0": 1.0, "2": 6.0})
+    facts = program.facts.having(Importances({"0": 2.0, "2": 1.0}))  # it would rather replace the second one
+    program = program.with_(budget=tdcompile.Budget(latency=0.8), facts=facts)
     facts = rehearse.Rehearse().run(program).facts
     plan = facts[RankPlan]
     assert facts[Rehearsal].rounds[0].put_back == ("2",)
@@ -73,7 +78,7 @@ def test_a_layer_that_is_slower_in_the_graph_is_put_back_with_the_reason(program
 
 
 def test_a_price_that_was_wrong_is_corrected(program, monkeypatch):
-    pretend(monkeypatch, {"0": 7.0, "2": 7.0})
+    pretend(monkeypatch, {"0": 1.75, "2": 1.75})
     facts = rehearse.Rehearse().run(program).facts
     rounds = facts[Rehearsal].rounds
     assert rounds[0].predicted == pytest.approx(10.0)
