@@ -50,7 +50,7 @@ class Rehearse(AnalysisPass):
     rounds: int = 4
     over: float = 0.01
     tolerance: float = 0.02
-    seconds: float = 2.0
+    seconds: float = 1.5
     aim: float = 0.995
 
     def analyze(self, program: Program) -> tuple[RankPlan, Rehearsal]:
