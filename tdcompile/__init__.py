@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tdcompile.artifact import load
     from tdcompile.compiler import Compiled, compile  # the field's word, as in torch.compile
     from tdcompile.errors import TdcompileError
+    from tdcompile.experiment import study
     from tdcompile.kinds import AnalysisPass, RewritePass, Rewritten, TunePass
     from tdcompile.pipeline import Pipeline
     from tdcompile.program import Program, sites
@@ -24,6 +25,7 @@ _HOMES = {
     "artifact": ("load",),
     "compiler": ("Compiled", "compile"),
     "errors": ("TdcompileError",),
+    "experiment": ("study",),
     "kinds": ("AnalysisPass", "RewritePass", "Rewritten", "TunePass"),
     "pipeline": ("Pipeline",),
     "program": ("Program", "sites"),
@@ -50,6 +52,7 @@ __all__ = [
     "compile",
     "load",
     "sites",
+    "study",
     "trace",
 ]
 

@@ -30,6 +30,7 @@ _PLAN = (
     *("decompose", "ranks", "importance", "keep_dense", "recipe", "out"),
 )
 _COMPILE = ("eval", "plan", "tune", "max_drop", "min_speedup", "pipeline", "dry_run", "resume")
+_STUDY = ("methods", "compressions", "layers", "seeds", "tune", "jobs", "ray", "out", "resume")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ VERBS = (
         "A network in, a smaller, faster, verified ONNX model out, with a report on every layer.",
     ),
     Verb("analyze", "commands_inspect", "analyze", (*_NETWORK, *_COMMON), "Every layer, and what could be done to it."),
+    Verb(
+        "study",
+        "commands_study",
+        "study",
+        (*(*_NETWORK, "data", "normalize", "calibrate", "eval", "target"), *_STUDY, *_COMMON),
+        "How well approximation errors foretell accuracy, layer by layer and form by form (arXiv 2305.05318).",
+    ),
     Verb("plan", "commands_compile", "plan", (*_PLAN, *_COMMON), "Choose forms and ranks, and change nothing."),
     Verb(
         "validate",

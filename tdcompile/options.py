@@ -79,6 +79,21 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
     "keep_dense": _option(
         list[str] | None, "Layers to leave alone; repeatable.", "--keep-dense", panel=_CHOICE, metavar="GLOB"
     ),
+    "methods": _option(
+        str | None, "Decompositions to study; default cp4,tucker2,tt.", panel=_CHOICE, metavar="NAME,..."
+    ),
+    "compressions": _option(
+        str | None, "Shares of a layer's weights to remove; default 0.5,0.75,0.9.", panel=_CHOICE, metavar="SHARE,..."
+    ),
+    "layers": _option(
+        list[str] | None,
+        "Layers to compress, one at a time; repeatable; default all but the first and the last.",
+        panel=_CHOICE,
+        metavar="GLOB",
+    ),
+    "seeds": _option(
+        int, "How many, each with its own calibration sample and tuning.", panel=_CHOICE, default=1, metavar="N", min=1
+    ),
     "max_drop": _option(
         float | None, "Exit with 4 if accuracy falls by more points.", "--max-drop", panel=_CHOICE, metavar="POINTS"
     ),
@@ -95,6 +110,14 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
     "atol": _option(float | None, "Allowed difference, absolute.", panel=_RUN, min=0.0),
     "seconds": _option(float, "How long to measure, all models together.", panel=_RUN, default=5.0, min=0.0),
     "seed": _option(int | None, "Of every random draw; default 0.", panel=_RUN, metavar="N"),
+    "jobs": _option(int, "Cells side by side, each a process.", panel=_RUN, default=1, metavar="N", min=1),
+    "ray": _option(
+        bool,
+        "Spread the cells over the Ray cluster of RAY_ADDRESS, or a local one.",
+        "--ray",
+        panel=_RUN,
+        default=False,
+    ),
     "dry_run": _option(bool, "Print the recipe and the pipeline, do nothing.", "--dry-run", panel=_RUN, default=False),
     "resume": _option(
         bool, "Go on with an interrupted run of the same command.", "--resume", panel=_RUN, default=False

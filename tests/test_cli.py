@@ -126,6 +126,7 @@ def test_every_verb_has_its_function_and_known_options() -> None:
         "list",
         "doctor",
         "demo",
+        "study",
     }
     for verb in VERBS:
         assert callable(getattr(importlib.import_module(f"tdcompile.{verb.home}"), verb.function))

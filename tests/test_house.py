@@ -17,7 +17,18 @@ FLOORS = [
     ["plugin", "facts", "layer", "callables", "extras"],
     ["target", "task", "surgery", "images", "tuning", "metric", "calibration"],
     ["program", "augment", "readers"],
-    ["samples", "ranks", "kinds", "decomposition", "importance", "network", "polyadic", "selection"],
+    [
+        "samples",
+        "ranks",
+        "kinds",
+        "decomposition",
+        "fractions",
+        "approximation",
+        "importance",
+        "network",
+        "polyadic",
+        "selection",
+    ],
     ["registry", "pipeline", "planfile", "training", "tables"],
     [
         "tracing",
@@ -31,9 +42,13 @@ FLOORS = [
         "microbench",
         "transplant",
     ],
-    ["attribution", "inference", "artifact", "checkpoint", "outcome", "report", "summary", "compiler", "__init__"],
+    [
+        *("attribution", "inference", "artifact", "checkpoint", "outcome", "report", "summary", "compiler"),
+        *("findings", "correlation", "cell", "ledger", "crew", "findings_page", "experiment"),
+        "__init__",
+    ],
     ["console", "interruption", "options", "examples", "anatomy", "job", "doctor"],
-    ["commands_compile", "commands_inspect", "commands_models", "cli", "__main__"],
+    ["commands_compile", "commands_inspect", "commands_models", "commands_study", "cli", "__main__"],
 ]
 ORDER = {name: place for place, name in enumerate(name for floor in FLOORS for name in floor)}
 

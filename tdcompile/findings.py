@@ -1,0 +1,228 @@
+"""``Findings``: what an approximation-error study measured, cell by cell, and how it is shown in a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+from rich.text import Text
+
+from tdcompile.report import percent
+
+When = Literal["before", "after"]
+Question = Literal["methods", "layers", "overall"]
+ErrorName = Literal[
+    "weights_absolute",
+    "weights_relative",
+    "weights_scaled",
+    "features_absolute",
+    "features_relative",
+    "features_scaled",
+]
+
+# What each error is called where people read it.
+ERRORS: Mapping[ErrorName, str] = {
+    "weights_absolute": "weights, absolute",
+    "weights_relative": "weights, relative",
+    "weights_scaled": "weights, scaled",
+    "features_absolute": "features, absolute",
+    "features_relative": "features, relative",
+    "features_scaled": "features, scaled",
+}
+QUESTIONS: Mapping[Question, str] = {
+    "methods": "across methods",
+    "layers": "across layers",
+    "overall": "overall",
+}
+
+
+class _Part(BaseModel):
+    """Immutable, and strict about names and about NaN and Inf, for which JSON has no form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Cell(_Part):
+    """One layer compressed alone: the six errors, and what the whole network then achieves."""
+
+    key: str
+    """A digest of everything that decides the cell: network, data, settings, layer, form, ranks and seed."""
+    layer: str
+    method: str
+    ranks: tuple[int, ...]
+    compression: float
+    """The share of the layer's weights that was to be removed."""
+    kept: float
+    """The share of the layer's weights that these ranks keep."""
+    seed: int
+    """Of the calibration sample and of fine-tuning; the factors do not depend on it."""
+    weights_absolute: float
+    weights_relative: float
+    weights_scaled: float
+    features_absolute: float
+    features_relative: float
+    features_scaled: float
+    accuracy_before: float
+    """Top-1 on the test samples, in [0, 1], before fine-tuning."""
+    accuracy_after: float | None
+    """After fine-tuning of the whole network; null where nothing was tuned."""
+    seconds: float
+
+    def error(self, name: ErrorName) -> float:
+        """One of the six."""
+        return float(getattr(self, name))
+
+    def failure_rate(self, when: When) -> float | None:
+        """The classification error on the test samples, in [0, 1]."""
+        accuracy = self.accuracy_before if when == "before" else self.accuracy_after
+        return None if accuracy is None else 1 - accuracy
+
+
+class Failure(_Part):
+    """A cell that could not be measured, and why."""
+
+    layer: str
+    method: str
+    compression: float
+    seed: int
+    reason: str
+
+
+class Omission(_Part):
+    """A layer that a method does not apply to, and why."""
+
+    layer: str
+    method: str
+    reason: str
+
+
+class Tau(_Part):
+    """Kendall's τ between one error and the classification error, for one question at one level."""
+
+    when: When
+    question: Question
+    level: float | None
+    """The compression; null pools all of them."""
+    error: ErrorName
+    mean: float | None
+    """Over the seeds; null where no group has two cells that differ."""
+    sd: float | None
+    """The population standard deviation over the seeds; 0 for one seed."""
+    groups: int
+    """How many layers, or methods, τ was averaged over for a seed, at most."""
+
+
+class Findings(_Part):
+    """Everything that an approximation-error study measured."""
+
+    schema_version: Literal[1] = 1
+    source: str
+    data: str
+    dense_accuracy: float
+    methods: tuple[str, ...]
+    compressions: tuple[float, ...]
+    layers: tuple[str, ...]
+    seeds: tuple[int, ...]
+    tune: str
+    """The fine-tuning pass, or ``none``."""
+    calibrate: int
+    """Training samples over which the errors of the features are averaged."""
+    tested: int
+    """Test samples that an accuracy is measured on."""
+    cells: tuple[Cell, ...]
+    taus: tuple[Tau, ...]
+    omitted: tuple[Omission, ...] = ()
+    failed: tuple[Failure, ...] = ()
+    seconds: float
+    """Of all cells together, over all processes and interrupted runs."""
+    environment: dict[str, str]
+
+    @property
+    def moments(self) -> tuple[When, ...]:
+        """``before``, and ``after`` where anything was tuned."""
+        return ("before",) if self.tune == "none" else ("before", "after")
+
+    def tau(self, when: When, question: Question, level: float | None, error: ErrorName) -> Tau:
+        """One of ``taus``."""
+        wanted = (when, question, level, error)
+        return next(tau for tau in self.taus if (tau.when, tau.question, tau.level, tau.error) == wanted)
+
+    def to_json(self) -> str:
+        """The text of ``study.json``."""
+        return self.model_dump_json(indent=1) + "\n"
+
+    @classmethod
+    def schema_json(cls) -> str:  # type: ignore[override]  # pydantic's own, of this name, is deprecated
+        """The JSON schema of ``study.json``."""
+        return json.dumps(cls.model_json_schema(mode="serialization"), indent=1) + "\n"
+
+
+def tables(findings: Findings) -> list[Table]:
+    """The findings for a terminal: accuracies, then τ before and after fine-tuning."""
+    return [_accuracies(findings), *(_taus(findings, when) for when in findings.moments)]
+
+
+def notes(findings: Findings) -> list[str]:
+    """What is missing from the findings, a sentence each."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for one in findings.omitted:
+        reasons.setdefault((one.layer, one.reason), []).append(one.method)
+    left_out = [f"left out: {layer} by {', '.join(names)}: {reason}" for (layer, reason), names in reasons.items()]
+    return left_out + [
+        f"failed: {one.layer} by {one.method}, {level_name(one.compression)}, seed {one.seed}: {one.reason}"
+        for one in findings.failed
+    ]
+
+
+def level_name(level: float | None) -> str:
+    """``0.75`` as ``75 % removed``."""
+    return "all levels" if level is None else f"{100 * level:g} % removed"
+
+
+def told(tau: Tau) -> str:
+    """``0.51 ± 0.02``, or a dash where there is none."""
+    if tau.mean is None:
+        return "–"
+    return f"{tau.mean:.2f}" + (f" ± {tau.sd:.2f}" if tau.sd else "")
+
+
+def mean_accuracy(findings: Findings, method: str, level: float, when: When) -> float | None:
+    """Over the layers and seeds; None where no cell has one."""
+    rates = [
+        rate
+        for cell in findings.cells
+        if (cell.method, cell.compression) == (method, level) and (rate := cell.failure_rate(when)) is not None
+    ]
+    return 1 - fmean(rates) if rates else None
+
+
+def _accuracies(findings: Findings) -> Table:
+    title = f"mean accuracy with one layer compressed; dense {percent(findings.dense_accuracy)}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    table.add_column("fine-tuning")
+    for level in findings.compressions:
+        table.add_column(level_name(level), justify="right")
+    for method in findings.methods:
+        for when in findings.moments:
+            shares = [mean_accuracy(findings, method, level, when) for level in findings.compressions]
+            table.add_row(*map(Text, (method, when, *map(percent, shares))))
+    return table
+
+
+def _taus(findings: Findings, when: When) -> Table:
+    seeds = f", mean ± sd over {len(findings.seeds)} seeds" if len(findings.seeds) > 1 else ""
+    table = Table(title=f"Kendall's τ with the test error {when} fine-tuning{seeds}", title_justify="left")
+    table.add_column("question")
+    table.add_column("level")
+    for name in ERRORS.values():
+        table.add_column(name, justify="right")
+    for question, words in QUESTIONS.items():
+        for level in (*findings.compressions, None):
+            row = [told(findings.tau(when, question, level, error)) for error in ERRORS]
+            table.add_row(*map(Text, (words, level_name(level), *row)))
+    return table

@@ -1,0 +1,72 @@
+"""Ranks from the share of a layer's weights that a form is to keep, the rule of the approximation-error study.
+
+arXiv 2305.05318 states compression as a share that is *removed* in its text, and lists ranks by the share that is
+*kept* in its appendix; here every share is one that is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+
+from tdcompile.decomposition import Decomposition
+from tdcompile.errors import InputError
+from tdcompile.layer import Layer
+from tdcompile.ranks import Ranks
+
+
+def weights_of(form: Decomposition, layer: Layer, ranks: Ranks) -> int:
+    """How many weights the form has at these ranks; biases are not counted, for the dense layer has them too."""
+    return sum(math.prod(part.weight_shape) for part in form.blueprint(layer, ranks))
+
+
+def ranks_for(form: Decomposition, layer: Layer, kept: float) -> Ranks:
+    """The ranks at which a form keeps a share of the layer's weights, as nearly as whole ranks do.
+
+    All ranks are one share x of the exact ones. For CP, x P(exact) is the weights wanted, and for Tucker with full
+    kernel modes x is the common share of T and C that solves the quadratic a x² + b x; rounded to the nearest, these
+    are the ranks published for CP of four modes (``cp4``) and for Tucker. The published TT ranks follow no one rule, so
+    this is our completion for them: all bonds are rounded up, because a train's bond can carry no more than the one
+    before it times a mode, and the x is taken whose ranks come nearest to the weights wanted.
+
+    Args:
+        form: one that does not refuse the layer.
+        layer: the dense one.
+        kept: in (0, 1], of the dense weights. The ranks are at least 1 and at most the exact ones, so what they really
+            keep (``weights_of``) may be more or less.
+
+    Raises:
+        InputError: the share is not in (0, 1].
+    """
+    if not 0.0 < kept <= 1.0:
+        raise InputError(f"{kept:g} is no share of a layer's weights to keep: 0.25 keeps a quarter")
+    wanted, exact = kept * math.prod(layer.weight_shape), form.exact_ranks(layer)
+    if len(exact) > 1 and not all(form.modes):  # a bond that is of no unfolding (out or in) lies inside a train
+        return _train(form, layer, exact, wanted)
+    share = _share(form, layer, exact, wanted)
+    return tuple(min(max(round(share * rank), 1), rank) for rank in exact)
+
+
+def _share(form: Decomposition, layer: Layer, exact: Ranks, wanted: float) -> float:
+    """The positive root of a x² + b x = wanted: a small layer lies between two ranks at most.
+
+    a and b follow from the weights at x = 1 and x = 2; the root is written so that it bears a = 0.
+    """
+    once, twice = (weights_of(form, layer, tuple(times * rank for rank in exact)) for times in (1, 2))
+    square, line = (twice - 2 * once) / 2, (4 * once - twice) / 2
+    return 2 * wanted / (line + math.sqrt(line**2 + 4 * square * wanted))
+
+
+def _train(form: Decomposition, layer: Layer, exact: Ranks, wanted: float) -> Ranks:
+    """Of the ranks ⌈x · exact⌉ those whose weights come nearest, the fewer of two that are as near."""
+    steps = sorted({(i, rank) for rank in exact for i in range(1, rank + 1)}, key=lambda step: step[0] / step[1])
+
+    def ranks(place: int) -> Ranks:
+        part, whole = steps[place]
+        return tuple(-(-part * rank // whole) for rank in exact)
+
+    def weights(place: int) -> int:
+        return weights_of(form, layer, ranks(place))
+
+    above = bisect_left(range(len(steps)), wanted, hi=len(steps) - 1, key=weights)
+    return ranks(min((max(above - 1, 0), above), key=lambda place: abs(weights(place) - wanted)))
