@@ -15,7 +15,7 @@ CORE, PLUGINS = ROOT / "tdcompile", [ROOT / "passes", ROOT / "models"]
 FLOORS = [
     ["errors", "spec", "noise", "vocabulary", "linalg", "multilinear", "anchors", "inputmap"],
     ["plugin", "facts", "layer", "callables", "extras"],
-    ["target", "task", "surgery", "images", "tuning", "metric", "calibration"],
+    ["target", "task", "surgery", "images", "tuning", "metric", "calibration", "patches", "regression", "streams"],
     ["program", "augment", "readers"],
     [
         "samples",

@@ -59,11 +59,12 @@ class Rehearse(AnalysisPass):
         plan, candidates = program.facts[RankPlan], program.facts[Candidates]
         if share is None:
             return plan, Rehearsal(())
+        aim = share if share == 1.0 else self.aim * share  # the dense network itself keeps to all of it
         inputs, baseline = timing_inputs(program), program.facts[Baseline].model
         in_dense = layer_seconds(baseline, candidates.layers, inputs, program.target)
         candidates = _corrected(candidates, in_dense)
         with contextlib.suppress(BudgetError):  # the first prices found a plan: it is tried before it is given up
-            plan = self._again(program, candidates, plan, self.aim * share)
+            plan = self._again(program, candidates, plan, aim)
         back: dict[str, Refusal] = {}
         tried: list[tuple[Round, RankPlan]] = []
         bias = 1.0
@@ -88,7 +89,7 @@ class Rehearse(AnalysisPass):
             parts = _forecast(_measured(plan, in_plan), candidates, 1.0)
             bias = (compiled / dense) / (parts.predicted.seconds / parts.dense.seconds)
             try:
-                plan = self._again(program, candidates, plan, min(1.0, self.aim * share / bias))
+                plan = self._again(program, candidates, plan, min(1.0, aim / bias))
             except BudgetError:
                 break
         limit = share * (1 + self.over)

@@ -90,3 +90,9 @@ def test_a_price_that_was_wrong_is_corrected(program, monkeypatch):
 def test_without_a_latency_budget_nothing_is_measured(program):
     facts = rehearse.Rehearse().run(program.with_(budget=tdcompile.Budget(macs=0.5))).facts
     assert facts[Rehearsal].rounds == ()
+
+
+def test_all_of_the_dense_latency_is_kept_by_the_dense_network_itself(program, monkeypatch):
+    pretend(monkeypatch, {"0": 1.0, "2": 1.0})
+    facts = rehearse.Rehearse().run(program.with_(budget=tdcompile.Budget(latency=1.0))).facts
+    assert {c.decomposition for c in facts[RankPlan].choices.values()} == {DENSE}

@@ -1,0 +1,272 @@
+"""``refit``: layer by layer, factors are found anew for the dense network's output, given the compressed layers before.
+
+A factorisation is best for the inputs that the dense network gives a layer. In the compressed network a layer sees what
+the layers before have left. In forward order, the linear map from that to what the dense network has there is found by
+least squares with an intercept, over unlabelled samples, and factorised again in the metric of those inputs; a layer
+that was left dense becomes the map itself. What the dense network "has there" is its value behind the layer, its batch
+norm and the addition of a shortcut, so that a block also mends what arrives through its shortcut (this project's
+completion; reconstructing one layer's output from approximated layers before it: Zhang et al. 2016, arXiv 1505.06798).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tdcompile.decomposition import Decomposition
+from tdcompile.errors import InputError
+from tdcompile.kinds import Rewritten, TunePass, tick
+from tdcompile.layer import Layer, Moments, Refusal, owner
+from tdcompile.patches import patches_at, positions, values_at
+from tdcompile.program import Change, Program, Site, sites_of
+from tdcompile.ranks import DENSE, Candidate, RankPlan
+from tdcompile.registry import make
+from tdcompile.regression import Sums
+from tdcompile.streams import Stream
+from tdcompile.surgery import calls_of, module_at, only_user, parent_of, tensors_in
+from tdcompile.target import Cost
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_WIDEST = 5000  # inputs of a layer (C·K): their covariance has that many rows and columns
+_FAINT = 1e-2  # a channel that batch norm scales by less than this share of the largest is not aimed at the block
+
+
+@dataclass(frozen=True)
+class Refit(TunePass):
+    """Fit each layer's last factors to the dense network's outputs, given the compressed layers before it; no labels.
+
+    Attributes:
+        samples: how many training samples are read.
+        places: output positions of each sample that count.
+        ridge: how much the factors hold on to what they are, in units of the inputs' mean variance.
+        dense: also fit the layers that were left dense to their new inputs.
+        blocks: aim at what follows the addition of a shortcut, not at the layer's own output.
+        sweeps: how often to go through all layers.
+        batch: samples at a time.
+        memory: MB that the values between layers may take, roughly; where they would take more, fewer samples are read.
+    """
+
+    name: ClassVar[str] = "refit"
+    samples: int = 1024
+    places: int = 128
+    ridge: float = 1e-3
+    dense: bool = True
+    blocks: bool = True
+    sweeps: int = 1
+    batch: int = 128
+    memory: int = 2000
+
+    def __post_init__(self) -> None:
+        """Raises InputError where an option is out of its range."""
+        if min(self.samples, self.places, self.sweeps, self.batch, self.memory) < 1 or self.ridge < 0:
+            raise InputError(
+                f"'{self.spec()}': samples, places, sweeps, batch and memory are at least 1, ridge at least 0"
+            )
+
+    @torch.no_grad()
+    def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
+        """Fit the layers in forward order.
+
+        Raises:
+            InputError: NaN or Inf reaches a layer.
+        """
+        train = program.task.train
+        if train is None or len(train) < 2:
+            return Rewritten(graph, [Refusal("", "no_data", "refit: there are no training samples")])
+        count = min(self.samples, len(train), _fitting(graph, program, self.memory))
+        chosen = train.shuffled(program.generator(self.name)).subset(range(count))
+        graph.eval()
+        batches = [batch.inputs for batch in chosen.batches(self.batch)]
+        streams = Stream(graph, batches), Stream(program.dense.eval(), batches)
+        plan = program.facts.get(RankPlan)
+        choices = plan.choices if plan else {}
+        history: list[Change | Refusal] = []
+        todo = [(sweep, name, site) for sweep in range(self.sweeps) for name, site in self._sites(program).items()]
+        for done, (sweep, name, site) in enumerate(todo, start=1):
+            tick(done, len(todo), name)
+            choice = choices.get(name, Candidate(DENSE, (), 0.0, Cost()))
+            if choice.decomposition == DENSE and not self.dense:
+                continue
+            aim = _Aim.of(graph, program.dense, site, self.blocks)
+            if isinstance(aim, Refusal):
+                history += [aim] if sweep == 0 else []
+            else:
+                history.append(Change(name, self.name, self._fit(aim, choice, program, streams)))
+        return Rewritten(graph, history)
+
+    def _sites(self, program: Program) -> dict[str, Site]:
+        """The dense network's layers in the order of their calls, but for what the user wants left alone."""
+        found = sites_of(program.dense, program.inputs)
+        return {name: site for name, site in found.items() if name not in program.keep_dense}
+
+    def _fit(self, aim: _Aim, choice: Candidate, program: Program, streams: tuple[Stream, Stream]) -> str:
+        layer, sums = aim.site.layer, Sums()
+        places = positions(layer, self.places, program.generator(f"refit/{aim.site.name}"))
+        for source, target in aim.read(*streams):
+            x = patches_at(layer, source, places).flatten(0, 1)
+            t = values_at(layer, target, places).flatten(0, 1)
+            if not bool(torch.isfinite(x).all() and torch.isfinite(t).all()):
+                raise InputError(f"refit: NaN or Inf reaches the layer '{aim.site.name}'")
+            sums.add(x, t)
+        told = aim.write(sums, choice, self.ridge)
+        streams[0].changed(aim.chain)
+        return told
+
+
+@dataclass
+class _Aim:
+    """A layer of the compressed graph, and what it is to give.
+
+    Attributes:
+        site: the layer in the dense network.
+        chain: its nodes in the compressed graph.
+        source: the node in the compressed graph whose value it reads.
+        end: the node in the dense graph whose value is to be met.
+        norm: the batch norm between the two, if there is one.
+        other: the shortcut's node in the compressed graph, if there is one.
+    """
+
+    site: Site
+    graph: fx.GraphModule
+    chain: Sequence[fx.Node]
+    source: fx.Node
+    end: fx.Node
+    norm: _BatchNorm | None
+    other: fx.Node | None
+
+    @classmethod
+    def of(cls, graph: fx.GraphModule, dense: fx.GraphModule, site: Site, blocks: bool) -> _Aim | Refusal:
+        """Find it, or say why there is none."""
+        name, width = site.name, site.weight[0].numel()
+        chain = _chain(graph, name)
+        if len(site.calls) > 1 or site.inner is not None or not chain:
+            where = "called more than once" if len(site.calls) > 1 else "inside a module that could not be traced"
+            return Refusal(name, "not_refitted", f"refit: it is {where}")
+        if site.layer.groups > 1 or width > _WIDEST:
+            what = f"has {site.layer.groups} groups" if site.layer.groups > 1 else f"has {width} inputs"
+            return Refusal(
+                name, "not_refitted", f"refit: it {what}; one regression takes one group of at most {_WIDEST}"
+            )
+        ours, theirs = _behind(graph, chain[-1], blocks), _behind(dense, calls_of(dense, name)[0], blocks)
+        if [end is None for end in ours] != [end is None for end in theirs]:
+            return Refusal(name, "not_refitted", "refit: what follows it is not what follows it in the dense network")
+        norm, source = module_at(graph, ours[1]), chain[0].args[0]
+        assert isinstance(source, fx.Node)  # a call_module of one argument
+        return cls(site, graph, chain, source, theirs[0], norm if isinstance(norm, _BatchNorm) else None, ours[2])
+
+    def read(self, ours: Stream, theirs: Stream) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the layer sees, and what it is to give: the dense network's value, brought back through batch norm."""
+        others = ours.values(self.other) if self.other is not None else repeat(None)
+        for source, target, other in zip(ours.values(self.source), theirs.values(self.end), others, strict=False):
+            assert isinstance(source, Tensor)  # what a convolution or linear layer reads and gives
+            assert isinstance(target, Tensor)
+            wanted = target - other if isinstance(other, Tensor) else target
+            if self.norm is not None:
+                shape = (1, -1, *[1] * (wanted.ndim - 2))
+                scale, shift = _affine(self.norm)
+                wanted = (wanted - shift.reshape(shape)) / scale.reshape(shape)
+            yield source, wanted
+
+    def write(self, sums: Sums, choice: Candidate, ridge: float) -> str:
+        """Put the fit in the layer's place where it is better; what became of the layer's relative error."""
+        name, dtype = self.site.name, self.site.weight.dtype
+        layer = replace(self.site.layer, bias=True)
+        slope = sums.fit(self.site.weight.flatten(1), ridge)
+        weight = slope.reshape(layer.weight_shape).to(dtype)
+        form = None if choice.decomposition == DENSE else make(Decomposition, choice.decomposition)
+        if form is None:
+            new = layer.build()
+            owner(new).weight = nn.Parameter(weight)
+            owner(new).bias = nn.Parameter(sums.intercept(slope).to(dtype))
+        else:
+            factors = form.factorize(layer, weight, choice.ranks, Moments(sums.moments()[0], sums.count))
+            slope = form.reconstruct(layer, factors).flatten(1).double()
+            new = form.build(layer, choice.ranks, factors, sums.intercept(slope).to(dtype))
+        parent, leaf = parent_of(self.graph, name)
+        old = getattr(parent, leaf)
+        before, after = (sums.loss(*_effective(form, layer, module)) / sums.spread for module in (old, new))
+        if after < before:
+            setattr(parent, leaf, new)
+        return f"error of its output {before:.3g} before and {min(after, before):.3g} after"
+
+
+def _chain(graph: fx.GraphModule, name: str) -> list[fx.Node]:
+    """The nodes of a layer: its own, or those of its factors in order."""
+    own = calls_of(graph, name)
+    if own:
+        return own
+    nodes = [n for n in graph.graph.nodes if n.op == "call_module" and str(n.target).rpartition(".")[0] == name]
+    return [n for n in nodes if str(n.target).rpartition(".")[2].isdigit()]
+
+
+def _effective(form: Decomposition | None, layer: Layer, module: nn.Module) -> tuple[Tensor, Tensor]:
+    """The map that a module computes, ``(T, C·K)``, and its bias."""
+    factors = [p.detach() for p in module.parameters() if p.ndim > 1]
+    weight = factors[0] if form is None else form.reconstruct(layer, factors)
+    biases = [p.detach() for p in module.parameters() if p.ndim == 1]
+    return weight.flatten(1), biases[0] if biases else torch.zeros(layer.out_channels)
+
+
+def _behind(graph: fx.GraphModule, node: fx.Node, blocks: bool) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
+    """The end of what follows a layer without a nonlinearity: that node, the batch norm, the shortcut's node."""
+    end, norm = node, None
+    follower = only_user(end)
+    if isinstance(module_at(graph, follower), _BatchNorm):
+        assert follower is not None
+        end, norm = follower, follower
+        follower = only_user(end)
+    if blocks and follower is not None and follower.target in _ADDITIONS and not follower.kwargs:
+        others = [a for a in follower.args if a is not end]
+        if len(follower.args) == 2 and len(others) == 1 and isinstance(others[0], fx.Node):
+            other = others[0]
+            if not _depends(other, node):
+                return follower, norm, other
+    return end, norm, None
+
+
+def _depends(node: fx.Node, on: fx.Node) -> bool:
+    """Whether a node's value needs another's."""
+    todo, seen = [node], {node}
+    while todo:
+        current = todo.pop()
+        if current is on:
+            return True
+        new = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(new)
+        todo += new
+    return False
+
+
+def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in eval mode; a scale that is next to nothing is kept from exploding."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    least = _FAINT * float(scale.abs().max().clamp_min(torch.finfo(scale.dtype).tiny))
+    scale = torch.where(scale.abs() < least, torch.full_like(scale, least).copysign(scale), scale)
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
+
+
+def _fitting(graph: fx.GraphModule, program: Program, memory: int) -> int:
+    """How many samples' values fit: a block keeps about three of the largest tensor alive, in both networks."""
+    largest = 1
+    sizes: list[int] = []
+    hooks = [
+        m.register_forward_hook(lambda m, i, y: sizes.extend(t.numel() for t in tensors_in(y))) for m in graph.modules()
+    ]
+    try:
+        graph(*program.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    largest = max([largest, *sizes]) // len(program.inputs[0])
+    return max(2, int(memory * 1e6 / (4 * 6 * max(largest, 1))))

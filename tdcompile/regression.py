@@ -1,0 +1,59 @@
+"""``Sums``: least squares from running sums, an affine map of what a layer sees to what its output should be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sums:
+    """Running sums of inputs z, ``(n, d)``, and targets t, ``(n, m)``, in float64."""
+
+    count: int = 0
+    inner: Tensor = field(default_factory=lambda: torch.zeros(()))
+    cross: Tensor = field(default_factory=lambda: torch.zeros(()))
+    z: Tensor = field(default_factory=lambda: torch.zeros(()))
+    t: Tensor = field(default_factory=lambda: torch.zeros(()))
+    energy: float = 0.0
+
+    def add(self, z: Tensor, t: Tensor) -> None:
+        """Take in more rows."""
+        self.count += len(z)
+        self.inner = self.inner + (z.T @ z).double()
+        self.cross = self.cross + (t.T @ z).double()
+        self.z, self.t = self.z + z.double().sum(0), self.t + t.double().sum(0)
+        self.energy += float(t.double().square().sum())
+
+    @property
+    def spread(self) -> float:
+        """Variance of the targets, summed over them."""
+        return max(self.energy / self.count - float((self.t / self.count).square().sum()), 1e-30)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Covariance of z, ``(d, d)``, and of t with z, ``(m, d)``."""
+        n = self.count
+        return self.inner / n - self.z.outer(self.z) / n**2, self.cross / n - self.t.outer(self.z) / n**2
+
+    def fit(self, prior: Tensor, ridge: float) -> Tensor:
+        """M, ``(m, d)``, that minimises E‖t − t̄ − M (z − z̄)‖² + ridge · s · ‖M − prior‖², s the mean variance of z."""
+        own, cross = self.moments()
+        weight = ridge * float(own.diagonal().mean().clamp_min(torch.finfo(own.dtype).tiny ** 0.5))
+        system = own + weight * torch.eye(len(own), dtype=own.dtype, device=own.device)
+        found: Tensor = torch.linalg.solve(system, (cross + weight * prior.double()).T).T
+        return found
+
+    def intercept(self, slope: Tensor) -> Tensor:
+        """b, ``(m,)``, with which M z + b has the targets' mean."""
+        b: Tensor = (self.t - slope.double() @ self.z) / self.count
+        return b
+
+    def loss(self, slope: Tensor, bias: Tensor) -> float:
+        """Mean of ‖t − M z − b‖² over the rows."""
+        M, b = slope.double(), bias.double()
+        fitted = float(((M @ self.inner) * M).sum()) + self.count * float(b.square().sum())
+        fitted += 2 * float(b @ (M @ self.z))
+        across = float((M * self.cross).sum()) + float(b @ self.t)
+        return max((self.energy - 2 * across + fitted) / self.count, 0.0)

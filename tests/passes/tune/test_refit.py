@@ -1,0 +1,147 @@
+"""``refit``: the compressed network comes nearer to the dense one, through shortcuts too, and what cannot be is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tdcompile
+from tdcompile.errors import InputError
+from tdcompile.layer import Refusal
+from tdcompile.pipeline import Pipeline
+from tdcompile.program import Change, Program
+from tdcompile.surgery import outputs_of
+from tdcompile.task import Batch, Samples, Task
+
+
+class Images(Samples):
+    """Unlabelled, with neighbouring pixels alike."""
+
+    classes = None
+
+    def __init__(self, count: int = 200, seed: int = 0) -> None:
+        noise = torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+        self.x = nn.functional.avg_pool2d(noise, 3, 1, 1) * 3
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, indices: object) -> Batch:
+        return Batch((self.x[list(indices)],), None)  # type: ignore[call-overload]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm0 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv1, self.norm1 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.norm0(self.stem(x)))
+        y = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+        y += x
+        return self.fc(self.relu(y).mean((2, 3)))
+
+
+FACTORS = "calibrate,score,propose{{decompose={}}},choose,factorize"
+X = torch.randn(2, 3, 12, 12)
+
+
+def program(network: nn.Module, form: str = "auto", samples: Samples | None = None) -> Program:
+    torch.manual_seed(0)
+    made = tdcompile.trace(network.eval(), (X,)).with_(
+        budget=tdcompile.Budget(macs=0.35), task=Task(samples or Images())
+    )
+    return Pipeline.parse(FACTORS.format("" if form == "auto" else form)).run(made)
+
+
+def residual() -> nn.Module:
+    torch.manual_seed(1)
+    network = Residual().train()
+    with torch.no_grad():
+        for _ in range(20):
+            network(Images(64).x)  # so that the batch norms know their statistics
+    return network.eval()
+
+
+def distance(before: Program, after: Program) -> float:
+    """Mean squared difference of the outputs on images that were not fitted to, over the outputs' variance."""
+    unseen = (Images(100, seed=9).x,)
+    dense, ours = (outputs_of(g, unseen)[0] for g in (before.dense, after.graph))
+    return float((dense - ours).square().mean() / dense.var())
+
+
+@pytest.mark.parametrize("form", ["channel", "tucker2", "spatial", "cp", "cp4", "tt", "auto"])
+def test_the_outputs_come_nearer_to_the_dense_ones(form: str) -> None:
+    before = program(residual(), form)
+    after = Pipeline.parse("refit{samples=200}").run(before)
+    assert distance(before, after) < 0.9 * distance(before, before)
+    fitted = [entry for entry in after.history if isinstance(entry, Change) and entry.step == "refit"]
+    assert [entry.layer for entry in fitted] == ["stem", "conv1", "conv2", "fc"]
+
+
+def test_the_shortcut_is_part_of_the_aim() -> None:
+    before = program(residual(), "channel").with_(keep_dense={"fc": "so that it cannot mend anything"})
+    alone, whole = (Pipeline.parse(f"refit{{samples=200,blocks={b}}}").run(before) for b in ("false", "true"))
+    assert distance(before, whole) < 0.9 * distance(before, alone)
+
+
+def test_layers_that_were_left_dense_are_fitted_only_if_asked() -> None:
+    before = program(residual(), "channel").with_(keep_dense={"fc": "as asked"})
+    plain = Pipeline.parse("refit{dense=false}").run(before)
+    assert torch.equal(plain.graph.get_submodule("fc").weight, before.graph.get_submodule("fc").weight)
+    fitted = Pipeline.parse("refit").run(before)
+    assert torch.equal(fitted.graph.get_submodule("fc").weight, before.graph.get_submodule("fc").weight), "kept dense"
+
+
+def test_an_uncompressed_network_is_left_as_it_is() -> None:
+    dense = tdcompile.trace(residual(), (X,)).with_(task=Task(Images()))
+    after = Pipeline.parse("refit").run(dense)
+    assert distance(dense, after) < 1e-6
+
+
+def test_what_cannot_be_fitted_is_told() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.deep = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, groups=3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.deep(self.conv(self.conv(x)))
+
+    dense = tdcompile.trace(Shared().eval(), (X,)).with_(task=Task(Images()))
+    history = Pipeline.parse("refit").run(dense).history
+    told = {entry.layer: entry.reason for entry in history if isinstance(entry, Refusal)}
+    assert "called more than once" in told["conv"]
+    assert "3 groups" in told["deep"]
+
+
+def test_without_samples_nothing_is_done() -> None:
+    dense = tdcompile.trace(residual(), (X,))
+    after = Pipeline.parse("refit").run(dense)
+    assert [entry.code for entry in after.history if isinstance(entry, Refusal)] == ["no_data"]
+
+
+def test_it_draws_from_the_seed_alone() -> None:
+    before = program(residual(), "channel")
+    one, other = (Pipeline.parse("refit{samples=50,places=9}").run(before) for _ in range(2))
+    for name, value in one.graph.state_dict().items():
+        assert torch.equal(value, other.graph.state_dict()[name])
+
+
+def test_damaged_data_are_refused() -> None:
+    before = program(residual(), "channel")
+    broken = Images()
+    broken.x[3, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="NaN or Inf reaches the layer 'stem'"):
+        Pipeline.parse("refit{places=1000}").run(before.with_(task=Task(broken)))
+
+
+def test_a_small_memory_reads_fewer_samples() -> None:
+    before = program(residual(), "channel")
+    assert distance(before, Pipeline.parse("refit{memory=1}").run(before)) < distance(before, before) * 2
+    with pytest.raises(InputError, match="at least 1"):
+        Pipeline.parse("refit{samples=0}")
