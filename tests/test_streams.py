@@ -1,4 +1,4 @@
-"""``Stream``: values are those of a run from the start, whatever was asked for before and whatever has changed since."""
+"""``Stream``: values are those of a run from the start, whatever was asked for before and has changed since."""
 
 from __future__ import annotations
 

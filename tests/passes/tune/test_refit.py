@@ -1,4 +1,4 @@
-"""``refit``: the compressed network comes nearer to the dense one, through shortcuts too, and what cannot be is told."""
+"""``refit``: the compressed network comes nearer to the dense one, by its shortcuts too; what cannot be is told."""
 
 from __future__ import annotations
 
