@@ -24,7 +24,7 @@ from tdcompile.findings import (
 from tdcompile.report import percent
 
 _WIDTH, _HEIGHT = 400, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 390, 12, 222
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 378, 12, 222
 _SMALLEST, _LARGEST = 2.5, 5.0  # radii: the more is removed, the larger the point
 
 
@@ -41,12 +41,18 @@ class Mark:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot in coordinates of its own view box, ready to be drawn; labels are those of both ends of an axis."""
+    """A plot in coordinates of its own view box, ready to be drawn.
+
+    Attributes:
+        across: labels below the horizontal axis, by place.
+        up: labels of the vertical axis, lowest and highest.
+        zero: where a horizontal line marks zero.
+    """
 
     title: str
     marks: tuple[Mark, ...]
-    x_ends: tuple[str, ...]
-    y_ends: tuple[str, str]
+    across: tuple[tuple[float, str], ...]
+    up: tuple[str, str]
     zero: float | None = None
 
     def series(self) -> list[list[Mark]]:
@@ -98,15 +104,16 @@ def scatter(findings: Findings, error: ErrorName, when: When) -> Plot:
         )
         for (cell, rate), x, y in zip(cells, across, up, strict=True)
     )
-    ends = tuple(f"{10**value:.2g}" for value in (min(across, default=0.0), max(across, default=0.0)))
+    ends = zip((_LEFT + 10.0, _RIGHT - 10.0), (min(across, default=0.0), max(across, default=0.0)), strict=True)
+    labels = tuple((place, f"{10**value:.3g}") for place, value in ends)
     worst, best = (percent(10**value) for value in (max(up, default=0.0), min(up, default=0.0)))
-    return Plot(ERRORS[error], marks, ends, (best, worst))
+    return Plot(ERRORS[error], marks, labels, (best, worst))
 
 
 def trend(findings: Findings, question: Question, when: When) -> Plot:
     """τ of every error by level, on an axis from −1 to 1; a series is an error."""
     levels = sorted(findings.compressions)
-    places = [_scaled(i, range(len(levels)), _LEFT + 20, _RIGHT - 20) for i in range(len(levels))]
+    places = [_scaled(i, range(len(levels)), _LEFT + 40, _RIGHT - 40) for i in range(len(levels))]
     marks = []
     for number, error in enumerate(ERRORS):
         for place, level in zip(places, levels, strict=True):
@@ -114,7 +121,7 @@ def trend(findings: Findings, question: Question, when: When) -> Plot:
             if tau.mean is not None:
                 says = f"{ERRORS[error]}, {level_name(level)}: {told(tau)}"
                 marks.append(Mark(place, _scaled(tau.mean, (-1.0, 1.0), _BOTTOM, _TOP), 3.0, number, says))
-    names = tuple(f"{100 * level:g} %" for level in levels)
+    names = tuple((place, level_name(level)) for place, level in zip(places, levels, strict=True))
     return Plot(QUESTIONS[question], tuple(marks), names, ("−1", "1"), _scaled(0.0, (-1.0, 1.0), _BOTTOM, _TOP))
 
 
