@@ -27,6 +27,8 @@ from tdcompile.runtime import time_models
 from tdcompile.surgery import copy_graph, replace_module
 from tdcompile.transplant import Graft, transplant
 
+_FARTHEST = 0.5  # a prediction is never corrected by more than this factor, or its inverse
+
 
 @dataclass(frozen=True)
 class Rehearse(AnalysisPass):
@@ -87,7 +89,9 @@ class Rehearse(AnalysisPass):
             back |= slower
             candidates = _corrected(_without(candidates, plan, slower), in_dense, plan, in_plan)
             parts = _forecast(_measured(plan, in_plan), candidates, 1.0)
-            bias = (compiled / dense) / (parts.predicted.seconds / parts.dense.seconds)
+            # On a machine that is busy with something else the parts' times may say anything, even less than nothing.
+            forecast = max(parts.predicted.seconds / parts.dense.seconds, _FARTHEST * compiled / dense)
+            bias = max(compiled / dense / forecast, _FARTHEST)
             try:
                 plan = self._again(program, candidates, plan, min(1.0, aim / bias))
             except BudgetError:

@@ -96,3 +96,17 @@ def test_all_of_the_dense_latency_is_kept_by_the_dense_network_itself(program, m
     pretend(monkeypatch, {"0": 1.0, "2": 1.0})
     facts = rehearse.Rehearse().run(program.with_(budget=tdcompile.Budget(latency=1.0))).facts
     assert {c.decomposition for c in facts[RankPlan].choices.values()} == {DENSE}
+
+
+@pytest.mark.parametrize("factor", [0.001, 30.0])
+def test_a_machine_that_is_busy_with_something_else_gives_a_plan_all_the_same(program, monkeypatch, factor):
+    pretend(monkeypatch, {"0": 1.5, "2": 1.5})
+    honest = rehearse.layer_seconds
+
+    def confused(model, names, *rest):
+        times = honest(model, names, *rest)
+        return times if model == Path("dense.onnx") else {name: factor * value for name, value in times.items()}
+
+    monkeypatch.setattr(rehearse, "layer_seconds", confused)
+    plan = rehearse.Rehearse().run(program).facts[RankPlan]
+    assert plan.predicted.seconds > 0
