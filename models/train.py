@@ -73,8 +73,9 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
 
     _check_classes(module, samples)
     accelerator = Accelerator()
+    images = Augmented(samples, schedule.augment)
     loader = DataLoader(
-        Augmented(samples, schedule.augment, generator),
+        images,
         schedule.batch,
         shuffle=True,
         generator=generator,
@@ -86,6 +87,7 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
     scheduler = LambdaLR(optimizer, lambda step: schedule.rate(step, steps))
     model, optimizer, loader, scheduler = accelerator.prepare(module, optimizer, loader, scheduler)
     for epoch in range(schedule.epochs):
+        images.redraw(int(torch.randint(2**62, (), generator=generator)))
         model.train()
         losses = []
         for batch in loader:

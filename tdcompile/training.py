@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -35,6 +37,9 @@ class Settings:
         warmup: share of the steps in which the rate rises.
         clip: largest norm of the gradient of all parameters together.
         frozen: leave batch-norm statistics as they are.
+        average: decay of the exponential moving average of the weights, which is then judged and kept; 0 is none.
+        patience: stop after so many epochs without a better one; 0 never stops early.
+        precision: what autocast computes in; the weights stay in fp32.
     """
 
     epochs: float
@@ -45,6 +50,9 @@ class Settings:
     clip: float
     augment: Augment
     frozen: bool
+    average: float = 0.0
+    patience: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
 class Trainer:
@@ -77,14 +85,14 @@ class Trainer:
         self._graph, self._heldout, self._settings, self._saved = graph, heldout, settings, saved
         self._program, self._purpose = program, purpose
         self._home = program.inputs[0].device
-        self._accelerator = accelerator = _accelerator(program.target)
+        self._accelerator = accelerator = _accelerator(program.target, settings.precision)
         self._loss = loss.to(accelerator.device)
         # Depthwise convolutions, which CP makes, train two to three times as fast with the channels last.
         graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # nn.Module takes it alone too
-        self._order, self._draws = torch.Generator(), torch.Generator()
+        self._order, self._images = torch.Generator(), Augmented(fit, settings.augment)
         processes = accelerator.num_processes
         loader = DataLoader(
-            Augmented(fit, settings.augment, self._draws),
+            self._images,
             batch_size=max(1, min(settings.batch, len(fit)) // processes) * processes,
             sampler=RandomSampler(fit, generator=self._order),
             drop_last=True,  # a rest of one sample has no batch statistics
@@ -98,6 +106,7 @@ class Trainer:
         self._model, self._optimizer, self._loader, self._scheduler = accelerator.prepare(
             graph, optimizer, loader, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         )
+        self._average = Average(graph, settings.average) if settings.average else None
 
     def run(self) -> Tuning:
         """Train to the end, from the saved epoch on where there is one.
@@ -109,10 +118,13 @@ class Trainer:
         curve = [Epoch(*entry) for entry in state["curve"]]
         for number in range(len(curve) + 1, self._epochs + 1):
             begun = time.perf_counter()
-            curve.append(Epoch(number, self._epoch(number, curve), *self._judge()))
-            if self._heldout is None or _merit(curve[-1]) > _merit(Epoch(*state["best"])):
-                state |= {"best": tuple(curve[-1]), "weights": _copied(self._graph)}
+            loss = self._epoch(number, curve)
+            with self._average.applied() if self._average else nullcontext():
+                curve.append(Epoch(number, loss, *self._judge()))
+                if self._heldout is None or _merit(curve[-1]) > _merit(Epoch(*state["best"])):
+                    state |= {"best": tuple(curve[-1]), "weights": _copied(self._graph)}
             state |= {
+                "average": self._average.state if self._average else {},
                 "curve": [tuple(entry) for entry in curve],
                 "seconds": state["seconds"] + time.perf_counter() - begun,
                 "model": self._graph.state_dict(),
@@ -121,8 +133,10 @@ class Trainer:
             }
             if self._accelerator.is_main_process:
                 self._saved.write(state)
+            if self._settings.patience and number - state["best"][0] >= self._settings.patience:
+                break
         self._end(state["weights"])
-        return Tuning(self._epochs, tuple(curve), state["best"][0], state["seconds"], state["start"][2])
+        return Tuning(len(curve), tuple(curve), state["best"][0], state["seconds"], state["start"][2])
 
     def _begin(self) -> dict[str, Any]:
         """The saved state, put back into the graph and the optimizer, or the state of a new run."""
@@ -133,6 +147,8 @@ class Trainer:
         self._graph.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
+        if self._average:
+            self._average.state = state["average"]
         return state
 
     def _end(self, weights: dict[str, Tensor]) -> None:
@@ -149,7 +165,7 @@ class Trainer:
         done = (number - 1) * len(self._loader)
         steps = min(len(self._loader), self._steps - done)
         self._order.manual_seed(self._seed("order", number))
-        self._draws.manual_seed(self._seed("draws", number))
+        self._images.redraw(self._seed("draws", number))
         known = [entry.heldout_accuracy for entry in curve[-1:] if entry.heldout_accuracy is not None]
         before = "".join(f", held-out accuracy {share:.1%}" for share in known)
         device, total = self._accelerator.device, 0.0
@@ -180,6 +196,8 @@ class Trainer:
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
+        if self._average:
+            self._average.follow(step)
         return float(loss.item())
 
     def _train_mode(self) -> None:
@@ -209,13 +227,48 @@ class Trainer:
         return self._program.generator(f"{self._purpose}/{what}/{epoch}").initial_seed()
 
 
-def _accelerator(target: Target) -> Accelerator:
-    """One for the target's kind of device; accelerate remembers the first device a process asked for."""
+class Average:
+    """An exponential moving average of a network's weights and statistics, which follows fast at first.
+
+    Attributes:
+        state: the average by name, over what is floating point.
+    """
+
+    def __init__(self, graph: fx.GraphModule, decay: float) -> None:
+        self._graph, self._decay = graph, decay
+        self.state = _copied(graph)
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """Take in the weights after a step, counted from 1; the decay is at most (1 + step) / (10 + step)."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        for name, value in self._graph.state_dict().items():
+            if value.is_floating_point():
+                self.state[name].lerp_(value, 1 - decay)
+            else:
+                self.state[name].copy_(value)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """While it lasts, the network has the average's values."""
+        own = _copied(self._graph)
+        self._graph.load_state_dict(self.state)
+        try:
+            yield
+        finally:
+            self._graph.load_state_dict(own)
+
+
+def _accelerator(target: Target, precision: str) -> Accelerator:
+    """One for the target's kind of device; accelerate remembers the first device and precision a process asked for."""
     cpu = target.device == "cpu" or not torch.cuda.is_available()
-    if (PartialState(cpu=cpu).device.type == "cpu") != cpu:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    if cpu and precision == "fp16":
+        raise InputError("training in fp16 needs a CUDA device; on CPU precision is fp32 or bf16")
+    other = (PartialState(cpu=cpu).device.type == "cpu") != cpu
+    AcceleratorState._reset_state(reset_partial_state=other)
+    mixed = "no" if precision == "fp32" else precision
     # A step's batch is shared out among the processes, so that their number changes neither steps nor rates.
-    return Accelerator(cpu=cpu, mixed_precision="no", dataloader_config=DataLoaderConfiguration(split_batches=True))
+    return Accelerator(cpu=cpu, mixed_precision=mixed, dataloader_config=DataLoaderConfiguration(split_batches=True))
 
 
 def _rate(step: int, warm: int, total: int) -> float:

@@ -27,13 +27,13 @@ class Held(Samples):
 
 
 def augmented(x: Tensor, augment: Augment, seed: int = 0) -> Augmented:
-    return Augmented(Held(x), augment, torch.Generator().manual_seed(seed))
+    return Augmented(Held(x), augment, seed)
 
 
 @pytest.mark.parametrize("augment", ["shift", "shift-flip"])
 def test_each_image_is_a_reflected_shift_of_its_own(augment: Augment) -> None:
     x = torch.rand(1, 3, 16, 24)
-    images = augmented(x, augment).batch([0] * 400).inputs[0]
+    images = augmented(x.expand(400, -1, -1, -1), augment).batch(range(400)).inputs[0]
     padded = torch.nn.functional.pad(x, (3, 3, 2, 2), mode="reflect")[0]
     plain = [padded[:, t : t + 16, left : left + 24] for t in range(5) for left in range(7)]
     allowed = {image.numpy().tobytes() for image in plain}
@@ -44,13 +44,23 @@ def test_each_image_is_a_reflected_shift_of_its_own(augment: Augment) -> None:
     assert len(seen) > len(allowed) * 0.9  # every one of them does come up
 
 
-def test_the_generator_decides() -> None:
+def test_the_seed_decides() -> None:
     x = torch.rand(8, 1, 16, 16)
     first, again, other = (augmented(x, "shift-flip", seed).batch(range(8)).inputs[0] for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     both = augmented(x, "shift-flip")
-    assert not torch.equal(both.batch(range(8)).inputs[0], both.batch(range(8)).inputs[0])
+    before = both.batch(range(8)).inputs[0]
+    both.redraw(5)
+    assert not torch.equal(before, both.batch(range(8)).inputs[0])
+
+
+def test_an_image_is_moved_the_same_whoever_reads_it_in_whatever_batch() -> None:
+    x = torch.rand(8, 1, 16, 16)
+    whole = augmented(x, "shift-flip").batch(range(8)).inputs[0]
+    parts = augmented(x, "shift-flip")
+    assert torch.equal(parts.batch([5, 2]).inputs[0], whole[[5, 2]])
+    assert torch.equal(parts.batch([2]).inputs[0], whole[[2]])
 
 
 def test_none_leaves_images_alone_and_labels_always_stay() -> None:

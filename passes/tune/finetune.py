@@ -43,6 +43,9 @@ class Finetune(TunePass):
         holdout: share of the training samples held out to choose the best epoch by (at most 5,000); 0 keeps the last.
         augment: ``auto`` shifts images of at least 16 pixels a side, and mirrors those of three channels too.
         bn: ``frozen`` leaves batch-norm statistics as they are.
+        average: decay of the exponential moving average of the weights, e.g. 0.999; 0 trains without one.
+        patience: stop after so many epochs that did no better than the best; 0 runs them all.
+        precision: what is computed in: ``bf16`` or ``fp16`` is automatic mixed precision, ``fp16`` on CUDA alone.
     """
 
     name: ClassVar[str] = "finetune"
@@ -59,6 +62,9 @@ class Finetune(TunePass):
     holdout: float = 0.05
     augment: Literal["auto", "none", "shift", "shift-flip"] = "auto"
     bn: Literal["train", "frozen"] = "train"
+    average: float = 0.0
+    patience: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     def __post_init__(self) -> None:
         """Raises InputError where an option is out of its range."""
@@ -66,7 +72,11 @@ class Finetune(TunePass):
             value = getattr(self, option)
             if value is not None and not value > 0:
                 raise InputError(f"finetune{{{option}={value}}} is to be more than 0")
-        for option in ("momentum", "warmup", "holdout"):
+        if self.patience < 0:
+            raise InputError(f"finetune{{patience={self.patience}}} is to be at least 0")
+        if self.patience and not self.holdout:
+            raise InputError("finetune{patience=…} judges epochs by held-out samples: give it a holdout above 0")
+        for option in ("momentum", "warmup", "holdout", "average"):
             if not 0 <= getattr(self, option) < 1:
                 raise InputError(f"finetune{{{option}={getattr(self, option)}}} is to be a share in [0, 1)")
         if not 0 <= self.labels <= 1:
@@ -105,6 +115,9 @@ class Finetune(TunePass):
             clip=self.clip,
             augment=_fitting(program.inputs) if self.augment == "auto" else self.augment,
             frozen=self.bn == "frozen",
+            average=self.average,
+            patience=self.patience,
+            precision=self.precision,
         )
 
 

@@ -330,3 +330,96 @@ def test_on_a_gpu_it_learns_and_hands_back_a_graph_on_the_cpu(taught: Program) -
     assert distance(after) < 0.5 * distance(before)
     assert {tensor.device.type for tensor in after.graph.state_dict().values()} == {"cpu"}
     FAST.run(taught)  # and back: accelerate remembers the first device it was asked for
+
+
+def test_the_average_of_the_weights_is_what_is_judged_and_kept() -> None:
+    averaged = replace(FAST, average=0.9).run(program(data()))
+    assert not same(averaged, FAST.run(program(data())))
+    assert distance(averaged) < distance(program(data()))
+    assert all(torch.isfinite(value).all() for value in averaged.graph.state_dict().values())
+
+
+def test_an_average_without_memory_is_the_weights_themselves() -> None:
+    assert same(replace(FAST, average=1e-12).run(program(data())), FAST.run(program(data())))
+
+
+def test_an_interrupted_run_with_an_average_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    form = replace(FAST, average=0.9)
+    whole = form.run(program(data()))
+    with pytest.raises(KeyboardInterrupt):
+        stopped_after(form, program(data(), workspace=tmp_path), epoch=2)
+    assert same(form.run(program(data(), workspace=tmp_path)), whole)
+
+
+def stopped_after(form: Finetune, given: Program, epoch: int) -> None:
+    """Run it, and interrupt it in its first step after an epoch."""
+
+    def stop(done: int, of: int, note: str) -> None:
+        if done > epoch * of // 3:
+            raise KeyboardInterrupt
+
+    token = progress.set(stop)
+    try:
+        form.run(given)
+    finally:
+        progress.reset(token)
+
+
+def test_patience_ends_a_run_that_gets_no_better() -> None:
+    settled = program(data(), graph=network(0))  # the dense network itself: nothing can be better
+    tuned = Finetune(epochs=6, batch=32, holdout=0.1, lr=0.2, patience=2).run(settled)
+    assert tuned.facts[Tuning].best_epoch + 2 >= tuned.facts[Tuning].epochs
+    assert tuned.facts[Tuning].epochs < 6
+    with pytest.raises(InputError, match="holdout above 0"):
+        Finetune(patience=1, holdout=0.0)
+
+
+def test_bf16_learns_and_leaves_weights_in_fp32() -> None:
+    tuned = replace(FAST, precision="bf16").run(program(data()))
+    assert distance(tuned) < distance(program(data()))
+    assert {value.dtype for value in tuned.graph.parameters()} == {torch.float32}
+    again = FAST.run(program(data()))  # and the next run is in full precision again
+    assert same(again, FAST.run(program(data())))
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    if torch.cuda.is_available():
+        tuned = replace(FAST, precision="fp16").run(program(data(), target=Target("cuda")))
+        assert distance(tuned) < distance(program(data()))
+    with pytest.raises(InputError, match="fp16 needs a CUDA device"):
+        replace(FAST, precision="fp16").run(program(data()))
+
+
+def _one_of_two(rank: int, port: int, out: str) -> None:
+    """A process of a run over gloo."""
+    import os
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    tuned = SHARED.run(sharable())
+    torch.save(tuned.graph.state_dict(), f"{out}/{rank}.pt")
+
+
+SHARED = Finetune(epochs=2, batch=32, holdout=0.1, bn="frozen", augment="shift-flip")
+
+
+def sharable() -> Program:
+    """Without dropout and with frozen statistics: nothing depends on which process sees which half of a batch."""
+    graph = network(1)
+    graph.get_submodule("3").p = 0.0
+    return program(data(), graph=graph)
+
+
+def test_two_processes_end_as_one_does(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_one_of_two, (port, str(tmp_path)), nprocs=2)
+    alone = SHARED.run(sharable()).graph.state_dict()
+    for rank in range(2):
+        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in alone.items():
+            torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-4)
