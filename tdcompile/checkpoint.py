@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tdcompile.artifact import load_graph, save_weights
 from tdcompile.calibration import Calibration
@@ -20,6 +21,7 @@ from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact, Facts
 from tdcompile.layer import Moments, Refusal
 from tdcompile.program import Change, Program
+from tdcompile.sketch import Sketch
 
 log = logging.getLogger("tdcompile")
 _HISTORY: TypeAdapter[tuple[Change | Refusal, ...]] = TypeAdapter(tuple[Change | Refusal, ...])
@@ -59,7 +61,7 @@ class Checkpoint:
         facts: dict[str, Any] = {}
         for fact in program.facts:
             if isinstance(fact, Calibration):
-                save_file({name: m.second for name, m in fact.moments.items()}, draft / "moments.safetensors")
+                save_file(_tensors(fact), draft / "moments.safetensors")
                 facts["Calibration"] = {
                     "skipped": dict(fact.skipped),
                     "samples": fact.samples,
@@ -107,10 +109,27 @@ def _packages(program: Program) -> tuple[str, ...]:
     return tuple({type(module).__module__ for module in program.dense.modules()})
 
 
+def _tensors(calibration: Calibration) -> dict[str, Tensor]:
+    """What moments are made of, by ``kind/layer``."""
+    tensors: dict[str, Tensor] = {}
+    for layer, moments in calibration.moments.items():
+        if isinstance(moments.metric, Sketch):
+            tensors |= {f"factor/{layer}": moments.metric.factor, f"rest/{layer}": moments.metric.rest}
+        else:
+            tensors[f"second/{layer}"] = moments.metric
+    return tensors
+
+
+def _metric(tensors: dict[str, Tensor], layer: str) -> Tensor | Sketch:
+    if f"factor/{layer}" in tensors:
+        return Sketch(tensors[f"factor/{layer}"], tensors[f"rest/{layer}"])
+    return tensors[f"second/{layer}"]
+
+
 def _fact(name: str, value: dict[str, Any], folder: Path) -> Fact:
     if name == "Calibration":
         tensors = load_file(folder / "moments.safetensors")
-        moments = {layer: Moments(tensors[layer], count) for layer, count in value["patches"].items()}
+        moments = {layer: Moments(_metric(tensors, layer), count) for layer, count in value["patches"].items()}
         return Calibration(moments, value["skipped"], value["samples"])
     kinds = {kind.__name__: kind for kind in Fact.__subclasses__()}
     fact: Fact = TypeAdapter(kinds[name]).validate_python(value)

@@ -94,7 +94,7 @@ def relative_error(weight: Tensor, approximation: Tensor, moments: Moments | Non
 
 def energy(flat: Tensor, moments: Moments | None) -> float:
     """‖W S^½‖_F² = trace(W S Wᵀ) for a float64 ``(T, C·K)``."""
-    weighted = flat if moments is None else flat @ moments.second
+    weighted = flat if moments is None else flat @ moments.metric
     return float((weighted * flat).sum())
 
 

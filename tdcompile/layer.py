@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from tdcompile.sketch import Sketch, dense
+
 Pair = tuple[int, int]
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _PAD = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
@@ -28,13 +30,23 @@ class Moments:
     """Second moment of a layer's input over calibration data.
 
     Attributes:
-        second: E[x xᵀ], float64, ``(C·K, C·K)`` with K the number of kernel taps; x is an im2col patch in the
-            order of ``weight.reshape(T, C·K)``.
+        metric: E[x xᵀ], float64, ``(C·K, C·K)`` with K the number of kernel taps; x is an im2col patch in the
+            order of ``weight.reshape(T, C·K)``. Of a wide layer of one tap a sketch, by which a matrix is multiplied
+            from the right like by a tensor.
         samples: how many patches it was averaged over.
     """
 
-    second: torch.Tensor
+    metric: torch.Tensor | Sketch
     samples: int
+
+    @property
+    def second(self) -> torch.Tensor:
+        """E[x xᵀ] for what needs its entries.
+
+        Raises:
+            InputError: there is only a sketch of it.
+        """
+        return dense(self.metric)
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,23 @@ identity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from tdcompile.errors import InputError
+from tdcompile.sketch import Sketch
+
+M = TypeVar("M", bound=Tensor | Sketch | None)
 
 # Matrices up to this side are worked in float64: above it an eigendecomposition takes seconds, and float32 halves them.
 PRECISE = 2048
 # Ridge in units of the mean diagonal of S: directions the calibration data hardly shows keep a little weight.
 RIDGE = 1e-4
+# Entries that are brought to another precision, or multiplied by S, at a time: 32 MB in float64.
+BLOCK = 2**22
 
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
@@ -24,26 +30,39 @@ def unfold(tensor: Tensor, mode: int) -> Tensor:
     return tensor.movedim(mode, 0).flatten(1)
 
 
-def operands(weight: Tensor, second: Tensor | None, side: int) -> tuple[Tensor, Tensor | None]:
+def operands(weight: Tensor, second: M, side: int) -> tuple[Tensor, M]:
     """W as ``(T, N)`` and S on its device, without gradients, in the precision for matrices of that side.
 
     Raises:
         InputError: one of them holds NaN or Inf.
     """
-    precision = torch.float64 if side <= PRECISE else torch.float32
-    flat = weight.detach().flatten(1).to(precision)
-    moments = None if second is None else second.detach().to(flat)
-    for what, figures in (("the weight", flat), ("the second moment", moments)):
-        # A sum is finite only if its members are, and takes a tenth of the time of looking at each.
-        if figures is not None and not bool(torch.isfinite(figures.sum(dtype=torch.float64))):
+    flat = matrix_of(weight, second).to(torch.float64 if side <= PRECISE else torch.float32)
+    return flat, cast(M, None if second is None else second.to(flat))
+
+
+def matrix_of(weight: Tensor, second: Tensor | Sketch | None) -> Tensor:
+    """W as ``(T, N)`` without gradients: the same memory, but for half precision, which becomes float32.
+
+    Raises:
+        InputError: W or S holds NaN or Inf.
+    """
+    flat = weight.detach().flatten(1)
+    flat = flat if flat.dtype is torch.float64 else flat.float()
+    figures = {"the weight": flat}
+    if second is not None:
+        figures["the second moment"] = second.diagonal()[None] if isinstance(second, Sketch) else second
+    # A sum is finite only if its members are, and takes a tenth of the time of looking at each.
+    for what, matrix in figures.items():
+        if not all(bool(torch.isfinite(block.sum())) for block in blocks(matrix, torch.float64)):
             raise InputError(f"{what} of a layer to decompose holds NaN or Inf; decompositions need finite figures")
-    return flat, moments
+    return flat
 
 
-def ridge(second: Tensor) -> float:
+def ridge(second: Tensor | Sketch) -> float:
     """What is added to the diagonal of S: above 0 even where the data shows nothing at all."""
-    least: float = torch.finfo(second.dtype).tiny ** 0.5
-    return max(RIDGE * float(second.diagonal().mean()), least)
+    diagonal = second.diagonal()
+    least: float = torch.finfo(diagonal.dtype).tiny ** 0.5
+    return max(RIDGE * float(diagonal.mean()), least)
 
 
 def cholesky(second: Tensor, extra: float) -> Tensor:
@@ -55,40 +74,116 @@ def cholesky(second: Tensor, extra: float) -> Tensor:
     return root if not bool(failed) else torch.linalg.cholesky(shifted.double()).to(second.dtype)
 
 
-def leading(flat: Tensor, second: Tensor | None, rank: int) -> Tensor:
+def leading(flat: Tensor, second: Tensor | Sketch | None, rank: int) -> Tensor:
     """The leading left singular vectors of ``flat`` (S + ridge)^½, ``(T, rank)``.
 
-    They come from the Gram matrix of its smaller side; for ranks beyond that side the basis is completed.
+    They come from the Gram matrix of its smaller side, and no copy of ``flat`` is made; for ranks beyond that side the
+    basis is completed. In float64 where that side is at most ``PRECISE``, else in the precision of ``flat``.
     """
     rows, columns = flat.shape
     if rows <= columns:
-        weighted = flat if second is None else flat @ second + ridge(second) * flat
-        vectors: Tensor = torch.linalg.eigh(weighted @ flat.T).eigenvectors
-        return vectors.flip(1)[:, :rank]
-    root = flat if second is None else flat @ cholesky(second, ridge(second))
-    right = torch.linalg.eigh(root.T @ root).eigenvectors.flip(1)[:, :rank]
-    left: Tensor = torch.linalg.qr(root @ right, mode="complete" if rank > columns else "reduced").Q
+        return _eigenvectors(_ridged(flat, second))[:, :rank]
+    inner, root = gram(flat, columnwise=True), None
+    if second is not None:
+        root = root_of(second, ridge(second)).to(inner)
+        inner = root.T @ inner @ root
+    right = _eigenvectors(inner)[:, : min(rank, columns)]
+    spread = right if root is None else root @ right
+    mapped = torch.cat([block @ spread for block in blocks(flat, spread.dtype)])
+    left: Tensor = torch.linalg.qr(mapped, mode="complete" if rank > columns else "reduced").Q
     return left[:, :rank]
 
 
-def low_rank(flat: Tensor, second: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """``last`` (T, r) and ``first`` (r, N) whose product minimises ‖(W−W̃)S^½‖_F, each component's norm split evenly."""
+def low_rank(flat: Tensor, second: Tensor | Sketch | None, rank: int) -> tuple[Tensor, Tensor]:
+    """``last`` (T, r) and ``first`` (r, N) whose product minimises ‖(W−W̃)S^½‖_F, each component's norm split evenly.
+
+    In the precision of ``flat``.
+    """
     last = leading(flat, second, rank)
-    first = last.T @ flat
+    first = flat.new_empty(rank, flat.shape[1])
+    for start in range(0, flat.shape[1], step := max(1, BLOCK // len(flat))):
+        first[:, start : start + step] = last.T @ flat[:, start : start + step].to(last.dtype)
     root = first.norm(dim=1).clamp(min=torch.finfo(first.dtype).tiny).sqrt()
-    return last * root, first / root[:, None]
+    return last.to(flat.dtype) * root, first.div_(root[:, None])
 
 
-def low_rank_errors(flat: Tensor, second: Tensor | None) -> Tensor:
+def low_rank_errors(flat: Tensor, second: Tensor | Sketch | None) -> Tensor:
     """The relative error of ``low_rank`` at every rank 0, 1, ..., min(T, N), measured with S itself, not the ridge."""
+    rows, columns = flat.shape
     if second is None:
-        small = flat if flat.shape[0] <= flat.shape[1] else flat.T
-        energies: Tensor = torch.linalg.eigvalsh(small @ small.T).flip(0)
+        energies: Tensor = torch.linalg.eigvalsh(gram(flat, columnwise=rows > columns)).flip(0)
+    elif rows <= columns:
+        of_output = weighted_gram(flat, second)
+        vectors = _eigenvectors(of_output + ridge(second) * gram(flat))
+        energies = ((of_output @ vectors) * vectors).sum(0)
     else:
-        first = leading(flat, second, min(flat.shape)).T @ flat
-        energies = ((first @ second) * first).sum(1)
+        left = leading(flat, second, columns)
+        first = left.new_zeros(columns, columns)
+        for start, block in zip(range(0, rows, _height(flat)), blocks(flat, left.dtype), strict=True):
+            first.addmm_(left[start : start + len(block)].T, block)
+        energies = ((first @ second.to(first)) * first).sum(1)
     tails = energies.double().clamp(min=0).flip(0).cumsum(0).flip(0)
     return (torch.cat([tails, tails.new_zeros(1)]) / tails[0].clamp(min=torch.finfo(tails.dtype).tiny)).sqrt()
+
+
+def gram(flat: Tensor, columnwise: bool = False) -> Tensor:
+    """W Wᵀ, or Wᵀ W, from blocks of rows; in float64 where that side is at most ``PRECISE``."""
+    if columnwise:
+        columns = flat.shape[1]
+        inner = torch.zeros(columns, columns, dtype=_precision(flat, columns), device=flat.device)
+        for block in blocks(flat, inner.dtype):
+            inner.addmm_(block.T, block)
+        return inner
+    return weighted_gram(flat, None)
+
+
+def weighted_gram(flat: Tensor, second: Tensor | Sketch | None) -> Tensor:
+    """W S Wᵀ, ``(T, T)``, from blocks of rows; in float64 where T is at most ``PRECISE``."""
+    found = torch.zeros(len(flat), len(flat), dtype=_precision(flat, len(flat)), device=flat.device)
+    metric, height = None if second is None else second.to(found), _height(flat)
+    for row, block in zip(range(0, len(flat), height), blocks(flat, found.dtype), strict=True):
+        weighted = block if metric is None else block @ metric
+        for column in range(0, row + 1, height):
+            part = weighted @ flat[column : column + height].to(found.dtype).T
+            found[row : row + height, column : column + height] = part
+            found[column : column + height, row : row + height] = part.T
+    return found
+
+
+def blocks(flat: Tensor, precision: torch.dtype) -> Iterator[Tensor]:
+    """The rows of a matrix in that precision, about ``BLOCK`` entries at a time."""
+    for start in range(0, len(flat), height := _height(flat)):
+        yield flat[start : start + height].to(precision)
+
+
+def energy(flat: Tensor) -> float:
+    """‖W‖², summed in float64 without a copy of W in it."""
+    return sum(float(block.square().sum()) for block in blocks(flat, torch.float64))
+
+
+def root_of(second: Tensor | Sketch, extra: float) -> Tensor:
+    """L with L Lᵀ = S + extra·I; lower triangular, ``(N, N)``, but for a sketch."""
+    return second.root(extra) if isinstance(second, Sketch) else cholesky(second, extra)
+
+
+def _ridged(flat: Tensor, second: Tensor | Sketch | None) -> Tensor:
+    """W (S + ridge) Wᵀ."""
+    found = weighted_gram(flat, second)
+    return found if second is None else found.add_(gram(flat), alpha=ridge(second))
+
+
+def _eigenvectors(symmetric: Tensor) -> Tensor:
+    """As columns, that of the largest eigenvalue first."""
+    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
+    return vectors.flip(1)
+
+
+def _height(flat: Tensor) -> int:
+    return max(1, BLOCK // max(flat.shape[1], 1))
+
+
+def _precision(flat: Tensor, side: int) -> torch.dtype:
+    return torch.float64 if side <= PRECISE else flat.dtype
 
 
 def balance(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from tdcompile.linalg import cholesky, ridge
+from tdcompile.degeneracy import bounded
+from tdcompile.linalg import blocks, cholesky, ridge
+from tdcompile.sketch import Sketch, dense
 
 
 class OutputMetric:
-    """Measures approximations of one weight by what the layer's output loses.
+    """Measures approximations of one weight by what the layer's output loses; all in float64, the weight in blocks.
 
     Attributes:
-        flat: the weight as ``(T, C·K)``, float64.
-        second: S, ``(C·K, C·K)``, float64.
+        flat: the weight as ``(T, C·K)``, as it is.
+        second: S, ``(C·K, C·K)``, or its sketch.
     """
 
-    def __init__(self, weight: Tensor, second: Tensor) -> None:
-        self.flat = weight.detach().double().flatten(1)
-        self.second = second.to(self.flat)
-        self._weighted = self.flat @ self.second
-        self.energy = float((self._weighted * self.flat).sum())
+    def __init__(self, weight: Tensor, second: Tensor | Sketch) -> None:
+        self.flat = weight.detach().flatten(1)
+        self.second = second.to(self.flat.new_empty(0, dtype=torch.float64))
+        self.energy = sum(self._energy(block) for block in self._blocks())
 
     def channel_root(self, channels: int) -> Tensor:
-        """Lower triangular L with L Lᵀ = the mean over the taps of S's C x C diagonal blocks, plus a ridge."""
-        blocks = self.second.reshape(channels, -1, channels, self.second.shape[0] // channels)
-        block = blocks.diagonal(dim1=1, dim2=3).mean(-1)
+        """Lower triangular L with L Lᵀ = the mean over the taps of S's C x C diagonal blocks, plus a ridge.
+
+        Raises:
+            InputError: there is only a sketch of S.
+        """
+        parts = dense(self.second).reshape(channels, -1, channels, len(self.second) // channels)
+        block = parts.diagonal(dim1=1, dim2=3).mean(-1)
         return cholesky(block, ridge(block))
+
+    def error(self, approximation: Tensor) -> float:
+        """The relative error of an approximation of the weight's shape."""
+        pairs = zip(self._blocks(), blocks(approximation.flatten(1), torch.float64), strict=True)
+        return self._relative(sum(self._energy(ours - theirs) for ours, theirs in pairs))
 
     def refit(self, last: Tensor, before: Tensor) -> tuple[Tensor, float]:
         """The last factor, found again by least squares: W S Bᵀ (B S Bᵀ)⁻¹, held to the one given by a proximal term.
@@ -40,18 +51,49 @@ class OutputMetric:
         Returns:
             The new A, never worse than the one given, and its relative error.
         """
-        gram = before @ self.second @ before.T
-        product = self._weighted @ before.T
+        product, gram = self._normal(before)
         hold = ridge(gram)
         found = torch.cholesky_solve((product + hold * last).T, cholesky(gram, hold)).T
         left = self.energy - 2 * float((product * found).sum()) + float(((found @ gram) * found).sum())
-        return found, math.sqrt(max(left, 0.0) / max(self.energy, torch.finfo(gram.dtype).tiny))
+        return found, self._relative(left)
 
-    def scale(self, approximation: Tensor) -> tuple[float, float]:
-        """The best single factor for an approximation ``(T, C·K)``, and the relative error with it."""
-        approximation = approximation.double().flatten(1)
-        cross = float((self._weighted * approximation).sum())
-        square = float((approximation @ self.second * approximation).sum())
+    def refit_within(self, before: Tensor, weights: Tensor, error: float) -> Tensor | None:
+        """The last factor A that minimises Σ_r w_r ‖a_r‖² with a relative error of at most ``error``; None where none.
+
+        Args:
+            before: B, ``(r, C·K)``; the weight is approximated by A B.
+            weights: w, ``(r,)``.
+            error: below 1.
+        """
+        product, gram = self._normal(before)
+        return bounded(product, gram, weights, self.energy, error**2 * self.energy)
+
+    def scale(self, approximation: Iterable[Tensor]) -> tuple[float, float]:
+        """The best single factor for an approximation, and the relative error with it.
+
+        Args:
+            approximation: its rows in order, ``(n, C·K)`` or ``(n, C, *kernel)`` at a time.
+        """
+        cross, square, start = 0.0, 0.0, 0
+        for rows in approximation:
+            theirs = rows.double().flatten(1)
+            weighted = theirs @ self.second
+            cross += float((weighted * self.flat[start : start + len(rows)]).sum())
+            square += float((weighted * theirs).sum())
+            start += len(rows)
         scale = cross / square if square > 0 else 1.0
-        left = self.energy - 2 * scale * cross + scale**2 * square
-        return scale, math.sqrt(max(left, 0.0) / max(self.energy, torch.finfo(torch.float64).tiny))
+        return scale, self._relative(self.energy - 2 * scale * cross + scale**2 * square)
+
+    def _blocks(self) -> Iterable[Tensor]:
+        return blocks(self.flat, torch.float64)
+
+    def _normal(self, before: Tensor) -> tuple[Tensor, Tensor]:
+        """W S Bᵀ and B S Bᵀ."""
+        weighted = before @ self.second
+        return torch.cat([block @ weighted.T for block in self._blocks()]), weighted @ before.T
+
+    def _energy(self, flat: Tensor) -> float:
+        return float(((flat @ self.second) * flat).sum())
+
+    def _relative(self, left: float) -> float:
+        return math.sqrt(max(left, 0.0) / max(self.energy, torch.finfo(torch.float64).tiny))

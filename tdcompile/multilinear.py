@@ -17,6 +17,7 @@ from tensorly.decomposition import tensor_train
 from torch import Tensor
 
 from tdcompile.errors import InputError
+from tdcompile.linalg import energy, gram
 
 # Weight of the old factor in each least-squares update: it keeps the system solvable, and the error still only falls.
 PROXIMAL = 1e-8
@@ -25,6 +26,8 @@ DEGENERATE = 10.0
 # Matrices with a shorter side above the first are sketched where so many times fewer singular vectors are wanted,
 # with so many probes more than vectors and so many power iterations.
 SKETCHED, SKETCHED_SHARE, OVERSAMPLED, POWERS = 1024, 4, 16, 2
+# Tensors of more entries are decomposed into a train in their own precision: a copy in float64 would take twice theirs.
+LARGE = 2**22
 
 
 @torch.no_grad()
@@ -127,7 +130,9 @@ def component_norm(factors: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    """Tensor-train cores ``(r_{k-1}, I_k, r_k)``, float64, orthonormal from the left, the scale in the last.
+    """Tensor-train cores ``(r_{k-1}, I_k, r_k)``, orthonormal from the left, the scale in the last.
+
+    In float64, or in its own precision where the tensor has more than ``LARGE`` entries.
 
     Args:
         tensor: of any shape.
@@ -146,7 +151,7 @@ def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
             )
         before = bond
     with tl.backend_context("pytorch"):
-        return list(tensor_train(tensor.double(), [1, *ranks, 1], svd=_left_svd).factors)
+        return list(tensor_train(precise(tensor), [1, *ranks, 1], svd=_left_svd).factors)
 
 
 def tt_compose(cores: Sequence[Tensor]) -> Tensor:
@@ -166,14 +171,22 @@ def share_bond(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def tail(matrix: Tensor, most: int) -> Tensor:
     """Energy Σ_{i>r} σ_i² that a matrix's best approximation of rank r leaves, for r from 0 to ``most``, float64."""
-    matrix = matrix.double()
+    matrix = precise(matrix)
     if _sketched(matrix, most):
-        squares = (_leading(matrix, most).T @ matrix).square().sum(1)
+        squares = torch.linalg.vecdot(kept := _leading(matrix, most).T @ matrix, kept)
     else:
-        short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-        squares = torch.linalg.eigvalsh(short @ short.T).flip(0)[:most]
-    kept = torch.cat([squares.new_zeros(1), squares.clamp_min(0).cumsum(0)])
-    return (matrix.square().sum() - kept).clamp_min(0)
+        rows, columns = matrix.shape
+        squares = torch.linalg.eigvalsh(gram(matrix, columnwise=rows > columns)).flip(0)[:most]
+    below = torch.cat([squares.new_zeros(1), squares.clamp_min(0)]).double().cumsum(0)
+    found: Tensor = (energy(matrix) - below).clamp_min(0)
+    return found
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """In float64, but as it is where it has more than ``LARGE`` entries and is not of half precision."""
+    if tensor.numel() > LARGE and tensor.dtype is not torch.float64:
+        return tensor.float()
+    return tensor.double()
 
 
 def _sweep(tensor: Tensor, factors: Sequence[Tensor], ridge: float) -> tuple[list[Tensor], float]:
@@ -235,7 +248,8 @@ def _leading(matrix: Tensor, count: int) -> Tensor:
             turned = torch.linalg.qr(matrix @ (matrix.T @ turned))[0]
         return turned @ _basis(turned.T @ matrix)[:, :count]
     if rows <= columns:
-        return _basis(matrix)[:, :count]
+        turned = torch.linalg.eigh(gram(matrix)).eigenvectors.flip(1)
+        return turned[:, :count].to(matrix.dtype)
     turned, small = torch.linalg.qr(matrix)
     return turned @ _basis(small)[:, :count]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,10 +14,23 @@ from torch import Tensor
 
 from tdcompile.anchors import anchored, spread
 from tdcompile.decomposition import Decomposition
+from tdcompile.degeneracy import CYCLES, allowed, correct, mode_weights, sensitivity
+from tdcompile.errors import InputError
 from tdcompile.layer import Layer, Moments, Refusal
 from tdcompile.metric import OutputMetric
-from tdcompile.multilinear import balanced, columns_product, cp_als, cp_compose, cp_exact, slice_start
+from tdcompile.multilinear import (
+    DEGENERATE,
+    balanced,
+    columns_product,
+    component_norm,
+    cp_als,
+    cp_compose,
+    cp_exact,
+    slice_start,
+)
 from tdcompile.ranks import Ranks
+
+log = logging.getLogger("tdcompile")
 
 # How many ranks are proposed, the exact one included, and how many of them at least are factorised for an estimate.
 MEMBERS, ANCHORS = 12, 4
@@ -24,10 +39,22 @@ MEMBERS, ANCHORS = 12, 4
 SWEEPS, FACTORIZE, ESTIMATE = 30, 3e10, 3e9
 
 
+@dataclass(frozen=True)
 class Polyadic(Decomposition):
-    """W[t, c, k...] ≈ Σ_r A[t, r] B[c, r] D[k, r]...: a CP of the tensor that ``tensor_shape`` makes of the weight."""
+    """W[t, c, k...] ≈ Σ_r A[t, r] B[c, r] D[k, r]...: a CP of the tensor that ``tensor_shape`` makes of the weight.
+
+    Attributes:
+        correct: by how much, as a ratio, the error may grow for factors that a little noise, or training, harms less
+            (``tdcompile.degeneracy``); 1 leaves them as they were found.
+    """
 
     modes: ClassVar[tuple[str, ...]] = ("",)
+    correct: float = 1.02
+
+    def __post_init__(self) -> None:
+        """Raises InputError where ``correct`` is below 1."""
+        if not 1 <= self.correct < math.inf:
+            raise InputError(f"'{self.spec()}': correct is how much the error may grow as a ratio, a number from 1 up")
 
     @abstractmethod
     def tensor_shape(self, layer: Layer) -> tuple[int, ...]:
@@ -59,17 +86,18 @@ class Polyadic(Decomposition):
         return [*((grain * multiple,) for multiple in sorted(multiples)), (exact,)]
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
-        """Alternating least squares; with moments of the whitened weight, the last factor then refitted.
+        """Alternating least squares, then error-preserving correction; with moments of the whitened weight.
 
-        At the exact rank the factors are written down, not searched for.
+        With moments the last factor is found again in the metric of the output. At the exact rank the factors are
+        written down, not searched for.
         """
         tensor = self._tensor(layer, weight)
         if ranks >= self.exact_ranks(layer):
             last, *others = cp_exact(tensor, ranks[0])
         elif moments is None:
-            last, *others = _fit(tensor, slice_start(tensor)[1], ranks[0], FACTORIZE)
+            last, *others = self._corrected(tensor, _fit(tensor, slice_start(tensor)[1], ranks[0], FACTORIZE))
         else:
-            last, *others = _fit_output(tensor, ranks[0], OutputMetric(weight, moments.second))
+            last, *others = self._fit_output(tensor, ranks[0], OutputMetric(weight, moments.second))
         found = [*(factor.T for factor in others), last]
         parts = self.blueprint(layer, ranks)
         return tuple(f.reshape(part.weight_shape).to(weight.dtype) for f, part in zip(found, parts, strict=True))
@@ -81,7 +109,10 @@ class Polyadic(Decomposition):
 
     @torch.no_grad()
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
-        """What the SVDs of the slices leave at each rank, corrected by alternating least squares at a few ranks."""
+        """What the SVDs of the slices leave at each rank, brought to the truth by a factorisation at a few ranks.
+
+        The correction for sensitivity is not done for an estimate: it uses up the error that it is allowed.
+        """
         tensor = self._tensor(layer, weight)
         metric = OutputMetric(weight, moments.second) if moments is not None else None
         root = metric.channel_root(tensor.shape[1]) if metric is not None else None
@@ -98,11 +129,56 @@ class Polyadic(Decomposition):
         costs = [(_sweeps(tensor, rank, ESTIMATE / ANCHORS), _operations(tensor, rank)) for rank in inner]
         anchors = spread([sweeps * each for sweeps, each in costs if sweeps > 1], ESTIMATE, ANCHORS)
         found = anchored(inner, [float(left[rank]) for rank in inner], anchors, truth)
-        known = dict(zip(inner, found, strict=True))
+        known = dict(zip(inner, (allowed(error, self.correct) for error in found), strict=True))
         return [known.get(rank, 0.0) for (rank,) in space]
 
     def _tensor(self, layer: Layer, weight: Tensor) -> Tensor:
         return weight.detach().double().reshape(self.tensor_shape(layer))
+
+    @torch.no_grad()
+    def _corrected(self, tensor: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+        """The factors, less sensitive at an error that is at most the allowed one."""
+        size, found = float(tensor.norm()), list(factors)
+        if self.correct > 1 and size > 0:
+            bound = allowed(float((tensor - cp_compose(found)).norm()) / size, self.correct)
+            # A pass multiplies the tensor once for each mode, and has an eigendecomposition where a sweep solves.
+            affordable = int(FACTORIZE / (4 * _operations(tensor, found[0].shape[1])))
+            found = correct(tensor, found, bound, min(max(affordable, 1), CYCLES))
+        if component_norm(found) > DEGENERATE * size:
+            shape, times = "x".join(map(str, tensor.shape)), component_norm(found) / size
+            log.info(
+                "%s: the CP of rank %d of a %s weight stays degenerate: its components are %.0f times the weight, and "
+                "training may diverge; another rank may not be",
+                *(self.name, found[0].shape[1], shape, times),
+            )
+        return found
+
+    @torch.no_grad()
+    def _fit_output(self, tensor: Tensor, rank: int, metric: OutputMetric) -> list[Tensor]:
+        """The better of the plain CP and that of the weight whitened by the channels' second moment, both refitted.
+
+        The correction is made where that one was fitted, and its last factor found in the metric of the output. It
+        counts where the output's error stays within what is allowed, and below that of the plain CP before its refit.
+        """
+        root = metric.channel_root(tensor.shape[1])
+        whitened = _whiten(tensor, root)
+        plain = _fit(tensor, slice_start(tensor)[1], rank, FACTORIZE)
+        aware = _fit(whitened, slice_start(whitened)[1], rank, FACTORIZE)
+        found, error = _refit(_unwhiten(aware, root), metric)
+        other, above = _refit(plain, metric)
+        if above < error:
+            found, error, calmer = other, above, self._corrected(tensor, plain)
+        else:
+            calmer = _unwhiten(self._corrected(whitened, aware), root)
+        if self.correct == 1:
+            return found
+        bound = min(allowed(error, self.correct), metric.error(cp_compose(plain)))
+        _, *others = calmer
+        last = metric.refit_within(columns_product(others).T, mode_weights(calmer, 0), bound)
+        if last is None:
+            return found
+        calmer = balanced([last, *others])
+        return calmer if sensitivity(calmer) < sensitivity(found) else found
 
 
 def _fit(tensor: Tensor, start: Sequence[Tensor], rank: int, operations: float) -> list[Tensor]:
@@ -116,16 +192,6 @@ def _sweeps(tensor: Tensor, rank: int, operations: float) -> int:
 def _operations(tensor: Tensor, rank: int) -> float:
     """Floating-point operations of one sweep: two products with the tensor, and a Cholesky solve for each mode."""
     return 4 * tensor.numel() * rank + tensor.ndim * rank**3 / 3 + 2 * rank**2 * sum(tensor.shape)
-
-
-@torch.no_grad()
-def _fit_output(tensor: Tensor, rank: int, metric: OutputMetric) -> list[Tensor]:
-    """The better of the plain CP and that of the weight whitened by the channels' second moment, both refitted."""
-    root = metric.channel_root(tensor.shape[1])
-    whitened = _whiten(tensor, root)
-    plain = _fit(tensor, slice_start(tensor)[1], rank, FACTORIZE)
-    aware = _unwhiten(_fit(whitened, slice_start(whitened)[1], rank, FACTORIZE), root)
-    return min((_refit(factors, metric) for factors in (aware, plain)), key=lambda fit: fit[1])[0]
 
 
 def _refit(factors: Sequence[Tensor], metric: OutputMetric) -> tuple[list[Tensor], float]:

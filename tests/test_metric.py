@@ -31,10 +31,30 @@ def test_a_refit_factor_is_never_worse_and_its_error_is_told() -> None:
 def test_one_scale_is_the_best_there_is() -> None:
     weight, last, before, moments = case()
     approximation = (0.2 * weight.flatten(1) + 0.01 * last @ before).reshape(weight.shape)
-    scale, told = OutputMetric(weight, moments.second).scale(approximation)
+    metric = OutputMetric(weight, moments.second)
+    scale, told = metric.scale(approximation.split(4))
+    assert (scale, told) == pytest.approx(metric.scale([approximation]))
     assert told == pytest.approx(relative_error(weight, scale * approximation, moments))
     for other in (0.9 * scale, 1.1 * scale, 1.0):
         assert told < relative_error(weight, other * approximation, moments)
+
+
+def test_the_error_is_that_of_the_contract() -> None:
+    weight, last, before, moments = case()
+    approximation = (last @ before).reshape(weight.shape)
+    told = OutputMetric(weight, moments.second).error(approximation)
+    assert told == pytest.approx(relative_error(weight, approximation, moments))
+
+
+def test_a_factor_within_a_bound_meets_it_and_is_smaller() -> None:
+    weight, last, before, moments = case()
+    metric = OutputMetric(weight, moments.second)
+    found, least = metric.refit(last, before)
+    smaller = metric.refit_within(before, torch.ones(5, dtype=torch.float64), 1.05 * least)
+    assert smaller is not None
+    assert metric.error((smaller @ before).reshape(weight.shape)) == pytest.approx(1.05 * least)
+    assert float(smaller.norm()) < float(found.norm())
+    assert metric.refit_within(before, torch.ones(5, dtype=torch.float64), 0.95 * least) is None
 
 
 def test_the_channel_root_is_that_of_the_mean_over_the_taps() -> None:
@@ -49,5 +69,5 @@ def test_inputs_that_are_all_zero_are_no_trouble() -> None:
     weight, last, before, _ = case()
     metric = OutputMetric(weight, torch.zeros(36, 36))
     assert torch.allclose(metric.refit(last, before)[0], last)
-    assert metric.scale(weight) == (1.0, 0.0)
+    assert metric.scale([weight]) == (1.0, 0.0)
     assert bool(torch.isfinite(metric.channel_root(4)).all())

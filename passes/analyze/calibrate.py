@@ -17,6 +17,7 @@ from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Layer, Moments
 from tdcompile.program import Program, Site, sites
+from tdcompile.sketch import Range
 
 log = logging.getLogger("tdcompile")
 
@@ -27,8 +28,9 @@ class Calibrate(AnalysisPass):
 
     Attributes:
         patches: at most so many im2col patches are read for each layer, at random places of all samples.
-        largest: layers with more than so many inputs (C·K) are left without a moment matrix, which would have
-            that many rows and columns.
+        largest: layers with more than so many inputs (C·K) get no moment matrix, which would have that many rows and
+            columns: a linear layer or 1x1 convolution gets a sketch of it, another layer none.
+        sketch: the rank of a sketch, at a cost of four times so many numbers for each input.
         batch: samples at a time.
     """
 
@@ -36,10 +38,16 @@ class Calibrate(AnalysisPass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Calibration,)
     patches: int = 100_000
     largest: int = 5000
+    sketch: int = 512
     batch: int = 128
 
+    def __post_init__(self) -> None:
+        """Raises InputError where an option is out of its range."""
+        if min(self.patches, self.largest, self.sketch, self.batch) < 1:
+            raise InputError(f"'{self.spec()}': patches, largest, sketch and batch are at least 1")
+
     def analyze(self, program: Program) -> Calibration:
-        """E[x xᵀ] of each layer's im2col patches x.
+        """E[x xᵀ] of each layer's im2col patches x, or a sketch of it.
 
         Raises:
             InputError: NaN or Inf reaches a layer.
@@ -67,13 +75,35 @@ class Calibrate(AnalysisPass):
             width = site.layer.in_channels * site.layer.taps
             if site.layer.groups > 1:
                 skipped[name] = "a grouped layer is not factorised"
-            elif width > self.largest:
+            elif width > self.largest and not site.layer.pointwise:
                 skipped[name] = f"its {width} inputs need a moment matrix larger than {self.largest} x {self.largest}"
                 log.info("calibrate: no moments for %s: %s", name, skipped[name])
             else:
                 each = max(1, self.patches // count // len(site.calls))
-                taps[name] = _Tap(site, each, program.generator(f"calibrate/{name}"))
+                sums = _Sums() if width <= self.largest else self._sketched(width, name, program)
+                taps[name] = _Tap(site, each, program.generator(f"calibrate/{name}"), sums)
         return taps, skipped
+
+    def _sketched(self, width: int, name: str, program: Program) -> Range:
+        log.info("calibrate: a sketch of rank %d stands for the %d x %d moments of %s", self.sketch, width, width, name)
+        return Range(width, self.sketch, program.generator(f"calibrate/{name}/sketch"))
+
+
+@dataclass
+class _Sums:
+    """The second moment itself, as a running sum."""
+
+    total: Tensor | None = None
+    seen: int = 0
+
+    def add(self, rows: Tensor) -> None:
+        product = (rows.T @ rows).double()
+        self.total = product if self.total is None else self.total.add_(product)
+        self.seen += len(rows)
+
+    def result(self) -> Tensor:
+        assert self.total is not None  # asked for only where something was seen
+        return self.total.div_(self.seen)
 
 
 @dataclass
@@ -83,21 +113,18 @@ class _Tap:
     site: Site
     places: int
     generator: torch.Generator
-    total: Tensor | None = None
-    seen: int = 0
+    sums: _Sums | Range
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         patches = patches_of(self.site.layer, arguments[0], self.places, self.generator)
         if not bool(torch.isfinite(patches).all()):
             raise InputError(f"NaN or Inf reaches the layer '{self.site.name}' on calibration data")
-        product = (patches.T @ patches).double()
-        self.total = product if self.total is None else self.total.add_(product)
-        self.seen += len(patches)
+        self.sums.add(patches)
 
     def moments(self) -> Moments:
-        if self.total is None:
+        if not self.sums.seen:
             raise InputError(f"no calibration data reached the layer '{self.site.name}'")
-        return Moments(self.total / self.seen, self.seen)
+        return Moments(self.sums.result(), self.sums.seen)
 
 
 def patches_of(layer: Layer, x: Tensor, places: int, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdcompile.decomposition import Decomposition, grid
 from tdcompile.layer import Layer, Moments, Refusal
-from tdcompile.linalg import balance, low_rank, low_rank_errors, operands
+from tdcompile.linalg import balance, low_rank, low_rank_errors, matrix_of
 from tdcompile.ranks import Ranks
 
 
@@ -63,7 +63,8 @@ class SVD(Decomposition):
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
         """``(r, C, ...)`` and ``(T, r, ...)``, every component's norm split evenly between them."""
-        flat, second = operands(weight, moments.second if moments else None, min(len(weight), weight[0].numel()))
+        second = moments.metric if moments else None
+        flat = matrix_of(weight, second)
         last, first = balance(low_rank(flat, second, ranks[0]))
         shapes = (part.weight_shape for part in self.blueprint(layer, ranks))
         return tuple(f.reshape(s).to(weight.dtype) for f, s in zip((first, last), shapes, strict=True))
@@ -75,8 +76,8 @@ class SVD(Decomposition):
 
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
         """Exact, from the tails of one spectrum."""
-        flat, second = operands(weight, moments.second if moments else None, min(len(weight), weight[0].numel()))
-        spectrum = low_rank_errors(flat, second).tolist()
+        second = moments.metric if moments else None
+        spectrum = low_rank_errors(matrix_of(weight, second), second).tolist()
         return [spectrum[rank] for (rank,) in space]
 
     def _macs(self, layer: Layer, ranks: Ranks) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tdcompile.anchors import anchored, spread
 from tdcompile.decomposition import Decomposition
 from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.linalg import energy
 from tdcompile.metric import OutputMetric
-from tdcompile.multilinear import share_bond, tail, tt_compose, tt_svd
+from tdcompile.multilinear import precise, share_bond, tail, tt_compose, tt_svd
 from tdcompile.ranks import Ranks
 
 # How many ranks are proposed beside the exact ones, and how many of them are factorised for an estimate.
@@ -90,7 +91,7 @@ class TTLinear(Decomposition):
         """TT-SVD, every bond's scale shared by its two cores; with moments all of it scaled to fit the output best."""
         cores = tt_svd(self._tensor(layer, weight), ranks)
         if moments is not None:
-            scale, _ = OutputMetric(weight, moments.second).scale(self._weight(layer, cores))
+            scale, _ = OutputMetric(weight, moments.metric).scale(self._rows(layer, cores))
             cores[0] = cores[0] * scale
         for k in reversed(range(self.cores - 1)):
             cores[k], cores[k + 1] = share_bond(cores[k], cores[k + 1])
@@ -109,18 +110,18 @@ class TTLinear(Decomposition):
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
         """The energy that the unfoldings leave: the error itself with two cores and no moments, else corrected."""
         tensor = self._tensor(layer, weight)
-        total = float(tensor.square().sum()) + torch.finfo(tensor.dtype).tiny
+        total = energy(tensor.flatten(1)) + torch.finfo(tensor.dtype).tiny
         inner = sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})
         most = [max(ranks) for ranks in zip(*inner, strict=True)]
         tails = [tail(tensor.flatten(0, i).flatten(1), rank) for i, rank in enumerate(most)]
         bounds = [math.sqrt(sum(float(t[r]) for t, r in zip(tails, ranks, strict=True)) / total) for ranks in inner]
-        metric = OutputMetric(weight, moments.second) if moments is not None else None
+        metric = OutputMetric(weight, moments.metric) if moments is not None else None
 
         def truth(index: int) -> float:
             cores = tt_svd(tensor, inner[index])
             if metric is not None:
-                return metric.scale(self._weight(layer, cores))[1]
-            return math.sqrt(max(1 - float(cores[-1].square().sum()) / total, 0.0))
+                return metric.scale(self._rows(layer, cores))[1]
+            return math.sqrt(max(1 - energy(cores[-1].flatten(1)) / total, 0.0))
 
         anchors = spread([1.0] * len(inner), 0.0, ANCHORS) if metric is not None or self.cores > 2 else []
         found = anchored([sum(ranks) for ranks in inner], bounds, anchors, truth)
@@ -137,16 +138,22 @@ class TTLinear(Decomposition):
         return list(zip(reversed(outputs), inputs, strict=True))
 
     def _tensor(self, layer: Layer, weight: Tensor) -> Tensor:
-        """``(t1 c1, ..., td cd)``, float64."""
+        """``(t1 c1, ..., td cd)``: the one copy of the weight that is made of a large one."""
         modes, d = self._modes(layer), self.cores
         split = weight.detach().reshape(*(t for t, _ in modes), *(c for _, c in modes))
         paired = split.permute(*(axis for k in range(d) for axis in (k, d + k)))
-        return paired.to(torch.float64, memory_format=torch.contiguous_format).reshape([t * c for t, c in modes])
+        return precise(paired.reshape([t * c for t, c in modes]))
+
+    def _rows(self, layer: Layer, cores: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The weight that the cores stand for, the rows of one t1 at a time: those of one t1 follow each other."""
+        modes, d, first = self._modes(layer), self.cores, cores[0]
+        shape = [1, modes[0][1], *(size for mode in modes[1:] for size in mode)]
+        for part in first.chunk(modes[0][0], dim=1):
+            paired = tt_compose([part, *cores[1:]]).reshape(shape)
+            yield paired.permute(*range(0, 2 * d, 2), *range(1, 2 * d, 2)).reshape(-1, layer.in_channels)
 
     def _weight(self, layer: Layer, cores: Sequence[Tensor]) -> Tensor:
-        modes, d = self._modes(layer), self.cores
-        paired = tt_compose(cores).reshape([size for mode in modes for size in mode])
-        return paired.permute(*range(0, 2 * d, 2), *range(1, 2 * d, 2)).reshape(layer.weight_shape)
+        return torch.cat(list(self._rows(layer, cores)))
 
 
 class LastCore(Layer):

@@ -1,0 +1,112 @@
+"""A second moment too large to keep: ``Sketch``, low rank plus diagonal, and ``Range``, which gathers it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tdcompile.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """S ≈ F Fᵀ + diag(d), which takes N·(k + 1) figures where S takes N².
+
+    It stands where a matrix S would: ``flat @ sketch``, ``diagonal``, ``shape`` and ``to`` are those of a tensor.
+
+    Attributes:
+        factor: F, ``(N, k)``, with orthogonal columns, longest first.
+        rest: d, ``(N,)``, not negative: what F leaves of the diagonal of S, which is therefore exact.
+    """
+
+    factor: Tensor
+    rest: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of S: ``(N, N)``."""
+        return len(self.rest), len(self.rest)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.rest)
+
+    def __rmatmul__(self, flat: Tensor) -> Tensor:
+        """``flat`` S, for ``flat`` of ``(T, N)``, in its precision."""
+        factor = self.factor.to(flat)
+        return torch.addmm(flat * self.rest.to(flat), flat @ factor, factor.T)
+
+    def diagonal(self) -> Tensor:
+        """Of S, ``(N,)``."""
+        found: Tensor = self.rest + torch.linalg.vecdot(self.factor, self.factor)
+        return found
+
+    def to(self, other: Tensor) -> Sketch:
+        """The same on another tensor's device in its precision."""
+        return Sketch(self.factor.to(other), self.rest.to(other))
+
+    def root(self, extra: float) -> Tensor:
+        """L with L Lᵀ = S + extra·I, ``(N, k + N)``."""
+        return torch.cat([self.factor, torch.diag((self.rest + extra).sqrt())], dim=1)
+
+
+def dense(second: Tensor | Sketch) -> Tensor:
+    """S itself.
+
+    Raises:
+        InputError: there is only a sketch of it.
+    """
+    if isinstance(second, Sketch):
+        raise InputError(
+            f"of the second moment of a layer with {len(second)} inputs only a sketch was kept, which serves svd and "
+            f"tt-linear; another form needs all of it: calibrate{{largest={len(second)}}}"
+        )
+    return second
+
+
+class Range:
+    """Gathers E[x xᵀ] of a stream of x as a randomised Nyström sketch (Tropp et al. 2017, arXiv 1706.05736, alg. 1-3).
+
+    With Ω orthonormal and random, ``(N, k)``, the sum Y = Σ x (xᵀ Ω) is all that is kept, and S ≈ Y (Ωᵀ Y)⁻¹ Yᵀ: never
+    more than S, equal to it where S has rank k or less. The diagonal is summed beside it, exactly, and what the sketch
+    leaves of it stays as ``Sketch.rest`` (this project's completion): inputs keep their whole weight.
+
+    Args:
+        size: N.
+        rank: k.
+        generator: of Ω.
+    """
+
+    def __init__(self, size: int, rank: int, generator: torch.Generator) -> None:
+        probes = torch.randn(size, min(rank, size), dtype=torch.float64, generator=generator)
+        self._probes = torch.linalg.qr(probes).Q
+        self._sum = torch.zeros_like(self._probes)
+        self._squares = torch.zeros(size, dtype=torch.float64)
+        self.seen = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows x, ``(n, N)``."""
+        rows = rows.to(torch.float64)
+        for name in ("_probes", "_sum", "_squares"):
+            setattr(self, name, getattr(self, name).to(rows.device))
+        self._sum.addmm_(rows.T, rows @ self._probes)
+        self._squares += rows.square().sum(0)
+        self.seen += len(rows)
+
+    def result(self) -> Sketch:
+        """The sketch of the mean, float32; the sums are used up."""
+        Y, probes = self._sum.div_(self.seen), self._probes
+        squares = self._squares / self.seen
+        # The shift makes the core definite in the face of round-off; it comes off the eigenvalues again (ibid.).
+        shift = torch.finfo(Y.dtype).eps * float(Y.norm()) + torch.finfo(Y.dtype).tiny ** 0.5
+        Y.add_(probes, alpha=shift)
+        core = probes.T @ Y
+        factor = torch.linalg.solve_triangular(torch.linalg.cholesky((core + core.T) / 2), Y.T, upper=False).T
+        values, vectors = torch.linalg.eigh(factor.T @ factor)
+        values, vectors = values.flip(0), vectors.flip(1)
+        scale = ((values - shift).clamp_min(0) / values.clamp_min(shift)).sqrt()
+        found = ((factor @ vectors) * scale).float()
+        left = squares - torch.linalg.vecdot(found, found).double()
+        return Sketch(found, left.clamp_min(0).float())
