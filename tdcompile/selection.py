@@ -13,6 +13,13 @@ from tdcompile.target import LIMITED, Budget, Cost
 
 Choices = Mapping[str, Candidate]
 _WORD = {field: name for name, field in LIMITED.items()}
+_LEAST_SIGNAL = 0.02  # an error of 1 has a price too, and a solver's scales stay within a few powers of ten
+# What a relative error e of a layer's output costs: its noise over what is left of the signal, its square, or itself.
+LOSSES: Mapping[str, Callable[[float], float]] = {
+    "noise": lambda error: error**2 / max(1.0 - error**2, _LEAST_SIGNAL),
+    "squared": lambda error: error**2,
+    "linear": lambda error: error,
+}
 
 
 def limits_of(candidates: Candidates, budget: Budget) -> dict[str, float]:

@@ -15,20 +15,13 @@ from scipy.sparse import csr_array, hstack, vstack
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.noise import native_output_to_stderr
 from tdcompile.ranks import Candidate, Candidates, RankPlan, RankSelector, pareto, within
-from tdcompile.selection import limits_of, load, settle
+from tdcompile.selection import LOSSES, limits_of, load, settle
 from tdcompile.target import Budget
 
 # HiGHS lets a row be off by 1e-6 and an objective by as much: in these units that is nothing.
 _ROW, _OBJECTIVE = 1e3, 1e4
 _TIE = 1e-6  # what the whole budget is worth in the objective, as a share of the largest possible loss
 _INFEASIBLE = 2
-_LEAST_SIGNAL = 0.02  # an error of 1 has a price too, and the solver's scales stay within a few powers of ten
-LOSSES: Mapping[str, Callable[[float], float]] = {
-    "noise": lambda error: error**2 / max(1.0 - error**2, _LEAST_SIGNAL),
-    "squared": lambda error: error**2,
-    "linear": lambda error: error,
-}
-
 Floats = NDArray[np.float64]
 
 

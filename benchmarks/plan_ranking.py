@@ -1,0 +1,108 @@
+"""How well a predicted loss ranks plans: Kendall's tau between prediction and accuracy over random plans."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import publish
+from scipy.stats import kendalltau
+
+import tdcompile
+from tdcompile.data import load_data
+from tdcompile.network import Network
+from tdcompile.pipeline import Pipeline
+from tdcompile.program import Program
+from tdcompile.ranks import DENSE, Candidates, Importances, RankPlan, RankSelector
+from tdcompile.registry import make
+from tdcompile.selection import LOSSES
+from tdcompile.source import load_weights
+from tdcompile.target import Budget, Target
+from tdcompile.task import Task, accuracy
+
+
+def main(
+    data: Annotated[str, typer.Option(help="parquet:DIR with the images")],
+    weights: Annotated[Path, typer.Option(help="safetensors of the dense network")],
+    network: str = "resnet20",
+    shares: Annotated[str, typer.Option(help="shares of the MACs, comma-separated")] = "0.667,0.5,0.3125",
+    plans: Annotated[int, typer.Option(help="random plans at each share")] = 20,
+    scores: Annotated[str, typer.Option(help="scores, separated by ';'")] = "none;fisher;relative-error",
+    losses: Annotated[str, typer.Option(help="losses of a relative error, comma-separated")] = "noise,squared,linear",
+    after: Annotated[str, typer.Option(help="passes after factorize")] = "recalibrate",
+    tune: Annotated[str, typer.Option(help="none, or options of finetune for a second measurement")] = "none",
+    evaluate: Annotated[int, typer.Option(help="test images of each measurement")] = 10_000,
+    seed: int = 0,
+    json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
+) -> None:
+    """Accuracy here judges predictions, and chooses nothing.
+
+    A random plan is the knapsack's for random importances (log-normal, deviation 1.5) over a random half of the forms.
+    """
+    train, test = load_data(data, (3, 32, 32), "imagenet", seed)
+    module = make(Network, network).build()
+    load_weights(module, weights)
+    program = tdcompile.trace(module, (torch.randn(2, 3, 32, 32),))
+    program = program.with_(task=Task(train, test, source=data), budget=Budget(macs=0.5), seed=seed)
+    program = Pipeline.parse("calibrate,propose").run(program)
+    scored = {}
+    for score in scores.split(";"):
+        begun = time.perf_counter()
+        scored[score] = Pipeline.parse(f"score{{by={score}}}").run(program).facts[Importances].scores
+        print(f"score {score}: {time.perf_counter() - begun:.1f} s", flush=True)
+    found: list[dict[str, Any]] = []
+    for share in map(float, shares.split(",")):
+        for number in range(plans):
+            plan = _random_plan(program, share, program.generator(f"plan/{share}/{number}"))
+            made = program.with_(facts=program.facts.having(plan))
+            made = Pipeline.parse(f"factorize,{after}").run(made)
+            row = {"share": share, "plan": plan, "before": accuracy(made.graph, test, evaluate)}
+            if tune != "none":
+                made = Pipeline.parse(f"finetune{{{tune}}}").run(made)
+                row["tuned"] = accuracy(made.graph, test, evaluate)
+            found.append(row)
+            print(f"{share:g} {number}: {row['before']:.4f} {row.get('tuned', '')}", flush=True)
+    rows = [
+        {"score": score, "loss": loss, **_taus(found, values, loss)}
+        for score, values in scored.items()
+        for loss in losses.split(",")
+    ]
+    publish(f"Kendall's tau of predicted loss and accuracy: {network}, {len(found)} plans", rows, seed, Target(), json)
+
+
+def _random_plan(program: Program, share: float, generator: torch.Generator) -> RankPlan:
+    table = program.facts[Candidates]
+    forms = sorted({option.decomposition for options in table.layers.values() for option in options} - {DENSE})
+    some = {forms[i] for i in torch.randperm(len(forms), generator=generator)[: max(1, len(forms) // 2)]} | {DENSE}
+    layers = {
+        name: tuple(o for o in options if o.decomposition in some or o.decomposition == "svd")
+        for name, options in table.layers.items()
+    }
+    weights = torch.randn(len(layers), generator=generator).mul(1.5).exp().tolist()
+    importances = dict(zip(layers, weights, strict=True))
+    return make(RankSelector, "knapsack").select(replace(table, layers=layers), importances, Budget(macs=share))
+
+
+def _taus(found: list[dict[str, Any]], scores: dict[str, float], loss: str) -> dict[str, Any]:
+    """Tau over all plans, and at each share by itself, where only the choice of layers and forms differs."""
+    price = LOSSES[loss]
+
+    def predicted(plan: RankPlan) -> float:
+        return -sum(scores.get(name, 1.0) * price(choice.error) for name, choice in plan.choices.items())
+
+    taus: dict[str, Any] = {}
+    for moment in ("before", "tuned"):
+        rows = [row for row in found if moment in row]
+        for share in [None, *dict.fromkeys(row["share"] for row in rows)]:
+            some = [row for row in rows if share in (None, row["share"])]
+            tau = kendalltau([predicted(row["plan"]) for row in some], [row[moment] for row in some]).statistic
+            taus[f"{moment} {'all' if share is None else f'at {share:g}'}"] = float(tau)
+    return taus
+
+
+if __name__ == "__main__":
+    typer.run(main)
