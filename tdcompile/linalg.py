@@ -21,8 +21,8 @@ M = TypeVar("M", bound=Tensor | Sketch | None)
 PRECISE = 2048
 # Ridge in units of the mean diagonal of S: directions the calibration data hardly shows keep a little weight.
 RIDGE = 1e-4
-# Entries that are brought to another precision, or multiplied by S, at a time: 32 MB in float64.
-BLOCK = 2**22
+# Entries that are brought to another precision, or multiplied by S, at a time: 16 MB in float64.
+BLOCK = 2**21
 
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
@@ -89,7 +89,9 @@ def leading(flat: Tensor, second: Tensor | Sketch | None, rank: int) -> Tensor:
         inner = root.T @ inner @ root
     right = _eigenvectors(inner)[:, : min(rank, columns)]
     spread = right if root is None else root @ right
-    mapped = torch.cat([block @ spread for block in blocks(flat, spread.dtype)])
+    mapped = spread.new_empty(rows, spread.shape[1])
+    for start, block in zip(range(0, rows, _height(flat)), blocks(flat, spread.dtype), strict=True):
+        mapped[start : start + len(block)] = block @ spread
     left: Tensor = torch.linalg.qr(mapped, mode="complete" if rank > columns else "reduced").Q
     return left[:, :rank]
 

@@ -99,7 +99,7 @@ class Recipe(BaseModel):
             parts += ["rehearse"] if latency else []
         else:
             parts += ["calibrate"]
-        parts += ["factorize", "recalibrate"]
+        parts += ["factorize", "recalibrate", "refit"]
         if self.tune != "none":
             parse_options(self.tune)
             parts += [f"finetune{{{self.tune}}}"]

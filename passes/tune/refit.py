@@ -54,8 +54,8 @@ class Refit(TunePass):
     """
 
     name: ClassVar[str] = "refit"
-    samples: int = 1024
-    places: int = 128
+    samples: int = 2048
+    places: int = 64
     ridge: float = 1e-3
     dense: bool = True
     blocks: bool = True

@@ -129,7 +129,7 @@ def test_an_interrupted_run_goes_on_from_its_last_finished_pass(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tdcompile.compile(network(), X, watch=first, **options)
     resumed = tdcompile.compile(network(), X, watch=second, resume=True, **options)
-    assert first.names[-1] == "recalibrate"
+    assert first.names[-1] == "refit"
     assert second.names[0] == "finetune"
     x = torch.randn(4, 3, 12, 12)
     with torch.no_grad():
