@@ -82,12 +82,12 @@ def leading(flat: Tensor, second: Tensor | Sketch | None, rank: int) -> Tensor:
     """
     rows, columns = flat.shape
     if rows <= columns:
-        return _eigenvectors(_ridged(flat, second))[:, :rank]
+        return _eigenvectors(_ridged(flat, second), rank)
     inner, root = gram(flat, columnwise=True), None
     if second is not None:
         root = root_of(second, ridge(second)).to(inner)
         inner = root.T @ inner @ root
-    right = _eigenvectors(inner)[:, : min(rank, columns)]
+    right = _eigenvectors(inner, min(rank, columns))
     spread = right if root is None else root @ right
     mapped = spread.new_empty(rows, spread.shape[1])
     for start, block in zip(range(0, rows, _height(flat)), blocks(flat, spread.dtype), strict=True):
@@ -116,8 +116,8 @@ def low_rank_errors(flat: Tensor, second: Tensor | Sketch | None) -> Tensor:
         energies: Tensor = torch.linalg.eigvalsh(gram(flat, columnwise=rows > columns)).flip(0)
     elif rows <= columns:
         of_output = weighted_gram(flat, second)
-        vectors = _eigenvectors(of_output + ridge(second) * gram(flat))
-        energies = ((of_output @ vectors) * vectors).sum(0)
+        vectors = torch.linalg.eigh(gram(flat).mul_(ridge(second)).add_(of_output)).eigenvectors
+        energies = torch.linalg.vecdot(of_output @ vectors, vectors, dim=0).flip(0)
     else:
         left = leading(flat, second, columns)
         first = left.new_zeros(columns, columns)
@@ -174,10 +174,10 @@ def _ridged(flat: Tensor, second: Tensor | Sketch | None) -> Tensor:
     return found if second is None else found.add_(gram(flat), alpha=ridge(second))
 
 
-def _eigenvectors(symmetric: Tensor) -> Tensor:
-    """As columns, that of the largest eigenvalue first."""
+def _eigenvectors(symmetric: Tensor, count: int) -> Tensor:
+    """As columns, those of the largest eigenvalues, that of the largest first."""
     vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
-    return vectors.flip(1)
+    return vectors[:, len(vectors) - count :].flip(1)
 
 
 def _height(flat: Tensor) -> int:

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from tdcompile.errors import InputError
 
+# Columns of F that are multiplied at a time: in another precision than theirs all of them would take twice the memory.
+COLUMNS = 128
+
 
 @dataclass(frozen=True)
 class Sketch:
     """S ≈ F Fᵀ + diag(d), which takes N·(k + 1) figures where S takes N².
 
-    It stands where a matrix S would: ``flat @ sketch``, ``diagonal``, ``shape`` and ``to`` are those of a tensor.
+    It stands where a matrix S would: ``flat @ sketch``, ``diagonal``, ``shape``, ``len`` and ``to`` are like a tensor's.
 
     Attributes:
         factor: F, ``(N, k)``, with orthogonal columns, longest first.
@@ -34,9 +37,12 @@ class Sketch:
         return len(self.rest)
 
     def __rmatmul__(self, flat: Tensor) -> Tensor:
-        """``flat`` S, for ``flat`` of ``(T, N)``, in its precision."""
-        factor = self.factor.to(flat)
-        return torch.addmm(flat * self.rest.to(flat), flat @ factor, factor.T)
+        """``flat`` S, for ``flat`` of ``(T, N)``, in its precision; F is brought to that a few columns at a time."""
+        found = flat * self.rest.to(flat)
+        for part in self.factor.chunk(max(1, self.factor.shape[1] // COLUMNS), dim=1):
+            part = part.to(flat)
+            found.addmm_(flat @ part, part.T)
+        return found
 
     def diagonal(self) -> Tensor:
         """Of S, ``(N,)``."""
@@ -44,8 +50,8 @@ class Sketch:
         return found
 
     def to(self, other: Tensor) -> Sketch:
-        """The same on another tensor's device in its precision."""
-        return Sketch(self.factor.to(other), self.rest.to(other))
+        """The same on another tensor's device, in its own precision."""
+        return Sketch(self.factor.to(other.device), self.rest.to(other.device))
 
     def root(self, extra: float) -> Tensor:
         """L with L Lᵀ = S + extra·I, ``(N, k + N)``."""

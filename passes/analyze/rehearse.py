@@ -67,6 +67,8 @@ class Rehearse(AnalysisPass):
         candidates = _corrected(candidates, in_dense)
         with contextlib.suppress(BudgetError):  # the first prices found a plan: it is tried before it is given up
             plan = self._again(program, candidates, plan, aim)
+        if all(choice.decomposition == DENSE for choice in plan.choices.values()):
+            return plan, Rehearsal(())  # the dense network is as fast as it is; a measurement would only say noise
         back: dict[str, Refusal] = {}
         tried: list[tuple[Round, RankPlan]] = []
         bias = 1.0

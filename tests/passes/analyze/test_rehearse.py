@@ -96,6 +96,7 @@ def test_all_of_the_dense_latency_is_kept_by_the_dense_network_itself(program, m
     pretend(monkeypatch, {"0": 1.0, "2": 1.0})
     facts = rehearse.Rehearse().run(program.with_(budget=tdcompile.Budget(latency=1.0))).facts
     assert {c.decomposition for c in facts[RankPlan].choices.values()} == {DENSE}
+    assert facts[Rehearsal].rounds == ()
 
 
 @pytest.mark.parametrize("factor", [0.001, 30.0])
