@@ -117,13 +117,16 @@ def low_rank_errors(flat: Tensor, second: Tensor | Sketch | None) -> Tensor:
     elif rows <= columns:
         of_output = weighted_gram(flat, second)
         vectors = torch.linalg.eigh(gram(flat).mul_(ridge(second)).add_(of_output)).eigenvectors
-        energies = torch.linalg.vecdot(of_output @ vectors, vectors, dim=0).flip(0)
+        energies = vectors.mul_(of_output @ vectors).sum(0).flip(0)
     else:
-        left = leading(flat, second, columns)
-        first = left.new_zeros(columns, columns)
-        for start, block in zip(range(0, rows, _height(flat)), blocks(flat, left.dtype), strict=True):
-            first.addmm_(left[start : start + len(block)].T, block)
-        energies = ((first @ second.to(first)) * first).sum(1)
+        inner = gram(flat, columnwise=True)
+        root = root_of(second, ridge(second)).to(inner)
+        values, vectors = torch.linalg.eigh(root.T @ inner @ root)
+        squares, right = values.flip(0)[:columns].clamp(min=0), vectors[:, -columns:].flip(1)
+        # With u = W L v / σ the energy of a component is uᵀ W S Wᵀ u, and the ridge takes it no higher than σ².
+        mapped = (inner @ (root @ right)).T
+        energies = ((mapped @ second.to(inner)) * mapped).sum(1) / squares.clamp(min=torch.finfo(squares.dtype).tiny)
+        energies = energies.minimum(squares)
     tails = energies.double().clamp(min=0).flip(0).cumsum(0).flip(0)
     return (torch.cat([tails, tails.new_zeros(1)]) / tails[0].clamp(min=torch.finfo(tails.dtype).tiny)).sqrt()
 

@@ -17,7 +17,7 @@ COLUMNS = 128
 class Sketch:
     """S ≈ F Fᵀ + diag(d), which takes N·(k + 1) figures where S takes N².
 
-    It stands where a matrix S would: ``flat @ sketch``, ``diagonal``, ``shape``, ``len`` and ``to`` are like a tensor's.
+    It stands where a matrix would: ``flat @ sketch``, ``diagonal``, ``shape``, ``len`` and ``to`` are like a tensor's.
 
     Attributes:
         factor: F, ``(N, k)``, with orthogonal columns, longest first.

@@ -16,6 +16,7 @@ from tdcompile.errors import InputError
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program
 from tdcompile.ranks import RankPlan
+from tdcompile.sketch import Sketch
 from tdcompile.surgery import outputs_of
 from tdcompile.task import Batch, Samples, Task
 
@@ -71,6 +72,20 @@ def test_moments_come_back_bit_for_bit(programs: tuple[Program, Program], tmp_pa
     for name, moments in expected.moments.items():
         assert torch.equal(got.moments[name].second, moments.second)
         assert got.moments[name].samples == moments.samples
+
+
+def test_a_sketch_comes_back_beside_full_moments(programs: tuple[Program, Program], tmp_path: Path) -> None:
+    before = Pipeline.parse("calibrate{largest=300,sketch=8}").run(programs[0])
+    Checkpoint(tmp_path, "key").save(before, 1, {}, None)
+    restored = Checkpoint(tmp_path, "key").restore(programs[0])
+    assert restored is not None
+    got, expected = restored[0].facts[Calibration].moments, before.facts[Calibration].moments
+    sketched = {name for name, moments in expected.items() if isinstance(moments.metric, Sketch)}
+    assert 0 < len(sketched) < len(expected)
+    for name, moments in expected.items():
+        weight = torch.eye(len(moments.metric), dtype=torch.float64)
+        assert torch.equal(weight @ got[name].metric, weight @ moments.metric)
+        assert isinstance(got[name].metric, Sketch) == (name in sketched)
 
 
 def test_the_last_state_stands_and_can_be_dropped(programs: tuple[Program, Program], tmp_path: Path) -> None:

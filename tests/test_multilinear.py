@@ -105,6 +105,18 @@ def test_components_that_grow_and_cancel_are_refitted(monkeypatch: pytest.Monkey
     assert component_norm(cp_als(tensor, diverging, 30)) > DEGENERATE * float(tensor.norm())
 
 
+def test_a_large_tensor_keeps_its_precision_and_is_fitted_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = random(40, 50).float()
+    cores = tt_svd(tensor, (7,))
+    assert cores[0].dtype == torch.float64
+    monkeypatch.setattr(multilinear, "LARGE", 1999)
+    large = tt_svd(tensor, (7,))
+    assert large[0].dtype == torch.float32
+    assert error(tensor, tt_compose(large)) == pytest.approx(error(tensor, tt_compose(cores)), rel=1e-5)
+    assert tt_svd(tensor.half(), (7,))[0].dtype == torch.float32
+    assert tt_svd(tensor.double(), (7,))[0].dtype == torch.float64
+
+
 def test_an_empty_weight_is_no_trouble() -> None:
     tensor = torch.zeros(4, 5, 3, dtype=torch.float64)
     assert float(cp_compose(cp_als(tensor, start(tensor, 2), 3)).norm()) == 0.0

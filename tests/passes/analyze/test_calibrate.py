@@ -7,6 +7,7 @@ from torch import nn
 
 import tdcompile
 from tdcompile.calibration import Calibration
+from tdcompile.errors import InputError
 from tdcompile.passes.analyze.calibrate import Calibrate
 from tdcompile.task import Batch, Samples
 
@@ -65,6 +66,26 @@ def test_only_so_many_patches_are_read_and_they_are_near_the_whole():
     some, whole = (moments(conv, samples, patches=n).moments["0"] for n in (4000, 10**9))
     assert some.samples <= 4000 < whole.samples
     assert float((some.second - whole.second).norm() / whole.second.norm()) < 0.2
+
+
+@pytest.mark.parametrize("wide", [nn.Linear(40, 6), nn.Conv2d(40, 6, 1)], ids=["linear", "1x1"])
+def test_a_wide_layer_of_one_tap_gets_a_sketch(wide):
+    samples = Drawn(90, 40) if isinstance(wide, nn.Linear) else Drawn(20, 40, 5, 5)
+    rows = samples.x if isinstance(wide, nn.Linear) else samples.x.movedim(1, -1).reshape(-1, 40)
+    exact = rows.double().T @ rows.double() / len(rows)
+    for rank, near in ((40, 1e-5), (10, 0.6)):
+        found = moments(wide, samples, largest=39, sketch=rank, batch=16).moments["0"]
+        assert (found.samples, found.metric.factor.shape) == (len(rows), (40, rank))
+        whole = torch.eye(40, dtype=torch.float64) @ found.metric
+        torch.testing.assert_close(whole.diagonal(), exact.diagonal(), rtol=1e-4, atol=1e-5)
+        assert float((whole - exact).norm() / exact.norm()) < near
+    assert isinstance(moments(wide, samples, largest=40).moments["0"].metric, torch.Tensor)
+
+
+@pytest.mark.parametrize("option", ["patches", "largest", "sketch", "batch"])
+def test_options_below_one_are_refused(option):
+    with pytest.raises(InputError, match="at least 1"):
+        Calibrate(**{option: 0})
 
 
 def test_large_and_grouped_layers_are_left_out_with_a_reason():

@@ -1,12 +1,16 @@
 """``cp``: the three-layer CP of a convolution."""
 
+import logging
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
+from tdcompile import polyadic
 from tdcompile.decomposition import relative_error
+from tdcompile.degeneracy import sensitivity
+from tdcompile.errors import InputError
 from tdcompile.layer import Layer, Moments
 from tdcompile.passes.decompose.cp import CP
 
@@ -112,6 +116,40 @@ def test_data_lowers_the_error_of_the_output() -> None:
         for seen in (None, moments)
     )
     assert aware < 0.95 * plain
+
+
+@pytest.mark.parametrize("aware", [False, True], ids=["plain", "data"])
+def test_correction_lowers_the_sensitivity_for_a_bounded_error(aware: bool) -> None:
+    layer = layer_of(32, 24)
+    weight, moments = weight_of(layer), moments_of(layer) if aware else None
+    errors, sensitivities = [], []
+    for growth in (1.0, 1.02, 1.1):
+        form = CP(correct=growth)
+        factors = form.factorize(layer, weight, (40,), moments)
+        errors.append(relative_error(weight, form.reconstruct(layer, factors), moments))
+        *others, last = (factor.flatten(1) for factor in factors)
+        sensitivities.append(sensitivity([last, *(other.T for other in others)]))
+        assert errors[-1] <= growth * errors[0] * (1 + 1e-5)
+        (told,) = form.errors(layer, weight, [(40,)], moments)
+        assert -0.02 <= told - errors[-1] <= 0.1
+    assert sensitivities == sorted(sensitivities, reverse=True)
+    assert sensitivities[1] < 0.8 * sensitivities[0]
+
+
+def test_a_cp_that_stays_degenerate_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    layer = layer_of(16, 12)
+    for limit, told in ((10.0, False), (0.1, True)):
+        monkeypatch.setattr(polyadic, "DEGENERATE", limit)
+        with caplog.at_level(logging.INFO, "tdcompile"):
+            CP().factorize(layer, weight_of(layer), (20,), None)
+        assert ("rank 20 of a 12x16x9 weight stays degenerate" in caplog.text) == told
+
+
+@pytest.mark.parametrize("growth", ["0.9", "inf", "nan"])
+def test_an_error_cannot_be_asked_to_shrink(growth: str) -> None:
+    with pytest.raises(InputError, match="a number from 1 up"):
+        CP.from_options({"correct": growth})
+    assert CP.from_options({"correct": "1.0"}).correct == 1.0
 
 
 def test_the_same_weight_gives_the_same_factors_bit_for_bit() -> None:

@@ -1,0 +1,85 @@
+"""What is alive at once while a large linear layer is factorised, counted tensor by tensor."""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tdcompile.decomposition import Decomposition
+from tdcompile.layer import Layer, Moments
+from tdcompile.passes.decompose.svd import SVD
+from tdcompile.passes.decompose.tt_linear import TTLinear
+from tdcompile.sketch import Sketch
+
+WIDE, TALL = Layer("linear", 8192, 2048), Layer("linear", 1024, 16384)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors that operations have made and that are still there, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users: Counter[int] = Counter()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes():
+                place, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+                if place in self.users or place not in given:  # not a view of what was there before
+                    self.now += 0 if self.users[place] else size
+                    self.users[place] += 1
+                    weakref.finalize(tensor, self.gone, place, size)
+        self.most = max(self.most, self.now)
+        return made
+
+    def gone(self, place: int, size: int) -> None:
+        self.users[place] -= 1
+        if not self.users[place]:
+            del self.users[place]
+            self.now -= size
+
+
+def peak(work: Callable[[], object]) -> int:
+    alive = Alive()
+    with alive:
+        work()
+    return alive.most
+
+
+def test_the_count_is_right() -> None:
+    x = torch.zeros(1000)
+
+    def work() -> None:
+        y = x + 1  # 4 kB
+        z = y.reshape(10, 100) * 2  # 8 kB
+        del y
+        z = z.double()  # 12 kB
+        z.add_(1)
+
+    assert peak(work) == 12000
+
+
+@pytest.mark.parametrize("data", [False, True], ids=["plain", "sketch"])
+@pytest.mark.parametrize(
+    ("form", "layer", "ranks"),
+    [(SVD(), WIDE, (256,)), (SVD(), TALL, (256,)), (TTLinear(), WIDE, (64,)), (TTLinear(), TALL, (64,))],
+    ids=["svd, wide", "svd, tall", "tt-linear, wide", "tt-linear, tall"],
+)
+def test_beside_the_weight_there_is_less_than_twice_as_much(
+    form: Decomposition, layer: Layer, ranks: tuple[int, ...], data: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(layer.weight_shape, generator=generator)
+    inputs = layer.in_channels
+    moments = Moments(Sketch(torch.randn(inputs, 64, generator=generator), torch.ones(inputs)), 64) if data else None
+    own = weight.numel() * weight.element_size()
+    assert peak(lambda: form.factorize(layer, weight, ranks, moments)) < 2 * own
+    assert peak(lambda: form.errors(layer, weight, [ranks, form.exact_ranks(layer)], moments)) < 2 * own
