@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -105,6 +106,54 @@ def full_ranks(options: Sequence[Candidate], spectra: Mapping[str, Spectrum]) ->
         max(rank, min(spectra[mode].rows, spectra[mode].columns)) if mode in spectra else rank
         for rank, mode in zip(largest, modes, strict=True)
     )
+
+
+def weighted(importances: Mapping[str, float], price: Callable[[float], float]) -> Callable[[str, Candidate], float]:
+    """The loss of a candidate: its layer's importance, 1 where none is known, times the price of its error.
+
+    Raises:
+        InputError: an importance is negative or not finite.
+    """
+    if not all(math.isfinite(value) and value >= 0 for value in importances.values()):
+        raise InputError("an importance is negative or not finite: every layer's is at least 0")
+    return lambda name, option: importances.get(name, 1.0) * price(option.error)
+
+
+def filled(
+    choices: Choices, candidates: Candidates, loss: Callable[[str, Candidate], float], limits: Mapping[str, float]
+) -> dict[str, Candidate]:
+    """The choices after what room the limits leave is used, one layer at a time, by what lowers the loss most for it.
+
+    Args:
+        choices: a plan within the limits.
+        candidates: what prices them.
+        loss: of a layer's candidate.
+        limits: by field of ``Cost``.
+    """
+    made, cost = dict(choices), candidates.cost(choices)
+
+    def best(name: str) -> tuple[float, str, int] | None:
+        here, paid = loss(name, made[name]), load(made[name].cost, limits)
+        steps = [
+            ((loss(name, option) - here) / max(load(option.cost, limits) - paid, 1e-15), name, place)
+            for place, option in enumerate(candidates.layers[name])
+            if math.isfinite(option.error)
+            and loss(name, option) < here
+            and within(cost - made[name].cost + option.cost, limits)
+        ]
+        return min(steps, default=None)
+
+    steps = [step for step in map(best, made) if step]
+    heapq.heapify(steps)
+    while steps:
+        _, name, place = heapq.heappop(steps)
+        option = candidates.layers[name][place]
+        if loss(name, option) < loss(name, made[name]) and within(cost - made[name].cost + option.cost, limits):
+            cost, made[name] = cost - made[name].cost + option.cost, option
+        following = best(name)
+        if following:
+            heapq.heappush(steps, following)
+    return made
 
 
 def settle(

@@ -13,7 +13,7 @@ from tdcompile.registry import find, make
 from tdcompile.target import Budget, Cost
 
 SELECTORS = sorted(find(RankSelector))
-EXPECTED = {"uniform", "energy", "equal-error", "vbmf", "knapsack"}
+EXPECTED = {"uniform", "energy", "equal-error", "vbmf", "knapsack", "lagrangian", "greedy", "lwiq"}
 SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

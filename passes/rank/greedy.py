@@ -1,0 +1,65 @@
+"""``greedy``: from the dense network down, always the step that loses least for what it saves."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from tdcompile.ranks import Candidate, Candidates, RankPlan, RankSelector, within
+from tdcompile.selection import LOSSES, filled, gainful, limits_of, load, settle, weighted
+from tdcompile.target import Budget
+
+
+@dataclass(frozen=True)
+class Greedy(RankSelector):
+    """Steepest descent: the step of least Σ importance · loss for each share of the limits saved, until they are met.
+
+    A step takes one layer to any cheaper candidate. What the last step saved too much is then filled again.
+
+    Attributes:
+        loss: what a relative error costs, as in ``knapsack``.
+    """
+
+    name: ClassVar[str] = "greedy"
+    loss: Literal["noise", "squared", "linear"] = "noise"
+
+    def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
+        """See ``RankSelector.select``."""
+        limits = limits_of(candidates, budget)
+        loss = weighted(importances, LOSSES[self.loss])
+        choices = {name: options[0] for name, options in candidates.layers.items()}
+        rows = {name: gainful(options, limits) for name, options in candidates.layers.items()}
+        cost, steps = (
+            candidates.cost(choices),
+            [s for s in (_step(n, choices[n], rows[n], loss, limits) for n in rows) if s],
+        )
+        heapq.heapify(steps)
+        while steps and not within(cost, limits):
+            _, name, place = heapq.heappop(steps)
+            taken = rows[name][place]
+            cost, choices[name] = cost - choices[name].cost + taken.cost, taken
+            following = _step(name, taken, rows[name], loss, limits)
+            if following:
+                heapq.heappush(steps, following)
+        if within(candidates.cost(choices), limits):
+            choices = filled(choices, candidates, loss, limits)
+        return settle(self, candidates, budget, choices)
+
+
+def _step(
+    name: str,
+    current: Candidate,
+    options: Sequence[Candidate],
+    loss: Callable[[str, Candidate], float],
+    limits: Mapping[str, float],
+) -> tuple[float, str, int] | None:
+    """The best step from a candidate to a cheaper one: what it loses for what it saves, and where it leads."""
+    here, paid = loss(name, current), load(current.cost, limits)
+    steps = [
+        ((loss(name, option) - here) / (paid - load(option.cost, limits)), name, place)
+        for place, option in enumerate(options)
+        if load(option.cost, limits) < paid
+    ]
+    return min(steps, default=None)

@@ -1,0 +1,89 @@
+"""``lwiq``: energy ranks times layer importance times one factor, which a budget decides (arXiv 2408.01534)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tdcompile.errors import InputError
+from tdcompile.ranks import Candidate, Candidates, RankPlan, RankSelector, within
+from tdcompile.selection import LOSSES, filled, first_fit, gainful, limits_of, load, settle, weighted
+from tdcompile.target import Budget
+
+_PREFERRED = ("tt", "svd", "tt-linear")  # the paper's tensor train, and what a layer has that no train fits
+_LEVELS, _LARGEST = 400, 64.0
+
+
+@dataclass(frozen=True)
+class LwiqRanks(RankSelector):
+    """Ranks s · q^p · R for every layer: base rank R, importance q, and one factor s that meets the budget.
+
+    R is the smallest rank whose error is at most ``error``, q the importance in units of the largest, s comes from
+    bisection; nothing is measured again for another budget. What the budget then leaves is filled with the steps of
+    most importance · loss for their cost. The paper leaves base ranks, exponent and fill open: this is our completion.
+
+    Attributes:
+        error: of the base ranks, relative.
+        power: p, how strongly importance stretches ranks.
+        fill: whether to use what the budget leaves.
+    """
+
+    name: ClassVar[str] = "lwiq"
+    error: float = 0.3
+    power: float = 0.5
+    fill: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises InputError where an option is out of its range."""
+        if not 0 < self.error < 1 or self.power < 0:
+            raise InputError(f"'{self.spec()}': error is a share in (0, 1), power at least 0")
+
+    def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
+        """See ``RankSelector.select``."""
+        limits = limits_of(candidates, budget)
+        largest = max((importances.get(name, 1.0) for name in candidates.layers), default=1.0) or 1.0
+        paths = {name: _path(options, limits) for name, options in candidates.layers.items()}
+        wanted = {
+            name: self._base(path) * (importances.get(name, 1.0) / largest) ** self.power
+            for name, path in paths.items()
+            if path
+        }
+
+        def plan(factor: float) -> dict[str, Candidate]:
+            return {
+                name: _at(path, factor * wanted[name]) if path else candidates.layers[name][0]
+                for name, path in paths.items()
+            }
+
+        # Geometric: a rank grows by a hundredth from one factor to the next, from far above the ranks to far below.
+        factors = [_LARGEST * 2.0 ** (-12 * i / _LEVELS) for i in range(_LEVELS + 1)]
+        choices: Mapping[str, Candidate] = first_fit(plan, [*factors, 0.0], candidates, limits)
+        if self.fill and within(candidates.cost(choices), limits):
+            choices = filled(choices, candidates, weighted(importances, LOSSES["noise"]), limits)
+        return settle(self, candidates, budget, choices)
+
+    def _base(self, path: Sequence[Candidate]) -> float:
+        """R, as the sum over a candidate's ranks, which is in proportion to them along a path."""
+        return float(sum(next((o for o in path if o.error <= self.error), path[-1]).ranks))
+
+
+def _path(options: Sequence[Candidate], limits: Mapping[str, float]) -> list[Candidate]:
+    """The candidates of one form that are cheaper than dense, ranks rising and errors falling."""
+    saving = gainful(options, limits)
+    forms = {option.decomposition.partition("{")[0]: option.decomposition for option in saving}
+    form = next((forms[name] for name in _PREFERRED if name in forms), None)
+    form = form or next(iter(sorted(forms.values())), None)
+    path: list[Candidate] = []
+    for option in sorted(
+        (option for option in saving if option.decomposition == form),
+        key=lambda option: (load(option.cost, limits), option.error),
+    ):
+        if not path or (option.error < path[-1].error and sum(option.ranks) > sum(path[-1].ranks)):
+            path.append(option)
+    return path
+
+
+def _at(path: Sequence[Candidate], ranks: float) -> Candidate:
+    """The largest candidate whose ranks are at most these; the smallest one where all are larger."""
+    return next((option for option in reversed(path) if sum(option.ranks) <= ranks), path[0])
