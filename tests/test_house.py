@@ -29,7 +29,7 @@ FLOORS = [
         "polyadic",
         "selection",
     ],
-    ["registry", "pipeline", "planfile", "training", "tables"],
+    ["registry", "divergence", "trial", "pipeline", "planfile", "training", "tables"],
     [
         "tracing",
         "export",

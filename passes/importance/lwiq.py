@@ -1,0 +1,185 @@
+"""``lwiq``: what each layer adds to what a classifier imprinted on its activations knows (arXiv 2408.01534)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from tdcompile.errors import InputError
+from tdcompile.importance import Importance, normalised
+from tdcompile.kinds import tick
+from tdcompile.program import Program, Site, sites
+from tdcompile.surgery import calls_of, module_at, only_user
+from tdcompile.task import Batch, Samples
+
+# What stands behind a layer without being one: its norm, its activation, its dropout.
+_BEHIND = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
+    *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.Sigmoid),
+    *(nn.Dropout, nn.Dropout2d, nn.Identity),
+)
+_BEHIND_CALLS = (F.relu, torch.relu, F.gelu, F.silu, F.leaky_relu, torch.tanh, torch.sigmoid, "relu", "relu_", "tanh")
+
+
+@dataclass(frozen=True)
+class Lwiq(Importance):
+    """Layer-wise imprinting: the gain in proxy accuracy over each layer, from one pass without gradients.
+
+    Behind every layer's activation a classifier is imprinted: activations are averaged over a d x d grid,
+    d = round(√(embedding / channels)), and the weight of a class is the normalised mean of its samples (Elkerdawy et
+    al. 2020). Its accuracy, on samples that were not imprinted, less that of what the layer reads is the layer's gain;
+    in a residual network a block's first layer reads the sum of the block before (our completion). The score is
+    eps + gain / largest gain, with negative gains as zero, brought to mean 1.
+
+    Attributes:
+        embedding: how long an activation's vector is to be.
+        samples: how many training samples are imprinted; by default as many as calibration reads.
+        judged: how many others the accuracy is of, as a share of those.
+        cosine: normalise activations too.
+        reading: ``gain``, or ``accuracy`` behind the layer itself.
+        eps: the score of a layer without gain, before scaling.
+    """
+
+    name: ClassVar[str] = "lwiq"
+    embedding: int = 512
+    samples: int | None = None
+    judged: float = 0.5
+    cosine: bool = False
+    reading: Literal["gain", "accuracy"] = "gain"
+    eps: float = 0.1
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        """Raises InputError where an option is out of its range."""
+        if self.embedding < 1 or not self.judged > 0 or self.eps < 0 or self.batch < 1:
+            raise InputError(f"'{self.spec()}': embedding and batch at least 1, judged above 0, eps at least 0")
+
+    @torch.no_grad()
+    def score(self, program: Program) -> Mapping[str, float]:
+        """See ``Importance.score``.
+
+        Raises:
+            InputError: there are no labels, or a class has no sample among those that are imprinted.
+        """
+        imprinted, others = self._split(program)
+        found = sites(program)
+        points = {name: _points(program.graph, site) for name, site in found.items()}
+        proxies = {node: _Proxy(self.embedding, self.cosine) for pair in points.values() for node in pair if node}
+        total, done = len(imprinted) + len(others), 0
+        for samples, imprint in ((imprinted, True), (others, False)):
+            for batch in samples.batches(self.batch):
+                _Tapped(program.graph, proxies, batch).run(*batch.inputs)
+                done += len(batch.inputs[0])
+                tick(done, total, "samples")
+            for proxy in proxies.values() if imprint else ():
+                proxy.settle(samples.classes or 0)
+        chance = 1 / (imprinted.classes or 1)
+        gains = {}
+        for name, (before, behind) in points.items():
+            after = proxies[behind].accuracy if behind else chance
+            level = proxies[before].accuracy if before else chance
+            gains[name] = after if self.reading == "accuracy" else max(after - level, 0.0)
+        most = max(gains.values(), default=0.0) or 1.0
+        return normalised({name: self.eps + gain / most for name, gain in gains.items()})
+
+    def _split(self, program: Program) -> tuple[Samples, Samples]:
+        """Samples to imprint and others to judge by, both of the training part."""
+        train = program.task.train
+        if train is None or train.classes is None:
+            raise InputError("the importance 'lwiq' imprints classes: give labelled data, or take 'noise' or 'none'")
+        first = min(self.samples or program.task.calibrate, math.floor(len(train) / (1 + self.judged)))
+        second = min(math.ceil(first * self.judged), len(train) - first)
+        if first < 1 or second < 1:
+            raise InputError(f"the importance 'lwiq' needs samples to imprint and others to judge by, not {len(train)}")
+        order = torch.randperm(len(train), generator=program.generator(self.name)).tolist()
+        return train.subset(order[:first]), train.subset(order[first : first + second])
+
+
+@dataclass
+class _Proxy:
+    """An imprinted classifier."""
+
+    embedding: int
+    cosine: bool
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
+    right: int = 0
+    seen: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """On the samples judged so far."""
+        return self.right / max(self.seen, 1)
+
+    def take(self, x: Tensor, labels: Tensor) -> None:
+        """Add activations to their classes, or judge them once the weights are settled."""
+        z = self._embedded(x)
+        if self.weights is None:
+            for label in set(labels.tolist()):
+                here = z[labels == label].double().sum(0)
+                self.sums[label] = self.sums[label] + here if label in self.sums else here
+        else:
+            self.right += int(((z @ self.weights.T).argmax(1) == labels).sum())
+            self.seen += len(labels)
+
+    def settle(self, classes: int) -> None:
+        """Class means, normalised, are the weights: sums do as well."""
+        missing = [label for label in range(classes) if label not in self.sums]
+        if missing:
+            raise InputError(
+                f"the importance 'lwiq' found no sample of class {missing[0]} among those it imprints: "
+                "raise --calibrate or give lwiq{samples=…}"
+            )
+        self.weights = F.normalize(torch.stack([self.sums[label] for label in range(classes)]), dim=1).float()
+        self.sums = {}
+
+    def _embedded(self, x: Tensor) -> Tensor:
+        """``(N, at most about embedding)``."""
+        if x.ndim == 4:
+            side = max(1, round(math.sqrt(self.embedding / x.shape[1])))
+            x = F.adaptive_avg_pool2d(x, (min(side, x.shape[2]), min(side, x.shape[3])))
+        elif x.ndim == 3:  # tokens
+            x = x.mean(1)
+        z = x.flatten(1).float()
+        return F.normalize(z, dim=1) if self.cosine else z
+
+
+class _Tapped(fx.Interpreter):
+    """Runs the network once and hands the values of some nodes to their proxies."""
+
+    def __init__(self, graph: fx.GraphModule, proxies: Mapping[fx.Node, _Proxy], batch: Batch) -> None:
+        super().__init__(graph)
+        assert batch.labels is not None  # ``_split`` has looked
+        self._proxies, self._labels = proxies, batch.labels
+
+    def run_node(self, n: fx.Node) -> object:
+        value = super().run_node(n)
+        if n in self._proxies and isinstance(value, Tensor):
+            self._proxies[n].take(value, self._labels)
+        return value
+
+
+def _points(graph: fx.GraphModule, site: Site) -> tuple[fx.Node | None, fx.Node | None]:
+    """The nodes whose values a layer reads and, behind its activation, gives; None for the network's own input.
+
+    A layer inside a module that could not be traced is judged by that module.
+    """
+    calls: Sequence[fx.Node] = calls_of(graph, site.name if site.inner is None else site.inner)
+    if not calls:
+        return None, None
+    before, behind = calls[0].args[0] if calls[0].args else None, calls[-1]
+    while (follower := only_user(behind)) is not None and _is_behind(graph, follower):
+        behind = follower
+    if not isinstance(before, fx.Node) or before.op == "placeholder":
+        return None, behind
+    return before, behind
+
+
+def _is_behind(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(module_at(graph, node), _BEHIND) or node.target in _BEHIND_CALLS

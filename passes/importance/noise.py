@@ -1,0 +1,85 @@
+"""``noise``: how far the answers move when one layer's output is disturbed a little, for each layer in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tdcompile.divergence import answers, divergence, drawn
+from tdcompile.errors import InputError
+from tdcompile.importance import Importance, normalised
+from tdcompile.kinds import tick
+from tdcompile.program import Program, sites
+
+
+@dataclass(frozen=True)
+class Noise(Importance):
+    """KL of the dense answers to those with one layer's output disturbed, for each unit of squared relative error.
+
+    The disturbance is the output's own deviation from its mean, taken from another sample and another place of the
+    batch and scaled: noise of the output's own covariance, which is what a factorisation leaves behind, without any
+    factorisation (this project's own). No labels are needed; outputs that are no class scores count by their squares.
+
+    Attributes:
+        error: relative size of the disturbance.
+        samples: how many training samples are read, once for each layer.
+    """
+
+    name: ClassVar[str] = "noise"
+    error: float = 0.2
+    samples: int = 256
+
+    def __post_init__(self) -> None:
+        """Raises InputError where an option is out of its range."""
+        if not self.error > 0 or self.samples < 2:
+            raise InputError(f"'{self.spec()}': error is above 0, samples at least 2")
+
+    @torch.no_grad()
+    def score(self, program: Program) -> Mapping[str, float]:
+        """See ``Importance.score``."""
+        batches = drawn(program, self.samples, self.name, "the importance 'noise'")
+        wanted, found = answers(program.graph, batches), sites(program)
+        scores = {}
+        for done, (name, site) in enumerate(found.items(), start=1):
+            disturb = _Disturb(self.error, program.generator(f"noise/{name}"))
+            hook = site.module.register_forward_hook(disturb)
+            try:
+                scores[name] = divergence(wanted, answers(program.graph, batches)) / disturb.squared
+            finally:
+                hook.remove()
+            tick(done, len(found), name)
+        return normalised(scores)
+
+
+class _Disturb:
+    """A forward hook that adds noise of the output's own covariance, and knows how large it was."""
+
+    def __init__(self, error: float, generator: torch.Generator) -> None:
+        self._error, self._generator = error, generator
+        self._added, self._whole = 0.0, 0.0
+
+    @property
+    def squared(self) -> float:
+        """The squared relative error of what was added; that asked for where the output is zero."""
+        return self._added / self._whole if self._whole > 0 and self._added > 0 else self._error**2
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """The output and a share of the deviations of others."""
+        channel = output.ndim - 1 if isinstance(module, nn.Linear) else 1
+        rows = output.movedim(channel, -1).reshape(-1, output.shape[channel])
+        bias = module.bias if isinstance(module.bias, Tensor) else rows.new_zeros(())
+        deviation = rows - rows.mean(0)
+        energy, spread = float((rows - bias).square().sum()), float(deviation.square().sum())
+        if not spread > 0:
+            return output
+        noise = deviation[torch.randperm(len(rows), generator=self._generator).to(rows.device)]
+        noise = noise * (self._error * (energy / spread) ** 0.5)
+        self._added += float(noise.square().sum())
+        self._whole += energy
+        shape = output.movedim(channel, -1).shape
+        disturbed: Tensor = output + noise.reshape(shape).movedim(-1, channel)
+        return disturbed

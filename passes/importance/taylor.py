@@ -1,0 +1,128 @@
+"""``taylor``: the loss change that gradients foretell for a layer's own truncation, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdcompile.divergence import drawn
+from tdcompile.errors import InputError
+from tdcompile.importance import Importance, normalised
+from tdcompile.kinds import tick
+from tdcompile.layer import owner
+from tdcompile.program import Program, sites
+from tdcompile.task import logits
+from tdcompile.trial import FORMS, Trial, trials
+
+
+@dataclass(frozen=True)
+class Taylor(Importance):
+    """Mean |⟨g, δ⟩| over samples, for each unit of squared relative error: δ is what truncation changes in the output.
+
+    Pruning scores of first order are gradient times weight (Molchanov et al. 2017, 1611.06440); here the change is that
+    of a truncation at a share of the weights, and g the gradient of the loss in the layer's output. Order 2
+    takes ½ E⟨g, δ⟩², the second-order term with the empirical Fisher information as the Hessian. Dividing by the
+    squared relative error makes it a price that selectors multiply by a loss (this project's completion).
+
+    The loss is cross-entropy on the labels, and without labels on classes drawn from the network's own answers.
+
+    Attributes:
+        share: of the layer's weights that the truncation keeps.
+        order: 1 or 2.
+        samples: how many training samples are read; by default as many as calibration does.
+        batch: samples in one pass; memory grows with it, the score does not change.
+        forms: decompositions; a layer takes the first that applies to it, and counts nothing where none does.
+    """
+
+    name: ClassVar[str] = "taylor"
+    share: float = 0.5
+    order: int = 2
+    samples: int | None = None
+    batch: int = 32
+    forms: tuple[str, ...] = FORMS
+
+    def __post_init__(self) -> None:
+        """Raises InputError where an option is out of its range."""
+        if self.order not in (1, 2):
+            raise InputError(f"taylor{{order={self.order}}} is 1 or 2")
+
+    def score(self, program: Program) -> Mapping[str, float]:
+        """See ``Importance.score``."""
+        batches = drawn(program, self.samples, self.name, "the importance 'taylor'", self.batch)
+        generator = program.generator("taylor/classes")
+        meters = {name: _Meter(trial) for name, trial in trials(program, self.share, self.forms).items()}
+        hooks = [meter.trial.site.module.register_forward_hook(meter.watch) for meter in meters.values()]
+        program.graph.eval()
+        try:
+            for done, batch in enumerate(batches, start=1):
+                with torch.enable_grad():
+                    scores = logits(program.graph(*batch.inputs))
+                    loss = _loss(scores, batch.labels, generator)
+                torch.autograd.grad(loss, [p for m in meters.values() for p in m.take()], allow_unused=True)
+                for meter in meters.values():
+                    meter.close(len(scores))
+                tick(done, len(batches), "batches")
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = dict.fromkeys(sites(program), 0.0)
+        return normalised(found | {name: meter.score(self.order) for name, meter in meters.items()})
+
+
+def _loss(scores: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Cross-entropy summed over the samples, so that each one's gradient is its own."""
+    if scores.dim() != 2:
+        raise InputError(f"the importance 'taylor' needs class scores (samples, classes), not {tuple(scores.shape)}")
+    if not bool(torch.isfinite(scores).all()):
+        raise InputError("NaN or Inf appears in the network's output on the training samples")
+    if labels is None:
+        labels = torch.multinomial(scores.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
+    return F.cross_entropy(scores, labels.to(scores.device), reduction="sum")
+
+
+class _Meter:
+    """⟨g, δ⟩ of one layer for each sample, summed over its calls."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        self._difference = replace(trial.site.layer, bias=False).build()
+        owner(self._difference).weight = nn.Parameter(trial.weight - trial.site.weight, requires_grad=False)
+        self._probes: list[Tensor] = []
+        self._batch: list[Tensor] = []
+        self._first, self._second, self._count = 0.0, 0.0, 0
+
+    def watch(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Forward hook: a zero added to the output makes a gradient flow there, whatever else is frozen."""
+        with torch.no_grad():
+            change = self._difference(arguments[0].detach())
+        probe = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        self._probes.append(probe)
+        watched = output + probe
+
+        def add(gradient: Tensor) -> None:
+            self._batch.append((gradient * change).flatten(1).double().sum(1))
+
+        watched.register_hook(add)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return watched
+
+    def take(self) -> list[Tensor]:
+        """The probes of the last forward pass."""
+        probes, self._probes = self._probes, []
+        return probes
+
+    def close(self, samples: int) -> None:
+        """Take in a batch."""
+        if self._batch:
+            each = torch.stack(self._batch).sum(0)
+            self._first += float(each.abs().sum())
+            self._second += float(each.square().sum()) / 2
+        self._batch, self._count = [], self._count + samples
+
+    def score(self, order: int) -> float:
+        """For each unit of squared relative error."""
+        return (self._first if order == 1 else self._second) / self._count / max(self.trial.error**2, 1e-12)

@@ -1,0 +1,70 @@
+"""``Trial``: what a layer's weight becomes when a plain form of it keeps a share of its weights, to score layers by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tdcompile.calibration import Calibration
+from tdcompile.decomposition import Decomposition, relative_error
+from tdcompile.errors import InputError
+from tdcompile.fractions import ranks_for
+from tdcompile.program import Program, Site, sites
+from tdcompile.registry import make
+
+FORMS = ("tucker2", "svd")  # convolutions, and layers of one tap
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One layer, approximated.
+
+    Attributes:
+        weight: W̃, of the shape of its weight.
+        error: relative, of the layer's output where there are moments, else of its weight.
+    """
+
+    site: Site
+    weight: Tensor
+    error: float
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """While it lasts, the layer has that weight."""
+        own = self.site.module.weight
+        self.site.module.weight = nn.Parameter(self.weight.to(self.site.weight), requires_grad=False)
+        try:
+            yield
+        finally:
+            self.site.module.weight = own
+
+
+@torch.no_grad()
+def trials(program: Program, share: float, forms: tuple[str, ...] = FORMS) -> Mapping[str, Trial]:
+    """A trial for each layer that one of the forms applies to, the first that does.
+
+    Args:
+        share: of the layer's weights that is kept.
+        forms: decompositions in their text form.
+
+    Raises:
+        InputError: the share is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"share={share:g} is not in (0, 1]: 0.5 keeps half of a layer's weights")
+    calibration = program.facts.get(Calibration)
+    known = [make(Decomposition, form) for form in forms]
+    made = {}
+    for name, site in sites(program).items():
+        form = next((form for form in known if form.refuse(site.layer) is None), None)
+        if form is None:
+            continue
+        moments = calibration.moments.get(name) if calibration else None
+        factors = form.factorize(site.layer, site.weight, ranks_for(form, site.layer, share), moments)
+        weight = form.reconstruct(site.layer, factors)
+        made[name] = Trial(site, weight, relative_error(site.weight, weight, moments))
+    return made

@@ -1,0 +1,125 @@
+"""What every registered score promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import tdcompile
+from tdcompile.errors import InputError
+from tdcompile.importance import Importance
+from tdcompile.pipeline import Pipeline
+from tdcompile.program import Program, sites
+from tdcompile.ranks import Importances
+from tdcompile.registry import find, make
+from tdcompile.task import Batch, Samples, Task
+
+SCORES = sorted(find(Importance))
+NEED_DATA = {"fisher", "lwiq", "noise", "probe", "taylor"}
+
+
+class Bright(Samples):
+    """Two classes, bright and dark; ``classes`` None without labels."""
+
+    def __init__(self, labelled: bool = True, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.y = torch.arange(120) % 2
+        self.x = torch.randn(120, 3, 8, 8, generator=generator) + (2.0 * self.y - 1).view(-1, 1, 1, 1)
+        self.labelled = labelled
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, indices: object) -> Batch:
+        places = list(indices)  # type: ignore[call-overload]
+        return Batch((self.x[places],), self.y[places] if self.labelled else None)
+
+    @property
+    def classes(self) -> int | None:
+        return 2 if self.labelled else None
+
+
+class Branches(nn.Module):
+    """A branch that reaches the output, and one that is multiplied by zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
+        self.alive, self.dead = nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.fc = nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.fc((self.alive(x) + 0.0 * self.dead(x)).relu().mean((2, 3)))
+
+
+def program(train: Samples | None = None) -> Program:
+    torch.manual_seed(0)
+    made = tdcompile.trace(Branches().eval(), (torch.randn(2, 3, 8, 8),))
+    return made.with_(task=Task(train, calibrate=64))
+
+
+def scored(name: str, given: Program) -> dict[str, float]:
+    return dict(Pipeline.parse(f"score{{by={name}}}").run(given).facts[Importances].scores)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_layer_has_a_finite_score_that_the_seed_decides(name: str) -> None:
+    given = program(Bright())
+    scores = scored(name, given)
+    assert list(scores) == list(sites(given))
+    assert all(math.isfinite(score) and score >= 0 for score in scores.values())
+    torch.rand(5)  # somebody else's draw
+    assert scored(name, program(Bright())) == scores
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scoring_leaves_the_network_alone(name: str) -> None:
+    given = program(Bright())
+    before = {key: value.clone() for key, value in given.graph.state_dict().items()}
+    make(Importance, name).score(given)
+    assert all(torch.equal(value, before[key]) for key, value in given.graph.state_dict().items())
+    assert all(p.grad is None for p in given.graph.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in given.graph.modules())
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_without_data_a_score_that_needs_them_says_so(name: str) -> None:
+    if name in NEED_DATA:
+        with pytest.raises(InputError, match=f"'{name}'"):
+            make(Importance, name).score(program())
+    else:
+        assert make(Importance, name).score(program())
+
+
+@pytest.mark.parametrize("name", ["fisher", "noise", "probe", "taylor", "taylor{order=1}"])
+def test_a_layer_that_nothing_depends_on_has_no_score(name: str) -> None:
+    scores = make(Importance, name).score(program(Bright()))
+    assert scores["dead"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["noise", "probe", "taylor", "fisher"])
+def test_labels_are_not_needed(name: str) -> None:
+    scores = make(Importance, name).score(program(Bright(labelled=False)))
+    assert scores["alive"] > scores["dead"]
+
+
+@pytest.mark.parametrize("name", ["lwiq", "probe{measure=accuracy}"])
+def test_labels_that_are_needed_are_asked_for(name: str) -> None:
+    with pytest.raises(InputError, match="labelled"):
+        make(Importance, name).score(program(Bright(labelled=False)))
+
+
+@pytest.mark.parametrize("text", ["noise{error=0}", "noise{samples=1}", "taylor{order=3}", "lwiq{judged=0}"])
+def test_options_out_of_range_are_refused(text: str) -> None:
+    with pytest.raises(InputError):
+        make(Importance, text)
+
+
+@pytest.mark.parametrize("text", ["probe{share=0}", "taylor{share=1.5}"])
+def test_a_share_outside_its_range_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="share="):
+        make(Importance, text).score(program(Bright()))
