@@ -29,7 +29,7 @@ FLOORS = [
         "polyadic",
         "selection",
     ],
-    ["registry", "divergence", "trial", "pipeline", "planfile", "training", "tables"],
+    ["registry", "divergence", "trial", "relaxation", "pipeline", "planfile", "training", "tables"],
     [
         "tracing",
         "export",

@@ -1,0 +1,137 @@
+"""``rene``: known ranks are found, the budget is kept, both ends are looked at, and a diverged search is an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tdcompile
+from tdcompile.decomposition import Decomposition
+from tdcompile.errors import BudgetError, InputError, TdcompileError
+from tdcompile.passes.analyze.rene import Rene
+from tdcompile.pipeline import Pipeline
+from tdcompile.program import Program, sites
+from tdcompile.ranks import DENSE, RankPlan
+from tdcompile.registry import make
+from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
+from tdcompile.task import Batch, Samples, Task
+
+
+def test_the_published_refinement() -> None:
+    first = Interval(100, 800, 100)
+    assert first.ranks() == list(range(100, 801, 100))
+    second = first.around(200, 10, 900)
+    assert second == Interval(150, 250, 10)
+    third = second.around(240, 10, 900)
+    assert third == Interval(235, 245, 1)
+    assert third.around(240, 10, 900) is None
+
+
+def test_intervals_stay_within_the_layer_and_hold_both_ends() -> None:
+    assert intervals(64, 10).ranks() == [10, 20, 30, 40, 50, 60, 64]
+    assert intervals(3, 10).ranks() == [2, 3]
+    assert intervals(1, 10).ranks() == [1]
+    assert Interval(10, 64, 10).around(64, 10, 64) == Interval(59, 64, 1)
+    assert Interval(2, 3, 2).around(2, 10, 3) == Interval(1, 3, 1)
+    assert Interval(5, 5, 1).ranks() == [5]
+
+
+def low_rank(rank: int, noise: float = 0.01, channels: int = 24) -> nn.Conv2d:
+    """A convolution whose Tucker-2 ranks are known."""
+    generator = torch.Generator().manual_seed(rank)
+    out, inner = (torch.randn(channels, rank, generator=generator) for _ in range(2))
+    core = torch.randn(rank, rank, 3, 3, generator=generator)
+    weight = torch.einsum("to,oikl,ci->tckl", out, core, inner)
+    weight = weight / weight.norm() + noise * torch.randn(weight.shape, generator=generator) / weight.numel() ** 0.5
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    conv.weight = nn.Parameter(weight)
+    return conv
+
+
+def program(*layers: nn.Module, share: float = 0.5, train: Samples | None = None) -> Program:
+    made = tdcompile.trace(nn.Sequential(*layers).eval(), (torch.randn(2, layers[0].in_channels, 6, 6),))
+    return made.with_(budget=tdcompile.Budget(macs=share), task=Task(train))
+
+
+@pytest.mark.parametrize("rank", [2, 4, 7, 9])
+def test_a_known_rank_is_found(rank: int) -> None:
+    plan = Rene(step=5, factor=5, budget=False).analyze(program(low_rank(rank)))
+    assert plan.choices["0"].decomposition == "tucker2"
+    assert plan.choices["0"].ranks == (rank, rank)
+    assert plan.choices["0"].error < 0.02
+
+
+def test_the_budget_is_kept_and_the_layer_that_needs_rank_gets_it() -> None:
+    layers = (low_rank(3), nn.ReLU(), low_rank(12), nn.ReLU(), nn.Conv2d(24, 24, 3, groups=24))
+    given = program(*layers, share=0.45)
+    after = Pipeline.parse("rene{step=6,factor=6},factorize").run(given)
+    plan = after.facts[RankPlan] if RankPlan in after.facts else Rene(step=6, factor=6).analyze(given)
+    assert plan.predicted.macs <= 0.45 * plan.dense.macs * (1 + 1e-9)
+    assert plan.choices["2"].ranks[0] > plan.choices["0"].ranks[0]
+    assert plan.choices["4"].decomposition == DENSE
+    assert plan.reasons["4"].code == "refused"
+    spent = sum(call.macs for site in sites(after).values() for call in site.calls)
+    assert spent == plan.predicted.macs
+
+
+def test_cp_is_searched_too() -> None:
+    plan = Rene(form="cp", step=16, factor=4, steps=20).analyze(program(low_rank(2, channels=12), share=0.5))
+    assert plan.choices["0"].decomposition == "cp"
+    assert plan.predicted.macs <= 0.5 * plan.dense.macs
+
+
+def test_a_budget_that_cannot_be_met_says_so() -> None:
+    with pytest.raises(BudgetError, match="no plan within"):
+        Rene(step=8, factor=8, steps=2).analyze(program(low_rank(3), nn.Conv2d(24, 24, 3, groups=24), share=0.001))
+
+
+def test_coefficients_that_are_not_finite_are_an_error_and_never_a_rank() -> None:
+    given = program(low_rank(3))
+    layer = Relaxed(sites(given)["0"], make(Decomposition, "tucker2"), lambda r: (r, r), [2, 4], [0.2, 0.4])
+    with torch.no_grad():
+        layer.coefficients[1] = float("nan")
+    with pytest.raises(TdcompileError, match="coefficients are not finite"):
+        layer.chosen()
+    with pytest.raises(TdcompileError, match="diverged"):
+        Rene(step=8, steps=5, lr_coefficients=float("inf")).analyze(given)
+
+
+def test_the_mixture_and_the_rank_loss_are_the_papers() -> None:
+    given = program(low_rank(3))
+    form, site = make(Decomposition, "tucker2"), sites(given)["0"]
+    layer = Relaxed(site, form, lambda r: (r, r), [2, 6], [0.25, 0.75])
+    branches = [form.reconstruct(site.layer, form.factorize(site.layer, site.weight, (r, r), None)) for r in (2, 6)]
+    with torch.no_grad():
+        mixed, error = layer()
+        price = rank_loss([layer.share(), layer.share()], 0.4, 0.8)
+    torch.testing.assert_close(mixed, (branches[0] + branches[1]) / 2, atol=1e-5, rtol=1e-5)
+    expected = (site.weight - mixed).square().sum() / site.weight.square().sum()
+    assert float(error) == pytest.approx(float(expected), rel=1e-4)
+    assert float(price) == pytest.approx(0.4 * 2 * 0.5**0.8)
+
+
+class Classes(Samples):
+    classes = 24
+
+    def __len__(self) -> int:
+        return 64
+
+    def batch(self, indices: object) -> Batch:
+        places = list(indices)  # type: ignore[call-overload]
+        return Batch((torch.randn(len(places), 24, 6, 6),), torch.tensor(places) % 24)
+
+
+def test_coefficients_can_look_at_held_out_data() -> None:
+    torch.manual_seed(0)
+    layers = (low_rank(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plan = Rene(mode="data", step=8, factor=8, steps=10, samples=64).analyze(program(*layers, train=Classes()))
+    assert plan.predicted.macs <= 0.5 * plan.dense.macs
+    with pytest.raises(InputError, match="looks at labels"):
+        Rene(mode="data").analyze(program(*layers))
+
+
+@pytest.mark.parametrize("options", [{"step": 0}, {"factor": 1}, {"steps": 0}])
+def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="at least"):
+        Rene(**options)  # type: ignore[arg-type]
