@@ -49,7 +49,7 @@ class Polyadic(Decomposition):
     """
 
     modes: ClassVar[tuple[str, ...]] = ("",)
-    correct: float = 1.02
+    correct: float = 1.01
 
     def __post_init__(self) -> None:
         """Raises InputError where ``correct`` is below 1."""
@@ -94,10 +94,9 @@ class Polyadic(Decomposition):
         tensor = self._tensor(layer, weight)
         if ranks >= self.exact_ranks(layer):
             last, *others = cp_exact(tensor, ranks[0])
-        elif moments is None:
-            last, *others = self._corrected(tensor, _fit(tensor, slice_start(tensor)[1], ranks[0], FACTORIZE))
         else:
-            last, *others = self._fit_output(tensor, ranks[0], OutputMetric(weight, moments.second))
+            last, *others = self._factors(tensor, ranks[0], OutputMetric(weight, moments.second) if moments else None)
+            self._tell(tensor, [last, *others])
         found = [*(factor.T for factor in others), last]
         parts = self.blueprint(layer, ranks)
         return tuple(f.reshape(part.weight_shape).to(weight.dtype) for f, part in zip(found, parts, strict=True))
@@ -135,6 +134,11 @@ class Polyadic(Decomposition):
     def _tensor(self, layer: Layer, weight: Tensor) -> Tensor:
         return weight.detach().double().reshape(self.tensor_shape(layer))
 
+    def _factors(self, tensor: Tensor, rank: int, metric: OutputMetric | None) -> list[Tensor]:
+        if metric is not None:
+            return self._fit_output(tensor, rank, metric)
+        return self._corrected(tensor, _fit(tensor, slice_start(tensor)[1], rank, FACTORIZE))
+
     @torch.no_grad()
     def _corrected(self, tensor: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
         """The factors, less sensitive at an error that is at most the allowed one."""
@@ -144,14 +148,18 @@ class Polyadic(Decomposition):
             # A pass multiplies the tensor once for each mode, and has an eigendecomposition where a sweep solves.
             affordable = int(FACTORIZE / (4 * _operations(tensor, found[0].shape[1])))
             found = correct(tensor, found, bound, min(max(affordable, 1), CYCLES))
-        if component_norm(found) > DEGENERATE * size:
-            shape, times = "x".join(map(str, tensor.shape)), component_norm(found) / size
-            log.info(
-                "%s: the CP of rank %d of a %s weight stays degenerate: its components are %.0f times the weight, and "
-                "training may diverge; another rank may not be",
-                *(self.name, found[0].shape[1], shape, times),
-            )
         return found
+
+    def _tell(self, tensor: Tensor, factors: Sequence[Tensor]) -> None:
+        """Log where the components still cancel, after the ridges of ``cp_als`` and the correction."""
+        size, times = float(tensor.norm()), component_norm(factors)
+        if times > DEGENERATE * size:
+            shape, times = "x".join(map(str, tensor.shape)), times / max(size, torch.finfo(tensor.dtype).tiny)
+            log.info(
+                "%s: the CP of rank %d of a %s weight stays degenerate: its components are %.0f times the weight, so "
+                "training may diverge; another rank or form may suit it",
+                *(self.name, factors[0].shape[1], shape, times),
+            )
 
     @torch.no_grad()
     def _fit_output(self, tensor: Tensor, rank: int, metric: OutputMetric) -> list[Tensor]:
@@ -166,12 +174,11 @@ class Polyadic(Decomposition):
         aware = _fit(whitened, slice_start(whitened)[1], rank, FACTORIZE)
         found, error = _refit(_unwhiten(aware, root), metric)
         other, above = _refit(plain, metric)
-        if above < error:
-            found, error, calmer = other, above, self._corrected(tensor, plain)
-        else:
-            calmer = _unwhiten(self._corrected(whitened, aware), root)
+        found, error = (other, above) if above < error else (found, error)
         if self.correct == 1:
             return found
+        corrected = self._corrected(tensor, plain) if found is other else self._corrected(whitened, aware)
+        calmer = corrected if found is other else _unwhiten(corrected, root)
         bound = min(allowed(error, self.correct), metric.error(cp_compose(plain)))
         _, *others = calmer
         last = metric.refit_within(columns_product(others).T, mode_weights(calmer, 0), bound)
