@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tdcompile.augment import Augment
-from tdcompile.errors import InputError
+from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
@@ -20,7 +21,9 @@ from tdcompile.task import Batch, Samples, logits
 from tdcompile.training import Settings, Trainer
 from tdcompile.tuning import Saved, Tuning, key_of
 
-_RATE = 0.03 / 128  # the default rate for each sample of a batch; see ``lr``
+_RATE = 0.03 / 128  # the highest rate that is tried for each sample of a batch; see ``lr``
+_SHARES = (1.0, 1 / 3, 1 / 10, 1 / 30, 1 / 100)  # of it: what a good start needs is far below what a bad one does
+_JUDGES = 1024  # held-out samples that rates are compared on
 _HELDOUT = 5000  # more held-out samples cost time and tell no more
 _SHIFTABLE = 16  # pixels: in a smaller image a shift moves what is looked for out of it
 
@@ -34,7 +37,9 @@ class Finetune(TunePass):
 
     Attributes:
         epochs: may be a fraction.
-        lr: highest learning rate; none takes 0.03 for a batch of 128 and in proportion for others.
+        lr: highest learning rate; none tries 0.03 for a batch of 128, in proportion for others, and shares of it down
+            to a hundredth, each in a short run of its own, and takes the one with the least held-out loss.
+        trial: steps of each such run; 0, or no held-out samples, takes the highest rate untried.
         batch: samples a step.
         warmup: share of the steps in which the rate rises.
         clip: largest norm of the gradient; a chain of factors multiplies its gradients.
@@ -53,6 +58,7 @@ class Finetune(TunePass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Tuning,)
     epochs: float = 5.0
     lr: float | None = None
+    trial: int = 40
     batch: int = 128
     momentum: float = 0.9
     warmup: float = 0.05
@@ -72,8 +78,9 @@ class Finetune(TunePass):
             value = getattr(self, option)
             if value is not None and not value > 0:
                 raise InputError(f"finetune{{{option}={value}}} is to be more than 0")
-        if self.patience < 0:
-            raise InputError(f"finetune{{patience={self.patience}}} is to be at least 0")
+        for option in ("patience", "trial"):
+            if getattr(self, option) < 0:
+                raise InputError(f"finetune{{{option}={getattr(self, option)}}} is to be at least 0")
         if self.patience and not self.holdout:
             raise InputError("finetune{patience=…} judges epochs by held-out samples: give it a holdout above 0")
         for option in ("momentum", "warmup", "holdout", "average"):
@@ -96,9 +103,38 @@ class Finetune(TunePass):
         loss = Distillation(copy_weights(program.dense), self.temperature, self.labels if train.classes else 0.0)
         folder = program.workspace / self.name if program.workspace else None
         key = key_of([graph, program.dense], self, program.seed, len(train), program.task.source) if folder else ""
-        trainer = Trainer(graph, loss, fit, heldout, self._settings(program), program, self.name, Saved(folder, key))
-        tuning = trainer.run()
-        return Rewritten(graph, [Change("", self.name, _told(tuning))], [tuning])
+        settings = self._settings(program)
+        settings = replace(settings, lr=self._rate(graph, loss, fit, heldout, settings, program))
+        tuning = Trainer(graph, loss, fit, heldout, settings, program, self.name, Saved(folder, key)).run()
+        return Rewritten(graph, [Change("", self.name, f"{_told(tuning)}, rate {settings.lr:.3g}")], [tuning])
+
+    def _rate(
+        self,
+        graph: fx.GraphModule,
+        loss: nn.Module,
+        fit: Samples,
+        heldout: Samples | None,
+        settings: Settings,
+        program: Program,
+    ) -> float:
+        """The rate asked for, or the one whose short run, warm-up and cosine included, ends with the least loss."""
+        if self.lr is not None or not self.trial or heldout is None:
+            return settings.lr
+        judges = heldout.subset(range(min(len(heldout), _JUDGES)))
+        epoch = max(1, len(fit) // self.batch)
+        short = replace(settings, epochs=min(self.trial / epoch, self.epochs), average=0.0, patience=0)
+        ends: dict[float, float] = {}
+        for share in _SHARES:
+            trial = replace(short, lr=share * settings.lr)
+            try:
+                run = Trainer(
+                    copy_weights(graph), loss, fit, judges, trial, program, f"{self.name}/trial", Saved(None, "")
+                )
+                end = run.run().curve[-1].heldout_loss
+            except TdcompileError:  # it diverged, which a lower rate may not
+                continue
+            ends[trial.lr] = math.inf if end is None else end
+        return min(ends, key=lambda rate: ends[rate], default=settings.lr)
 
     def _split(self, train: Samples, program: Program) -> tuple[Samples, Samples | None]:
         count = min(int(self.holdout * len(train)), _HELDOUT, len(train) - 2)

@@ -13,13 +13,15 @@ from torch import Tensor, fx, nn
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.kinds import progress
 from tdcompile.layer import Refusal
+from tdcompile.passes.tune import finetune
 from tdcompile.passes.tune.finetune import Distillation, Finetune
 from tdcompile.program import Change, Program
 from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, Task, accuracy
-from tdcompile.tuning import Tuning
+from tdcompile.training import Settings
+from tdcompile.tuning import Epoch, Tuning
 
-FAST = Finetune(epochs=3, batch=32, holdout=0.1)
+FAST = Finetune(epochs=3, batch=32, holdout=0.1, trial=0)
 
 
 class Tensors(Samples):
@@ -263,7 +265,7 @@ def test_without_data_nothing_changes_and_history_says_why(train: Samples | None
 
 
 def test_fewer_samples_than_a_batch_are_one_batch() -> None:
-    steps, _ = steps_of(Finetune(epochs=2), program(data(20)))
+    steps, _ = steps_of(Finetune(epochs=2, trial=0), program(data(20)))
     assert steps == [1, 2]
 
 
@@ -401,7 +403,7 @@ def _one_of_two(rank: int, port: int, out: str) -> None:
     torch.save(tuned.graph.state_dict(), f"{out}/{rank}.pt")
 
 
-SHARED = Finetune(epochs=2, batch=32, holdout=0.1, bn="frozen", augment="shift-flip")
+SHARED = Finetune(epochs=2, batch=32, holdout=0.1, bn="frozen", augment="shift-flip", trial=0)
 
 
 def sharable() -> Program:
@@ -423,3 +425,37 @@ def test_two_processes_end_as_one_does(tmp_path: Path) -> None:
         state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, value in alone.items():
             torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_of_the_rates_tried_that_with_the_least_held_out_loss_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, real = [], finetune.Trainer
+
+    def trainer(graph: fx.GraphModule, *given: object) -> object:
+        settings = next(value for value in given if isinstance(value, Settings))
+        made = real(graph, *given)  # type: ignore[arg-type]
+        if f"{Finetune.name}/trial" not in given:
+            return made
+        tried.append(settings.lr)
+        if settings.lr > 0.005:
+            monkeypatch.setattr(made, "run", lambda: (_ for _ in ()).throw(TdcompileError("it diverged")))
+        else:
+            loss = abs(settings.lr - 0.00075)
+            monkeypatch.setattr(made, "run", lambda: Tuning(1, (Epoch(1, 0.0, None, loss),)))
+        return made
+
+    monkeypatch.setattr(finetune, "Trainer", trainer)
+    tuned = Finetune(epochs=1, batch=32, holdout=0.2).run(program(data()))
+    assert tried == pytest.approx([0.0075, 0.0025, 0.00075, 0.00025, 0.000075])
+    assert tuned.history[-1].what.endswith("rate 0.00075")  # type: ignore[union-attr]
+
+
+def test_trials_leave_the_start_alone_and_repeat_themselves() -> None:
+    form = Finetune(epochs=1, batch=32, holdout=0.2, trial=5)
+    assert same(form.run(program(data())), form.run(program(data())))
+    rate = form.run(program(data())).history[-1].what.rpartition(" ")[2]  # type: ignore[union-attr]
+    assert same(replace(form, lr=float(rate), trial=0).run(program(data())), form.run(program(data())))
+
+
+def test_a_rate_that_is_given_is_taken_untried() -> None:
+    tuned = Finetune(epochs=1, batch=32, holdout=0.2, lr=0.004).run(program(data()))
+    assert tuned.history[-1].what.endswith("rate 0.004")  # type: ignore[union-attr]
