@@ -11,6 +11,8 @@ from tdcompile.errors import InputError
 
 # Columns of F that are multiplied at a time: in another precision than theirs all of them would take twice the memory.
 COLUMNS = 128
+# Rows of the sums that are worked on at a time.
+ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Sketch:
 
     def diagonal(self) -> Tensor:
         """Of S, ``(N,)``."""
-        found: Tensor = self.rest + torch.linalg.vecdot(self.factor, self.factor)
+        found: Tensor = self.rest + torch.linalg.vector_norm(self.factor, dim=1).square()
         return found
 
     def to(self, other: Tensor) -> Sketch:
@@ -102,17 +104,20 @@ class Range:
         self.seen += len(rows)
 
     def result(self) -> Sketch:
-        """The sketch of the mean, float32; the sums are used up."""
-        Y, probes = self._sum.div_(self.seen), self._probes
-        squares = self._squares / self.seen
+        """The sketch of the mean, float32; the sums are used up, and of their size nothing else is made."""
+        Y, probes, squares = self._sum.div_(self.seen), self._probes, self._squares / self.seen
         # The shift makes the core definite in the face of round-off; it comes off the eigenvalues again (ibid.).
         shift = torch.finfo(Y.dtype).eps * float(Y.norm()) + torch.finfo(Y.dtype).tiny ** 0.5
-        Y.add_(probes, alpha=shift)
-        core = probes.T @ Y
-        factor = torch.linalg.solve_triangular(torch.linalg.cholesky((core + core.T) / 2), Y.T, upper=False).T
-        values, vectors = torch.linalg.eigh(factor.T @ factor)
+        core = probes.T @ Y.add_(probes, alpha=shift)
+        upper = torch.linalg.cholesky((core + core.T) / 2).T
+        for start in range(0, len(Y), ROWS):
+            rows = Y[start : start + ROWS]
+            rows.copy_(torch.linalg.solve_triangular(upper, rows, upper=True, left=False))
+        values, vectors = torch.linalg.eigh(Y.T @ Y)
         values, vectors = values.flip(0), vectors.flip(1)
-        scale = ((values - shift).clamp_min(0) / values.clamp_min(shift)).sqrt()
-        found = ((factor @ vectors) * scale).float()
-        left = squares - torch.linalg.vecdot(found, found).double()
-        return Sketch(found, left.clamp_min(0).float())
+        turn = vectors * ((values - shift).clamp_min(0) / values.clamp_min(shift)).sqrt()
+        factor = torch.empty_like(Y, dtype=torch.float32)
+        for start in range(0, len(Y), ROWS):
+            factor[start : start + ROWS] = Y[start : start + ROWS] @ turn
+        left = squares - torch.linalg.vector_norm(factor, dim=1).square()
+        return Sketch(factor, left.clamp_min(0).float())
