@@ -90,7 +90,7 @@ class Range:
     def __init__(self, size: int, rank: int, generator: torch.Generator) -> None:
         probes = torch.randn(size, min(rank, size), dtype=torch.float64, generator=generator)
         self._probes = torch.linalg.qr(probes).Q
-        self._sum = torch.zeros_like(self._probes)
+        self._sum = torch.zeros(self._probes.shape, dtype=torch.float64)
         self._squares = torch.zeros(size, dtype=torch.float64)
         self.seen = 0
 
@@ -116,7 +116,7 @@ class Range:
         values, vectors = torch.linalg.eigh(Y.T @ Y)
         values, vectors = values.flip(0), vectors.flip(1)
         turn = vectors * ((values - shift).clamp_min(0) / values.clamp_min(shift)).sqrt()
-        factor = torch.empty_like(Y, dtype=torch.float32)
+        factor = torch.empty(Y.shape, dtype=torch.float32, device=Y.device)
         for start in range(0, len(Y), ROWS):
             factor[start : start + ROWS] = Y[start : start + ROWS] @ turn
         left = squares - torch.linalg.vector_norm(factor, dim=1).square()
