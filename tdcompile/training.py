@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +69,7 @@ class Trainer:
         program: gives the target and the generators.
         purpose: names the generators.
         saved: written after each epoch, cleared at the end.
+        schedule: called before each step, with its number from 0, the number of steps and the optimizer.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class Trainer:
         program: Program,
         purpose: str,
         saved: Saved,
+        schedule: Callable[[int, int, torch.optim.Optimizer], None] | None = None,
     ) -> None:
+        self._schedule = schedule
         self._graph, self._heldout, self._settings, self._saved = graph, heldout, settings, saved
         self._program, self._purpose = program, purpose
         self._home = program.inputs[0].device
@@ -175,6 +178,8 @@ class Trainer:
             for step, batch in enumerate(self._loader, start=1):
                 if step > steps:
                     break
+                if self._schedule is not None:
+                    self._schedule(done + step - 1, self._steps, self._optimizer.optimizer)
                 total += self._step(batch, done + step)
                 tick(done + step, self._steps, f"epoch {number}/{self._epochs}, loss {total / step:.3f}{before}")
         return total / steps

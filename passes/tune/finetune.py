@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tdcompile.augment import Augment
+from tdcompile.distillation import Distillation
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
 from tdcompile.program import Change, Program
 from tdcompile.surgery import copy_weights
-from tdcompile.task import Batch, Samples, logits
+from tdcompile.task import Samples
 from tdcompile.training import Settings, Trainer
 from tdcompile.tuning import Saved, Tuning, key_of
 
@@ -155,27 +155,6 @@ class Finetune(TunePass):
             patience=self.patience,
             precision=self.precision,
         )
-
-
-class Distillation(nn.Module):
-    """The loss: maps the compressed network's scores ``(N, classes, ...)`` and their batch to a scalar."""
-
-    def __init__(self, teacher: nn.Module, temperature: float, labels: float) -> None:
-        super().__init__()
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.temperature, self.labels = temperature, labels
-
-    def forward(self, scores: Tensor, batch: Batch) -> Tensor:
-        """(1 - labels) · T² · KL + labels · cross-entropy; a mean squared error where the scores are no classes."""
-        with torch.no_grad():
-            wanted = logits(self.teacher(*batch.inputs))
-        if scores.ndim < 2 or scores.shape[1] < 2:
-            return F.mse_loss(scores, wanted)
-        soft, target = ((x / self.temperature).log_softmax(1) for x in (scores, wanted))
-        loss = F.kl_div(soft, target, reduction="batchmean", log_target=True) * self.temperature**2
-        if self.labels and batch.labels is not None:
-            loss = (1 - self.labels) * loss + self.labels * F.cross_entropy(scores, batch.labels)
-        return loss
 
 
 def _fitting(inputs: tuple[Tensor, ...]) -> Augment:

@@ -1,0 +1,70 @@
+"""``attach-adapters``: a low-rank adapter beside every layer's dense weight, the function as it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, fx
+
+from tdcompile.decomposition import Decomposition
+from tdcompile.errors import InputError
+from tdcompile.kinds import RewritePass, Rewritten, tick
+from tdcompile.layer import Refusal
+from tdcompile.program import Change, Program, Site, sites
+from tdcompile.progressive import Parallel
+from tdcompile.registry import make
+from tdcompile.surgery import replace_module
+
+FORMS = ("tucker2", "svd")
+
+
+@dataclass(frozen=True)
+class AttachAdapters(RewritePass):
+    """Tucker-2 adapters for convolutions, truncated SVD for linear layers and 1x1 convolutions: progressive Tucker.
+
+    The supplement of the method gives neither formula nor schedule; y = layer(x; a (W₀ − T(θ₀)) + T(θ)), exact at the
+    start, is our completion. ``anneal`` moves a from 1 to 0 and cuts ranks, ``detach-dense`` leaves the adapters alone.
+
+    Attributes:
+        rank: the adapters' first ranks, as a share of the full ones.
+        init: ``exact`` starts from the weight's own decomposition, ``zero`` from nothing, as LoRA does.
+    """
+
+    name: ClassVar[str] = "attach-adapters"
+    rank: float = 0.9
+    init: Literal["exact", "zero"] = "exact"
+
+    def __post_init__(self) -> None:
+        """Raises InputError where the rank is no share."""
+        if not 0 < self.rank <= 1:
+            raise InputError(f"attach-adapters{{rank={self.rank}}} is a share of the full ranks in (0, 1]")
+
+    def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
+        """Put a parallel layer in the place of every layer that one of the forms applies to."""
+        found = sites(program)
+        history: list[Change | Refusal] = []
+        for done, (name, site) in enumerate(found.items(), start=1):
+            tick(done, len(found), name)
+            made = self._adapted(program, site)
+            if isinstance(made, Parallel):
+                replace_module(graph, name, made)
+                history.append(Change(name, self.name, f"{made.form}{list(made.ranks)} beside the dense weight"))
+            else:
+                history.append(made)
+        return Rewritten(graph, history)
+
+    def _adapted(self, program: Program, site: Site) -> Parallel | Refusal:
+        if site.name in program.keep_dense:
+            return Refusal(site.name, "excluded_by_user", program.keep_dense[site.name])
+        forms = [make(Decomposition, name) for name in FORMS]
+        form = next((form for form in forms if form.refuse(site.layer) is None), None)
+        if form is None:
+            refusal = forms[0].refuse(site.layer)
+            assert refusal is not None  # otherwise it would be the form
+            return Refusal(site.name, refusal.code, refusal.reason)
+        ranks = tuple(max(1, round(self.rank * most)) for most in form.exact_ranks(site.layer))
+        factors = form.factorize(site.layer, site.weight, ranks, None)
+        bias = site.module.bias
+        assert bias is None or isinstance(bias, Tensor)  # what convolutions and linear layers have
+        return Parallel(site.layer, str(form.spec()), ranks, site.weight, factors, bias, zero=self.init == "zero")

@@ -1,0 +1,142 @@
+"""``anneal``: the dense share of parallel layers decays to zero while their adapters train and lose ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+from torch.optim import Optimizer
+
+from tdcompile.distillation import Distillation
+from tdcompile.errors import BudgetError, InputError
+from tdcompile.kinds import Rewritten, TunePass
+from tdcompile.layer import Refusal
+from tdcompile.pricing import Prices
+from tdcompile.program import Change, Program
+from tdcompile.progressive import Parallel, energy_ranks, parallels
+from tdcompile.ranks import Ranks, within
+from tdcompile.surgery import copy_weights
+from tdcompile.target import Cost
+from tdcompile.training import Settings, Trainer
+from tdcompile.tuning import Saved
+
+_BISECTIONS = 40
+
+
+@dataclass(frozen=True)
+class Anneal(TunePass):
+    """Train adapters, norms and biases while the dense share falls along a cosine and ranks shrink to the budget.
+
+    Ranks of every layer and mode come from one energy threshold over the weights as they are at that moment, bisected
+    so that the network keeps to a limit which falls in equal ratios to the budget; they never grow. The loss is
+    distillation from the dense network, labels mixed in. Schedule and limits are our completion.
+
+    Attributes:
+        epochs: may be a fraction.
+        lr: highest rate, for a batch of 128 and in proportion for others.
+        decay: share of the steps over which the dense share falls to zero; then the adapters train alone.
+        selections: how often ranks are selected anew, the last time when the dense share reaches zero.
+        temperature, labels: of the loss, as in ``finetune``.
+    """
+
+    name: ClassVar[str] = "anneal"
+    trains: ClassVar[bool] = True
+    epochs: float = 10.0
+    lr: float = 0.01
+    batch: int = 128
+    decay: float = 0.7
+    selections: int = 5
+    clip: float = 5.0
+    temperature: float = 4.0
+    labels: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Raises InputError where an option is out of its range."""
+        if not (self.epochs > 0 and self.lr > 0 and self.batch >= 1 and self.selections >= 1 and 0 < self.decay < 1):
+            raise InputError(f"'{self.spec()}': epochs, lr, batch, selections above 0, decay a share in (0, 1)")
+
+    def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
+        """Anneal, and leave every parallel layer without its dense share, within the budget.
+
+        Raises:
+            BudgetError: not even ranks of 1 meet the budget.
+        """
+        layers = parallels(graph)
+        if not layers:
+            return Rewritten(
+                graph, [Refusal("", "no_adapters", "anneal: no layer has an adapter; attach-adapters first")]
+            )
+        schedule = _Schedule(layers, Prices(program), self.decay, self.selections)
+        train = program.task.train
+        if train is None or len(train) < 2:
+            schedule.finish()
+            return Rewritten(graph, [Refusal("", "no_data", "anneal: no training samples; the dense share is cut off")])
+        settings = Settings(
+            epochs=self.epochs,
+            lr=self.lr * self.batch / 128,
+            batch=self.batch,
+            momentum=0.9,
+            warmup=0.05,
+            clip=self.clip,
+            augment="none",
+            frozen=False,
+        )
+        loss = Distillation(copy_weights(program.dense), self.temperature, self.labels if train.classes else 0.0)
+        # Nothing is held out: an epoch that still has a dense share must not be taken for the best one.
+        Trainer(graph, loss, train, None, settings, program, self.name, Saved(None, ""), schedule).run()
+        schedule.finish()
+        return Rewritten(graph, [Change(name, self.name, f"ranks {list(p.ranks)}") for name, p in layers.items()])
+
+
+class _Schedule:
+    """Called before every step: sets the dense share, and selects ranks when it is time to."""
+
+    def __init__(self, layers: Mapping[str, Parallel], prices: Prices, decay: float, selections: int) -> None:
+        self._layers = dict(layers)
+        self._prices, self._decay, self._selections, self._done = prices, decay, selections, 0
+        start = prices.network(self._costs({name: layer.ranks for name, layer in self._layers.items()}))
+        self._start = {f: max(getattr(start, f), limit) for f, limit in prices.limits.items()}
+        least = prices.network(self._costs({name: (1,) * len(p.ranks) for name, p in self._layers.items()}))
+        if not within(least, prices.limits):
+            raise BudgetError("anneal: not even adapters of rank 1 keep to the budget; raise it")
+
+    def __call__(self, step: int, of: int, optimizer: Optimizer) -> None:
+        progress = min(step / max(self._decay * of, 1.0), 1.0)
+        for layer in self._layers.values():
+            layer.share = 0.5 * (1 + math.cos(math.pi * progress)) if progress < 1 else 0.0
+        while self._done < self._selections and progress >= (self._done + 1) / self._selections:
+            self._select((self._done + 1) / self._selections, optimizer)
+            self._done += 1
+
+    def finish(self) -> None:
+        """The end of the schedule, whatever has been trained."""
+        for layer in self._layers.values():
+            layer.share = 0.0
+        if self._done < self._selections:
+            self._select(1.0, None)
+            self._done = self._selections
+
+    def _select(self, progress: float, optimizer: Optimizer | None) -> None:
+        limits = {f: start * (self._prices.limits[f] / start) ** progress for f, start in self._start.items()}
+        energies = {name: layer.energies() for name, layer in self._layers.items()}
+
+        def ranks(threshold: float) -> dict[str, Ranks]:
+            return {name: energy_ranks(energies[name], threshold, p.ranks) for name, p in self._layers.items()}
+
+        low, high = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            fits = within(self._prices.network(self._costs(ranks(middle))), limits)
+            low, high = (middle, high) if fits else (low, middle)
+        for name, chosen in ranks(low).items():
+            layer = self._layers[name]
+            if chosen != layer.ranks:
+                layer.shrink(chosen)
+                for parameter in layer.factors.parameters() if optimizer is not None else ():
+                    optimizer.state.pop(parameter, None)  # type: ignore[union-attr]  # momentum of another shape
+
+    def _costs(self, ranks: dict[str, Ranks]) -> dict[str, Cost]:
+        return {name: self._prices.at(name, self._layers[name].decomposition, r) for name, r in ranks.items()}

@@ -1,0 +1,48 @@
+"""``Prices``: what layers, chains and networks cost under a program's budget, where there is no table of candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from tdcompile.decomposition import Decomposition
+from tdcompile.layer import Layer
+from tdcompile.program import Program, Site, parameters_of, sites_of
+from tdcompile.ranks import Ranks
+from tdcompile.registry import make
+from tdcompile.target import Cost, CostModel, total
+
+
+class Prices:
+    """Costs by the analytic model, and by measurement under a latency budget.
+
+    Attributes:
+        dense: what the dense network costs.
+        limits: the most that a plan may cost, by field.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._target = program.target
+        self._models = [make(CostModel, "analytic")]
+        if program.budget.latency is not None:
+            self._models.append(make(CostModel, "measured"))
+        self.sites: Mapping[str, Site] = sites_of(program.dense, program.inputs)
+        self.layers = {name: self.of(site.calls) for name, site in self.sites.items()}
+        known = total(list(self.layers.values()))
+        self.dense = replace(known, params=float(parameters_of(program.dense)))
+        self._rest = self.dense - known
+        self.limits = program.budget.limits(self.dense)
+
+    def of(self, chain: Sequence[Layer]) -> Cost:
+        """Of layers in a row."""
+        return total([model.price(part, self._target) for model in self._models for part in chain])
+
+    def at(self, name: str, form: Decomposition, ranks: Ranks) -> Cost:
+        """Of a layer in a form, over all its calls; its parameters are there once."""
+        calls = self.sites[name].calls
+        cost = self.of([part for call in calls for part in form.blueprint(call, ranks)])
+        return replace(cost, params=cost.params / len(calls))
+
+    def network(self, changed: Mapping[str, Cost]) -> Cost:
+        """Of the network with some layers at other costs."""
+        return self._rest + total([changed.get(name, cost) for name, cost in self.layers.items()])

@@ -1,0 +1,168 @@
+"""Progressive Tucker: exact at the start, pure low rank at the end, within the budget, and nothing frozen moves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tdcompile
+from tdcompile.errors import BudgetError, InputError, TdcompileError
+from tdcompile.layer import Refusal
+from tdcompile.pipeline import Pipeline
+from tdcompile.program import Change, Program, parameters_of, sites
+from tdcompile.progressive import Parallel, energy_ranks, parallels
+from tdcompile.ranks import DENSE, RankPlan
+from tdcompile.surgery import outputs_of
+from tdcompile.task import Batch, Samples, Task
+
+X = torch.randn(2, 3, 10, 10)
+
+
+class Bright(Samples):
+    classes = 2
+
+    def __len__(self) -> int:
+        return 160
+
+    def batch(self, indices: object) -> Batch:
+        places = torch.as_tensor(list(indices))  # type: ignore[call-overload]
+        x = torch.stack([torch.randn(3, 10, 10, generator=torch.Generator().manual_seed(int(i))) for i in places])
+        labels = places % 2
+        return Batch((x + (2.0 * labels - 1).view(-1, 1, 1, 1),), labels)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 3, stride=2, padding=1, padding_mode="reflect"),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, groups=16),
+        nn.Conv2d(16, 20, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(20, 12),
+        nn.ReLU(),
+        nn.Linear(12, 2),
+    ).eval()
+
+
+def program(share: float = 0.5, data: bool = True) -> Program:
+    made = tdcompile.trace(network(), (X,))
+    return made.with_(budget=tdcompile.Budget(macs=share), task=Task(Bright() if data else None))
+
+
+ANNEAL = "anneal{epochs=2,batch=32,lr=0.05}"
+
+
+@pytest.mark.parametrize("init", ["exact", "zero"])
+def test_the_function_is_the_dense_one_at_the_start(init: str) -> None:
+    before = program()
+    after = Pipeline.parse(f"attach-adapters{{init={init}}}").run(before)
+    assert set(parallels(after.graph)) == {"0", "3", "6", "9", "11"}
+    for one, other in zip(outputs_of(before.graph, (X,)), outputs_of(after.graph, (X,)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    told = {entry.layer: entry.code for entry in after.history if isinstance(entry, Refusal)}
+    assert told == {"5": "depthwise"}
+
+
+@pytest.fixture(scope="module")
+def annealed() -> Program:
+    return Pipeline.parse(f"attach-adapters,{ANNEAL}").run(program())
+
+
+def test_ranks_shrink_to_the_budget_and_differ_between_modes(annealed: Program) -> None:
+    start = parallels(Pipeline.parse("attach-adapters").run(program()).graph)
+    end = parallels(annealed.graph)
+    assert all(part.share == 0 for part in end.values())
+    for name, part in end.items():
+        assert all(new <= old for new, old in zip(part.ranks, start[name].ranks, strict=True))
+    assert any(part.ranks != start[name].ranks for name, part in end.items())
+    assert any(len(set(part.ranks)) > 1 for part in end.values())
+
+
+def test_only_adapters_norms_and_biases_have_moved(annealed: Program) -> None:
+    start = Pipeline.parse("attach-adapters").run(program()).graph
+    for name, part in parallels(annealed.graph).items():
+        assert torch.equal(part.gap, parallels(start)[name].gap)
+    assert not torch.equal(annealed.graph.get_submodule("1").weight, start.get_submodule("1").weight)
+
+
+def test_no_dense_branch_is_left_and_the_plan_is_what_the_graph_is(annealed: Program) -> None:
+    after = Pipeline.parse("detach-dense").run(annealed)
+    assert not parallels(after.graph)
+    for one, other in zip(outputs_of(annealed.graph, (X,)), outputs_of(after.graph, (X,)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    plan = after.facts[RankPlan]
+    assert plan.predicted.macs <= 0.5 * plan.dense.macs * (1 + 1e-9)
+    assert plan.predicted.macs == sum(call.macs for site in sites(after).values() for call in site.calls)
+    assert plan.predicted.params == parameters_of(after.graph)
+    assert plan.choices["5"].decomposition == DENSE
+    assert plan.reasons["5"].code == "depthwise"
+
+
+def test_a_dense_share_that_is_left_is_an_error() -> None:
+    with pytest.raises(TdcompileError, match=r"still has 100\.0% of its dense weight: anneal first"):
+        Pipeline.parse("attach-adapters,detach-dense").run(program())
+
+
+def test_shrinking_is_the_adapters_own_best_approximation() -> None:
+    weight = torch.randn(8, 6, 3, 3)
+    conv = nn.Conv2d(6, 8, 3)
+    layer = tdcompile.layer.Layer.of(conv, (5, 5))
+    assert layer is not None
+    form = tdcompile.registry.make(tdcompile.decomposition.Decomposition, "tucker2")
+    part = Parallel(layer, "tucker2", (8, 6), weight, form.factorize(layer, weight, (8, 6), None), None)
+    identities = [id(p) for p in part.factors.parameters()]
+    part.shrink((4, 3))
+    wanted = form.reconstruct(layer, form.factorize(layer, weight, (4, 3), None))
+    torch.testing.assert_close(part.adapter(), wanted, atol=1e-4, rtol=1e-4)
+    assert [id(p) for p in part.factors.parameters()] == identities
+
+
+def test_energy_ranks_are_the_smallest_that_hold_the_share() -> None:
+    energies = (torch.tensor([0.5, 0.8, 0.95, 1.0]), torch.tensor([0.9, 1.0]))
+    assert energy_ranks(energies, 0.8, (4, 2)) == (2, 1)
+    assert energy_ranks(energies, 0.81, (4, 2)) == (3, 1)
+    assert energy_ranks(energies, 1.1, (3, 2)) == (3, 2)
+
+
+def test_without_data_the_dense_share_is_cut_off_and_told() -> None:
+    after = Pipeline.parse("attach-adapters,anneal,detach-dense").run(program(data=False))
+    assert [entry.code for entry in after.history if isinstance(entry, Refusal)] == ["depthwise", "no_data"]
+    assert after.facts[RankPlan].predicted.macs <= 0.5 * after.facts[RankPlan].dense.macs
+
+
+def test_a_budget_that_cannot_be_met_is_told_before_training() -> None:
+    with pytest.raises(BudgetError, match="rank 1"):
+        Pipeline.parse(f"attach-adapters,{ANNEAL}").run(program(share=0.01))
+
+
+def test_without_adapters_there_is_nothing_to_anneal() -> None:
+    after = Pipeline.parse("anneal").run(program())
+    assert [entry.code for entry in after.history if isinstance(entry, Refusal)] == ["no_adapters"]
+
+
+def test_the_whole_of_it_compiles_by_its_recipe(tmp_path: object) -> None:
+    given = {"recipe": "progressive-tucker", "budget": {"macs": 0.5}}
+    pipeline = tdcompile.recipes.load_recipe("progressive-tucker", {}).pipeline.replace("anneal", ANNEAL)
+    made = tdcompile.compile(
+        network(), X[:1], data=(Bright(), Bright()), pipeline=pipeline, workspace=tmp_path, **given
+    )
+    assert made.report.compiled.macs <= 0.5 * made.report.dense.macs
+    assert made.report.parity.max_rel < 1e-3
+    assert [entry for entry in made.report.layers if entry.decomposition == "tucker2"]
+
+
+@pytest.mark.parametrize("text", ["attach-adapters{rank=0}", "anneal{decay=1}", "anneal{epochs=0}"])
+def test_options_out_of_range_are_refused(text: str) -> None:
+    with pytest.raises(InputError):
+        Pipeline.parse(text)
+
+
+def test_what_was_done_is_in_the_history(annealed: Program) -> None:
+    steps = [entry.step for entry in annealed.history if isinstance(entry, Change)]
+    assert steps == ["attach-adapters"] * 5 + ["anneal"] * 5
