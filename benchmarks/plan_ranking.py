@@ -97,6 +97,8 @@ def _taus(found: list[dict[str, Any]], scores: dict[str, float], loss: str) -> d
     taus: dict[str, Any] = {}
     for moment in ("before", "tuned"):
         rows = [row for row in found if moment in row]
+        if not rows:
+            continue
         for share in [None, *dict.fromkeys(row["share"] for row in rows)]:
             some = [row for row in rows if share in (None, row["share"])]
             tau = kendalltau([predicted(row["plan"]) for row in some], [row[moment] for row in some]).statistic
