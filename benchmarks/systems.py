@@ -20,7 +20,7 @@ from tdcompile.task import Task
 
 # {tune} is the tuning that all of them get, {epochs} its length. Plain weights where the authors used plain weights.
 SYSTEMS = {
-    "Tucker-2, uniform ranks": "propose{{decompose=tucker2+svd}},score,choose{{by=uniform}},factorize,recalibrate{tune}",
+    "Tucker-2, same share": "propose{{decompose=tucker2+svd}},score,choose{{by=uniform}},factorize,recalibrate{tune}",
     "Tucker-2 by energy": "propose{{decompose=tucker2+svd}},score,choose{{by=energy}},factorize,recalibrate{tune}",
     "Tucker-2 by VBMF (Kim et al.)": (
         "propose{{decompose=tucker2+svd,spectra=true}},score,choose{{by=vbmf}},factorize,recalibrate{tune}"
