@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -27,7 +29,8 @@ from tdcompile.runtime import time_models
 from tdcompile.surgery import copy_graph, replace_module
 from tdcompile.transplant import Graft, transplant
 
-_FARTHEST = 0.5  # a prediction is never corrected by more than this factor, or its inverse
+_FARTHEST = 2.0  # a price is never corrected by more than this factor, or its inverse
+_PROFILE_SECONDS = 0.3  # about how long a profile runs the dense network
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Rehearse(AnalysisPass):
     name: ClassVar[str] = "rehearse"
     needs: ClassVar[tuple[type[Fact], ...]] = (Baseline, Candidates, Importances, RankPlan)
     gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan, Rehearsal)
-    rounds: int = 4
+    rounds: int = 8
     over: float = 0.01
     tolerance: float = 0.02
     seconds: float = 1.5
@@ -63,15 +66,16 @@ class Rehearse(AnalysisPass):
             return plan, Rehearsal(())
         aim = share if share == 1.0 else self.aim * share  # the dense network itself keeps to all of it
         inputs, baseline = timing_inputs(program), program.facts[Baseline].model
-        in_dense = layer_seconds(baseline, candidates.layers, inputs, program.target)
-        candidates = _corrected(candidates, in_dense)
+        runs = _profile_runs(plan.dense.seconds)
+        in_dense = layer_seconds(baseline, candidates.layers, inputs, program.target, runs)
+        candidates = _in_step(candidates, in_dense)
         with contextlib.suppress(BudgetError):  # the first prices found a plan: it is tried before it is given up
             plan = self._again(program, candidates, plan, aim)
         if all(choice.decomposition == DENSE for choice in plan.choices.values()):
             return plan, Rehearsal(())  # the dense network is as fast as it is; a measurement would only say noise
         back: dict[str, Refusal] = {}
         tried: list[tuple[Round, RankPlan]] = []
-        bias = 1.0
+        seen: dict[tuple[str, str], list[float]] = {}
         for number in range(1, self.rounds + 1):
             with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
                 file = Path(folder) / "rehearsal.onnx"
@@ -79,9 +83,9 @@ class Rehearse(AnalysisPass):
                 dense, compiled = (
                     t.median for t in time_models([baseline, file], inputs, program.target, seconds=self.seconds)
                 )
-                in_plan = layer_seconds(file, candidates.layers, inputs, program.target)
+                in_plan = layer_seconds(file, candidates.layers, inputs, program.target, runs)
             slower = _slower(plan, in_dense, in_plan)
-            plan = _forecast(plan, candidates, bias)
+            plan = _priced(plan, _learned(candidates, seen))
             predicted = plan.predicted.seconds / plan.dense.seconds * dense
             tried.append((Round(predicted, compiled, dense, tuple(slower)), plan))
             tick(number, self.rounds, f"{compiled / dense:.3f} of dense measured, {share:g} wanted")
@@ -89,17 +93,15 @@ class Rehearse(AnalysisPass):
             if fits and not slower and abs(predicted / compiled - 1) <= self.tolerance:
                 break
             back |= slower
-            candidates = _corrected(_without(candidates, plan, slower), in_dense, plan, in_plan)
-            parts = _forecast(_measured(plan, in_plan), candidates, 1.0)
-            # On a machine that is busy with something else the parts' times may say anything, even less than nothing.
-            forecast = max(parts.predicted.seconds / parts.dense.seconds, _FARTHEST * compiled / dense)
-            bias = max(compiled / dense / forecast, _FARTHEST)
+            for pair, ratio in _ratios(plan, candidates, in_plan, compiled / dense).items():
+                seen.setdefault(pair, []).append(ratio)
+            candidates = _without(candidates, plan, slower)
             try:
-                plan = self._again(program, candidates, plan, min(1.0, aim / bias))
+                plan = self._again(program, _learned(candidates, seen), plan, aim)
             except BudgetError:
                 break
         limit = share * (1 + self.over)
-        best, plan = min(tried, key=lambda one: (one[0].measured > limit * one[0].dense, _error(one[1])))
+        best, plan = min(tried, key=lambda one: (max(one[0].measured / one[0].dense, limit), _error(one[1])))
         # Factors do not change what was measured: from here on it is the prediction.
         seconds = best.measured / best.dense * plan.dense.seconds
         plan = replace(plan, predicted=replace(plan.predicted, seconds=seconds))
@@ -161,69 +163,103 @@ def _slower(plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, f
     }
 
 
-def _measured(plan: RankPlan, seconds: Mapping[str, float]) -> RankPlan:
-    """The plan with what its layers took; it counts for those that are no longer in the table."""
-    return replace(plan, choices={n: _lasting(c, seconds[n] or c.cost.seconds) for n, c in plan.choices.items()})
-
-
 def _without(candidates: Candidates, plan: RankPlan, slower: Mapping[str, Refusal]) -> Candidates:
     """The table without the forms that were slower, at their ranks and every dearer one."""
     layers = dict(candidates.layers)
     for name in slower:
-        worst = plan.choices[name]
-        layers[name] = tuple(
-            option
-            for option in layers[name]
-            if option.decomposition != worst.decomposition or option.cost.seconds < worst.cost.seconds
-        )
+        form = plan.choices[name].decomposition
+        worst = _listed(layers[name], plan.choices[name]).cost.seconds
+        layers[name] = tuple(o for o in layers[name] if o.decomposition != form or o.cost.seconds < worst)
     return replace(candidates, layers=layers)
 
 
-def _corrected(
-    candidates: Candidates,
-    dense: Mapping[str, float],
-    plan: RankPlan | None = None,
-    measured: Mapping[str, float] | None = None,
-) -> Candidates:
-    """The table with prices in step with what was measured inside the graph.
-
-    Without a plan all prices of a layer are scaled to its dense time; with one, those of the form that was measured
-    to that measurement. The rest of the network absorbs what the layers' total loses or gains.
-    """
-    whole = candidates.dense.seconds
-    layers: dict[str, tuple[Candidate, ...]] = {}
+def _in_step(candidates: Candidates, dense: Mapping[str, float]) -> Candidates:
+    """The table with all prices of a layer scaled to its dense time in the graph; the rest absorbs the difference."""
+    layers = {}
     for name, options in candidates.layers.items():
         known = options[0].cost.seconds
-        chosen = plan.choices[name] if plan else options[0]
-        after = (measured or dense)[name]
-        current = next((o for o in options if _same(o, chosen)), chosen).cost.seconds
-        if not (dense[name] > 0.0 and known > 0.0 and after > 0.0 and current > 0.0):
-            layers[name] = options
-            continue
-        scale = after / current
-        affected = {chosen.decomposition} if plan else {option.decomposition for option in options}
-        layers[name] = tuple(_scaled(o, scale if o.decomposition in affected else 1.0) for o in options)
+        scale = dense[name] / known if dense[name] > 0.0 and known > 0.0 else 1.0
+        layers[name] = tuple(_scaled(option, scale) for option in options)
     moved = replace(candidates, layers=layers)
+    whole = candidates.dense.seconds
     return replace(moved, rest=replace(moved.rest, seconds=moved.rest.seconds + whole - moved.dense.seconds))
 
 
-def _same(one: Candidate, other: Candidate) -> bool:
-    return (one.decomposition, one.ranks) == (other.decomposition, other.ranks)
+def _ratios(
+    plan: RankPlan, candidates: Candidates, measured: Mapping[str, float], share: float
+) -> dict[tuple[str, str], float]:
+    """By layer and form: seconds in the graph over those in the table.
+
+    A profile tells how the replaced layers share the time; how much it is together, the run of the whole graph tells
+    better, in which whatever else the plan has made slower or faster is theirs.
+
+    Args:
+        plan: what was measured.
+        candidates: the table.
+        measured: seconds of each layer in the profile.
+        share: seconds of the whole graph over the dense one's.
+    """
+    kept = candidates.rest.seconds
+    table, profile = {}, {}
+    for name, choice in plan.choices.items():
+        price = _listed(candidates.layers[name], choice).cost.seconds
+        if choice.decomposition == DENSE or measured[name] <= 0.0 or price <= 0.0:
+            kept += price
+        else:
+            table[name], profile[name] = price, measured[name]
+    left = share * candidates.dense.seconds - kept
+    scale = _bounded(left / sum(profile.values())) if profile else 1.0
+    return {(name, plan.choices[name].decomposition): _bounded(scale * profile[name] / table[name]) for name in table}
+
+
+def _learned(candidates: Candidates, seen: Mapping[tuple[str, str], Sequence[float]]) -> Candidates:
+    """The table with each form priced by what was seen of it: in its layer, else in other layers, else of any form.
+
+    A plan is made of the forms whose prices are most too low. Were only those corrected that have been run, the next
+    plan would be made of the next ones; so what has not been run is taken for one of the dearer ones.
+    """
+    forms: dict[str, list[float]] = {}
+    for (_, form), ratios in seen.items():
+        forms.setdefault(form, []).append(fmean(ratios))
+    usual = {form: _upper(ratios) for form, ratios in forms.items()}
+    any_form = _upper([fmean(ratios) for ratios in seen.values()]) if seen else 1.0
+
+    def factor(name: str, form: str) -> float:
+        if form == DENSE:
+            return 1.0
+        return fmean(seen[name, form]) if (name, form) in seen else usual.get(form, any_form)
+
+    layers = {
+        name: tuple(_scaled(option, factor(name, option.decomposition)) for option in options)
+        for name, options in candidates.layers.items()
+    }
+    return replace(candidates, layers=layers)
+
+
+def _upper(ratios: Sequence[float]) -> float:
+    """The upper quartile."""
+    return float(np.quantile(ratios, 0.75))
+
+
+def _profile_runs(seconds: float) -> int:
+    """How often a profile runs a network that takes so long: a small one's kernels need more runs to be told apart."""
+    return round(min(max(_PROFILE_SECONDS / max(seconds, 1e-6), 7), 100))
+
+
+def _bounded(ratio: float) -> float:
+    return min(max(ratio, 1 / _FARTHEST), _FARTHEST)
+
+
+def _listed(options: Sequence[Candidate], choice: Candidate) -> Candidate:
+    """The table's entry of a choice; the choice itself where it is no longer in the table."""
+    return next((o for o in options if (o.decomposition, o.ranks) == (choice.decomposition, choice.ranks)), choice)
 
 
 def _scaled(candidate: Candidate, factor: float) -> Candidate:
-    return _lasting(candidate, candidate.cost.seconds * factor)
+    return replace(candidate, cost=replace(candidate.cost, seconds=candidate.cost.seconds * factor))
 
 
-def _lasting(candidate: Candidate, seconds: float) -> Candidate:
-    return replace(candidate, cost=replace(candidate.cost, seconds=seconds))
-
-
-def _forecast(plan: RankPlan, candidates: Candidates, bias: float) -> RankPlan:
-    """The plan with costs from the corrected table; ``bias`` is what the last round's whole showed beyond its parts."""
-    table = {
-        name: next((o for o in candidates.layers[name] if _same(o, choice)), choice)
-        for name, choice in plan.choices.items()
-    }
-    predicted, dense = candidates.cost(table), candidates.dense
-    return replace(plan, choices=table, predicted=replace(predicted, seconds=predicted.seconds * bias), dense=dense)
+def _priced(plan: RankPlan, candidates: Candidates) -> RankPlan:
+    """The plan with its costs from the table."""
+    choices = {name: _listed(candidates.layers[name], choice) for name, choice in plan.choices.items()}
+    return replace(plan, choices=choices, predicted=candidates.cost(choices), dense=candidates.dense)

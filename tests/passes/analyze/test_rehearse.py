@@ -87,6 +87,27 @@ def test_a_price_that_was_wrong_is_corrected(program, monkeypatch):
     assert plan.predicted.seconds / plan.dense.seconds == pytest.approx(rounds[-1].measured / 22)
 
 
+def test_what_is_seen_of_a_form_in_one_layer_counts_for_it_in_the_others(program, monkeypatch):
+    pretend(monkeypatch, {"0": 1.75, "2": 1.75})
+    facts = program.facts.having(Importances({"0": 1.0, "2": 3.0}))  # it would rather keep the second one
+    program = program.with_(budget=tdcompile.Budget(latency=0.75), facts=facts)
+    rounds = rehearse.Rehearse().run(program).facts[Rehearsal].rounds
+    assert rounds[0].predicted == pytest.approx(16.0, rel=1e-6)  # channel{8} for the first alone
+    assert rounds[1].predicted == pytest.approx(rounds[1].measured, rel=1e-6)
+
+
+def test_where_no_plan_keeps_to_the_budget_the_fastest_one_is_taken(program, monkeypatch):
+    pretend(monkeypatch, {"0": 1.0, "2": 1.0})
+    shares = iter([0.7, 0.6, 0.65])
+
+    def times(models, *rest, **options):
+        return [Timing(t, t, t, 1) for t in (22.0, 22.0 * next(shares))]
+
+    monkeypatch.setattr(rehearse, "time_models", times)
+    facts = rehearse.Rehearse(rounds=3).run(program).facts
+    assert facts[RankPlan].predicted.seconds == pytest.approx(0.6 * 22)
+
+
 def test_without_a_latency_budget_nothing_is_measured(program):
     facts = rehearse.Rehearse().run(program.with_(budget=tdcompile.Budget(macs=0.5))).facts
     assert facts[Rehearsal].rounds == ()
