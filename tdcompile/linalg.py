@@ -78,8 +78,13 @@ def leading(flat: Tensor, second: Tensor | Sketch | None, rank: int) -> Tensor:
     """The leading left singular vectors of ``flat`` (S + ridge)^½, ``(T, rank)``.
 
     They come from the Gram matrix of its smaller side, and no copy of ``flat`` is made; for ranks beyond that side the
-    basis is completed. In float64 where that side is at most ``PRECISE``, else in the precision of ``flat``.
+    basis is completed. In the precision of ``flat``.
     """
+    return _leading(flat, second, rank).to(flat.dtype)
+
+
+def _leading(flat: Tensor, second: Tensor | Sketch | None, rank: int) -> Tensor:
+    """The same in float64 where that side is at most ``PRECISE``."""
     rows, columns = flat.shape
     if rows <= columns:
         return _eigenvectors(_ridged(flat, second), rank)
@@ -101,7 +106,7 @@ def low_rank(flat: Tensor, second: Tensor | Sketch | None, rank: int) -> tuple[T
 
     In the precision of ``flat``.
     """
-    last = leading(flat, second, rank)
+    last = _leading(flat, second, rank)
     first = flat.new_empty(rank, flat.shape[1])
     for start in range(0, flat.shape[1], step := max(1, BLOCK // len(flat))):
         first[:, start : start + step] = last.T @ flat[:, start : start + step].to(last.dtype)

@@ -200,3 +200,24 @@ def test_a_weight_in_double_precision_gives_factors_in_it(form: str) -> None:
     decomposition, _, layer, weight, _ = accepted(form, name)
     factors = decomposition.factorize(layer, weight.double(), decomposition.exact_ranks(layer), None)
     assert {factor.dtype for factor in factors} == {torch.float64}
+
+
+@pytest.mark.parametrize("data", [False, True], ids=["plain", "moments"])
+@pytest.mark.parametrize("precise", [0, 20, 60])
+@pytest.mark.parametrize(
+    ("form", "name"), [case for case in ACCEPTED if case[1] in ("conv", "few outputs", "1x1", "linear")]
+)
+def test_a_layer_too_large_for_float64_fares_as_in_it(
+    form: str, name: str, precise: int, data: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decomposition, _, layer, weight, _ = accepted(form, name)
+    moments = moments_of(layer) if data else None
+    space = decomposition.rank_space(layer, GRAIN)
+    middle = space[len(space) // 2]
+    wanted = decomposition.errors(layer, weight, space, moments)
+    monkeypatch.setattr("tdcompile.linalg.PRECISE", precise)
+    assert decomposition.errors(layer, weight, space, moments) == pytest.approx(wanted, rel=0.02, abs=2e-3)
+    factors = decomposition.factorize(layer, weight, middle, moments)
+    assert {factor.dtype for factor in factors} == {weight.dtype}
+    error = relative_error(weight, decomposition.reconstruct(layer, factors), moments)
+    assert error == pytest.approx(decomposition.errors(layer, weight, [middle], moments)[0], rel=0.15, abs=2e-3)
