@@ -2,29 +2,134 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdcompile.decomposition import Decomposition
+from tdcompile.errors import InputError
+from tdcompile.layer import Layer
+from tdcompile.program import sites_of
+from tdcompile.ranks import DENSE, RankPlan, Ranks
+from tdcompile.registry import make
 from tdcompile.task import Batch, logits
 
 
 class Distillation(nn.Module):
     """The loss: maps the compressed network's scores ``(N, classes, ...)`` and their batch to a scalar."""
 
-    def __init__(self, teacher: nn.Module, temperature: float, labels: float) -> None:
+    def __init__(self, teacher: nn.Module, temperature: float, labels: float, layers: Layerwise | None = None) -> None:
         super().__init__()
         self.teacher = teacher.eval().requires_grad_(False)
-        self.temperature, self.labels = temperature, labels
+        self.temperature, self.labels, self.layers = temperature, labels, layers
 
     def forward(self, scores: Tensor, batch: Batch) -> Tensor:
-        """(1 - labels) · T² · KL + labels · cross-entropy; a mean squared error where the scores are no classes."""
+        """(1 - labels) · T² · KL + labels · cross-entropy, mean squares where there are no classes, and the layers'."""
         with torch.no_grad():
             wanted = logits(self.teacher(*batch.inputs))
+        loss = self._of_answers(scores, wanted, batch.labels)
+        return loss if self.layers is None else loss + self.layers.take()
+
+    def _of_answers(self, scores: Tensor, wanted: Tensor, labels: Tensor | None) -> Tensor:
         if scores.ndim < 2 or scores.shape[1] < 2:
             return F.mse_loss(scores, wanted)
         soft, target = ((x / self.temperature).log_softmax(1) for x in (scores, wanted))
         loss = F.kl_div(soft, target, reduction="batchmean", log_target=True) * self.temperature**2
-        if self.labels and batch.labels is not None:
-            loss = (1 - self.labels) * loss + self.labels * F.cross_entropy(scores, batch.labels)
+        if self.labels and labels is not None:
+            loss = (1 - self.labels) * loss + self.labels * F.cross_entropy(scores, labels)
         return loss
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A dense layer and what has taken its place: the module that gives its output, and its factors' parameters."""
+
+    layer: Layer
+    form: Decomposition
+    ranks: Ranks
+    weight: Tensor
+    factors: tuple[nn.Parameter, ...]
+    dense: nn.Module
+    last: nn.Module
+
+    def approximation(self) -> Tensor:
+        """W̃, of the shape of the dense weight."""
+        shapes = [part.weight_shape for part in self.form.blueprint(self.layer, self.ranks)]
+        return self.form.reconstruct(self.layer, [f.reshape(s) for f, s in zip(self.factors, shapes, strict=True)])
+
+
+class Layerwise:
+    """Layer by layer, outputs and weights drawn to those of the dense network (RENE, arXiv 2409.03555, equation 10).
+
+    Σ_i over the replaced layers of ``weights`` · mean (W_i − W̃_i)² and ``outputs`` · mean (O_i − D_i)², means over
+    elements as in the method's code, where the paper writes sums. The input of each layer is that of its own network.
+
+    Args:
+        teacher: the dense network.
+        graph: the compressed one.
+        plan: what was replaced by what.
+        inputs: an example.
+        outputs: share of the layers' outputs in the loss.
+        weights: share of their weights.
+
+    Raises:
+        InputError: nothing was replaced, or not in the way the plan says.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        graph: nn.Module,
+        plan: RankPlan,
+        inputs: tuple[Tensor, ...],
+        outputs: float,
+        weights: float,
+    ) -> None:
+        self._outputs, self._weights = outputs, weights
+        found = sites_of(teacher, inputs)
+        self._pairs = []
+        for name, choice in plan.choices.items():
+            if choice.decomposition == DENSE:
+                continue
+            dense, new = found[name].module, graph.get_submodule(name)
+            factors = tuple(p for key, p in new.named_parameters() if key.rpartition(".")[2] != "bias")
+            form, layer = make(Decomposition, choice.decomposition), found[name].layer
+            if len(factors) != len(form.blueprint(layer, choice.ranks)):
+                raise InputError(
+                    f"the layer '{name}' is not as {choice.decomposition} left it: tune it without its layers"
+                )
+            last = [*new.children()][-1] if isinstance(new, nn.Sequential) else new
+            self._pairs.append(_Pair(layer, form, choice.ranks, found[name].weight, factors, dense, last))
+        self._seen: dict[nn.Module, list[Tensor]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While it lasts, both networks' passes are seen."""
+
+        def see(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            self._seen.setdefault(module, []).append(output)
+
+        watched = [module for pair in self._pairs for module in (pair.dense, pair.last)] if self._outputs else []
+        hooks = [module.register_forward_hook(see) for module in watched]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._seen.clear()
+
+    def take(self) -> Tensor:
+        """The loss of the last pass of both networks."""
+        seen: Mapping[nn.Module, list[Tensor]] = self._seen
+        self._seen = {}
+        losses = []
+        for pair in self._pairs:
+            if self._weights:
+                losses.append(self._weights * F.mse_loss(pair.approximation(), pair.weight.to(pair.factors[0])))
+            for wanted, given in zip(seen.get(pair.dense, ()), seen.get(pair.last, ()), strict=True):
+                losses.append(self._outputs * F.mse_loss(given.float(), wanted.float()))
+        return torch.stack(losses).sum() if losses else torch.zeros(())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from tdcompile.augment import Augment
-from tdcompile.distillation import Distillation
+from tdcompile.distillation import Distillation, Layerwise
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
 from tdcompile.program import Change, Program
+from tdcompile.ranks import RankPlan
 from tdcompile.surgery import copy_weights
 from tdcompile.task import Samples
 from tdcompile.training import Settings, Trainer
@@ -45,6 +47,8 @@ class Finetune(TunePass):
         clip: largest norm of the gradient; a chain of factors multiplies its gradients.
         temperature: T.
         labels: share of the label loss; without labels it is left out.
+        outputs: of layer-output distillation beside it, the mean squared difference of each replaced layer's output.
+        weights: of weight distillation, the same of each replaced layer's weight (RENE, arXiv 2409.03555).
         holdout: share of the training samples held out to choose the best epoch by (at most 5,000); 0 keeps the last.
         augment: ``auto`` shifts images of at least 16 pixels a side, and mirrors those of three channels too.
         bn: ``frozen`` leaves batch-norm statistics as they are.
@@ -65,6 +69,8 @@ class Finetune(TunePass):
     clip: float = 5.0
     temperature: float = 4.0
     labels: float = 0.1
+    outputs: float = 0.0
+    weights: float = 0.0
     holdout: float = 0.05
     augment: Literal["auto", "none", "shift", "shift-flip"] = "auto"
     bn: Literal["train", "frozen"] = "train"
@@ -86,6 +92,9 @@ class Finetune(TunePass):
         for option in ("momentum", "warmup", "holdout", "average"):
             if not 0 <= getattr(self, option) < 1:
                 raise InputError(f"finetune{{{option}={getattr(self, option)}}} is to be a share in [0, 1)")
+        for option in ("outputs", "weights"):
+            if not getattr(self, option) >= 0:
+                raise InputError(f"finetune{{{option}={getattr(self, option)}}} is to be at least 0")
         if not 0 <= self.labels <= 1:
             raise InputError(f"finetune{{labels={self.labels}}} is to be a share in [0, 1]")
 
@@ -100,18 +109,38 @@ class Finetune(TunePass):
             reason = "finetune: there are no training samples"
             return Rewritten(graph, [Refusal("", "no_data", reason)], [Tuning()])
         fit, heldout = self._split(train, program)
-        loss = Distillation(copy_weights(program.dense), self.temperature, self.labels if train.classes else 0.0)
         folder = program.workspace / self.name if program.workspace else None
         key = key_of([graph, program.dense], self, program.seed, len(train), program.task.source) if folder else ""
         settings = self._settings(program)
-        settings = replace(settings, lr=self._rate(graph, loss, fit, heldout, settings, program))
-        tuning = Trainer(graph, loss, fit, heldout, settings, program, self.name, Saved(folder, key)).run()
+        teacher = copy_weights(program.dense)
+        settings = replace(settings, lr=self._rate(graph, teacher, fit, heldout, settings, program))
+        tuning = self._trained(graph, teacher, fit, heldout, settings, program, self.name, Saved(folder, key))
         return Rewritten(graph, [Change("", self.name, f"{_told(tuning)}, rate {settings.lr:.3g}")], [tuning])
+
+    def _trained(
+        self,
+        graph: fx.GraphModule,
+        teacher: nn.Module,
+        fit: Samples,
+        heldout: Samples | None,
+        settings: Settings,
+        program: Program,
+        purpose: str,
+        saved: Saved,
+    ) -> Tuning:
+        layers, plan = None, program.facts.get(RankPlan)
+        if self.outputs or self.weights:
+            if plan is None:
+                raise InputError("finetune{outputs=…, weights=…} looks at the layers of a plan, and there is none")
+            layers = Layerwise(teacher, graph, plan, program.inputs, self.outputs, self.weights)
+        loss = Distillation(teacher, self.temperature, self.labels if fit.classes else 0.0, layers)
+        with layers.watching() if layers else nullcontext():
+            return Trainer(graph, loss, fit, heldout, settings, program, purpose, saved).run()
 
     def _rate(
         self,
         graph: fx.GraphModule,
-        loss: nn.Module,
+        teacher: nn.Module,
         fit: Samples,
         heldout: Samples | None,
         settings: Settings,
@@ -127,10 +156,9 @@ class Finetune(TunePass):
         for share in _SHARES:
             trial = replace(short, lr=share * settings.lr)
             try:
-                run = Trainer(
-                    copy_weights(graph), loss, fit, judges, trial, program, f"{self.name}/trial", Saved(None, "")
-                )
-                end = run.run().curve[-1].heldout_loss
+                short_graph, purpose = copy_weights(graph), f"{self.name}/trial"
+                run = self._trained(short_graph, teacher, fit, judges, trial, program, purpose, Saved(None, ""))
+                end = run.curve[-1].heldout_loss
             except TdcompileError:  # it diverged, which a lower rate may not
                 continue
             ends[trial.lr] = math.inf if end is None else end

@@ -1,0 +1,65 @@
+"""``error``: the six approximation errors of arXiv 2305.05318, of weights or features in three scalings, as scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from tdcompile.approximation import feature_errors, weight_errors
+from tdcompile.divergence import drawn
+from tdcompile.errors import InputError
+from tdcompile.importance import Importance, normalised
+from tdcompile.kinds import tick
+from tdcompile.program import Program, sites
+from tdcompile.trial import FORMS, trials
+
+
+@dataclass(frozen=True)
+class Error(Importance):
+    """The square of one of the six errors for each unit of a candidate's squared relative error.
+
+    Selectors that add up score times squared relative error then add up the squares of the error asked for:
+    ‖W − W̃‖, the same over ‖W‖ or over the number of weights, or these of the layer's output (arXiv 2305.05318,
+    section 3.2). The ratio is measured on a truncation that keeps a share of the layer's weights; for weights it does
+    not depend on that share, unless the candidates' errors are of the output themselves (this project's completion).
+
+    Attributes:
+        of: ``weights``, or ``features``, the outputs of the layer on training samples.
+        scaling: ``absolute``, ``relative`` to the norm of the original, or ``scaled`` by its number of elements.
+        share: of the layer's weights that the truncation keeps.
+        samples: of the training part, read once for each layer; for features alone.
+        forms: decompositions; a layer takes the first that applies to it, and counts nothing where none does.
+    """
+
+    name: ClassVar[str] = "error"
+    of: Literal["weights", "features"] = "weights"
+    scaling: Literal["absolute", "relative", "scaled"] = "relative"
+    share: float = 0.5
+    samples: int = 256
+    forms: tuple[str, ...] = FORMS
+
+    @torch.no_grad()
+    def score(self, program: Program) -> Mapping[str, float]:
+        """See ``Importance.score``.
+
+        Raises:
+            InputError: a weight has a NaN or an infinity, or there are no samples to look at features with.
+        """
+        batches = []
+        if self.of == "features":
+            batches = drawn(program, self.samples, self.name, "the importance 'error{of=features}'")
+        tried = trials(program, self.share, self.forms)
+        scores = dict.fromkeys(sites(program), 0.0)
+        for done, (name, trial) in enumerate(tried.items(), start=1):
+            if not torch.isfinite(trial.weight).all():
+                raise InputError(f"the weight of '{name}' has a NaN or an infinity")
+            if self.of == "weights":
+                errors = weight_errors(trial.site.weight, trial.weight)
+            else:
+                errors = feature_errors(program.graph, trial.site, trial.weight, batches)
+            scores[name] = getattr(errors, self.scaling) ** 2 / max(trial.error**2, 1e-12)
+            tick(done, len(tried), name)
+        return normalised(scores)

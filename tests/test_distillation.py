@@ -1,0 +1,156 @@
+"""``Layerwise``: layer-output and weight distillation are the means they say, and end when tuning ends."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tdcompile
+from tdcompile.distillation import Distillation, Layerwise
+from tdcompile.errors import InputError
+from tdcompile.pipeline import Pipeline
+from tdcompile.program import Program
+from tdcompile.ranks import DENSE, RankPlan
+from tdcompile.surgery import copy_weights
+from tdcompile.task import Batch, Samples, Task
+
+
+class Noise(Samples):
+    def __init__(self, labelled: bool = True) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x, self.labelled = torch.randn(64, 3, 8, 8, generator=generator), labelled
+        self.y = torch.randint(4, (64,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, indices: object) -> Batch:
+        places = list(indices)  # type: ignore[call-overload]
+        return Batch((self.x[places],), self.y[places] if self.labelled else None)
+
+    @property
+    def classes(self) -> int | None:
+        return 4 if self.labelled else None
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, one of each kind, and one that stays dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.body = nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect")
+        self.point = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        x = self.body(self.body(x).relu()).relu()
+        return self.head(self.point(x).relu().mean((2, 3)))
+
+
+FORMS = "tucker2+svd"
+
+
+@pytest.fixture
+def program() -> Program:
+    torch.manual_seed(0)
+    program = tdcompile.trace(Twice().eval(), (torch.randn(2, 3, 8, 8),))
+    program = program.with_(budget=tdcompile.Budget(macs=0.4), task=Task(Noise(), calibrate=32))
+    return Pipeline.parse(f"score,propose{{decompose={FORMS}}},choose,factorize").run(program)
+
+
+def pairs(program: Program, x: torch.Tensor, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What the layer gives at each call, dense and compressed."""
+    found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for graph, outputs in zip((program.dense, program.graph), found, strict=True):
+        part = graph.get_submodule(name)
+        last = part[-1] if isinstance(part, nn.Sequential) else part
+        hook = last.register_forward_hook(lambda m, a, out, outputs=outputs: outputs.append(out.detach()))
+        graph(x)
+        hook.remove()
+    return found
+
+
+def replaced(program: Program) -> list[str]:
+    return [n for n, c in program.facts[RankPlan].choices.items() if c.decomposition != DENSE]
+
+
+def test_outputs_count_by_their_mean_squared_difference_at_every_call(program: Program) -> None:
+    assert {"body", "stem"} <= set(replaced(program))
+    x = torch.randn(5, 3, 8, 8)
+    layers = Layerwise(program.dense, program.graph, program.facts[RankPlan], program.inputs, 0.5, 0.0)
+    with layers.watching():
+        program.graph(x), program.dense(x)
+        found = layers.take()
+    each = {name: list(zip(*pairs(program, x, name), strict=True)) for name in replaced(program)}
+    assert len(each["body"]) == 2
+    expected = sum(F.mse_loss(a, b) for calls in each.values() for a, b in calls)
+    assert float(expected) > 0
+    torch.testing.assert_close(found, 0.5 * expected)
+
+
+def test_weights_count_by_their_mean_squared_difference(program: Program) -> None:
+    layers = Layerwise(program.dense, program.graph, program.facts[RankPlan], program.inputs, 0.0, 2.0)
+    expected = torch.zeros(())
+    for name in replaced(program):
+        new = program.graph.get_submodule(name)
+        layer = program.dense.get_submodule(name)
+        if isinstance(layer, nn.Linear):
+            basis = torch.eye(layer.in_features)
+            composed = (new(basis) - new(torch.zeros_like(basis))).T
+        else:  # the response to one channel of one pixel, turned round
+            side, taps = 9, layer.kernel_size[0]
+            x = torch.zeros(layer.in_channels, layer.in_channels, side, side)
+            x[range(len(x)), range(len(x)), side // 2, side // 2] = 1
+            start = side // 2 - taps // 2
+            response = (new(x) - new(torch.zeros_like(x)))[:, :, start : start + taps, start : start + taps]
+            composed = response.flip(2, 3).transpose(0, 1)
+        expected = expected + F.mse_loss(composed, layer.weight)
+    torch.testing.assert_close(layers.take(), 2.0 * expected, rtol=1e-4, atol=1e-7)
+
+
+def test_the_loss_of_a_network_that_is_dense_is_not_touched(program: Program) -> None:
+    exact = Pipeline.parse("score,propose{decompose=svd},choose,factorize").run(
+        tdcompile.trace(Twice().eval(), program.inputs).with_(budget=tdcompile.Budget(macs=1.0))
+    )
+    layers = Layerwise(exact.dense, exact.graph, exact.facts[RankPlan], exact.inputs, 1.0, 1.0)
+    with layers.watching():
+        x = torch.randn(4, 3, 8, 8)
+        loss = Distillation(copy_weights(exact.dense), 4.0, 0.0, layers)
+        assert float(loss(exact.graph(x), Batch((x,), None)).detach()) == pytest.approx(0.0, abs=1e-8)
+
+
+def test_gradients_reach_the_factors_and_not_the_teacher(program: Program) -> None:
+    layers = Layerwise(program.dense, program.graph, program.facts[RankPlan], program.inputs, 1.0, 1.0)
+    teacher = copy_weights(program.dense)
+    layers = Layerwise(teacher, program.graph, program.facts[RankPlan], program.inputs, 1.0, 1.0)
+    loss = Distillation(teacher, 4.0, 0.0, layers)
+    x = torch.randn(4, 3, 8, 8)
+    with layers.watching():
+        torch.autograd.backward(loss(program.graph(x), Batch((x,), None)))
+    assert all(p.grad is None for p in teacher.parameters())
+    for name in replaced(program):
+        assert all(p.grad is not None for p in program.graph.get_submodule(name).parameters())
+
+
+def test_finetune_with_them_ends_nearer_to_the_dense_layers_and_leaves_no_hook(program: Program) -> None:
+    def distance(after: Program) -> float:
+        layers = Layerwise(after.dense, after.graph, after.facts[RankPlan], after.inputs, 0.0, 1.0)
+        return float(layers.take().detach())
+
+    with torch.no_grad():  # plain factors are at their nearest already
+        for parameter in program.graph.get_submodule("body").parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    options = "epochs=4,lr=0.05,batch=16,holdout=0,trial=0"
+    without = Pipeline.parse(f"finetune{{{options}}}").run(program)
+    with_them = Pipeline.parse(f"finetune{{{options},outputs=1,weights=100}}").run(program)
+    assert distance(with_them) < 0.9 * distance(without)
+    modules = [*with_them.graph.modules(), *with_them.dense.modules()]
+    assert not any(module._forward_hooks for module in modules)
+
+
+def test_without_a_plan_it_is_refused() -> None:
+    program = tdcompile.trace(Twice().eval(), (torch.randn(2, 3, 8, 8),)).with_(task=Task(Noise()))
+    with pytest.raises(InputError, match="plan"):
+        Pipeline.parse("finetune{outputs=1,epochs=1,trial=0}").run(program)
