@@ -9,6 +9,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tdcompile.errors import BudgetError, InputError
 from tdcompile.interruption import was_interrupted
 from tdcompile.job import load_job, recipe_of, to_toml
 from tdcompile.pipeline import Pipeline
+from tdcompile.processes import from_first, is_first, no_gpu
 from tdcompile.ranks import RankPlan
 from tdcompile.recipes import Recipe
 from tdcompile.report import count, milliseconds, percent, tables
@@ -87,7 +89,7 @@ def _compile(recipe: Recipe, out: Path, given: Mapping[str, Any]) -> Answer:
         log.warning("there is no interrupted run of %s: starting anew", out)
     job = load_job(recipe)
     try:
-        with watching(quiet=given["quiet"], then="export, verify, measure") as watch:
+        with watching(quiet=given["quiet"] or not is_first(), then="export, verify, measure") as watch:
             compiled = compile_module(
                 job.module,
                 job.inputs,
@@ -97,7 +99,7 @@ def _compile(recipe: Recipe, out: Path, given: Mapping[str, Any]) -> Answer:
                 resume=given["resume"],
                 watch=watch,
             )
-        compiled.save(out, command=command)
+        from_first(partial(compiled.save, out, command), no_gpu(recipe.device().device))
     except (Exception, KeyboardInterrupt) as error:
         # What an earlier run has kept stays. Of this one nothing stays that could not be gone on with.
         if fresh and (isinstance(error, InputError | BudgetError) or not (workspace / "state").exists()):
@@ -109,6 +111,8 @@ def _compile(recipe: Recipe, out: Path, given: Mapping[str, Any]) -> Answer:
             raise InputError(f"cannot write {error.filename or out}: {error.strerror or error}; {go_on}") from error
         raise
     report = compiled.report
+    if not is_first():
+        return Answer(code=0)
     code = 0 if report.met else BudgetError.exit_code
     if given["json"]:
         return Answer((report.to_json(),), code)

@@ -9,22 +9,25 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
 from tdcompile.artifact import check_out, save_weights, write_folder
 from tdcompile.checkpoint import Checkpoint
 from tdcompile.errors import InputError, nearest
+from tdcompile.facts import Facts
 from tdcompile.inference import timing_inputs
-from tdcompile.kinds import TunePass
+from tdcompile.kinds import AnalysisPass, TunePass
 from tdcompile.outcome import measure
 from tdcompile.pipeline import Pipeline, Silent, Watch, run_step
 from tdcompile.planfile import adopt
+from tdcompile.processes import from_first, is_first, no_gpu
 from tdcompile.program import Program, sites
 from tdcompile.ranks import RankPlan
 from tdcompile.recipes import Recipe, load_recipe
@@ -37,6 +40,8 @@ from tdcompile.task import Samples, Task, accuracy
 from tdcompile.tracing import trace
 from tdcompile.tuning import key_of
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -46,7 +51,8 @@ class Compiled:
         module: the compiled network in PyTorch, batch norm folded, in eval mode.
         report: every figure.
         plan: what became of every layer.
-        folder: holds ``model.onnx`` and ``dense.onnx`` as long as this object lives; ``save`` keeps them.
+        folder: holds ``model.onnx`` and ``dense.onnx`` as long as this object lives; ``save`` keeps them. Of several
+            processes it is that of the first, who is the one to save it; the others have the module as it was trained.
     """
 
     module: fx.GraphModule
@@ -147,7 +153,7 @@ def _compiled(
     watch: Watch,
     start: float,
 ) -> Compiled:
-    """Run the pipeline, then export, verify and measure into ``folder``."""
+    """Run the pipeline, then export, verify and measure into ``folder``; of several processes the first alone does."""
     driver = _Driver(
         pipeline,
         watch,
@@ -155,18 +161,25 @@ def _compiled(
         {"trace": time.perf_counter() - start},
     )
     program = driver.run(program.with_(workspace=workspace or folder), resume)
-    began = time.perf_counter()
-    outcome = measure(
-        program,
-        folder,
-        dynamic_batch=chosen.dynamic_batch,
-        stamp={"producer": f"tdcompile {version('tdcompile')}", "source": chosen.source or "", "plan": _stamp(program)},
-    )
-    seconds = {**driver.seconds, "verify": time.perf_counter() - began}
-    before = outcome.compiled.accuracy if driver.before_tuning is None else driver.before_tuning
-    run = Run(str(pipeline), seconds, time.perf_counter() - start, before)
-    report = summarise(program, chosen, outcome, run)
-    return Compiled(outcome.compiled.module, report, program.facts[RankPlan], folder, driver.checkpoint)
+    made: list[fx.GraphModule] = []
+
+    def verified() -> tuple[Report, Path]:
+        began = time.perf_counter()
+        stamp = {
+            "producer": f"tdcompile {version('tdcompile')}",
+            "source": chosen.source or "",
+            "plan": _stamp(program),
+        }
+        outcome = measure(program, folder, dynamic_batch=chosen.dynamic_batch, stamp=stamp)
+        seconds = {**driver.seconds, "verify": time.perf_counter() - began}
+        before = outcome.compiled.accuracy if driver.before_tuning is None else driver.before_tuning
+        run = Run(str(pipeline), seconds, time.perf_counter() - start, before)
+        made.append(outcome.compiled.module)
+        return summarise(program, chosen, outcome, run), folder
+
+    report, where = driver.first(verified)
+    module = made[0] if made else program.graph
+    return Compiled(module, report, program.facts[RankPlan], where, driver.checkpoint)
 
 
 def resolve(recipe: str | Recipe | None, options: Mapping[str, Any]) -> Recipe:
@@ -207,29 +220,51 @@ def prepare(
 
 @dataclass
 class _Driver:
-    """Runs the steps, times them, keeps the state after each, and tests the network before the first training pass."""
+    """Runs the steps, times them, keeps the state after each, and tests the network before the first training pass.
+
+    Of several processes the first alone analyses, and keeps the state; all of them rewrite and tune.
+    """
 
     pipeline: Pipeline
     watch: Watch
     checkpoint: Checkpoint | None
     seconds: dict[str, float]
     before_tuning: float | None = None
+    cpu: bool = True
 
     def run(self, program: Program, resume: bool) -> Program:
-        done = 0
+        done, self.cpu = 0, no_gpu(program.target.device)
         if self.checkpoint and resume and (restored := self.checkpoint.restore(program)):
             program, done, self.seconds, self.before_tuning = restored
+        if self.first(lambda: done) != done:
+            raise InputError("to resume in several processes they all need the folder with the state: share it")
         steps = self.pipeline.steps
         for position in range(done, len(steps)):
             step = steps[position]
             if isinstance(step, TunePass) and step.trains and self.before_tuning is None:
-                self.before_tuning = accuracy(program.graph, program.task.test, program.task.evaluate)
+                self.before_tuning = self.first(partial(_tested, program))
             began = time.perf_counter()
-            program = run_step(step, program, self.watch, position, len(steps))
+            work = partial(run_step, step, program, self.watch, position, len(steps))
+            if isinstance(step, AnalysisPass):
+                program = program.with_(facts=self.first(partial(_facts_of, work)))
+            else:
+                program = work()
             self.seconds[step.name] = self.seconds.get(step.name, 0.0) + time.perf_counter() - began
-            if self.checkpoint:
+            if self.checkpoint and is_first():
                 self.checkpoint.save(program, position + 1, self.seconds, self.before_tuning)
         return program
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What the work gives in the first process, in all of them."""
+        return from_first(work, self.cpu)
+
+
+def _facts_of(work: Callable[[], Program]) -> Facts:
+    return work().facts
+
+
+def _tested(program: Program) -> float | None:
+    return accuracy(program.graph, program.task.test, program.task.evaluate)
 
 
 def _task(data: Task | Samples | tuple[Samples, Samples | None] | None, recipe: Recipe) -> Task:

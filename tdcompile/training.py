@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, RandomSampler
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from tdcompile.augment import Augment, Augmented
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.kinds import tick
+from tdcompile.processes import devices, no_gpu
 from tdcompile.program import Program
 from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, logits
@@ -266,10 +267,10 @@ class Average:
 
 def _accelerator(target: Target, precision: str) -> Accelerator:
     """One for the target's kind of device; accelerate remembers the first device and precision a process asked for."""
-    cpu = target.device == "cpu" or not torch.cuda.is_available()
+    cpu = no_gpu(target.device)
     if cpu and precision == "fp16":
         raise InputError("training in fp16 needs a CUDA device; on CPU precision is fp32 or bf16")
-    other = (PartialState(cpu=cpu).device.type == "cpu") != cpu
+    other = (devices(cpu).device.type == "cpu") != cpu
     AcceleratorState._reset_state(reset_partial_state=other)
     mixed = "no" if precision == "fp32" else precision
     # A step's batch is shared out among the processes, so that their number changes neither steps nor rates.

@@ -1,0 +1,140 @@
+"""RENE's rank search: are known ranks found, do alternating steps help, does a rank for each layer beat one for all?"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import publish
+from torch import nn
+
+import tdcompile
+from tdcompile.data import load_data
+from tdcompile.errors import BudgetError, TdcompileError
+from tdcompile.network import Network
+from tdcompile.pipeline import Pipeline
+from tdcompile.program import Program
+from tdcompile.ranks import DENSE, RankPlan
+from tdcompile.registry import make
+from tdcompile.source import load_weights
+from tdcompile.target import Budget, Target
+from tdcompile.task import Task, accuracy
+
+CHANNELS, LAYERS = 32, 4
+SEARCHES = {
+    "rene, alternating": "rene{{step=8,factor=8,budget=false,alternate=true{more}}}",
+    "rene, simultaneous": "rene{{step=8,factor=8,budget=false,alternate=false{more}}}",
+    "vbmf": "score,propose{{decompose=tucker2,grain=1,spectra=true}},choose{{by=vbmf}}",
+    "energy 0.999": "score,propose{{decompose=tucker2,grain=1,spectra=true}},choose{{by=energy{{keep=0.999}}}}",
+}
+
+
+def main(
+    seeds: Annotated[int, typer.Option(help="networks with known ranks")] = 20,
+    noise: Annotated[float, typer.Option(help="norm of the noise on a weight of norm 1")] = 0.01,
+    steps: Annotated[str, typer.Option(help="steps of each refinement, comma-separated")] = "10,30,100",
+    data: Annotated[str, typer.Option(help="parquet:DIR: also compare with one rank for all layers")] = "",
+    weights: Annotated[Path | None, typer.Option(help="safetensors of the dense network")] = None,
+    network: str = "resnet20",
+    shares: Annotated[str, typer.Option(help="shares of the parameters, comma-separated")] = "0.05,0.1,0.25,0.5,0.75",
+    evaluate: Annotated[int, typer.Option(help="test images of each measurement")] = 10_000,
+    seed: int = 0,
+    json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
+) -> None:
+    """Every plan is chosen without data; accuracy is measured after batch-norm statistics were estimated again."""
+    rows = [_known(name, text, seeds, noise, more) for name, text in SEARCHES.items() for more in _more(name, steps)]
+    publish(f"Known ranks: {seeds} networks of {LAYERS} layers, noise {noise:g}", rows, seed, Target(), json)
+    if not data:
+        return
+    train, test = load_data(data, (3, 32, 32), "imagenet", seed)
+    module = make(Network, network).build()
+    if weights is not None:
+        load_weights(module, weights)
+    program = tdcompile.trace(module, (torch.randn(2, 3, 32, 32),))
+    program = program.with_(task=Task(train, test, source=data), seed=seed)
+    found = [
+        _against(name, text, program.with_(budget=Budget(params=share)), share, evaluate)
+        for share in map(float, shares.split(","))
+        for name, text in (
+            ("one share of every layer's ranks", "score,propose{decompose=tucker2+svd,grain=1},choose{by=uniform}"),
+            ("rene", "rene"),
+            ("rene, simultaneous", "rene{alternate=false}"),
+        )
+    ]
+    file = json and json.with_stem(f"{json.stem}_{network}")
+    publish(f"A rank for each layer against one for all: {network}", found, seed, Target(), file)
+
+
+def _more(name: str, steps: str) -> list[str]:
+    return [f",steps={count}" for count in steps.split(",")] if name.startswith("rene") else [""]
+
+
+def _known(name: str, text: str, seeds: int, noise: float, more: str) -> dict[str, Any]:
+    """How often each layer's rank is the one that was planted."""
+    exact, aside, seconds, failed = [], [], [], 0
+    for seed in range(seeds):
+        program, ranks = planted(seed, noise)
+        begun = time.perf_counter()
+        try:
+            plan = Pipeline.parse(text.format(more=more)).run(program).facts[RankPlan]
+        except TdcompileError:
+            failed += 1
+            continue
+        seconds.append(time.perf_counter() - begun)
+        for choice, rank in zip(plan.choices.values(), ranks, strict=True):
+            found = [CHANNELS, CHANNELS] if choice.decomposition == DENSE else choice.ranks
+            aside += [abs(r - rank) for r in found]
+            exact.append(all(r == rank for r in found))
+    return {
+        "search": name + more.replace(",", ", "),
+        "layers right": f"{sum(exact)} of {len(exact)}",
+        "mean distance": fmean(aside),
+        "spread": pstdev(aside),
+        "failed": failed,
+        "seconds": fmean(seconds),
+    }
+
+
+def planted(seed: int, noise: float) -> tuple[Program, list[int]]:
+    """Convolutions whose weights have known Tucker-2 ranks, 2 to 12, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    ranks = torch.randint(2, 13, (LAYERS,), generator=generator).tolist()
+    layers: list[nn.Module] = []
+    for rank in ranks:
+        out, inner = (torch.randn(CHANNELS, rank, generator=generator) for _ in range(2))
+        core = torch.randn(rank, rank, 3, 3, generator=generator)
+        weight = torch.einsum("to,oikl,ci->tckl", out, core, inner)
+        weight = weight / weight.norm() + noise * torch.randn(weight.shape, generator=generator) / weight.numel() ** 0.5
+        conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+        conv.weight = nn.Parameter(weight)
+        layers += [conv, nn.ReLU()]
+    program = tdcompile.trace(nn.Sequential(*layers).eval(), (torch.randn(2, CHANNELS, 6, 6),))
+    return program.with_(budget=Budget(macs=1.0), seed=seed), ranks
+
+
+def _against(name: str, text: str, program: Program, share: float, evaluate: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"params kept": share, "ranks": name}
+    begun = time.perf_counter()
+    try:
+        made = Pipeline.parse(text).run(program)
+    except BudgetError as error:
+        return {**row, "accuracy %": None, "why": str(error)}
+    plan, seconds = made.facts[RankPlan], time.perf_counter() - begun
+    made = Pipeline.parse("factorize,recalibrate").run(made)
+    errors = [choice.error**2 for choice in plan.choices.values()]
+    return {
+        **row,
+        "params measured": plan.predicted.params / plan.dense.params,
+        "MACs": plan.predicted.macs / plan.dense.macs,
+        "sum of squared errors": sum(errors),
+        "accuracy %": 100 * accuracy(made.graph, program.task.test, evaluate),
+        "seconds": seconds,
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

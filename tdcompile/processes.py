@@ -1,0 +1,71 @@
+"""One command in several processes (``torchrun``, ``accelerate launch``): the first decides and writes, all train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from accelerate.state import PartialState
+
+from tdcompile.errors import TdcompileError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)  # how long the others wait for what the first works out; a search may take hours
+
+
+def is_first() -> bool:
+    """Whether this is the process that decides, measures and writes: the only one, or the first of several."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def count() -> int:
+    """How many processes take part."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def devices(cpu: bool) -> PartialState:
+    """The view that accelerate has of this process, and the bond between the processes, which the first call makes."""
+    return PartialState(cpu=cpu, **({"timeout": _PATIENCE} if count() > 1 else {}))
+
+
+def from_first(work: Callable[[], T], cpu: bool) -> T:
+    """What the first process finds, in every process; the others wait, and what is raised there is raised here.
+
+    Latency is measured by one process alone, and what was measured decides: left to themselves, two processes would
+    train two networks.
+
+    Args:
+        work: gives something that can be pickled; called in the first process.
+        cpu: whether training is to be on the CPU.
+
+    Raises:
+        Exception: what ``work`` raised in the first process.
+    """
+    if count() == 1:
+        return work()
+    state = devices(cpu)
+    found: list[Any] = [None, None]
+    raised: BaseException | None = None
+    if is_first():
+        try:
+            found[0] = work()
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # told to those who wait, then raised
+            raised = error
+            found[1] = error if isinstance(error, TdcompileError) else TdcompileError(f"the first process: {error}")
+    torch.distributed.broadcast_object_list(found, src=0, device=state.device)
+    if raised is not None:
+        raise raised
+    if found[1] is not None:
+        raise found[1]
+    result: T = found[0]
+    return result
+
+
+def no_gpu(device: str) -> bool:
+    """Whether training for a target goes to the CPU: its device is, or there is no GPU here."""
+    return device == "cpu" or not torch.cuda.is_available()
