@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from common import publish
+from torch import fx, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import tdcompile
 from tdcompile.data import load_data
 from tdcompile.errors import TdcompileError
+from tdcompile.kinds import Pass
 from tdcompile.network import Network
+from tdcompile.program import Program
 from tdcompile.registry import make
 from tdcompile.source import load_weights
 from tdcompile.target import Target
@@ -32,10 +36,41 @@ SYSTEMS = {
     "RENE (TT)": "rene,factorize,recalibrate{tune}",
     "RENE (CP)": "rene{{form=cp}},factorize,recalibrate{tune}",
     "progressive Tucker": "attach-adapters,anneal{{epochs={epochs}}},detach-dense",
+    "probe of every layer": (
+        "calibrate,score{{by=probe}},propose,choose{{by=knapsack}},factorize,recalibrate,refit{tune}"
+    ),
     "ours, no refit": "calibrate,score,propose,choose,factorize,recalibrate{tune}",
     "ours": "calibrate,score,propose,choose,factorize,recalibrate,refit{tune}",
 }
-SEARCH = ("calibrate", "score", "propose", "choose", "rene")
+SEARCH = ("calibrate", "score", "propose", "choose", "rene", "anneal")
+
+
+class Passes:
+    """A watcher that counts the samples which go through the whole network while a plan is searched for."""
+
+    def __init__(self) -> None:
+        self.samples, self._searching = 0, False
+        self._hook = register_module_forward_pre_hook(self._see)
+
+    def started(self, step: Pass, position: int, of: int) -> None:
+        """A pass begins."""
+        self._searching = step.name in SEARCH
+
+    def advanced(self, step: Pass, done: int, of: int, note: str) -> None:
+        """It goes on."""
+
+    def finished(self, step: Pass, program: Program, seconds: float) -> None:
+        """It ends."""
+        self._searching = False
+
+    def close(self) -> int:
+        """Stop counting; the count."""
+        self._hook.remove()
+        return self.samples
+
+    def _see(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if self._searching and isinstance(module, fx.GraphModule):
+            self.samples += len(arguments[0])
 
 
 def main(
@@ -59,14 +94,22 @@ def main(
         if not any(part in name for part in only.split(",")) or ("{epochs}" in text and not epochs):
             continue
         pipeline = text.format(tune=tune, epochs=f"{epochs:g}") + ",fold-batchnorm,drop-dead"
-        task = Task(train, test, source=data)
+        task, passes = Task(train, test, source=data), Passes()
         try:
             report = tdcompile.compile(
-                module, torch.randn(1, 3, 32, 32), data=task, budget={"macs": macs}, seed=seed, pipeline=pipeline
+                module,
+                torch.randn(1, 3, 32, 32),
+                data=task,
+                budget={"macs": macs},
+                seed=seed,
+                pipeline=pipeline,
+                watch=passes,
             ).report
         except TdcompileError as error:  # a system that cannot keep to the budget is a row of the table too
             rows.append({"system": name, "accuracy %": f"none: {error}"})
             continue
+        finally:
+            searched = passes.close()
         before = report.compiled.accuracy_before_tuning
         rows.append(
             {
@@ -78,6 +121,7 @@ def main(
                 "params dense / compiled": report.ratio.params,
                 "latency dense / compiled": report.ratio.latency,
                 "search seconds": sum(report.seconds.get(step, 0.0) for step in SEARCH),
+                "search samples": searched,
                 "seconds": report.seconds["total"],
             }
         )

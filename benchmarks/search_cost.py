@@ -1,0 +1,110 @@
+"""How the cost of choosing grows: seconds of each selector against layers and candidates, and against real networks."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import network, publish
+
+import tdcompile
+from tdcompile.errors import BudgetError
+from tdcompile.pipeline import Pipeline
+from tdcompile.ranks import DENSE, Candidate, Candidates, RankSelector, Spectrum
+from tdcompile.registry import find, make
+from tdcompile.selection import LOSSES
+from tdcompile.target import Budget, Cost, Target
+
+
+def main(
+    layers: Annotated[str, typer.Option(help="numbers of layers, comma-separated")] = "20,200,2000",
+    candidates: Annotated[str, typer.Option(help="candidates of a layer, comma-separated")] = "30,300",
+    limit: Annotated[float, typer.Option(help="a selector that took longer is left out of larger tables, s")] = 60.0,
+    networks: Annotated[str, typer.Option(help="reference networks, comma-separated; '' is none")] = (
+        "resnet20,resnet56,resnet110,resnet18"
+    ),
+    seed: int = 0,
+    json: Annotated[Path | None, typer.Option(help="also write the first table here")] = None,
+) -> None:
+    """Synthetic tables: CP of one rank and Tucker-2 of two, spectra that fall off at random, half of the MACs."""
+    slow: set[str] = set()
+    rows = []
+    for count in map(int, layers.split(",")):
+        for each in map(int, candidates.split(",")):
+            table = synthetic(count, each, seed)
+            row: dict[str, Any] = {"layers": count, "candidates each": each}
+            best = math.inf
+            for name in sorted(find(RankSelector)):
+                row[name] = None
+                if name in slow:
+                    continue
+                begun = time.perf_counter()
+                try:
+                    plan = make(RankSelector, name).select(table, {}, Budget(macs=0.5))
+                except BudgetError:  # estimates of rank need not go as low
+                    continue
+                row[name] = time.perf_counter() - begun
+                loss = sum(LOSSES["noise"](choice.error) for choice in plan.choices.values())
+                if name in ("knapsack", "lagrangian", "greedy"):
+                    best = min(best, loss)
+                    row[f"loss of {name}"] = loss
+                if row[name] > limit:
+                    slow.add(name)
+            for name in ("knapsack", "lagrangian", "greedy"):
+                if f"loss of {name}" in row:
+                    row[f"loss of {name}"] /= best  # of the least that was found
+            rows.append(row)
+    publish("Seconds of a choice on synthetic tables; losses over the least", rows, seed, Target(), json)
+    found: list[dict[str, Any]] = []
+    for name in filter(None, networks.split(",")):
+        found.append(_real(name, seed, rene=all((row["rene"] or 0) <= limit for row in found)))
+    if found:
+        file = json and json.with_stem(f"{json.stem}_networks")
+        publish("Seconds of a search without data, half of the MACs", found, seed, Target(), file)
+
+
+def synthetic(layers: int, candidates: int, seed: int) -> Candidates:
+    """A table whose layers differ in size and in how fast their spectra fall."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, spectra = {}, {}
+    for number in range(layers):
+        size = float(1e5 * torch.rand((), generator=generator).mul(3).exp())
+        decay = float(torch.rand((), generator=generator).mul(0.2).add(0.01))
+        full = max(candidates // 2, 2)
+        energies = torch.exp(-decay * 60 / full * torch.arange(full)).double()
+        left = [*(energies.flip(0).cumsum(0).flip(0) / energies.sum()).tolist(), 0.0]
+        options = [Candidate(DENSE, (), 0.0, Cost(size, size, size, size * 1e-9))]
+        for form, price, modes in (("tucker2", 1.1, ("out", "in")), ("cp", 0.9, ("",))):
+            for r in range(1, full + 1):
+                macs, error = price * size * r / full, math.sqrt(left[r])
+                options.append(Candidate(form, (r,) * len(modes), error, Cost(macs, macs, macs, macs * 1e-9), modes))
+        spectrum = Spectrum(tuple(energies.sqrt().tolist()), full, 9 * full)
+        rows[f"layer{number}"], spectra[f"layer{number}"] = tuple(options), {"out": spectrum, "in": spectrum}
+    return Candidates(rows, Cost(), spectra)
+
+
+def _real(name: str, seed: int, rene: bool) -> dict[str, Any]:
+    module, sample = network(name, seed)
+    program = tdcompile.trace(module.eval(), (torch.cat([sample, sample]),)).with_(budget=Budget(macs=0.5), seed=seed)
+    row: dict[str, Any] = {"network": name}
+    begun = time.perf_counter()
+    program = Pipeline.parse("score,propose").run(program)
+    row["propose"] = time.perf_counter() - begun
+    table = program.facts[Candidates]
+    row |= {"layers": len(table.layers), "candidates": sum(map(len, table.layers.values()))}
+    for choose in ("knapsack", "lagrangian", "greedy"):
+        begun = time.perf_counter()
+        Pipeline.parse(f"choose{{by={choose}}}").run(program)
+        row[choose] = time.perf_counter() - begun
+    begun = time.perf_counter()
+    if rene:
+        Pipeline.parse("rene").run(program)
+    return {**row, "rene": time.perf_counter() - begun if rene else None}
+
+
+if __name__ == "__main__":
+    typer.run(main)
