@@ -171,13 +171,14 @@ def test_a_changed_or_missing_file_is_named(tmp_path: Path) -> None:
         verify(out)
 
 
-def test_a_network_loads_back_and_computes_the_same_bits(tmp_path: Path) -> None:
+def test_a_network_loads_back_with_the_same_bits_and_computes_the_same(tmp_path: Path) -> None:
     torch.manual_seed(0)
     graph = traced(Tied().to(memory_format=torch.channels_last))
     out = folder_of(graph, tmp_path)
     back = load(out)
     x = torch.randn(2, 3, 6, 6)
-    assert torch.equal(graph(x), back(x))
+    assert all(torch.equal(value, graph.state_dict()[name]) for name, value in back.state_dict().items())
+    torch.testing.assert_close(graph(x), back(x))  # another memory layout may round differently
     assert not back.training
     assert list(back.state_dict()) == list(graph.state_dict())
     stored = load_file(out / "weights.safetensors")

@@ -14,7 +14,7 @@ CORE, PLUGINS = ROOT / "tdcompile", [ROOT / "passes", ROOT / "models"]
 # A file imports from floors below its own, and from those of its own floor that stand before it in this list.
 FLOORS = [
     ["errors", "spec", "noise", "vocabulary", "sketch", "linalg", "multilinear", "degeneracy", "anchors", "inputmap"],
-    ["plugin", "facts", "layer", "callables", "extras"],
+    ["plugin", "facts", "layer", "callables", "extras", "processes"],
     [
         "target",
         "task",
@@ -26,7 +26,6 @@ FLOORS = [
         "patches",
         "regression",
         "streams",
-        "distillation",
     ],
     ["program", "augment", "readers"],
     [
@@ -50,6 +49,7 @@ FLOORS = [
         "pricing",
         "pipeline",
         "planfile",
+        "distillation",
         "training",
         "tables",
     ],
