@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdcompile.layer import Layer, Moments, Refusal, owner
+from tdcompile.linalg import blocks
 from tdcompile.plugin import Plugin
 from tdcompile.ranks import Ranks
 
@@ -87,9 +88,11 @@ def flatten(modules: Sequence[nn.Module]) -> list[nn.Module]:
 
 def relative_error(weight: Tensor, approximation: Tensor, moments: Moments | None) -> float:
     """‖(W−W̃)S^½‖_F / ‖W S^½‖_F with W as T x CK, in float64; S is the identity without moments."""
-    flat = weight.detach().double().flatten(1)
-    residual = flat - approximation.detach().double().flatten(1)
-    return math.sqrt(max(energy(residual, moments), 0.0) / max(energy(flat, moments), torch.finfo(torch.float64).tiny))
+    lost, whole = 0.0, torch.finfo(torch.float64).tiny
+    ours, theirs = (blocks(each.detach().flatten(1), torch.float64) for each in (weight, approximation))
+    for own, other in zip(ours, theirs, strict=True):
+        lost, whole = lost + energy(own - other, moments), whole + energy(own, moments)
+    return math.sqrt(max(lost, 0.0) / whole)
 
 
 def energy(flat: Tensor, moments: Moments | None) -> float:

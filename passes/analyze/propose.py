@@ -13,6 +13,7 @@ from tdcompile.decomposition import Decomposition
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Layer, Refusal
+from tdcompile.linalg import gram
 from tdcompile.program import Program, Site, parameters_of, sites
 from tdcompile.ranks import DENSE, Candidate, Candidates, Ranks, Spectrum
 from tdcompile.registry import find, make
@@ -176,7 +177,7 @@ def _refused(name: str, site: Site, forms: Sequence[Decomposition]) -> Refusal:
 
 def _spectra(site: Site) -> dict[str, Spectrum]:
     """Singular values of the unfoldings ``out`` (T x CK) and ``in`` (C x TK) of a weight."""
-    weight = site.weight.double()
+    weight = site.weight if site.weight.dtype is torch.float64 else site.weight.float()
     out = _spectrum(weight.flatten(1))
     if site.layer.pointwise:  # the two unfoldings are one matrix and its transpose
         return {"out": out, "in": Spectrum(out.values, out.columns, out.rows)}
@@ -185,6 +186,5 @@ def _spectra(site: Site) -> dict[str, Spectrum]:
 
 def _spectrum(matrix: torch.Tensor) -> Spectrum:
     rows, columns = matrix.shape
-    gram = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
-    values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+    values = torch.linalg.eigvalsh(gram(matrix, columnwise=rows > columns)).flip(0).clamp(min=0).sqrt()
     return Spectrum(tuple(values.tolist()), rows, columns)
