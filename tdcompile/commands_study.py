@@ -41,7 +41,7 @@ def study(given: Mapping[str, Any]) -> Answer:
         layers=tuple(given["layers"] or ()),
         seeds=given["seeds"],
         seed=recipe.seed,
-        tune=recipe.tune,
+        tune=recipe.tune or "none",
     )
     out = given["out"] or Path("out") / f"{name_of(recipe.source)}-study"
     try:

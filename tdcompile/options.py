@@ -72,7 +72,7 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
     "plan": _option(str | None, "Apply this plan, edited by hand or not.", panel=_CHOICE, metavar="plan.json"),
     "tune": _option(
         str | None,
-        "none, or e.g. epochs=5,lr=0.02; default none.",
+        "none, or e.g. epochs=5,lr=0.02; default none, or what the recipe says.",
         panel=_CHOICE,
         metavar="OPTIONS",
     ),

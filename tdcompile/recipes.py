@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tdcompile.errors import InputError, nearest
+from tdcompile.kinds import Pass
 from tdcompile.pipeline import Pipeline
 from tdcompile.ranks import RankSelector
 from tdcompile.registry import get
-from tdcompile.spec import parse_options, parse_spec
+from tdcompile.spec import Spec, parse_options, parse_spec, parse_specs
 from tdcompile.target import Budget, Target
 
 SHIPPED = "recipes.toml"
@@ -26,7 +28,8 @@ class Recipe(BaseModel):
     Attributes:
         budget: shares of the dense cost that may be kept, by name.
         decompose: decompositions to consider; ``("auto",)`` is all of them.
-        tune: ``none``, or options of the pass ``finetune``, e.g. ``epochs=5,lr=0.02``.
+        tune: ``none``, or options of the pass ``finetune``, e.g. ``epochs=5,lr=0.02``; of a pipeline of one's own those
+            of the passes that train. None leaves such a pipeline as it is, and is ``none`` without one.
         pipeline: a pipeline of one's own in text form, in place of the one made of the options above.
     """
 
@@ -48,7 +51,7 @@ class Recipe(BaseModel):
     ranks: str = "knapsack"
     importance: str = "none"
     plan: str | None = None
-    tune: str = "none"
+    tune: str | None = None
     keep_dense: tuple[str, ...] = ()
     max_drop: float | None = None
     min_speedup: float | None = None
@@ -81,7 +84,7 @@ class Recipe(BaseModel):
             InputError: an unknown pass, plug-in or option.
         """
         if self.pipeline is not None:
-            return Pipeline.parse(self.pipeline)
+            return Pipeline.of(self._own(parse_specs(self.pipeline)))
         latency = "latency" in self.budget
         parts = ["baseline" if self.dynamic_batch else "baseline{dynamic_batch=false}"] if latency else []
         if self.plan is None:
@@ -100,11 +103,43 @@ class Recipe(BaseModel):
         else:
             parts += ["calibrate"]
         parts += ["factorize", "recalibrate", "refit"]
-        if self.tune != "none":
+        if self.tune not in (None, "none"):
             parse_options(self.tune)
             parts += [f"finetune{{{self.tune}}}"]
         parts += ["fold-batchnorm", "drop-dead"]
         return Pipeline.parse(",".join(parts))
+
+    def _own(self, steps: list[Spec]) -> list[Spec]:
+        """A pipeline of one's own with the options that have a say in it.
+
+        Raises:
+            InputError: an option that is for the pipeline to name, or tuning that it has no pass for.
+        """
+        for name, step in (
+            ("decompose", "propose{decompose=…}"),
+            ("importance", "score{by=…}"),
+            ("ranks", "choose{by=…}"),
+        ):
+            if getattr(self, name) != Recipe.model_fields[name].default:
+                raise InputError(
+                    f"'{name}' has no say beside the pipeline '{self.pipeline}', which names its passes: "
+                    f"leave it out, or write it into a pipeline of your own as {step}"
+                )
+        if self.tune is None:
+            return steps
+        trainers = [step for step in steps if getattr(get(Pass, step.name), "trains", False)]
+        if self.tune == "none":
+            if bound := [step.name for step in trainers if step.name != "finetune"]:
+                raise InputError(
+                    f"tune=none: the pipeline '{self.pipeline}' is nothing without its training, '{bound[0]}'"
+                )
+            return [step for step in steps if step not in trainers]
+        if not trainers:
+            raise InputError(
+                f"tune={self.tune}: the pipeline '{self.pipeline}' has no pass that trains; add finetune{{…}}"
+            )
+        options = parse_options(self.tune)
+        return [replace(step, options={**step.options, **options}) if step in trainers else step for step in steps]
 
 
 def recipes() -> dict[str, dict[str, Any]]:

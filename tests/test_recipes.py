@@ -55,7 +55,37 @@ def test_any_options_make_a_pipeline_that_reads_back(recipe: Recipe) -> None:
 
 
 def test_a_pipeline_of_ones_own_takes_the_place_of_all() -> None:
-    assert names(Recipe(pipeline="score,drop-dead", tune="epochs=3")) == ["score", "drop-dead"]
+    assert names(Recipe(pipeline="score,drop-dead")) == ["score", "drop-dead"]
+
+
+def test_tuning_goes_to_the_pass_of_a_pipeline_that_trains() -> None:
+    steps = load_recipe("rene", {"tune": "epochs=2,lr=0.01"}).steps().steps
+    (tuned,) = [step for step in steps if step.name == "finetune"]
+    assert tuned.spec().options == {"epochs": "2.0", "lr": "0.01", "labels": "1.0", "outputs": "0.5", "weights": "0.5"}
+    assert "finetune" not in names(load_recipe("rene", {"tune": "none"}))
+    assert "finetune" in names(load_recipe("rene", {}))
+    (annealed,) = [
+        s for s in load_recipe("progressive-tucker", {"tune": "epochs=2"}).steps().steps if s.name == "anneal"
+    ]
+    assert annealed.spec().options["epochs"] == "2.0"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "said"),
+    [
+        ("progressive-tucker", {"tune": "none"}, "without its training"),
+        ("rene", {"ranks": "uniform"}, "'ranks' has no say"),
+        ("rene", {"decompose": ("cp",)}, "'decompose' has no say"),
+        (None, {"pipeline": "score", "importance": "fisher"}, "'importance' has no say"),
+        (None, {"pipeline": "score", "tune": "epochs=1"}, "no pass that trains"),
+        ("rene", {"tune": "epoch=1"}, "'epoch'"),
+    ],
+)
+def test_options_that_a_pipeline_of_ones_own_leaves_no_room_for_are_refused(
+    recipe: str | None, options: dict[str, object], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        load_recipe(recipe, options).steps()
 
 
 def test_flags_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
