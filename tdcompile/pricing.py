@@ -27,7 +27,7 @@ class Prices:
         if program.budget.latency is not None:
             self._models.append(make(CostModel, "measured"))
         self.sites: Mapping[str, Site] = sites_of(program.dense, program.inputs)
-        self.layers = {name: self.of(site.calls) for name, site in self.sites.items()}
+        self.layers = {name: self._once(name, self.of(site.calls)) for name, site in self.sites.items()}
         known = total(list(self.layers.values()))
         self.dense = replace(known, params=float(parameters_of(program.dense)))
         self._rest = self.dense - known
@@ -40,9 +40,11 @@ class Prices:
     def at(self, name: str, form: Decomposition, ranks: Ranks) -> Cost:
         """Of a layer in a form, over all its calls; its parameters are there once."""
         calls = self.sites[name].calls
-        cost = self.of([part for call in calls for part in form.blueprint(call, ranks)])
-        return replace(cost, params=cost.params / len(calls))
+        return self._once(name, self.of([part for call in calls for part in form.blueprint(call, ranks)]))
 
     def network(self, changed: Mapping[str, Cost]) -> Cost:
         """Of the network with some layers at other costs."""
         return self._rest + total([changed.get(name, cost) for name, cost in self.layers.items()])
+
+    def _once(self, name: str, cost: Cost) -> Cost:
+        return replace(cost, params=cost.params / len(self.sites[name].calls))

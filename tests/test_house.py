@@ -47,6 +47,7 @@ FLOORS = [
         "relaxation",
         "progressive",
         "pricing",
+        "single_rank",
         "pipeline",
         "planfile",
         "distillation",

@@ -147,11 +147,9 @@ def test_without_adapters_there_is_nothing_to_anneal() -> None:
 
 
 def test_the_whole_of_it_compiles_by_its_recipe(tmp_path: object) -> None:
-    given = {"recipe": "progressive-tucker", "budget": {"macs": 0.5}}
-    pipeline = tdcompile.recipes.load_recipe("progressive-tucker", {}).pipeline.replace("anneal", ANNEAL)
-    made = tdcompile.compile(
-        network(), X[:1], data=(Bright(), Bright()), pipeline=pipeline, workspace=tmp_path, **given
-    )
+    options = ANNEAL.removeprefix("anneal{").removesuffix("}")
+    given = {"recipe": "progressive-tucker", "budget": {"macs": 0.5}, "tune": options}
+    made = tdcompile.compile(network(), X[:1], data=(Bright(), Bright()), workspace=tmp_path, **given)
     assert made.report.compiled.macs <= 0.5 * made.report.dense.macs
     assert made.report.parity.max_rel < 1e-3
     assert [entry for entry in made.report.layers if entry.decomposition == "tucker2"]

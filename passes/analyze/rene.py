@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -12,15 +13,15 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tdcompile.decomposition import Decomposition
-from tdcompile.errors import BudgetError, InputError, TdcompileError
+from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Refusal
-from tdcompile.program import Program, Site, parameters_of, sites
-from tdcompile.ranks import DENSE, Candidate, RankPlan, Ranks, within
+from tdcompile.program import Program, Site, sites
+from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.registry import make
 from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
-from tdcompile.target import Cost, CostModel, total
+from tdcompile.single_rank import SingleRanks
 from tdcompile.task import Batch, logits
 
 _CLIP = 5.0  # without it a search over CP diverges
@@ -89,25 +90,22 @@ class Rene(AnalysisPass):
             BudgetError: not even the smallest ranks meet the budget.
             TdcompileError: the search diverged.
         """
-        pricer = _Pricer(program)
         found = sites(program)
         forms = {name: form for name, site in found.items() if (form := self._form(program, site)) is not None}
-        limits = {name: _most(forms[name], found[name]) for name in forms}
-        grids = {name: intervals(most, self.step) for name, most in limits.items() if most > 1}
+        prices = SingleRanks(program, forms)
+        most = {name: prices.most(name) for name in forms}
+        grids = {name: intervals(top, self.step) for name, top in most.items() if top > 1}
         chosen: dict[str, int] = {}
         generator, rounds = program.generator(self.name), 0
         while grids:
-            relaxed = [self._relaxed(found[name], forms[name], grid, pricer) for name, grid in grids.items()]
-            settled = {n: pricer.share(found[n], forms[n], rank) for n, rank in chosen.items() if n not in grids}
-            self._search(program, relaxed, pricer, settled, generator, rounds)
+            relaxed = [self._relaxed(found[name], prices, grid) for name, grid in grids.items()]
+            settled = {name: prices.share(name, rank) for name, rank in chosen.items() if name not in grids}
+            self._search(program, relaxed, prices, settled, generator, rounds)
             chosen |= {layer.site.name: layer.chosen() for layer in relaxed}
-            finer = {
-                name: grid.around(chosen[name], self.factor, limits[name], self.reach) for name, grid in grids.items()
-            }
+            finer = {n: grid.around(chosen[n], self.factor, most[n], self.reach) for n, grid in grids.items()}
             grids = {name: grid for name, grid in finer.items() if grid is not None}
             rounds += 1
-        ranks = self._fitted(program, pricer, forms, chosen) if self.budget else chosen
-        return self._plan(program, pricer, forms, ranks)
+        return self._plan(program, prices, prices.fitted(chosen) if self.budget else chosen)
 
     def _form(self, program: Program, site: Site) -> Decomposition | None:
         if site.name in program.keep_dense:
@@ -118,19 +116,19 @@ class Rene(AnalysisPass):
                 return form
         return None
 
-    def _relaxed(self, site: Site, form: Decomposition, grid: Interval, pricer: _Pricer) -> Relaxed:
-        candidates = grid.ranks()
+    def _relaxed(self, site: Site, prices: SingleRanks, grid: Interval) -> Relaxed:
+        candidates, name = grid.ranks(), site.name
         if self.budget:
-            shares = [pricer.share(site, form, rank) for rank in candidates]
+            shares = [prices.share(name, rank) for rank in candidates]
         else:
             shares = [rank / max(candidates) for rank in candidates]
-        return Relaxed(site, form, lambda rank: tied(form, site, rank), candidates, shares)
+        return Relaxed(site, prices.forms[name], partial(prices.ranks, name), candidates, shares)
 
     def _search(
         self,
         program: Program,
         layers: Sequence[Relaxed],
-        pricer: _Pricer,
+        prices: SingleRanks,
         settled: Mapping[str, float],
         generator: torch.Generator,
         rounds: int,
@@ -147,7 +145,7 @@ class Rene(AnalysisPass):
             for turn in turns:
                 for optimizer in (one, other):
                     optimizer.zero_grad()
-                loss = self._loss(layers, pricer, settled, None if turn is one else data)
+                loss = self._loss(layers, prices, settled, None if turn is one else data)
                 if not bool(torch.isfinite(loss)):
                     raise TdcompileError(f"the rank search diverged: its loss is {loss.item()}; lower the rates")
                 torch.autograd.backward(loss)
@@ -162,7 +160,7 @@ class Rene(AnalysisPass):
     def _loss(
         self,
         layers: Sequence[Relaxed],
-        pricer: _Pricer,
+        prices: SingleRanks,
         settled: Mapping[str, float],
         data: _Batches | None,
     ) -> Tensor:
@@ -177,7 +175,8 @@ class Rene(AnalysisPass):
         if not self.budget:
             return (error + len(layers) * self.tolerance).log() + price.log()  # the product's minima at any scale
         # What the plan costs as a share of the limits; the error counts by itself, and an excess more than anything.
-        excess = pricer.load([(layer.site, share) for layer, share in zip(layers, shares, strict=True)], settled) - 1
+        named = {layer.site.name: share for layer, share in zip(layers, shares, strict=True)}
+        excess = prices.load(named, settled) - 1
         return error / len(layers) + self.gamma * 1e-2 * price / len(layers) + 10 * F.relu(excess)
 
     def _data(self, program: Program, generator: torch.Generator) -> _Batches:
@@ -186,64 +185,23 @@ class Rene(AnalysisPass):
             raise InputError("rene{mode=data} looks at labels: give labelled data, or take mode=recon")
         return _Batches(program, list(train.shuffled(generator).batches(self.batch, limit=self.samples)))
 
-    def _fitted(
-        self, program: Program, pricer: _Pricer, forms: Mapping[str, Decomposition], chosen: Mapping[str, int]
-    ) -> dict[str, int]:
-        """The ranks made to fit: a tenth off the layer whose error grows least for what it saves, again and again."""
-        ranks, found = dict(chosen), sites(program)
-        errors = {name: pricer.error(found[name], forms[name], rank) for name, rank in ranks.items()}
-        while not within(pricer.cost(found, forms, ranks), pricer.limits):
-            steps = []
-            for name, rank in ranks.items():
-                less = min(rank - 1, int(rank * 0.9))
-                if less >= 1:
-                    saved = pricer.share(found[name], forms[name], rank) - pricer.share(found[name], forms[name], less)
-                    saved *= pricer.weight(found[name])
-                    error = pricer.error(found[name], forms[name], less)
-                    if saved > 0:
-                        steps.append(((error**2 - errors[name] ** 2) / saved, name, less, error))
-            if not steps:
-                raise BudgetError(f"rene finds no plan within {program.budget}: raise the budget")
-            _, name, less, error = min(steps)
-            ranks[name], errors[name] = less, error
-        return ranks
-
-    def _plan(
-        self, program: Program, pricer: _Pricer, forms: Mapping[str, Decomposition], ranks: Mapping[str, int]
-    ) -> RankPlan:
-        found, choices, reasons = sites(program), {}, {}
-        for name, site in found.items():
-            choices[name] = Candidate(DENSE, (), 0.0, pricer.dense_of(site))
+    def _plan(self, program: Program, prices: SingleRanks, ranks: Mapping[str, int]) -> RankPlan:
+        choices, reasons = {}, {}
+        for name in sites(program):
+            choices[name] = Candidate(DENSE, (), 0.0, prices.layers[name])
             if name in program.keep_dense:
                 reasons[name] = Refusal(name, "excluded_by_user", program.keep_dense[name])
             elif name not in ranks:
                 reasons[name] = Refusal(name, "refused", "neither the search's form nor svd applies to it")
-            elif pricer.share(site, forms[name], ranks[name]) >= 1:
-                reasons[name] = Refusal(
-                    name, "not_cheaper", f"at the rank found, {ranks[name]}, it costs more than dense"
-                )
+            elif prices.share(name, rank := ranks[name]) >= 1:
+                reasons[name] = Refusal(name, "not_cheaper", f"at the rank found, {rank}, it costs more than dense")
             else:
-                form, chain = forms[name], pricer.chain(site, forms[name], ranks[name])
-                error = pricer.error(site, form, ranks[name])
+                form, cost = prices.forms[name], prices.cost(name, rank)
                 choices[name] = Candidate(
-                    str(form.spec()), tied(form, site, ranks[name]), error, pricer.of(chain), form.modes
+                    str(form.spec()), prices.ranks(name, rank), prices.error(name, rank), cost, form.modes
                 )
-        spent = total([choice.cost for choice in choices.values()])
-        return RankPlan(choices, pricer.rest + spent, pricer.dense, selector=str(self.spec()), reasons=reasons)
-
-
-def tied(form: Decomposition, site: Site, rank: int) -> Ranks:
-    """The form's ranks for one number, each at most what the layer has."""
-    return tuple(min(rank, most) for most in form.exact_ranks(site.layer))
-
-
-def _most(form: Decomposition, site: Site) -> int:
-    """The largest rank to look at: the smaller of C and T, and for CP as far as it is cheaper than dense."""
-    layer = site.layer
-    if form.name.startswith("cp"):
-        each = sum(part.macs for part in form.blueprint(layer, (1,)))
-        return max(1, min(layer.macs // max(each, 1), form.exact_ranks(layer)[0]))
-    return min(layer.in_channels, layer.out_channels)
+        spent = prices.network({name: choice.cost for name, choice in choices.items()})
+        return RankPlan(choices, spent, prices.dense, selector=str(self.spec()), reasons=reasons)
 
 
 class _Batches:
@@ -259,79 +217,3 @@ class _Batches:
         scores = logits(functional_call(self._graph, dict(weights), batch.inputs))
         assert batch.labels is not None  # ``_data`` has looked
         return F.cross_entropy(scores, batch.labels)
-
-
-class _Pricer:
-    """What layers and plans cost, and what errors ranks have; each is worked out once."""
-
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        self._models = [make(CostModel, "analytic")]
-        if program.budget.latency is not None:
-            self._models.append(make(CostModel, "measured"))
-        self._dense: dict[str, Cost] = {}
-        found = sites(program)
-        layers = total([self.dense_of(site) for site in found.values()])
-        self.dense = replace(layers, params=float(parameters_of(program.graph)))
-        self.rest = self.dense - layers
-        self.limits = program.budget.limits(self.dense)
-        self._found = found
-        self._errors: dict[tuple[str, int], float] = {}
-
-    def of(self, chain: Sequence[object]) -> Cost:
-        """The price of layers in a row."""
-        return total([model.price(part, self._program.target) for model in self._models for part in chain])  # type: ignore[arg-type]
-
-    def dense_of(self, site: Site) -> Cost:
-        """The price of the dense layer."""
-        if site.name not in self._dense:
-            self._dense[site.name] = self.of(site.calls)
-        return self._dense[site.name]
-
-    def chain(self, site: Site, form: Decomposition, rank: int) -> list[object]:
-        """What a form computes at a rank, for all calls."""
-        return [part for call in site.calls for part in form.blueprint(call, tied(form, site, rank))]
-
-    def share(self, site: Site, form: Decomposition, rank: int) -> float:
-        """Cost over that of the dense layer, in the field that is worst off."""
-        cost, dense = self.of(self.chain(site, form, rank)), self.dense_of(site)
-        return max(float(getattr(cost, f)) / max(float(getattr(dense, f)), 1e-30) for f in self.limits)
-
-    def weight(self, site: Site) -> float:
-        """The layer's part of the limits."""
-        dense = self.dense_of(site)
-        return max(float(getattr(dense, f)) / limit for f, limit in self.limits.items())
-
-    def load(self, shares: Sequence[tuple[Site, Tensor]], settled: Mapping[str, float]) -> Tensor:
-        """What the network costs over the limit, the worst limit counting.
-
-        Args:
-            shares: of the dense layer's cost, of the layers that are searched.
-            settled: the same of layers whose search is over; the rest is dense.
-        """
-        searched = {site.name for site, _ in shares}
-        loads = []
-        for f, limit in self.limits.items():
-            fixed = sum(
-                getattr(self.dense_of(site), f) * min(settled.get(name, 1.0), 1.0)
-                for name, site in self._found.items()
-                if name not in searched
-            )
-            moving = torch.stack([share.clamp(max=1) * getattr(self.dense_of(site), f) for site, share in shares]).sum()
-            loads.append((getattr(self.rest, f) + fixed + moving) / limit)
-        return torch.stack(loads).max()
-
-    def cost(self, found: Mapping[str, Site], forms: Mapping[str, Decomposition], ranks: Mapping[str, int]) -> Cost:
-        """Of the network, with each layer at its rank where that is cheaper than dense."""
-        parts = []
-        for name, site in found.items():
-            cheaper = name in ranks and self.share(site, forms[name], ranks[name]) < 1
-            parts.append(self.of(self.chain(site, forms[name], ranks[name]) if cheaper else site.calls))
-        return self.rest + total(parts)
-
-    def error(self, site: Site, form: Decomposition, rank: int) -> float:
-        """Relative, of the weight."""
-        if (site.name, rank) not in self._errors:
-            ranks = [tied(form, site, rank)]
-            self._errors[site.name, rank] = float(form.errors(site.layer, site.weight, ranks, None)[0])
-        return self._errors[site.name, rank]

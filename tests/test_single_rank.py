@@ -1,0 +1,80 @@
+"""``SingleRanks``: a fit to a budget uses it, takes from the layer that needs rank least, and says where there is none."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tdcompile
+from tdcompile.decomposition import Decomposition
+from tdcompile.errors import BudgetError
+from tdcompile.program import Program, sites
+from tdcompile.ranks import within
+from tdcompile.registry import make
+from tdcompile.single_rank import SingleRanks
+
+
+def conv(rank: int) -> nn.Conv2d:
+    """16 -> 16, of about that Tucker rank."""
+    layer = nn.Conv2d(16, 16, 3, padding=1)
+    outer, inner = torch.randn(16, rank), torch.randn(16, rank)
+    layer.weight.data = torch.einsum("to,oikl,ci->tckl", outer, torch.randn(rank, rank, 3, 3), inner)
+    layer.weight.data += 0.01 * torch.randn_like(layer.weight)
+    return layer
+
+
+def program(share: float, *layers: nn.Module) -> Program:
+    made = tdcompile.trace(nn.Sequential(*layers).eval(), (torch.randn(2, 16, 6, 6),))
+    return made.with_(budget=tdcompile.Budget(macs=share))
+
+
+def prices(share: float) -> SingleRanks:
+    torch.manual_seed(0)
+    given = program(share, conv(3), nn.ReLU(), conv(12))
+    return SingleRanks(given, {name: make(Decomposition, "tucker2") for name in sites(given)})
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.15, 0.9), st.integers(1, 16), st.integers(1, 16))
+def test_a_fit_keeps_to_the_budget_and_leaves_no_room_for_one_rank_more(share: float, one: int, other: int) -> None:
+    table = prices(share)
+    made = table.fitted({"0": one, "2": other})
+    assert within(table.spent(made), table.limits)
+    for name, rank in made.items():
+        if rank < table.most(name) and table.share(name, rank + 1) < 1:
+            assert not within(table.spent({**made, name: rank + 1}), table.limits) or rank > 10  # steps are a tenth
+
+
+def test_the_layer_that_needs_rank_keeps_it() -> None:
+    made = prices(0.4).fitted({"0": 12, "2": 12})
+    assert made["2"] > 2 * made["0"]
+
+
+def test_a_plan_that_is_exact_at_less_than_the_budget_may_grow() -> None:
+    table = prices(0.9)
+    assert sum(table.fitted({"0": 2, "2": 2}).values()) > 4
+
+
+def test_a_budget_that_not_even_rank_one_meets_is_told() -> None:
+    with pytest.raises(BudgetError, match="raise the budget"):
+        prices(0.001).fitted({"0": 4, "2": 4})
+
+
+def test_the_load_of_shares_is_the_cost_over_the_limit() -> None:
+    table = prices(0.5)
+    ranks = {"0": 4, "2": 8}
+    shares = {name: torch.tensor(table.share(name, rank)) for name, rank in ranks.items()}
+    assert float(table.load(shares, {})) == pytest.approx(table.spent(ranks).macs / table.limits["macs"], rel=1e-5)
+    one = {"0": shares["0"]}
+    assert float(table.load(one, {"2": table.share("2", 8)})) == pytest.approx(float(table.load(shares, {})), rel=1e-5)
+
+
+def test_a_shared_layer_has_its_parameters_once() -> None:
+    torch.manual_seed(0)
+    layer = conv(4)
+    given = program(1.0, layer, nn.ReLU(), layer).with_(budget=tdcompile.Budget(params=0.5))
+    table = SingleRanks(given, {"0": make(Decomposition, "tucker2")})
+    assert table.dense.params == sum(p.numel() for p in layer.parameters())
+    chain = make(Decomposition, "tucker2").blueprint(sites(given)["0"].layer, (4, 4))
+    assert table.spent({"0": 4}).params == sum(part.params for part in chain)
