@@ -1,4 +1,4 @@
-"""``SingleRanks``: a fit to a budget uses it, takes from the layer that needs rank least, and says where there is none."""
+"""``SingleRanks``: a fit uses its budget, takes from the layer that needs rank least, and says where there is none."""
 
 import pytest
 import torch
