@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack, vstack
 
-from tdcompile.errors import BudgetError, InputError
+from tdcompile.errors import InputError
 from tdcompile.noise import native_output_to_stderr
 from tdcompile.ranks import Candidate, Candidates, RankPlan, RankSelector, pareto, within
+from tdcompile.registry import make
 from tdcompile.selection import LOSSES, limits_of, load, settle
 from tdcompile.target import Budget
+
+log = logging.getLogger("tdcompile")
 
 # HiGHS lets a row be off by 1e-6 and an objective by as much: in these units that is nothing.
 _ROW, _OBJECTIVE = 1e3, 1e4
@@ -37,7 +41,8 @@ class Knapsack(RankSelector):
         loss: what a relative error e costs. ``noise``: e² / (1 − e²), noise over what is left of the signal, which a
             layer that is as good as gone makes large; ``squared``: e²; ``linear``: e.
         mip_rel_gap: the relative gap at which the solver may stop.
-        time_limit: seconds after which the best plan so far is taken, with its gap.
+        time_limit: seconds after which the best plan so far is taken, with its gap; where the solver has none yet, as
+            with thousands of layers of hundreds of candidates, that of ``lagrangian``.
     """
 
     name: ClassVar[str] = "knapsack"
@@ -61,13 +66,20 @@ class Knapsack(RankSelector):
         if problem.loss.size == 0 or not problem.coverable():
             cheapest = {name: min(rows, key=lambda o: load(o.cost, limits)) for name, rows in table.items()}
             return settle(self, candidates, budget, cheapest, gap=0.0)
-        choices, gap = self._solve(problem, candidates, limits)
+        found = self._solve(problem, candidates, limits)
+        if found is None:
+            log.warning("the solver found no plan in %g seconds: the plan is that of 'lagrangian'", self.time_limit)
+            return make(RankSelector, f"lagrangian{{loss={self.loss}}}").select(candidates, importances, budget)
+        choices, gap = found
         return settle(self, candidates, budget, choices, gap=gap)
 
     def _solve(
         self, problem: _Problem, candidates: Candidates, limits: Mapping[str, float]
-    ) -> tuple[dict[str, Candidate], float | None]:
-        """The best plan and its gap; where no plan keeps to all limits, the one whose worst excess is least."""
+    ) -> tuple[dict[str, Candidate], float | None] | None:
+        """The best plan and its gap; where no plan keeps to all limits, the one whose worst excess is least.
+
+        None where the time was over before there was any.
+        """
         options = {"mip_rel_gap": self.mip_rel_gap, "time_limit": self.time_limit}
         room = problem.room
         while True:
@@ -76,9 +88,7 @@ class Knapsack(RankSelector):
             if infeasible:
                 result = problem.least_excess(options)
             if result.x is None:
-                raise BudgetError(
-                    f"the solver found no plan in {self.time_limit:g} seconds: raise '{self.name}{{time_limit=…}}'"
-                )
+                return None
             choices = problem.choices(result.x)
             cost = candidates.cost(choices)
             if infeasible or within(cost, limits):

@@ -175,9 +175,12 @@ def test_two_hundred_layers_with_three_hundred_candidates_take_seconds(capfd):
     assert capfd.readouterr().out == ""  # HiGHS prints a stray line on some of these; stdout is for results
 
 
-def test_a_solver_without_time_says_so(table):
-    with pytest.raises(BudgetError, match="time_limit"):
-        Knapsack(time_limit=1e-9).select(table([0.1 * i for i in range(1, 30)]), {}, Budget(macs=0.4))
+def test_a_solver_that_finds_nothing_in_time_leaves_it_to_the_lagrangian(table, caplog):
+    options, budget = table([0.1 * i for i in range(1, 30)]), Budget(macs=0.4)
+    plan = Knapsack(time_limit=1e-9).select(options, {}, budget)
+    assert plan.selector.startswith("lagrangian")
+    assert within(plan.predicted, budget.limits(plan.dense))
+    assert "no plan in 1e-09 seconds" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"mip_rel_gap": -1.0}, {"time_limit": 0.0}])
