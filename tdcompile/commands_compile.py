@@ -87,7 +87,7 @@ def _compile(recipe: Recipe, out: Path, given: Mapping[str, Any]) -> Answer:
     fresh = not workspace.exists()
     if given["resume"] and not (workspace / "state").exists():
         log.warning("there is no interrupted run of %s: starting anew", out)
-    job = load_job(recipe)
+    job, compiled = load_job(recipe), None
     try:
         with watching(quiet=given["quiet"] or not is_first(), then="export, verify, measure") as watch:
             compiled = compile_module(
@@ -101,14 +101,18 @@ def _compile(recipe: Recipe, out: Path, given: Mapping[str, Any]) -> Answer:
             )
         from_first(partial(compiled.save, out, command), no_gpu(recipe.device().device))
     except (Exception, KeyboardInterrupt) as error:
-        # What an earlier run has kept stays. Of this one nothing stays that could not be gone on with.
-        if fresh and (isinstance(error, InputError | BudgetError) or not (workspace / "state").exists()):
+        # What an earlier run has kept stays. Of this one nothing stays that could not be gone on with: from a mistake
+        # one cannot, but where everything is compiled, only the place to write it to was wrong.
+        hopeless = isinstance(error, InputError | BudgetError) and compiled is None
+        if fresh and is_first() and (hopeless or not (workspace / "state").exists()):
             shutil.rmtree(workspace, ignore_errors=True)
         go_on = f"go on with: {_resumed(command)}" if (workspace / "state").exists() else "nothing was written"
         if was_interrupted(error):
             raise KeyboardInterrupt(go_on) from error
         if isinstance(error, OSError):
             raise InputError(f"cannot write {error.filename or out}: {error.strerror or error}; {go_on}") from error
+        if isinstance(error, InputError) and compiled is not None:
+            raise InputError(f"{error}; {go_on}") from error
         raise
     report = compiled.report
     if not is_first():

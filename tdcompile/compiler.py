@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from tdcompile.artifact import check_out, save_weights, write_folder
 from tdcompile.checkpoint import Checkpoint
 from tdcompile.errors import InputError, nearest
-from tdcompile.facts import Facts
+from tdcompile.facts import Fact
 from tdcompile.inference import timing_inputs
 from tdcompile.kinds import AnalysisPass, TunePass
 from tdcompile.outcome import measure
@@ -30,7 +30,7 @@ from tdcompile.planfile import adopt
 from tdcompile.processes import from_first, is_first, no_gpu
 from tdcompile.program import Program, sites
 from tdcompile.ranks import RankPlan
-from tdcompile.recipes import Recipe, load_recipe
+from tdcompile.recipes import Recipe, known_beside, load_recipe
 from tdcompile.report import Report, render_html
 from tdcompile.runtime import open_session
 from tdcompile.summary import Run, summarise
@@ -190,7 +190,7 @@ def resolve(recipe: str | Recipe | None, options: Mapping[str, Any]) -> Recipe:
     """
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     if isinstance(recipe, Recipe):
-        return load_recipe(None, {**recipe.model_dump(), **given})
+        return load_recipe(None, {**known_beside(recipe.model_dump(), given), **given})
     return load_recipe(recipe, given)
 
 
@@ -246,7 +246,7 @@ class _Driver:
             began = time.perf_counter()
             work = partial(run_step, step, program, self.watch, position, len(steps))
             if isinstance(step, AnalysisPass):
-                program = program.with_(facts=self.first(partial(_facts_of, work)))
+                program = program.with_(facts=program.facts.having(*self.first(partial(_given, step, work))))
             else:
                 program = work()
             self.seconds[step.name] = self.seconds.get(step.name, 0.0) + time.perf_counter() - began
@@ -259,8 +259,10 @@ class _Driver:
         return from_first(work, self.cpu)
 
 
-def _facts_of(work: Callable[[], Program]) -> Facts:
-    return work().facts
+def _given(step: AnalysisPass, work: Callable[[], Program]) -> list[Fact]:
+    """What the pass has found, and nothing else: what is known already need not be sent again."""
+    program = work()
+    return [program.facts[kind] for kind in step.gives]
 
 
 def _tested(program: Program) -> float | None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError
 from tdcompile.layer import Layer
-from tdcompile.program import sites_of
 from tdcompile.ranks import DENSE, RankPlan, Ranks
 from tdcompile.registry import make
 from tdcompile.task import Batch, logits
@@ -51,10 +50,15 @@ class _Pair:
     layer: Layer
     form: Decomposition
     ranks: Ranks
-    weight: Tensor
     factors: tuple[nn.Parameter, ...]
     dense: nn.Module
     last: nn.Module
+
+    def weight(self) -> Tensor:
+        """W, wherever the dense network is by now."""
+        weight = self.dense.weight
+        assert isinstance(weight, Tensor)  # it is a convolution or a linear layer
+        return weight.detach()
 
     def approximation(self) -> Tensor:
         """W̃, of the shape of the dense weight."""
@@ -72,12 +76,12 @@ class Layerwise:
         teacher: the dense network.
         graph: the compressed one.
         plan: what was replaced by what.
-        inputs: an example.
+        layers: of the dense network, by name.
         outputs: share of the layers' outputs in the loss.
         weights: share of their weights.
 
     Raises:
-        InputError: nothing was replaced, or not in the way the plan says.
+        InputError: a layer is not replaced in the way the plan says.
     """
 
     def __init__(
@@ -85,25 +89,24 @@ class Layerwise:
         teacher: nn.Module,
         graph: nn.Module,
         plan: RankPlan,
-        inputs: tuple[Tensor, ...],
+        layers: Mapping[str, Layer],
         outputs: float,
         weights: float,
     ) -> None:
         self._outputs, self._weights = outputs, weights
-        found = sites_of(teacher, inputs)
         self._pairs = []
         for name, choice in plan.choices.items():
             if choice.decomposition == DENSE:
                 continue
-            dense, new = found[name].module, graph.get_submodule(name)
+            dense, new = teacher.get_submodule(name), graph.get_submodule(name)
             factors = tuple(p for key, p in new.named_parameters() if key.rpartition(".")[2] != "bias")
-            form, layer = make(Decomposition, choice.decomposition), found[name].layer
+            form, layer = make(Decomposition, choice.decomposition), layers[name]
             if len(factors) != len(form.blueprint(layer, choice.ranks)):
                 raise InputError(
                     f"the layer '{name}' is not as {choice.decomposition} left it: tune it without its layers"
                 )
             last = [*new.children()][-1] if isinstance(new, nn.Sequential) else new
-            self._pairs.append(_Pair(layer, form, choice.ranks, found[name].weight, factors, dense, last))
+            self._pairs.append(_Pair(layer, form, choice.ranks, factors, dense, last))
         self._seen: dict[nn.Module, list[Tensor]] = {}
 
     @contextmanager
@@ -111,7 +114,7 @@ class Layerwise:
         """While it lasts, both networks' passes are seen."""
 
         def see(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            self._seen.setdefault(module, []).append(output)
+            self._seen.setdefault(module, []).append(output.clone())  # what follows may work in place
 
         watched = [module for pair in self._pairs for module in (pair.dense, pair.last)] if self._outputs else []
         hooks = [module.register_forward_hook(see) for module in watched]
@@ -129,7 +132,7 @@ class Layerwise:
         losses = []
         for pair in self._pairs:
             if self._weights:
-                losses.append(self._weights * F.mse_loss(pair.approximation(), pair.weight.to(pair.factors[0])))
+                losses.append(self._weights * F.mse_loss(pair.approximation(), pair.weight()))
             for wanted, given in zip(seen.get(pair.dense, ()), seen.get(pair.last, ()), strict=True):
                 losses.append(self._outputs * F.mse_loss(given.float(), wanted.float()))
         return torch.stack(losses).sum() if losses else torch.zeros(())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from accelerate.state import PartialState
+from torch import Tensor
 
 from tdcompile.errors import TdcompileError
 
@@ -18,14 +19,14 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=7)  # how long the others wait for what the first works out; a search may take hours
 
 
+def count() -> int:
+    """How many processes take part: those of a launcher, which tells each of them its place (``LOCAL_RANK``)."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
 def is_first() -> bool:
     """Whether this is the process that decides, measures and writes: the only one, or the first of several."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def count() -> int:
-    """How many processes take part."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return count() == 1 or int(os.environ.get("RANK", "0")) == 0
 
 
 def devices(cpu: bool) -> PartialState:
@@ -64,6 +65,13 @@ def from_first(work: Callable[[], T], cpu: bool) -> T:
         raise found[1]
     result: T = found[0]
     return result
+
+
+def same_in_all(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with the first process's; each has as many, of the same shapes, in the same order."""
+    if count() > 1:
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, src=0)
 
 
 def no_gpu(device: str) -> bool:

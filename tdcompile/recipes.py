@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tdcompile.errors import InputError, nearest
 from tdcompile.kinds import Pass
 from tdcompile.pipeline import Pipeline
-from tdcompile.ranks import RankSelector
+from tdcompile.ranks import RankPlan, RankSelector
 from tdcompile.registry import get
 from tdcompile.spec import Spec, parse_options, parse_spec, parse_specs
 from tdcompile.target import Budget, Target
 
 SHIPPED = "recipes.toml"
+_OF_PIPELINE = ("decompose", "ranks", "importance", "tune", "plan", "grain")  # what a pipeline is made of
 
 
 class Recipe(BaseModel):
@@ -112,6 +113,8 @@ class Recipe(BaseModel):
     def _own(self, steps: list[Spec]) -> list[Spec]:
         """A pipeline of one's own with the options that have a say in it.
 
+        A plan has none where the pipeline makes one, and a grain none where nothing is proposed.
+
         Raises:
             InputError: an option that is for the pipeline to name, or tuning that it has no pass for.
         """
@@ -125,9 +128,14 @@ class Recipe(BaseModel):
                     f"'{name}' has no say beside the pipeline '{self.pipeline}', which names its passes: "
                     f"leave it out, or write it into a pipeline of your own as {step}"
                 )
+        kinds = {step.name: get(Pass, step.name) for step in steps}
+        if self.plan is not None and (made := [name for name, kind in kinds.items() if RankPlan in kind.gives]):
+            raise InputError(f"'plan' has no say beside the pipeline '{self.pipeline}', whose '{made[0]}' makes one")
+        if self.grain is not None and "propose" not in kinds:
+            raise InputError(f"'grain' has no say beside the pipeline '{self.pipeline}', which does not 'propose'")
         if self.tune is None:
             return steps
-        trainers = [step for step in steps if getattr(get(Pass, step.name), "trains", False)]
+        trainers = [step for step in steps if getattr(kinds[step.name], "trains", False)]
         if self.tune == "none":
             if bound := [step.name for step in trainers if step.name != "finetune"]:
                 raise InputError(
@@ -157,7 +165,7 @@ def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
     Raises:
         InputError: no such recipe, an unknown option (the nearest is named), or a value of the wrong kind.
     """
-    options = {**_read(name), **overrides} if name else dict(overrides)
+    options = {**known_beside(_read(name) if name else {}, overrides), **overrides}
     options.pop("description", None)
     for key in options:
         if key not in Recipe.model_fields:
@@ -168,6 +176,11 @@ def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise InputError(f"the option '{where}' cannot be {first.get('input')!r}: {first['msg']}") from error
+
+
+def known_beside(known: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says beside overrides: a pipeline takes the place of all that the recipe would make one of."""
+    return {key: value for key, value in known.items() if not (overrides.get("pipeline") and key in _OF_PIPELINE)}
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from tdcompile.program import Program
 from tdcompile.ranks import Ranks, within
 from tdcompile.target import Cost
 
+_GAIN = 1e-6  # of squared relative error: less is nothing to pay for
+
 
 class SingleRanks(Prices):
-    """Costs and errors by layer and rank, each worked out once.
+    """Costs and errors by layer and rank, each worked out once, errors for all ranks of a ladder together.
 
     Args:
         program: gives the layers and the budget.
@@ -26,6 +28,7 @@ class SingleRanks(Prices):
     def __init__(self, program: Program, forms: Mapping[str, Decomposition]) -> None:
         super().__init__(program)
         self.forms, self._budget = forms, program.budget
+        self._costs: dict[tuple[str, int], Cost] = {}
         self._errors: dict[tuple[str, int], float] = {}
 
     def ranks(self, name: str, rank: int) -> Ranks:
@@ -42,7 +45,9 @@ class SingleRanks(Prices):
 
     def cost(self, name: str, rank: int) -> Cost:
         """Of a layer at a rank."""
-        return self.at(name, self.forms[name], self.ranks(name, rank))
+        if (name, rank) not in self._costs:
+            self._costs[name, rank] = self.at(name, self.forms[name], self.ranks(name, rank))
+        return self._costs[name, rank]
 
     def share(self, name: str, rank: int) -> float:
         """Cost over that of the dense layer, in the field that is worst off."""
@@ -52,9 +57,7 @@ class SingleRanks(Prices):
     def error(self, name: str, rank: int) -> float:
         """Relative, of the weight."""
         if (name, rank) not in self._errors:
-            site = self.sites[name]
-            found = self.forms[name].errors(site.layer, site.weight, [self.ranks(name, rank)], None)
-            self._errors[name, rank] = float(found[0])
+            self._learn(name, [rank])
         return self._errors[name, rank]
 
     def load(self, shares: Mapping[str, Tensor], settled: Mapping[str, float]) -> Tensor:
@@ -77,34 +80,71 @@ class SingleRanks(Prices):
         return self.network({n: self.cost(n, rank) for n, rank in ranks.items() if self.share(n, rank) < 1})
 
     def fitted(self, ranks: Mapping[str, int]) -> dict[str, int]:
-        """The ranks made to fit the budget, a tenth at a time.
+        """The ranks made to fit the budget, about a tenth at a time.
 
-        Off the layer whose squared error grows least for what it saves, while the plan is over the budget; then on to
-        the layer whose squared error falls most for what it costs, while it stays within.
+        Down goes the layer whose squared error grows least for what it saves, while the plan is over the budget; then
+        up the layer whose squared error falls most for what it costs, while the plan stays within. A layer that gains
+        nothing by more rank, or would cost as much as dense, does not go up.
 
         Raises:
             BudgetError: not even the smallest ranks meet the budget.
         """
-        made = dict(ranks)
+        made, ladders = dict(ranks), {name: self._ladder(name, rank) for name, rank in ranks.items()}
+        for name, ladder in ladders.items():
+            self._learn(name, ladder)
         while not within(self.spent(made), self.limits):
             steps = [
                 (self._slope(name, less, rank), name, less)
                 for name, rank in made.items()
-                if (less := min(rank - 1, int(rank * 0.9))) >= 1 and self.share(name, less) < self.share(name, rank)
+                if (less := self._cheaper(name, ladders[name], rank)) is not None
             ]
             if not steps:
                 raise BudgetError(f"there is no plan within {self._budget} of one rank a layer: raise the budget")
             _, name, less = min(steps)
             made[name] = less
-        growing = {name for name, rank in made.items() if rank < self.most(name)}
+        growing = set(made)
         while growing:
-            name = max(growing, key=lambda name: (self._slope(name, made[name], _more(made[name])), name))
-            more = {**made, name: min(_more(made[name]), self.most(name))}
-            if within(self.spent(more), self.limits):
-                made = more
-            if made is not more or made[name] == self.most(name):
-                growing.remove(name)
+            steps = [
+                (self._slope(name, made[name], more), name, more) for name, more in self._ups(made, ladders, growing)
+            ]
+            growing = {name for _, name, _ in steps}
+            if steps:
+                _, name, more = max(steps)
+                if within(self.spent({**made, name: more}), self.limits):
+                    made[name] = more
+                else:
+                    growing.remove(name)
         return made
+
+    def _ladder(self, name: str, rank: int) -> list[int]:
+        """Ranks from 1 to the largest, about a tenth apart, and this one."""
+        rungs, at = {rank}, 1
+        while at <= self.most(name):
+            rungs.add(at)
+            at = max(at + 1, int(at * 1.1))
+        return sorted({*rungs, self.most(name)})
+
+    def _cheaper(self, name: str, ladder: Sequence[int], rank: int) -> int | None:
+        """The next smaller rank that costs less: prices that were measured need not fall at every rank."""
+        lower = (less for less in reversed(ladder) if less < rank)
+        return next((less for less in lower if self.share(name, less) < self.share(name, rank)), None)
+
+    def _ups(
+        self, made: Mapping[str, int], ladders: Mapping[str, Sequence[int]], growing: Iterable[str]
+    ) -> Iterator[tuple[str, int]]:
+        """For each layer that still grows the next larger rank, where it lowers the error and is cheaper than dense."""
+        for name in growing:
+            more = next((rung for rung in ladders[name] if rung > made[name]), None)
+            if more is None or self.share(name, more) >= 1:
+                continue
+            if self.error(name, made[name]) ** 2 - self.error(name, more) ** 2 > _GAIN:
+                yield name, more
+
+    def _learn(self, name: str, ranks: Sequence[int]) -> None:
+        site, missing = self.sites[name], [rank for rank in ranks if (name, rank) not in self._errors]
+        space = [self.ranks(name, rank) for rank in missing]
+        found = self.forms[name].errors(site.layer, site.weight, space, None) if space else []
+        self._errors |= {(name, rank): float(error) for rank, error in zip(missing, found, strict=True)}
 
     def _slope(self, name: str, low: int, high: int) -> float:
         """Squared error between two ranks, for each part of the limits between them."""
@@ -112,7 +152,3 @@ class SingleRanks(Prices):
         part = max(float(getattr(dense, f)) / limit for f, limit in self.limits.items())
         spent = (self.share(name, high) - self.share(name, low)) * part
         return (self.error(name, low) ** 2 - self.error(name, high) ** 2) / max(spent, 1e-30)
-
-
-def _more(rank: int) -> int:
-    return max(rank + 1, int(rank * 1.1))

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from tdcompile.augment import Augment, Augmented
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.kinds import tick
-from tdcompile.processes import devices, no_gpu
+from tdcompile.processes import devices, from_first, no_gpu, same_in_all
 from tdcompile.program import Program
 from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, logits
@@ -156,6 +156,7 @@ class Trainer:
         return state
 
     def _end(self, weights: dict[str, Tensor]) -> None:
+        same_in_all(weights.values())
         self._graph.load_state_dict(weights)
         self._graph.zero_grad(set_to_none=True)
         self._graph.eval().to(self._home)
@@ -213,11 +214,20 @@ class Trainer:
                 if isinstance(module, _BatchNorm):
                     module.eval()
 
-    @torch.no_grad()
     def _judge(self) -> tuple[float | None, float | None]:
-        """Accuracy and loss on the held-out samples, each None where it cannot be told."""
+        """Accuracy and loss on the held-out samples, each None where it cannot be told.
+
+        Of several processes the first judges, with statistics that are the same in all: what they then decide, which
+        epoch to keep and when to stop, they decide alike.
+        """
         if self._heldout is None:
             return None, None
+        same_in_all(self._graph.buffers())
+        return from_first(self._judged, self._accelerator.device.type == "cpu")
+
+    @torch.no_grad()
+    def _judged(self) -> tuple[float | None, float | None]:
+        assert self._heldout is not None  # ``_judge`` has looked
         self._graph.eval()
         loss, right, device = 0.0, 0, self._accelerator.device
         for cpu in self._heldout.batches():

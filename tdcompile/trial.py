@@ -13,10 +13,12 @@ from tdcompile.calibration import Calibration
 from tdcompile.decomposition import Decomposition, relative_error
 from tdcompile.errors import InputError
 from tdcompile.fractions import ranks_for
+from tdcompile.layer import Moments
 from tdcompile.program import Program, Site, sites
 from tdcompile.registry import make
 
 FORMS = ("tucker2", "svd")  # convolutions, and layers of one tap
+_TOLD = 1e-4  # a smaller error is rounding, and nothing can be told from it
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def trials(program: Program, share: float, forms: tuple[str, ...] = FORMS) -> Ma
     """A trial for each layer that one of the forms applies to, the first that does.
 
     Args:
-        share: of the layer's weights that is kept.
+        share: of the layer's weights that is kept; of a layer that loses nothing by it half as much, and again.
         forms: decompositions in their text form.
 
     Raises:
@@ -63,8 +65,15 @@ def trials(program: Program, share: float, forms: tuple[str, ...] = FORMS) -> Ma
         form = next((form for form in known if form.refuse(site.layer) is None), None)
         if form is None:
             continue
-        moments = calibration.moments.get(name) if calibration else None
-        factors = form.factorize(site.layer, site.weight, ranks_for(form, site.layer, share), moments)
-        weight = form.reconstruct(site.layer, factors)
-        made[name] = Trial(site, weight, relative_error(site.weight, weight, moments))
+        made[name] = _trial(site, form, share, calibration.moments.get(name) if calibration else None)
     return made
+
+
+def _trial(site: Site, form: Decomposition, share: float, moments: Moments | None) -> Trial:
+    ranks = ranks_for(form, site.layer, share)
+    factors = form.factorize(site.layer, site.weight, ranks, moments)
+    weight = form.reconstruct(site.layer, factors)
+    error = relative_error(site.weight, weight, moments)
+    if error < _TOLD and max(ranks) > 1:
+        return _trial(site, form, share / 2, moments)
+    return Trial(site, weight, error)

@@ -274,6 +274,23 @@ def test_a_failure_after_finished_passes_keeps_them(tdc: Any, home: Path, monkey
     assert workspace_of(home / "made").is_dir()
 
 
+def test_a_disk_that_is_full_at_the_end_does_not_cost_the_run(
+    tdc: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        raise InputError("cannot write made: No space left on device; nothing was written")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tdcompile.compiler, "write_folder", full)
+        ran = tdc("compile", "net.py:build", *SMALL, "-o", "made")
+    assert ran.code == 2
+    assert "No space left on device" in ran.sentence
+    assert "go on with: tdcompile compile" in ran.sentence
+    assert workspace_of(home / "made").is_dir()
+    assert tdc("compile", "net.py:build", *SMALL, "-o", "made", "--resume").code == 0
+    assert not workspace_of(home / "made").exists()
+
+
 def test_resume_without_anything_to_resume_says_so(tdc: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_command, "compile_module", lambda *_, **__: stopped())
     ran = tdc("compile", "net.py:build", *SMALL, "--resume")

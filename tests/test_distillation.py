@@ -6,12 +6,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import tdcompile
+from tdcompile.decomposition import Decomposition
 from tdcompile.distillation import Distillation, Layerwise
 from tdcompile.errors import InputError
+from tdcompile.layer import Layer
 from tdcompile.pipeline import Pipeline
-from tdcompile.program import Program
-from tdcompile.ranks import DENSE, RankPlan
+from tdcompile.program import Program, sites_of
+from tdcompile.ranks import DENSE, Candidate, RankPlan
+from tdcompile.registry import make
 from tdcompile.surgery import copy_weights
+from tdcompile.target import Cost
 from tdcompile.task import Batch, Samples, Task
 
 
@@ -72,6 +76,10 @@ def pairs(program: Program, x: torch.Tensor, name: str) -> tuple[list[torch.Tens
     return found
 
 
+def layers_of(program: Program) -> dict[str, Layer]:
+    return {name: site.layer for name, site in sites_of(program.dense, program.inputs).items()}
+
+
 def replaced(program: Program) -> list[str]:
     return [n for n, c in program.facts[RankPlan].choices.items() if c.decomposition != DENSE]
 
@@ -79,7 +87,7 @@ def replaced(program: Program) -> list[str]:
 def test_outputs_count_by_their_mean_squared_difference_at_every_call(program: Program) -> None:
     assert {"body", "stem"} <= set(replaced(program))
     x = torch.randn(5, 3, 8, 8)
-    layers = Layerwise(program.dense, program.graph, program.facts[RankPlan], program.inputs, 0.5, 0.0)
+    layers = Layerwise(program.dense, program.graph, program.facts[RankPlan], layers_of(program), 0.5, 0.0)
     with layers.watching():
         program.graph(x), program.dense(x)
         found = layers.take()
@@ -91,7 +99,7 @@ def test_outputs_count_by_their_mean_squared_difference_at_every_call(program: P
 
 
 def test_weights_count_by_their_mean_squared_difference(program: Program) -> None:
-    layers = Layerwise(program.dense, program.graph, program.facts[RankPlan], program.inputs, 0.0, 2.0)
+    layers = Layerwise(program.dense, program.graph, program.facts[RankPlan], layers_of(program), 0.0, 2.0)
     expected = torch.zeros(())
     for name in replaced(program):
         new = program.graph.get_submodule(name)
@@ -110,21 +118,45 @@ def test_weights_count_by_their_mean_squared_difference(program: Program) -> Non
     torch.testing.assert_close(layers.take(), 2.0 * expected, rtol=1e-4, atol=1e-7)
 
 
-def test_the_loss_of_a_network_that_is_dense_is_not_touched(program: Program) -> None:
-    exact = Pipeline.parse("score,propose{decompose=svd},choose,factorize").run(
-        tdcompile.trace(Twice().eval(), program.inputs).with_(budget=tdcompile.Budget(macs=1.0))
-    )
-    layers = Layerwise(exact.dense, exact.graph, exact.facts[RankPlan], exact.inputs, 1.0, 1.0)
+def test_factors_that_compute_the_layers_cost_nothing() -> None:
+    given = tdcompile.trace(Twice().eval(), (torch.randn(2, 3, 8, 8),))
+    sites = layers_of(given)
+    exact = make(Decomposition, "tucker2").exact_ranks(sites["body"])
+    choices = {name: Candidate(DENSE, (), 0.0, Cost()) for name in sites}
+    plan = RankPlan({**choices, "body": Candidate("tucker2", exact, 0.0, Cost())}, Cost(), Cost())
+    made = Pipeline.parse("factorize").run(given.with_(facts=given.facts.having(plan)))
+    teacher = copy_weights(made.dense)
+    layers = Layerwise(teacher, made.graph, plan, sites, 1.0, 1.0)
     with layers.watching():
         x = torch.randn(4, 3, 8, 8)
-        loss = Distillation(copy_weights(exact.dense), 4.0, 0.0, layers)
-        assert float(loss(exact.graph(x), Batch((x,), None)).detach()) == pytest.approx(0.0, abs=1e-8)
+        loss = Distillation(teacher, 4.0, 0.0, layers)
+        assert float(loss(made.graph(x), Batch((x,), None)).detach()) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_what_works_in_place_behind_a_layer_does_not_change_what_was_seen() -> None:
+    torch.manual_seed(0)
+
+    def given(inplace: bool) -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 16, 3), nn.ReLU(inplace=inplace), nn.Conv2d(16, 16, 3), nn.ReLU(inplace=inplace)
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
+
+    losses, x = [], torch.randn(4, 3, 8, 8)
+    for inplace in (False, True):
+        made = tdcompile.trace(given(inplace), (x[:2],)).with_(budget=tdcompile.Budget(macs=0.4))
+        made = Pipeline.parse(f"score,propose{{decompose={FORMS}}},choose,factorize").run(made)
+        layers = Layerwise(made.dense, made.graph, made.facts[RankPlan], layers_of(made), 1.0, 0.0)
+        with layers.watching():
+            made.graph(x), made.dense(x)
+            losses.append(float(layers.take().detach()))
+    assert losses[0] > 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_gradients_reach_the_factors_and_not_the_teacher(program: Program) -> None:
-    layers = Layerwise(program.dense, program.graph, program.facts[RankPlan], program.inputs, 1.0, 1.0)
+    layers = Layerwise(program.dense, program.graph, program.facts[RankPlan], layers_of(program), 1.0, 1.0)
     teacher = copy_weights(program.dense)
-    layers = Layerwise(teacher, program.graph, program.facts[RankPlan], program.inputs, 1.0, 1.0)
+    layers = Layerwise(teacher, program.graph, program.facts[RankPlan], layers_of(program), 1.0, 1.0)
     loss = Distillation(teacher, 4.0, 0.0, layers)
     x = torch.randn(4, 3, 8, 8)
     with layers.watching():
@@ -136,7 +168,7 @@ def test_gradients_reach_the_factors_and_not_the_teacher(program: Program) -> No
 
 def test_finetune_with_them_ends_nearer_to_the_dense_layers_and_leaves_no_hook(program: Program) -> None:
     def distance(after: Program) -> float:
-        layers = Layerwise(after.dense, after.graph, after.facts[RankPlan], after.inputs, 0.0, 1.0)
+        layers = Layerwise(after.dense, after.graph, after.facts[RankPlan], layers_of(after), 0.0, 1.0)
         return float(layers.take().detach())
 
     with torch.no_grad():  # plain factors are at their nearest already

@@ -79,6 +79,8 @@ def test_tuning_goes_to_the_pass_of_a_pipeline_that_trains() -> None:
         (None, {"pipeline": "score", "importance": "fisher"}, "'importance' has no say"),
         (None, {"pipeline": "score", "tune": "epochs=1"}, "no pass that trains"),
         ("rene", {"tune": "epoch=1"}, "'epoch'"),
+        ("rene", {"plan": "plan.json"}, "'plan' has no say"),
+        ("rene", {"grain": 4}, "'grain' has no say"),
     ],
 )
 def test_options_that_a_pipeline_of_ones_own_leaves_no_room_for_are_refused(
@@ -86,6 +88,13 @@ def test_options_that_a_pipeline_of_ones_own_leaves_no_room_for_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=said):
         load_recipe(recipe, options).steps()
+
+
+def test_a_pipeline_given_beside_a_recipe_takes_the_place_of_what_the_recipe_would_make() -> None:
+    for recipe in ("lwiq", "tuned", "tucker-vbmf"):
+        made = load_recipe(recipe, {"pipeline": "score,propose,choose,factorize"})
+        assert names(made) == ["score", "propose", "choose", "factorize"]
+    assert load_recipe("lwiq", {"pipeline": "score"}).budget == load_recipe("lwiq", {}).budget
 
 
 def test_flags_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:

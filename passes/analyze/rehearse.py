@@ -29,7 +29,7 @@ from tdcompile.runtime import time_models
 from tdcompile.surgery import copy_graph, replace_module
 from tdcompile.transplant import Graft, transplant
 
-_FARTHEST = 2.0  # a price is never corrected by more than this factor, or its inverse
+_FARTHEST = 2.0  # no form's price is corrected by more than this factor, or its inverse
 _PROFILE_SECONDS = 0.3  # about how long a profile runs the dense network
 
 

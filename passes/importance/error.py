@@ -23,8 +23,9 @@ class Error(Importance):
 
     Selectors that add up score times squared relative error then add up the squares of the error asked for:
     ‖W − W̃‖, the same over ‖W‖ or over the number of weights, or these of the layer's output (arXiv 2305.05318,
-    section 3.2). The ratio is measured on a truncation that keeps a share of the layer's weights; for weights it does
-    not depend on that share, unless the candidates' errors are of the output themselves (this project's completion).
+    section 3.2). The ratio is measured on a truncation that keeps a share of the layer's weights, or less where that
+    loses nothing; for weights it does not depend on the share, unless the candidates' errors are of the output
+    themselves (this project's completion).
 
     Attributes:
         of: ``weights``, or ``features``, the outputs of the layer on training samples.

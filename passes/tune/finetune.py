@@ -16,7 +16,7 @@ from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
-from tdcompile.program import Change, Program
+from tdcompile.program import Change, Program, sites_of
 from tdcompile.ranks import RankPlan
 from tdcompile.surgery import copy_weights
 from tdcompile.task import Samples
@@ -132,7 +132,8 @@ class Finetune(TunePass):
         if self.outputs or self.weights:
             if plan is None:
                 raise InputError("finetune{outputs=…, weights=…} looks at the layers of a plan, and there is none")
-            layers = Layerwise(teacher, graph, plan, program.inputs, self.outputs, self.weights)
+            known = {name: site.layer for name, site in sites_of(program.dense, program.inputs).items()}
+            layers = Layerwise(teacher, graph, plan, known, self.outputs, self.weights)
         loss = Distillation(teacher, self.temperature, self.labels if fit.classes else 0.0, layers)
         with layers.watching() if layers else nullcontext():
             return Trainer(graph, loss, fit, heldout, settings, program, purpose, saved).run()
@@ -159,6 +160,8 @@ class Finetune(TunePass):
                 short_graph, purpose = copy_weights(graph), f"{self.name}/trial"
                 run = self._trained(short_graph, teacher, fit, judges, trial, program, purpose, Saved(None, ""))
                 end = run.curve[-1].heldout_loss
+            except InputError:
+                raise
             except TdcompileError:  # it diverged, which a lower rate may not
                 continue
             ends[trial.lr] = math.inf if end is None else end

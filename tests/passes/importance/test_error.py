@@ -58,6 +58,14 @@ def test_a_layer_that_answers_loudly_has_a_larger_absolute_error_and_the_same_re
     assert against(after, "relative") == pytest.approx(against(before, "relative"), rel=1e-3)
 
 
+def test_a_layer_of_low_rank_counts_as_its_weight_does_and_not_as_nothing(program):
+    with torch.no_grad():
+        weight = program.graph.shared.weight
+        weight.copy_(torch.einsum("or,irkl->oikl", torch.randn(8, 2), torch.randn(8, 2, 3, 3)))
+    scores = Error(share=0.9).score(program)
+    assert scores["shared"] == pytest.approx(scores["stem"], rel=0.01)
+
+
 def test_an_unknown_error_is_refused_with_those_there_are():
     with pytest.raises(InputError, match="weights"):
         make(Importance, "error{of=biases}")

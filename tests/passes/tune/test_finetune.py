@@ -427,6 +427,31 @@ def test_two_processes_end_as_one_does(tmp_path: Path) -> None:
             torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-4)
 
 
+def _judged_alike(rank: int, port: int, out: str) -> None:
+    """Like ``_one_of_two``, with statistics that each process has of its own half, rates tried, and patience."""
+    import os
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    tuned = Finetune(epochs=4, batch=32, holdout=0.2, trial=3, patience=1).run(program(data()))
+    done = tuned.facts[Tuning]
+    torch.save({"state": tuned.graph.state_dict(), "curve": [tuple(e) for e in done.curve]}, f"{out}/{rank}.pt")
+
+
+def test_two_processes_decide_alike_which_rate_which_epoch_and_when_to_stop(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_judged_alike, (port, str(tmp_path)), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert [entry[2:] for entry in one["curve"]] == [entry[2:] for entry in other["curve"]]
+    for name, value in one["state"].items():
+        torch.testing.assert_close(other["state"][name], value)
+
+
 def test_of_the_rates_tried_that_with_the_least_held_out_loss_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     tried, real = [], finetune.Trainer
 
