@@ -116,6 +116,15 @@ class Iteration(_Part):
     put_back: tuple[str, ...] = ()
 
 
+class Tuned(_Part):
+    """How tuning went: its highest learning rate, and the epoch whose weights were kept, 0 for those before it."""
+
+    epochs: int
+    kept_epoch: int
+    rate: float | None
+    seconds: float
+
+
 class Report(_Part):
     """Every figure of one compilation."""
 
@@ -142,6 +151,7 @@ class Report(_Part):
     approximation_error: Approximation | None = None
     layers: tuple[LayerRow, ...]
     iterations: tuple[Iteration, ...] = ()
+    tuning: Tuned | None = None
     tuning_curve: tuple[Epoch, ...] = ()
     seconds: dict[str, float]
     """Of each pass, and ``total``."""

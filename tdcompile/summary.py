@@ -24,6 +24,7 @@ from tdcompile.report import (
     Ratio,
     Reason,
     Report,
+    Tuned,
 )
 from tdcompile.runtime import environment, peak_memory_mb
 from tdcompile.target import LIMITED, Cost
@@ -82,6 +83,9 @@ def summarise(program: Program, recipe: Recipe, outcome: Outcome, run: Run) -> R
             )
             for number, entry in enumerate(rehearsal.rounds if rehearsal else (), start=1)
         ),
+        tuning=Tuned(epochs=tuning.epochs, kept_epoch=tuning.best_epoch, rate=tuning.rate, seconds=tuning.seconds)
+        if tuning and tuning.epochs
+        else None,
         tuning_curve=tuple(
             Epoch(epoch=e.epoch, train_loss=e.train_loss, heldout_accuracy=e.heldout_accuracy)
             for e in (tuning.curve if tuning else ())

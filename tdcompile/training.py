@@ -140,7 +140,8 @@ class Trainer:
             if self._settings.patience and number - state["best"][0] >= self._settings.patience:
                 break
         self._end(state["weights"])
-        return Tuning(len(curve), tuple(curve), state["best"][0], state["seconds"], state["start"][2])
+        kept, rate = state["best"][0], self._settings.lr
+        return Tuning(len(curve), tuple(curve), kept, state["seconds"], state["start"][2], rate)
 
     def _begin(self) -> dict[str, Any]:
         """The saved state, put back into the graph and the optimizer, or the state of a new run."""

@@ -41,6 +41,7 @@ class Tuning(Fact):
         best_epoch: whose weights were kept; 0 are those before training.
         seconds: of all epochs, those before an interruption included.
         start_accuracy: on the held-out samples before training.
+        rate: the highest learning rate.
     """
 
     epochs: int = 0
@@ -48,6 +49,7 @@ class Tuning(Fact):
     best_epoch: int = 0
     seconds: float = 0.0
     start_accuracy: float | None = None
+    rate: float | None = None
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def document(**changes: Any) -> dict[str, Any]:
             },
         ],
         "iterations": [{"round": 1, "predicted_ms": 1.4, "measured_ms": 1.6, "put_back": ["fc[bold]"]}],
+        "tuning": {"epochs": 2, "kept_epoch": 2, "rate": 0.03, "seconds": 60.0},
         "tuning_curve": [
             {"epoch": 1, "train_loss": 1.5, "heldout_accuracy": 0.7},
             {"epoch": 2, "train_loss": 0.5, "heldout_accuracy": 0.86},
@@ -97,6 +98,7 @@ BARE = {
     "gates": [],
     "layers": [],
     "iterations": [],
+    "tuning": None,
     "tuning_curve": [],
     "notes": [],
     "seconds": {},
@@ -142,6 +144,13 @@ def printed(shown: Report, width: int = 160) -> str:
         console.print(table)
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
+
+
+def test_it_says_at_which_rate_the_tuning_was_and_what_it_kept() -> None:
+    assert "2 epochs at a rate of 0.03" in render_html(report())
+    assert "the weights of epoch 2 were kept" in render_html(report())
+    none = {"epochs": 2, "kept_epoch": 0, "rate": 0.03, "seconds": 60.0}
+    assert "none did better on held-out samples than the start" in render_html(report(tuning=none))
 
 
 def test_the_names_that_others_rely_on_are_there() -> None:
