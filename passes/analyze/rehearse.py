@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +30,7 @@ from tdcompile.surgery import copy_graph, replace_module
 from tdcompile.transplant import Graft, transplant
 
 _FARTHEST = 2.0  # no form's price is corrected by more than this factor, or its inverse
+_CONFIRMED = 3  # plans that are measured a second time where none has stood
 _PROFILE_SECONDS = 0.3  # about how long a profile runs the dense network
 
 
@@ -76,13 +77,10 @@ class Rehearse(AnalysisPass):
         back: dict[str, Refusal] = {}
         tried: list[tuple[Round, RankPlan]] = []
         seen: dict[tuple[str, str], list[float]] = {}
+        best: tuple[Round, RankPlan] | None = None
         for number in range(1, self.rounds + 1):
-            with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
-                file = Path(folder) / "rehearsal.onnx"
-                _write(program, plan, baseline, file)
-                dense, compiled = (
-                    t.median for t in time_models([baseline, file], inputs, program.target, seconds=self.seconds)
-                )
+            with _written(program, plan, baseline) as file:
+                dense, compiled = self._timed(program, baseline, file)
                 in_plan = layer_seconds(file, candidates.layers, inputs, program.target, runs)
             slower = _slower(plan, in_dense, in_plan)
             plan = _priced(plan, _learned(candidates, seen))
@@ -91,6 +89,7 @@ class Rehearse(AnalysisPass):
             tick(number, self.rounds, f"{compiled / dense:.3f} of dense measured, {share:g} wanted")
             fits = compiled <= share * dense * (1 + self.over)
             if fits and not slower and abs(predicted / compiled - 1) <= self.tolerance:
+                best = tried[-1]
                 break
             back |= slower
             for pair, ratio in _ratios(plan, candidates, in_plan, compiled / dense).items():
@@ -100,13 +99,37 @@ class Rehearse(AnalysisPass):
                 plan = self._again(program, _learned(candidates, seen), plan, aim)
             except BudgetError:
                 break
-        limit = share * (1 + self.over)
-        best, plan = min(tried, key=lambda one: (max(one[0].measured / one[0].dense, limit), _error(one[1])))
+        entry, plan = best or self._confirmed(program, tried, baseline, share * (1 + self.over))
         # Factors do not change what was measured: from here on it is the prediction.
-        seconds = best.measured / best.dense * plan.dense.seconds
+        seconds = entry.measured / entry.dense * plan.dense.seconds
         plan = replace(plan, predicted=replace(plan.predicted, seconds=seconds))
         reasons = {**plan.reasons, **{n: r for n, r in back.items() if plan.choices[n].decomposition == DENSE}}
-        return replace(plan, reasons=reasons), Rehearsal(tuple(entry for entry, _ in tried))
+        return replace(plan, reasons=reasons), Rehearsal(tuple(one for one, _ in tried))
+
+    def _confirmed(
+        self, program: Program, tried: Sequence[tuple[Round, RankPlan]], baseline: Path, limit: float
+    ) -> tuple[Round, RankPlan]:
+        """Of the plans tried that of least error within the limit, measured again; the fastest where none is within.
+
+        Of several noisy measurements the one that fits is likelier than not too good: the second one is fair.
+        """
+
+        def rank(one: tuple[Round, RankPlan]) -> tuple[float, float]:
+            return max(one[0].measured / one[0].dense, limit), _error(one[1])
+
+        again: list[tuple[Round, RankPlan]] = []
+        for entry, plan in sorted(tried, key=rank)[:_CONFIRMED]:
+            with _written(program, plan, baseline) as file:
+                dense, compiled = self._timed(program, baseline, file)
+            again.append((replace(entry, dense=dense, measured=compiled), plan))
+            if compiled <= limit * dense:
+                break
+        return min(again, key=rank)
+
+    def _timed(self, program: Program, baseline: Path, file: Path) -> tuple[float, float]:
+        """Median seconds of the dense model and of another, in turn."""
+        dense, other = time_models([baseline, file], timing_inputs(program), program.target, seconds=self.seconds)
+        return dense.median, other.median
 
     def _again(self, program: Program, candidates: Candidates, plan: RankPlan, latency: float) -> RankPlan:
         budget = replace(program.budget, latency=latency)
@@ -117,6 +140,15 @@ class Rehearse(AnalysisPass):
 
 def _error(plan: RankPlan) -> float:
     return sum(choice.error**2 for choice in plan.choices.values())
+
+
+@contextlib.contextmanager
+def _written(program: Program, plan: RankPlan, dense: Path) -> Iterator[Path]:
+    """The plan's graph as an ONNX file, as long as it lasts."""
+    with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
+        file = Path(folder) / "rehearsal.onnx"
+        _write(program, plan, dense, file)
+        yield file
 
 
 def _write(program: Program, plan: RankPlan, dense: Path, file: Path) -> None:
