@@ -21,10 +21,10 @@ install: $(STAMP) ## create .venv and install the project with everything the te
 quickstart: $(STAMP) ## compile the embedded network under a latency budget and print dense against compiled
 	$(BIN)/tdcompile demo -o out/quickstart
 
-# One thread: the tests' tensors are small, and on a busy machine threads that wait for each other cost minutes.
+# Two processes of one thread each: the tests' tensors are small, and threads that wait for each other cost minutes.
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP) ## run the tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-slow: $(STAMP) ## run the tests that take longer
 	$(BIN)/python -m pytest -q -m slow --timeout 3600
