@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 
 import pytest
 import torch
@@ -34,3 +35,11 @@ def _why_no_gpu() -> str | None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and (reason := _why_no_gpu()) is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine at which processes may meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

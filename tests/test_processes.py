@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +24,8 @@ def build():
 """
 
 
-def launch(folder: Path, *command: str) -> "subprocess.CompletedProcess[str]":
-    """What ``torchrun`` does, on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def launch(folder: Path, port: int, *command: str) -> "subprocess.CompletedProcess[str]":
+    """What ``torchrun`` does."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(
@@ -47,10 +43,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_command_in_two_processes_writes_one_folder_of_one_network(folder: Path) -> None:
+def test_the_command_in_two_processes_writes_one_folder_of_one_network(folder: Path, free_port: int) -> None:
     flags = ["--input", "1x1x8x8", "--data", "npz:data.npz", "--calibrate", "32"]
     tune = ["--budget", "macs=0.6", "--tune", "epochs=1,batch=16,trial=0", "-o", "out"]
-    run = launch(folder, "-m", "tdcompile", "compile", "net.py:build", *flags, *tune)
+    run = launch(folder, free_port, "-m", "tdcompile", "compile", "net.py:build", *flags, *tune)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads((folder / "out" / "report.json").read_text())
     assert report["tuning_curve"]
@@ -58,8 +54,10 @@ def test_the_command_in_two_processes_writes_one_folder_of_one_network(folder: P
     assert [entry.name for entry in folder.iterdir() if "out" in entry.name] == ["out"]
 
 
-def test_a_budget_that_cannot_be_met_is_told_and_ends_both(folder: Path) -> None:
-    run = launch(folder, "-m", "tdcompile", "compile", "net.py:build", "--input", "1x1x8x8", "--budget", "macs=0.001")
+def test_a_budget_that_cannot_be_met_is_told_and_ends_both(folder: Path, free_port: int) -> None:
+    run = launch(
+        folder, free_port, "-m", "tdcompile", "compile", "net.py:build", "--input", "1x1x8x8", "--budget", "macs=0.001"
+    )
     assert run.returncode != 0
     assert "raise the budget" in run.stderr
     assert not [*folder.glob("out/*")]
@@ -87,11 +85,8 @@ def _waits(rank: int, port: int, out: str) -> None:
     torch.save({"found": found["from"], "calls": calls}, f"{out}/{rank}.pt")
 
 
-def test_of_two_processes_the_first_works_and_both_know(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_waits, (port, str(tmp_path)), nprocs=2)
+def test_of_two_processes_the_first_works_and_both_know(tmp_path: Path, free_port: int) -> None:
+    torch.multiprocessing.spawn(_waits, (free_port, str(tmp_path)), nprocs=2)
     first, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first == {"found": 0, "calls": [0]}
     assert other == {"found": 0, "calls": []}

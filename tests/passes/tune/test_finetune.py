@@ -413,13 +413,8 @@ def sharable() -> Program:
     return program(data(), graph=graph)
 
 
-def test_two_processes_end_as_one_does(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_one_of_two, (port, str(tmp_path)), nprocs=2)
+def test_two_processes_end_as_one_does(tmp_path: Path, free_port: int) -> None:
+    torch.multiprocessing.spawn(_one_of_two, (free_port, str(tmp_path)), nprocs=2)
     alone = SHARED.run(sharable()).graph.state_dict()
     for rank in range(2):
         state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -439,13 +434,8 @@ def _judged_alike(rank: int, port: int, out: str) -> None:
     torch.save({"state": tuned.graph.state_dict(), "curve": [tuple(e) for e in done.curve]}, f"{out}/{rank}.pt")
 
 
-def test_two_processes_decide_alike_which_rate_which_epoch_and_when_to_stop(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_judged_alike, (port, str(tmp_path)), nprocs=2)
+def test_two_processes_decide_alike_which_rate_which_epoch_and_when_to_stop(tmp_path: Path, free_port: int) -> None:
+    torch.multiprocessing.spawn(_judged_alike, (free_port, str(tmp_path)), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert [entry[2:] for entry in one["curve"]] == [entry[2:] for entry in other["curve"]]
     for name, value in one["state"].items():
