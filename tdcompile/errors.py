@@ -19,6 +19,14 @@ class InputError(TdcompileError):
     exit_code: ClassVar[int] = 2
 
 
+class FixedAxisError(InputError):
+    """The network fixes the length of an axis that is to stay open."""
+
+
+class UntraceableError(InputError):
+    """A front end cannot pass through the network; another one may."""
+
+
 class ParityError(TdcompileError):
     """Two models that should compute the same function do not."""
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from tdcompile.errors import InputError
 from tdcompile.facts import Facts
 from tdcompile.layer import Layer, Refusal
+from tdcompile.signature import Axis
 from tdcompile.target import Budget, Target
 from tdcompile.task import Task
 
@@ -64,6 +66,8 @@ class Program:
         dense: the traced network as it came; the teacher of tuning and the reference of every figure.
         keep_dense: layer names the user wants left alone, with the reason to report.
         seed: where every random draw comes from, through ``generator``.
+        frontend: what traced the network, ``fx`` or ``export``.
+        axes: those that stay open beside the batch axis.
         workspace: a folder in which a pass may keep what it needs to resume; None keeps nothing.
     """
 
@@ -77,6 +81,8 @@ class Program:
     history: tuple[Change | Refusal, ...] = ()
     keep_dense: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+    frontend: Literal["fx", "export"] = "fx"
+    axes: tuple[Axis, ...] = ()
     workspace: Path | None = None
 
     def generator(self, purpose: str) -> torch.Generator:

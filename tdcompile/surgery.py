@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
@@ -34,7 +36,7 @@ def outputs_of(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in a nesting of sequences and mappings, in order."""
+    """The tensors in a nesting of sequences, mappings, dataclasses and what torch knows as a tree, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -43,6 +45,12 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item)
+    elif type(value) in pytree.SUPPORTED_NODES:
+        for item in pytree.tree_leaves(value):
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
 
 
 def parent_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -1,210 +1,269 @@
-"""A module to a ``Program``: symbolic tracing, untraceable parts as leaves, functional layers turned into modules."""
+"""A module to a ``Program``: by symbolic tracing where that sees all layers, by ``torch.export`` where it does not."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tdcompile.errors import InputError
-from tdcompile.layer import Refusal, unset
+from tdcompile.errors import FixedAxisError, InputError, UntraceableError
+from tdcompile.exported import exported
+from tdcompile.functional import modularise
+from tdcompile.layer import Refusal
 from tdcompile.program import Program, sites_of
-from tdcompile.surgery import attribute
+from tdcompile.signature import Axis, Call, batch_of, open_axes, resized, shares_batch
+from tdcompile.surgery import tensors_in
+from tdcompile.symbolic import symbolic
+
+Frontend = Literal["auto", "fx", "export"]
+
+# How far a graph's outputs may be from the network's, of the largest: the same operators in the same order leave
+# rounding alone, and that of a few more or fewer bits where a layer is computed by another kernel.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Layers without a form here, which no front end opens: what is not seen in them is not missed.
+_CLOSED = (nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
 
 
-class _Tracer(fx.Tracer):
-    """Symbolic tracing in which some sub-modules are taken as they are."""
-
-    def __init__(self, leaves: Mapping[str, str]) -> None:
-        super().__init__()
-        self.leaves = leaves
-        self.stack: list[str] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """torch.nn's own modules except containers, and what an earlier attempt could not trace."""
-        return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward, args, kwargs):  # type: ignore[no-untyped-def]  # fx's own signature
-        """Keep the stack of modules while an error may be raised in them."""
-        self.stack.append(self.path_of_module(m))
-        result = super().call_module(m, forward, args, kwargs)
-        self.stack.pop()
-        return result
+@dataclass(frozen=True)
+class _Traced:
+    graph: fx.GraphModule
+    leaves: Mapping[str, str]
+    frontend: Literal["fx", "export"]
 
 
-def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Program:
+def trace(
+    module: nn.Module,
+    inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
+    *,
+    frontend: Frontend = "auto",
+    dynamic_batch: bool = True,
+    dynamic: Sequence[str] = (),
+) -> Program:
     """Trace a network.
 
-    A sub-module that symbolic tracing cannot pass through (control flow on values, say) becomes a leaf: its own layers
-    are still found and rewritten, and a ``Refusal`` with the code ``not_traced`` in the history says why.
+    ``torch.fx`` keeps the network's own modules; ``torch.export`` passes through more of what Python can write. With
+    ``auto`` the first is taken where it sees every layer, the second where it does not. What neither passes through
+    (control flow on values, say) becomes a leaf of the first: its own layers are still found and rewritten, and a
+    ``Refusal`` with the code ``not_traced`` in the history says why. The graph is run against the network, at another
+    batch size too, before it is taken.
+
     The module is put into eval mode for tracing and put back; its tensors are shared, not copied.
 
     Args:
         module: the network.
-        inputs: example inputs in the order of ``forward``'s arguments; a batch of 1 is doubled.
+        inputs: example inputs: a tensor, the arguments in order, or a mapping by name; tensors may stand inside them.
+        frontend: ``fx`` or ``export`` to force one.
+        dynamic_batch: leave the batch axis open; a batch of 1 is then doubled, because tracing takes 1 for a constant.
+        dynamic: other axes to leave open, ``NAME:AXIS`` or ``NAME:AXIS=LABEL``.
 
     Raises:
-        InputError: the network does not run on these inputs, or holds NaN or Inf.
+        InputError: the network does not run on these inputs, holds NaN or Inf, fixes an axis that is to stay open, or
+            the front end that was asked for cannot trace it.
     """
-    inputs = tuple(_batched(x) for x in inputs)
+    call = Call.of(module, inputs)
+    if dynamic_batch and any(batched and len(x) == 1 for x, batched in _batched(call)):
+        call = call.having(batch_of(call.tensors, 2))
+    axes = open_axes(dynamic, call.names, call.tensors)
     _check_weights(module)
-    training = module.training
-    module.eval()
-    try:
-        sites_of(module, inputs)  # runs it once: a wrong input is told before tracing is tried
-        graph, leaves = _trace(module)
-    finally:
-        module.train(training)
-    _modularise(graph)
-    graph.eval()
+    with _evaluating(module):
+        cases = _cases(module, call, axes, dynamic_batch)
+        traced = _Fronts(module, call, axes, dynamic_batch, cases).choose(frontend)
     history = [
         Refusal(name, "not_traced", f"symbolic tracing stops inside '{name or 'the network'}': {why}")
-        for name, why in leaves.items()
+        for name, why in traced.leaves.items()
     ]
-    return Program(graph=graph, inputs=inputs, dense=graph, history=tuple(history))
+    traced.graph.eval()
+    return Program(
+        graph=traced.graph,
+        inputs=call.tensors,
+        dense=traced.graph,
+        history=tuple(history),
+        frontend=traced.frontend,
+        axes=axes,
+    )
 
 
-def _trace(module: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
-    """Trace, making a leaf of the innermost module that fails until it succeeds."""
-    leaves: dict[str, str] = {}
-    while True:
-        tracer = _Tracer(leaves)
+@dataclass(frozen=True)
+class _Case:
+    """Inputs, and what the network answers to them."""
+
+    what: str
+    call: Call
+    outputs: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Fronts:
+    """The front ends, tried on one network."""
+
+    module: nn.Module
+    call: Call
+    axes: tuple[Axis, ...]
+    dynamic_batch: bool
+    cases: Sequence[_Case]
+
+    def choose(self, frontend: Frontend) -> _Traced:
+        if frontend != "auto":
+            return self._fx() if frontend == "fx" else self._export()
+        refused: dict[str, InputError] = {}
+        found = self._tried(self._fx, refused)
+        if found is not None and not found.leaves and not _hidden(found.graph, self.call.tensors):
+            return found
+        other = self._tried(self._export, refused)
+        if other is not None or found is not None:
+            return other or found  # type: ignore[return-value]  # one of them is there
+        fixed = next((error for error in refused.values() if isinstance(error, FixedAxisError)), None)
+        if fixed is not None:
+            raise fixed
+        said = "; ".join(f"{name}: {error}" for name, error in refused.items())
+        raise UntraceableError(f"neither front end can trace the network ({said})")
+
+    def _tried(self, front: Callable[[], _Traced], refused: dict[str, InputError]) -> _Traced | None:
         try:
-            graph = tracer.trace(module)
-        except Exception as error:  # noqa: BLE001  # a network's forward may raise anything on proxies
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if not tracer.stack:
-                return _whole(module), {"": reason}
-            leaves[tracer.stack[-1]] = reason
-            continue
-        return fx.GraphModule(module, graph), leaves
-
-
-def _whole(module: nn.Module) -> fx.GraphModule:
-    """A graph of one node that calls the network itself, for one that cannot be traced at its top."""
-    holder = nn.Module()
-    holder.add_module("network", module)
-    graph = fx.Graph()
-    values = tuple(graph.placeholder(name) for name in _arguments(module))
-    graph.output(graph.call_module("network", values))
-    return fx.GraphModule(holder, graph)
-
-
-def _arguments(module: nn.Module) -> list[str]:
-    parameters = inspect.signature(module.forward).parameters.values()
-    return [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-
-
-def _modularise(graph: fx.GraphModule) -> None:
-    """Turn ``F.conv*``/``F.linear`` on parameters into calls of modules over the same parameters."""
-    made: dict[tuple[object, ...], str] = {}
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function" or node.target not in _BUILDERS:
-            continue
-        call = _Call.of(graph, node)
-        if call is None:
-            continue
-        key = (id(call.weight), id(call.bias), tuple(sorted(call.options.items(), key=str)))
-        name = made.get(key)
-        if name is None:
-            name = made[key] = _fresh(graph, call.name)
-            graph.add_submodule(name, _BUILDERS[node.target](call))
-        with graph.graph.inserting_before(node):
-            new = graph.graph.call_module(name, (call.input,))
-        node.replace_all_uses_with(new)
-        graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-
-
-class _Call:
-    """A functional call whose weight, and bias if any, are parameters of the network."""
-
-    def __init__(self, node: fx.Node, weight: nn.Parameter, bias: nn.Parameter | None, options: dict[str, Any]) -> None:
-        self.input, self.weight, self.bias, self.options = (
-            node.args[0] if node.args else node.kwargs["input"],
-            weight,
-            bias,
-            options,
-        )
-        self.name = ""
-
-    @classmethod
-    def of(cls, graph: fx.GraphModule, node: fx.Node) -> _Call | None:
-        """Read a call; None where its weight is computed, an option is, or an argument is missing."""
-        names = _SIGNATURES[node.target]  # type: ignore[index]  # the caller has looked
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        weight, bias = (_parameter(graph, given.get(key)) for key in ("weight", "bias"))
-        options = {key: value for key, value in given.items() if key not in ("input", "weight", "bias")}
-        computed = any(isinstance(value, fx.Node) for value in options.values())
-        if weight is None or computed or (given.get("bias") is not None and bias is None):
+            return front()
+        except InputError as error:
+            refused[front.__name__.strip("_")] = error
             return None
-        call = cls(node, weight, bias, {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
-        call.name = str(given["weight"].target)  # type: ignore[union-attr]
-        return call
+
+    def _fx(self) -> _Traced:
+        graph, leaves = symbolic(self.module, self.call)
+        return self._checked(_Traced(graph, leaves, "fx"))
+
+    def _export(self) -> _Traced:
+        graph = exported(self.module, self.call, dynamic_batch=self.dynamic_batch, axes=self.axes)
+        return self._checked(_Traced(graph, {}, "export"))
+
+    def _checked(self, traced: _Traced) -> _Traced:
+        """The graph with its layers as modules, which answers like the network.
+
+        Raises:
+            UntraceableError: it does not.
+        """
+        modularise(traced.graph)
+        traced.graph.eval()
+        for case in self.cases:
+            try:
+                with torch.no_grad():
+                    got = list(tensors_in(traced.graph(*case.call.tensors)))
+            except Exception as error:  # a graph that took an input's size for a constant fails in any way
+                raise UntraceableError(f"its graph does not run {case.what}: {_first(error)}") from error
+            wrong = _difference(case.outputs, got)
+            if wrong is not None:
+                self._random(case)
+                raise UntraceableError(f"its graph does not compute what the network computes {case.what}: {wrong}")
+        return traced
+
+    def _random(self, case: _Case) -> None:
+        again = _answer(self.module, case.call)
+        if _difference(case.outputs, again) is not None:
+            raise InputError(
+                "the network gives different answers to the same inputs in eval mode: it draws random numbers, and a "
+                "compiled model cannot be checked against it; turn that off where the network is built"
+            )
 
 
-def _parameter(graph: fx.GraphModule, node: object) -> nn.Parameter | None:
-    if isinstance(node, fx.Node) and node.op == "get_attr":
-        value = attribute(graph, str(node.target))
-        return value if isinstance(value, nn.Parameter) else None
+def _cases(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch: bool) -> list[_Case]:
+    """The network's answers to the example inputs, and to others of every size that is to stay open.
+
+    Raises:
+        InputError: the network does not run on the inputs.
+        FixedAxisError: it does, but not on another size.
+    """
+    try:
+        cases = [_Case("on the example inputs", call, _answer(module, call))]
+    except Exception as error:  # whatever the network's own code raises
+        raise InputError(f"the network does not run on an input of {_shapes(call)}: {_first(error)}") from error
+    others = []
+    if dynamic_batch and any(shares_batch(call.tensors)):
+        size = next(len(x) for x, batched in _batched(call) if batched)
+        others.append((f"at a batch of {size + 1}", batch_of(call.tensors, size + 1), "--no-dynamic-batch"))
+    if axes:
+        names = ", ".join(dict.fromkeys(axis.name for axis in axes))
+        others.append((f"with {names} one longer", resized(call.tensors, axes, 1), "no --dynamic for it"))
+    for what, tensors, instead in others:
+        if not cases[0].call.tensors[0].is_meta:
+            other = call.having(tensors)
+            try:
+                cases.append(_Case(what, other, _answer(module, other)))
+            except Exception as error:
+                raise FixedAxisError(
+                    f"the network runs on an input of {_shapes(call)} and not {what}, so that axis cannot stay open: "
+                    f"give {instead}; it says: {_first(error)}"
+                ) from error
+    return cases
+
+
+@torch.no_grad()
+def _answer(module: nn.Module, call: Call) -> list[Tensor]:
+    args, kwargs = call.split(call.tensors)
+    return list(tensors_in(module(*args, **kwargs)))
+
+
+def _difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> str | None:
+    """What is wrong with a graph's outputs, in a few words; None where nothing is."""
+    if len(expected) != len(got):
+        return f"{len(got)} outputs for {len(expected)}"
+    for place, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            return f"output {place} is {tuple(ours.shape)} {ours.dtype} for {tuple(theirs.shape)} {theirs.dtype}"
+        if ours.is_meta or not ours.numel():
+            continue
+        a, b = ours.double(), theirs.double()
+        finite = torch.isfinite(b)
+        scale = float(b[finite].abs().max()) if bool(finite.any()) else 0.0
+        most = float((a - b)[finite].abs().max()) if bool(finite.any()) else 0.0
+        same = bool(((a == b) | (a.isnan() & b.isnan()))[~finite].all())
+        if not same or not most <= _TOLERANCE.get(theirs.dtype, 0.0) * max(scale, 1e-3):
+            return f"output {place} differs by {most:.3g} on a scale of {scale:.3g}"
     return None
 
 
-def _linear(call: _Call) -> nn.Module:
-    module = unset(nn.Linear, call.weight.shape[1], call.weight.shape[0], bias=call.bias is not None)
-    return _own(module, call)
+def _hidden(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[str]:
+    """Weights in the graph's leaves that no layer of it has: of attention as one module, of a parametrised layer."""
+    known = {id(site.module.weight) for site in sites_of(graph, inputs).values()}
+    found = []
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and (leaf := graph.get_submodule(str(node.target))) is not None:
+            found += [
+                f"{node.target}.{name}"
+                for name, part in leaf.named_modules()
+                if not isinstance(part, _CLOSED)
+                for weight in part.parameters(recurse=False)
+                if weight.dim() > 1 and id(weight) not in known
+            ]
+    return found
 
 
-def _conv(kind: type[nn.Module]) -> Callable[[_Call], nn.Module]:
-    def build(call: _Call) -> nn.Module:
-        out, inner, *kernel = call.weight.shape
-        groups = call.options.get("groups", 1)
-        module = unset(
-            kind,
-            inner * groups,
-            out,
-            tuple(kernel),
-            bias=call.bias is not None,
-            **call.options,
-        )
-        return _own(module, call)
-
-    return build
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while, without the fused attention kernels that bypass the layers they are made of."""
+    modes = [(part, part.training) for part in module.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    module.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for part, training in modes:
+            part.training = training
 
 
-def _own(module: nn.Module, call: _Call) -> nn.Module:
-    module.weight, module.bias = call.weight, call.bias  # type: ignore[assignment]  # the network's own parameters
-    return module
+def _batched(call: Call) -> list[tuple[Tensor, bool]]:
+    return list(zip(call.tensors, shares_batch(call.tensors), strict=True))
 
 
-_CONV_SIGNATURE = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_SIGNATURES = {
-    F.linear: ("input", "weight", "bias"),
-    F.conv1d: _CONV_SIGNATURE,
-    F.conv2d: _CONV_SIGNATURE,
-    F.conv3d: _CONV_SIGNATURE,
-}
-_BUILDERS = {F.linear: _linear, F.conv1d: _conv(nn.Conv1d), F.conv2d: _conv(nn.Conv2d), F.conv3d: _conv(nn.Conv3d)}
+def _shapes(call: Call) -> str:
+    return ", ".join(f"{'x'.join(map(str, x.shape))}:{str(x.dtype).removeprefix('torch.')}" for x in call.tensors)
 
 
-def _fresh(graph: fx.GraphModule, weight: str) -> str:
-    """A module name for a functional layer: its weight's, ``blocks.0.w`` giving ``blocks.0.w_layer``."""
-    name, count = f"{weight}_layer", 1
-    while name in dict(graph.named_modules()):
-        name, count = f"{weight}_layer{count}", count + 1
-    return name
-
-
-def _batched(x: Tensor) -> Tensor:
-    """At least two samples: exporters freeze a batch of 1."""
-    return torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _check_weights(module: nn.Module) -> None:

@@ -19,6 +19,7 @@ FLOORS = [
         "target",
         "task",
         "surgery",
+        "signature",
         "images",
         "tuning",
         "metric",
@@ -55,6 +56,9 @@ FLOORS = [
         "tables",
     ],
     [
+        "functional",
+        "symbolic",
+        "exported",
         "tracing",
         "export",
         "runtime",

@@ -1,0 +1,132 @@
+"""``exported``: the front end that runs a network through ``torch.export`` and gives its ATen graph."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from tdcompile.errors import FixedAxisError, UntraceableError
+from tdcompile.signature import Axis, Call, shares_batch
+
+
+def exported(module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes: Sequence[Axis] = ()) -> fx.GraphModule:
+    """The network's ATen graph, over the network's own tensors; its inputs are the call's tensors, in their order.
+
+    Args:
+        module: in eval mode.
+        call: the example inputs.
+        dynamic_batch: leave the batch axis open.
+        axes: other axes to leave open.
+
+    Raises:
+        UntraceableError: ``torch.export`` cannot pass through the network; the message says where.
+        FixedAxisError: the network fixes an axis that is to be open.
+    """
+    opened: list[dict[int, str]] = [{} for _ in call.tensors]
+    for place, batched in enumerate(shares_batch(call.tensors)):
+        if batched and dynamic_batch:
+            opened[place][0] = "the batch axis"
+    for axis in axes:
+        opened[axis.input][axis.axis] = f"the axis '{axis.name}'"
+    shapes = call.arguments([dict.fromkeys(each, Dim.AUTO) or None for each in opened], rest=None)
+    args, kwargs = call.split(call.tensors)
+    try:
+        with _quiet():
+            program = torch.export.export(module, args, kwargs, dynamic_shapes=_spread(shapes, kwargs), strict=False)
+    except Exception as error:  # noqa: BLE001  # a network's forward may raise anything on symbols
+        raise UntraceableError(_reason(error)) from error
+    held = program.module(check_guards=False)
+    assert isinstance(held, fx.GraphModule)  # what ``module`` returns
+    _same_axes(held, call, opened)
+    graph = _flattened(held, call, program.call_spec.out_spec)
+    return fx.GraphModule(held, graph)
+
+
+def _spread(shapes: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes by argument as ``torch.export`` wants them: what ``**kwargs`` takes stands beside the other arguments."""
+    spread: dict[str, Any] = {}
+    for name, value in shapes.items():
+        if name not in kwargs and isinstance(value, dict) and set(value) <= set(kwargs) and value:
+            spread |= value
+        else:
+            spread[name] = value
+    return spread
+
+
+def _same_axes(held: fx.GraphModule, call: Call, opened: Sequence[Mapping[int, str]]) -> None:
+    inputs = _tensor_inputs(held)
+    for node, name, axes in zip(inputs, call.names, opened, strict=True):
+        for axis, what in axes.items():
+            if isinstance(node.meta["val"].shape[axis], int):
+                raise FixedAxisError(
+                    f"the network fixes {what} of its input '{name}' at {node.meta['val'].shape[axis]}"
+                )
+
+
+def _tensor_inputs(held: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in held.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
+
+
+def _flattened(held: fx.GraphModule, call: Call, spec: pytree.TreeSpec | None) -> fx.Graph:
+    """A graph whose inputs are the tensors alone, and whose output is nested as the network's, in plain containers."""
+    graph, known = fx.Graph(), dict[fx.Node, fx.Node]()
+    tensors = dict(zip(_tensor_inputs(held), call.names, strict=True))
+    for node in held.graph.nodes:
+        if node.op == "placeholder":
+            if node in tensors:
+                known[node] = graph.placeholder(tensors[node])
+                known[node].meta = dict(node.meta)
+            elif node.users:
+                raise UntraceableError(f"the value of the argument '{node.name}' is used as if it were an input")
+        elif node.op == "output":
+            leaves = pytree.tree_leaves(node.args[0])
+            values = [known[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+            graph.output(_nested(values, spec) if spec is not None else values[0])
+        else:
+            known[node] = graph.node_copy(node, known.__getitem__)
+    return graph
+
+
+def _nested(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
+    """The leaves in tuples and dicts: a dataclass or a model's own output type becomes what it holds, by name."""
+    remaining = iter(leaves)
+
+    def build(part: pytree.TreeSpec) -> Any:
+        if part.is_leaf():
+            return next(remaining)
+        children = [build(child) for child in part.children()]
+        keys = part.context
+        named = isinstance(keys, list | tuple) and len(keys) == len(children) and all(isinstance(k, str) for k in keys)
+        if named and part.type is not tuple:
+            return dict(zip(keys, children, strict=True))
+        return tuple(children)
+
+    return build(spec)
+
+
+def _reason(error: Exception) -> str:
+    """One line of what ``torch.export`` says, which may be pages."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what ``torch.export`` warns of and logs while it tries."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

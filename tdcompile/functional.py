@@ -1,0 +1,413 @@
+"""``modularise``: functional layers in a graph, ``F.conv2d`` or ``aten.linear``, turned into modules over their weights.
+
+From there on a layer is a module with a name, whichever front end has found it. A weight that is computed from
+parameters alone (a slice of a packed projection, a transposed matrix) is computed once, here.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from tdcompile.layer import unset
+from tdcompile.surgery import attribute, parent_of
+
+aten = torch.ops.aten
+
+_LINEAR = ("input", "weight", "bias")
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_ADDMM = ("bias", "input", "weight")
+_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
+_DROPOUT = ("input", "p", "train")
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_PARAMETRIZED = ".parametrizations.weight."  # where torch keeps what a parametrised weight is computed from
+# What a run-time check is in a traced graph: it has done its work when the graph is compared with the network.
+_CHECKS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A functional call whose weight, and bias if any, are constants of the network."""
+
+    node: fx.Node
+    input: fx.Node
+    tensors: Mapping[str, Tensor]
+    options: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same for calls of the same layer."""
+        held = tuple(id(self.tensors.get(name)) for name in _TENSORS)
+        return (_BUILDERS[self.node.target], *held, tuple(sorted(self.options.items(), key=str)))  # type: ignore[index]
+
+
+def modularise(graph: fx.GraphModule) -> None:
+    """Turn every layer on constant weights into a call of a module; drop run-time checks and what nothing reads."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target in _CHECKS and not node.users:
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    names, constants = _Names(graph), _Constants(graph)
+    modules, made = dict[str, nn.Module](), dict[tuple[object, ...], str]()
+    read = [(node, call) for node in graph.graph.nodes if (call := _read(node, constants)) is not None]
+    for node, call in read:
+        name = made.get(call.key) if call.tensors else None
+        if name is None:
+            module = _BUILDERS[node.target](call)
+            if module is None:
+                continue
+            name = made[call.key] = names.of(node, constants)
+            modules[name] = module.train(graph.training)
+        with graph.graph.inserting_before(node):
+            new = graph.graph.create_node("call_module", name, (_given(node)["input"],))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        _erase(graph.graph, node)
+    for name, module in modules.items():  # not before: what is read no more may have stood in their places
+        graph.add_submodule(name, module)
+    graph.graph.lint()
+    graph.recompile()
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Take out a node, and what only it has read."""
+    pending = [node]
+    while pending:
+        gone = pending.pop()
+        if gone.users or gone.op in ("placeholder", "call_module"):
+            continue
+        sources = gone.all_input_nodes
+        graph.erase_node(gone)
+        pending += [source for source in sources if not source.users and not source.is_impure()]
+
+
+class _Constants:
+    """Values of nodes that depend on parameters and buffers alone."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._graph = graph
+        self._known: dict[fx.Node, Tensor | None] = {}
+        self.parameters: dict[fx.Node, nn.Parameter] = {}
+
+    def of(self, node: object) -> Tensor | None:
+        """The value of a node; None where it depends on an input, or is shared in a way that a copy would undo."""
+        if not isinstance(node, fx.Node):
+            return None
+        if node.op == "get_attr":
+            value = attribute(self._graph, str(node.target))
+            return value if isinstance(value, Tensor) and value.is_floating_point() else None
+        if node not in self._known:
+            self._known[node] = self._computed(node)
+        return self._known[node]
+
+    def parameter(self, node: fx.Node) -> nn.Parameter | None:
+        """The same as a parameter: the network's own, or one made of what is computed."""
+        value = self.of(node)
+        if value is None or isinstance(value, nn.Parameter):
+            return value
+        if node not in self.parameters:
+            self.parameters[node] = nn.Parameter(value, requires_grad=node.op != "get_attr")
+        return self.parameters[node]
+
+    def sources(self, node: fx.Node) -> list[fx.Node] | None:
+        """The parameters and buffers that a value is computed from; None where an input goes into it."""
+        if node.op == "get_attr":
+            return [node]
+        if node.op not in ("call_function", "call_method") or node.is_impure():
+            return None
+        found: list[fx.Node] = []
+        for other in node.all_input_nodes:
+            inner = self.sources(other)
+            if inner is None:
+                return None
+            found += inner
+        return found or None
+
+    @torch.no_grad()
+    def _computed(self, node: fx.Node) -> Tensor | None:
+        sources = self.sources(node)
+        if sources is None:
+            return None
+        value = self._value(node)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return None
+        for source in sources:
+            base = attribute(self._graph, str(source.target))
+            if not isinstance(base, Tensor) or not self._alone(source, node, base, value):
+                return None
+        return value.detach().clone(memory_format=torch.contiguous_format)
+
+    def _value(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return attribute(self._graph, str(node.target))
+        arguments, options = fx.map_arg((node.args, node.kwargs), self._value)
+        if node.op == "call_method":
+            return getattr(arguments[0], str(node.target))(*arguments[1:], **options)
+        assert callable(node.target)  # a call_function's target is
+        return node.target(*arguments, **options)
+
+    def _alone(self, source: fx.Node, node: fx.Node, base: Tensor, value: Tensor) -> bool:
+        """Whether nothing else is computed from a parameter but other parts of it: a copy would come apart from it."""
+        ends = _ends(self._graph, str(source.target))
+        if ends <= {node}:
+            return True
+        part = value.untyped_storage().data_ptr() == base.untyped_storage().data_ptr() and value.numel() < base.numel()
+        return part and all(other is node or self._part(other, base) for other in ends)
+
+    def _part(self, node: fx.Node, base: Tensor) -> bool:
+        if self.sources(node) is None:
+            return False
+        value = self._value(node)
+        return (
+            isinstance(value, Tensor)
+            and value.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
+            and value.numel() < base.numel()
+        )
+
+
+def _ends(graph: fx.GraphModule, name: str) -> set[fx.Node]:
+    """Where what is computed from a parameter alone meets a layer: the weight or bias that the layer reads."""
+    pending = [node for node in graph.graph.nodes if node.op == "get_attr" and node.target == name]
+    constants, ends = _Constants(graph), set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if constants.sources(user) is None:
+                ends.add(node)
+            else:
+                pending.append(user)
+    return ends
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    names = _SIGNATURES[node.target]  # type: ignore[index]  # the caller has looked
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _read(node: fx.Node, constants: _Constants) -> _Call | None:
+    """A call; None where its weight is computed from an input, an option is, or an argument is missing."""
+    if node.op != "call_function" or node.target not in _BUILDERS:
+        return None
+    given = _given(node)
+    source = given.get("input")
+    if not isinstance(source, fx.Node):
+        return None
+    if given.get("weight") is None and _BUILDERS[node.target] not in (_batch_norm, _dropout):
+        return None
+    tensors: dict[str, Tensor] = {}
+    for name in _TENSORS:
+        if given.get(name) is None:
+            continue
+        trained = name in ("weight", "bias")
+        value = constants.parameter(given[name]) if trained else constants.of(given[name])
+        if value is None:
+            return None
+        tensors[name] = value
+    options = {key: _frozen(value) for key, value in given.items() if key not in (*_TENSORS, "input")}
+    if any(isinstance(value, fx.Node) for value in fx.node.map_arg((*options.values(),), lambda n: n)):
+        return None
+    return _Call(node, source, tensors, options)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
+def _linear(call: _Call) -> nn.Module | None:
+    weight = call.tensors["weight"]
+    if weight.dim() != 2:
+        return None
+    module = unset(nn.Linear, weight.shape[1], weight.shape[0], bias="bias" in call.tensors)
+    return _own(module, call)
+
+
+def _transposed_linear(call: _Call) -> nn.Module | None:
+    """``x @ weight``, as ``addmm`` and ``matmul`` have it: the weight is ``(C, T)``."""
+    weight, dims = call.tensors["weight"], _dims(call.input)
+    if weight.dim() != 2 or any(call.options.get(scale, 1) != 1 for scale in ("beta", "alpha")):
+        return None
+    if "bias" in call.tensors and call.tensors["bias"].shape != weight.shape[1:]:
+        return None
+    if dims is not None and dims < 2:
+        return None
+    turned = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
+    module = unset(nn.Linear, *weight.shape, bias="bias" in call.tensors)
+    return _own(module, _Call(call.node, call.input, {**call.tensors, "weight": turned}, call.options))
+
+
+def _conv(call: _Call) -> nn.Module | None:
+    return _convolution(call, _CONVS, call.options)
+
+
+def _transposed_conv(call: _Call) -> nn.Module | None:
+    return _convolution(call, _TRANSPOSED_CONVS, call.options)
+
+
+def _either_conv(call: _Call) -> nn.Module | None:
+    """``aten.convolution``, which has one option more."""
+    options = dict(call.options)
+    if options.pop("transposed"):
+        return _convolution(call, _TRANSPOSED_CONVS, options)
+    options.pop("output_padding")
+    return _convolution(call, _CONVS, options)
+
+
+def _convolution(call: _Call, kinds: Sequence[type[nn.Module]], options: Mapping[str, Any]) -> nn.Module | None:
+    weight, dims = call.tensors["weight"], _dims(call.input)
+    axes = weight.dim() - 2
+    if not 1 <= axes <= 3 or dims not in (None, axes + 2):
+        return None
+    groups = options.get("groups", 1)
+    first, second, *kernel = weight.shape
+    turned = kinds is _TRANSPOSED_CONVS
+    spread = {key: _each(value, axes) if key != "groups" else value for key, value in options.items()}
+    inputs, outputs = (first, second * groups) if turned else (second * groups, first)
+    module = unset(kinds[axes - 1], inputs, outputs, tuple(kernel), bias="bias" in call.tensors, **spread)
+    return _own(module, call)
+
+
+def _each(value: Any, axes: int) -> Any:
+    """One figure for each axis, where a call may give one for all."""
+    if isinstance(value, str):
+        return value
+    values = value if isinstance(value, tuple) else (value,)
+    return values * axes if len(values) == 1 else values
+
+
+def _batch_norm(call: _Call) -> nn.Module | None:
+    dims, mean = _dims(call.input), call.tensors.get("running_mean")
+    if call.options.get("training") or mean is None or dims not in _NORMS:
+        return None
+    affine = "weight" in call.tensors and "bias" in call.tensors
+    if affine != ("weight" in call.tensors or "bias" in call.tensors):
+        return None
+    module = _NORMS[dims](len(mean), call.options["eps"], call.options["momentum"], affine, device=mean.device)
+    module.running_mean, module.running_var = mean, call.tensors["running_var"]
+    return _own(module, call) if affine else module
+
+
+def _dropout(call: _Call) -> nn.Module | None:
+    return nn.Dropout(call.options["p"])
+
+
+def _own(module: nn.Module, call: _Call) -> nn.Module:
+    module.weight, module.bias = call.tensors["weight"], call.tensors.get("bias")  # type: ignore[assignment]  # parameters
+    return module
+
+
+def _dims(node: fx.Node) -> int | None:
+    """How many axes a value has, where the front end knows."""
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else None
+
+
+class _Names:
+    """Names for new modules in a graph."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+        self._known = {name for name, _ in graph.named_modules()}
+        self._inside: dict[str, set[str]] = {}  # what the graph reads or calls, by every part that it is in
+        for node in graph.graph.nodes:
+            if node.op in ("get_attr", "call_module"):
+                parts = str(node.target).split(".")
+                for end in range(1, len(parts)):
+                    self._inside.setdefault(".".join(parts[:end]), set()).add(str(node.target))
+
+    def of(self, node: fx.Node, constants: _Constants) -> str:
+        """That of the part whose weight it is, ``fc`` for ``fc.weight``, if that part is nothing else.
+
+        Otherwise, for a weight among others, ``blocks.0.w_layer`` after ``blocks.0.w``; for what has no weight the
+        part that it was traced in.
+        """
+        weight = _given(node).get("weight")
+        if not isinstance(weight, fx.Node):
+            path = _path(node)
+            return self._take(path) if path and path not in self._called else self._fresh(path or node.name)
+        sources = constants.sources(weight)
+        assert sources  # what is computed from an input has been left alone
+        source = str(sources[0].target)
+        if _PARAMETRIZED in source:
+            holder, leaf = source.partition(_PARAMETRIZED)[0], "weight"
+        else:
+            holder, _, leaf = source.rpartition(".")
+        own = {str(other.target) for other in _reads(node)}
+        alone = leaf == "weight" and holder not in self._called and self._inside.get(holder, set()) <= own
+        return self._take(holder) if holder and alone else self._fresh(source)
+
+    def _fresh(self, base: str) -> str:
+        name, count = f"{base}_layer", 1
+        while name in self._known:
+            name, count = f"{base}_layer{count}", count + 1
+        return self._take(name)
+
+    def _take(self, name: str) -> str:
+        self._called.add(name)
+        self._known.add(name)
+        return name
+
+
+def _reads(node: fx.Node) -> list[fx.Node]:
+    """The parameters and buffers that a call reads."""
+    found, pending = [], [value for name in _TENSORS if isinstance(value := _given(node).get(name), fx.Node)]
+    while pending:
+        other = pending.pop()
+        found += [other] if other.op == "get_attr" else []
+        pending += other.all_input_nodes
+    return found
+
+
+def _path(node: fx.Node) -> str:
+    """The module that a node was traced in, as the front end tells it."""
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[0]).partition("@")[0] if stack else ""
+
+
+_Builder = Callable[[_Call], nn.Module | None]
+_TABLE: tuple[tuple[tuple[Any, ...], Sequence[str], _Builder], ...] = (
+    ((F.linear, aten.linear.default), _LINEAR, _linear),
+    ((torch.addmm, aten.addmm.default), _ADDMM, _transposed_linear),
+    (
+        (torch.matmul, torch.mm, operator.matmul, aten.matmul.default, aten.mm.default),
+        ("input", "weight"),
+        _transposed_linear,
+    ),
+    (
+        (
+            *(F.conv1d, F.conv2d, F.conv3d),
+            *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+            *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+        ),
+        _CONV,
+        _conv,
+    ),
+    (
+        (
+            *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+            *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+        ),
+        _TRANSPOSED,
+        _transposed_conv,
+    ),
+    ((aten.convolution.default,), (*_CONV[:6], "transposed", "output_padding", "groups"), _either_conv),
+    ((aten.batch_norm.default,), _NORM, _batch_norm),
+    ((aten.dropout.default,), _DROPOUT, _dropout),
+)
+_SIGNATURES = {target: names for targets, names, _ in _TABLE for target in targets}
+_BUILDERS = {target: builder for targets, _, builder in _TABLE for target in targets}

@@ -1,0 +1,190 @@
+"""``Call``: the tensors that a network is called with, whatever nesting it takes them in; ``Axis``: one left open."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tdcompile.errors import InputError, nearest
+
+BATCH = "batch"
+_OPEN = re.compile(r"^(?P<input>[A-Za-z_]\w*):(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?$")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of an input that is left open.
+
+    Attributes:
+        input: place of the input among a network's tensors.
+        axis: of that tensor.
+        name: axes of one name are of one length.
+    """
+
+    input: int
+    axis: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a network is called with example inputs.
+
+    Attributes:
+        tensors: every tensor in the arguments, in the order of ``forward``'s signature, nested ones in theirs.
+        names: of each: the argument's, with the place inside it where it is nested.
+    """
+
+    tensors: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    _signature: inspect.Signature
+    _leaves: tuple[Any, ...]
+    _spec: pytree.TreeSpec
+
+    @classmethod
+    def of(cls, module: nn.Module, inputs: Sequence[Any] | Mapping[str, Any] | Tensor) -> Call:
+        """Read example inputs: a tensor, the arguments in order, or a mapping of them by name.
+
+        Raises:
+            InputError: ``forward`` does not take such arguments, or there is no tensor in them.
+        """
+        signature = inspect.signature(module.forward)
+        given: tuple[Any, ...] = ()
+        named: dict[str, Any] = {}
+        if isinstance(inputs, Mapping):
+            named = dict(inputs)
+            _check_names(signature, named)
+        else:
+            given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        try:
+            bound = signature.bind(*given, **named)
+        except TypeError as error:
+            wanted = ", ".join(map(str, signature.parameters.values())) or "nothing"
+            raise InputError(f"the inputs do not fit the network: {error}; it takes {wanted}") from error
+        pairs, spec = pytree.tree_flatten_with_path(dict(bound.arguments))
+        leaves = tuple(leaf for _, leaf in pairs)
+        names = [_name(path) for path, leaf in pairs if isinstance(leaf, Tensor)]
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        if not tensors:
+            raise InputError("the inputs hold no tensor: give at least one, (N, ...)")
+        return cls(tensors, tuple(names), signature, leaves, spec)
+
+    def having(self, tensors: Sequence[Tensor]) -> Call:
+        """The same call with other tensors."""
+        return replace(self, tensors=tuple(tensors), _leaves=self._filled(tensors))
+
+    def arguments(self, values: Sequence[Any], rest: Any = ...) -> dict[str, Any]:
+        """The arguments by name, with a value in the place of each tensor.
+
+        Args:
+            values: one for each of ``tensors``.
+            rest: what to put in the place of every other leaf; its own value if not given.
+        """
+        arguments: dict[str, Any] = pytree.tree_unflatten(list(self._filled(values, rest)), self._spec)
+        return arguments
+
+    def _filled(self, values: Sequence[Any], rest: Any = ...) -> tuple[Any, ...]:
+        remaining = iter(values)
+        return tuple(
+            next(remaining) if isinstance(leaf, Tensor) else (leaf if rest is ... else rest) for leaf in self._leaves
+        )
+
+    def split(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What ``forward`` is called with, ``(args, kwargs)``, with a value in the place of each tensor."""
+        bound = inspect.BoundArguments(self._signature, self.arguments(values))  # type: ignore[arg-type]  # a dict does
+        return bound.args, bound.kwargs
+
+    def defaults(self) -> dict[str, Any]:
+        """The arguments that are left at their defaults, with these, and those that hold no tensor, with their values."""
+        given = self.arguments(self.tensors)
+        plain = {
+            name: value
+            for name, value in given.items()
+            if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+        }
+        return plain | {
+            name: parameter.default
+            for name, parameter in self._signature.parameters.items()
+            if name not in given and parameter.default is not parameter.empty
+        }
+
+    @property
+    def nested(self) -> bool:
+        """Whether a tensor is given inside another argument."""
+        return any(not isinstance(value, Tensor) for value in self.arguments(self.tensors).values() if _holds(value))
+
+
+def shares_batch(inputs: Sequence[Tensor]) -> list[bool]:
+    """For each input whether its first axis is the batch: whether it is as long as that of the first input."""
+    size = next((len(x) for x in inputs if x.dim()), 0)
+    return [x.dim() > 0 and len(x) == size for x in inputs]
+
+
+def batch_of(inputs: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
+    """The inputs with so many samples, repeated or cut; those without a batch axis as they are."""
+    return tuple(
+        torch.cat([x] * -(-size // len(x)))[:size].contiguous() if batched else x
+        for x, batched in zip(inputs, shares_batch(inputs), strict=True)
+    )
+
+
+def open_axes(texts: Sequence[str], names: Sequence[str], inputs: Sequence[Tensor]) -> tuple[Axis, ...]:
+    """Read ``NAME:AXIS`` or ``NAME:AXIS=LABEL``; axes without a label that are of one length are one.
+
+    Args:
+        names: of the inputs.
+
+    Raises:
+        InputError: another form, an input or axis that is not there, the batch axis, or an axis of length 1.
+    """
+    found: list[Axis] = []
+    for text in texts:
+        match = _OPEN.match(text.strip())
+        if match is None:
+            raise InputError(f"the open axis '{text}' is not of the form NAME:AXIS or NAME:AXIS=LABEL, e.g. ids:1=time")
+        if match["input"] not in names:
+            raise InputError(f"the open axis '{text}' is of no input: {nearest(match['input'], names)}")
+        place, axis = list(names).index(match["input"]), int(match["axis"])
+        shape = tuple(inputs[place].shape)
+        if axis >= len(shape):
+            raise InputError(f"the open axis '{text}' is not there: '{names[place]}' is {shape}")
+        if axis == 0 and shares_batch(inputs)[place]:
+            raise InputError(f"'{text}' is the batch axis, which is open by default: leave it out")
+        if shape[axis] < 2:
+            raise InputError(f"the open axis '{text}' is 1 long in the example: torch takes 1 for a constant, give 2")
+        alike = [other.name for other in found if inputs[other.input].shape[other.axis] == shape[axis]]
+        label = match["name"] or next(iter(alike), f"{match['input']}_{axis}")
+        found.append(Axis(place, axis, label))
+    return tuple(found)
+
+
+def resized(inputs: Sequence[Tensor], axes: Sequence[Axis], more: int) -> tuple[Tensor, ...]:
+    """The inputs with every open axis longer by so much, their first entries repeated."""
+    made = list(inputs)
+    for axis in axes:
+        x = made[axis.input]
+        made[axis.input] = torch.cat([x, x.narrow(axis.axis, 0, min(more, x.shape[axis.axis]))], axis.axis)
+    return tuple(made)
+
+
+def _check_names(signature: inspect.Signature, named: Mapping[str, Any]) -> None:
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    for name in named:
+        if name not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise InputError(f"the network takes no input '{name}': {nearest(name, list(signature.parameters))}")
+
+
+def _name(path: Sequence[Any]) -> str:
+    parts = [str(getattr(step, "key", getattr(step, "idx", getattr(step, "name", step)))) for step in path]
+    return re.sub(r"\W", "_", "_".join(parts))
+
+
+def _holds(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
