@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +24,7 @@ from tdcompile.registry import make
 from tdcompile.surgery import copy_graph, copy_weights, replace_module
 from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, Task, accuracy
-from tdcompile.tracing import trace
+from tdcompile.tracing import Frontend, trace
 from tdcompile.tuning import key_of
 
 _DIGITS = 12  # of 1 - compression, so that 1 - 0.9 is 0.1
@@ -31,11 +32,12 @@ _DIGITS = 12  # of 1 - compression, so that 1 - 0.9 is 0.1
 
 @dataclass(frozen=True)
 class Subject:
-    """What is studied: a network, example inputs, and the data."""
+    """What is studied: a network, example inputs (see ``trace``), the data, and the front end that traces it."""
 
     module: nn.Module
-    inputs: tuple[Tensor, ...]
+    inputs: Sequence[Any] | Mapping[str, Any]
     task: Task
+    frontend: Frontend = "auto"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class Bench:
 
     def __init__(self, subject: Subject, tune: str, target: Target) -> None:
         self.task = _labelled(subject.task)
-        self.program: Program = _placed(trace(subject.module, subject.inputs), target).with_(task=self.task)
+        self.program: Program = _placed(trace(subject.module, subject.inputs, frontend=subject.frontend), target).with_(
+            task=self.task
+        )
         self.sites = sites(self.program)
         self.tuning = None if tune == "none" else make(Pass, f"finetune{{{tune}}}")
         self._last: _Compressed | None = None

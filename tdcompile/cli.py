@@ -23,10 +23,10 @@ from tdcompile.options import signed
 INTERRUPTED = 130
 UNAVAILABLE = 5
 
-_NETWORK = ("source", "weights", "input")
+_NETWORK = ("source", "weights", "input", "frontend")
 _COMMON = ("seed", "json", "verbose", "quiet")
 _PLAN = (
-    *(*_NETWORK, "dynamic_batch", "data", "normalize", "calibrate", "target", "threads", "grain", "budget"),
+    *(*_NETWORK, "dynamic_batch", "dynamic", "data", "normalize", "calibrate", "target", "threads", "grain", "budget"),
     *("decompose", "ranks", "importance", "keep_dense", "recipe", "out"),
 )
 _COMPILE = ("eval", "plan", "tune", "max_drop", "min_speedup", "pipeline", "dry_run", "resume")
@@ -65,7 +65,10 @@ VERBS = (
         "validate",
         "commands_models",
         "validate",
-        (*("model", "against", "weights", "input", "target", "threads", "rtol", "atol"), *_COMMON),
+        (
+            *("model", "against", "weights", "input", "frontend", "dynamic", "target", "threads", "rtol", "atol"),
+            *_COMMON,
+        ),
         "Run a model against another one, or against the PyTorch network it came from; exit 3 if they differ.",
     ),
     Verb(

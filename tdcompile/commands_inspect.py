@@ -32,8 +32,8 @@ Listed = dict[str, dict[str, Any]]
 
 def analyze(given: Mapping[str, Any]) -> Answer:
     """A table of the layers."""
-    module, inputs = load_network(recipe_of(given))
-    program = trace(module, inputs)
+    recipe = recipe_of(given)
+    program = trace(*load_network(recipe), frontend=recipe.frontend)
     layers = anatomy(program)
     if given["json"]:
         return Answer((json.dumps([dataclasses.asdict(layer) for layer in layers], indent=1),))

@@ -17,6 +17,7 @@ from tdcompile.examples import model_inputs
 from tdcompile.job import load_module, load_network, recipe_of
 from tdcompile.report import milliseconds, times
 from tdcompile.runtime import Timing, time_models
+from tdcompile.tracing import trace
 from tdcompile.validate import check_parity, compare_models
 
 TRACED = 2  # samples in example inputs: exporters and tracers take a batch of 1 for a constant
@@ -41,7 +42,8 @@ def validate(given: Mapping[str, Any]) -> Answer:
         inputs = model_inputs(model, TRACED, seed, recipe.input) if recipe.input else None
         parity = compare_models(model, other, target, inputs=inputs, **how)
     elif network and recipe.input:
-        parity = check_parity(model, *load_network(recipe), target, **how)
+        program = trace(*load_network(recipe), frontend=recipe.frontend, dynamic=recipe.dynamic)
+        parity = check_parity(model, program.graph, program.inputs, target, axes=program.axes, **how)
     else:
         inputs = model_inputs(model, TRACED, seed, recipe.input)
         parity = check_parity(model, load_module(recipe) if network else load(other), inputs, target, **how)

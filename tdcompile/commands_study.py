@@ -67,7 +67,7 @@ def study(given: Mapping[str, Any]) -> Answer:
 
 def _subject(recipe: Recipe) -> Subject:
     job = load_job(recipe)
-    return Subject(job.module, job.inputs, job.task)
+    return Subject(job.module, job.inputs, job.task, recipe.frontend)
 
 
 def _shares(text: str) -> tuple[float, ...]:

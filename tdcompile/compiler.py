@@ -22,7 +22,6 @@ from tdcompile.artifact import check_out, save_weights, write_folder
 from tdcompile.checkpoint import Checkpoint
 from tdcompile.errors import InputError, nearest
 from tdcompile.facts import Fact
-from tdcompile.inference import timing_inputs
 from tdcompile.kinds import AnalysisPass, TunePass
 from tdcompile.outcome import measure
 from tdcompile.pipeline import Pipeline, Silent, Watch, run_step
@@ -101,7 +100,7 @@ class Compiled:
 
 def compile(  # the field's word, as in torch.compile
     module: nn.Module,
-    inputs: Sequence[Tensor] | Tensor,
+    inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
     *,
     data: Task | Samples | tuple[Samples, Samples | None] | None = None,
     recipe: str | Recipe | None = None,
@@ -114,7 +113,7 @@ def compile(  # the field's word, as in torch.compile
 
     Args:
         module: the network; it is not changed.
-        inputs: example inputs in the order of ``forward``'s arguments.
+        inputs: example inputs: a tensor, ``forward``'s arguments in order, or a mapping of them by name.
         data: training samples, or (training, test) samples, or a whole ``Task``; everything runs without.
         recipe: a shipped recipe's name, a TOML file, or a ``Recipe``; ``options`` override it.
         workspace: a folder that keeps the state between passes, until the result is saved; none by default.
@@ -131,7 +130,7 @@ def compile(  # the field's word, as in torch.compile
     start = time.perf_counter()
     chosen = resolve(recipe, options)
     pipeline = chosen.steps()
-    program = prepare(module, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), data, chosen)
+    program = prepare(module, inputs, data, chosen)
     pipeline.check(program.facts)
     folder = Path(tempfile.mkdtemp(prefix="tdcompile-"))
     try:
@@ -170,7 +169,7 @@ def _compiled(
             "source": chosen.source or "",
             "plan": _stamp(program),
         }
-        outcome = measure(program, folder, dynamic_batch=chosen.dynamic_batch, stamp=stamp)
+        outcome = measure(program, folder, stamp=stamp)
         seconds = {**driver.seconds, "verify": time.perf_counter() - began}
         before = outcome.compiled.accuracy if driver.before_tuning is None else driver.before_tuning
         run = Run(str(pipeline), seconds, time.perf_counter() - start, before)
@@ -196,7 +195,7 @@ def resolve(recipe: str | Recipe | None, options: Mapping[str, Any]) -> Recipe:
 
 def prepare(
     module: nn.Module,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
     data: Task | Samples | tuple[Samples, Samples | None] | None,
     recipe: Recipe,
 ) -> Program:
@@ -209,10 +208,10 @@ def prepare(
     target = recipe.device()
     budget = recipe.shares()
     _prove(target)
-    program = trace(module, inputs)
+    program = trace(
+        module, inputs, frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch, dynamic=recipe.dynamic
+    )
     program = program.with_(task=_task(data, recipe), target=target, budget=budget, seed=recipe.seed)
-    if not recipe.dynamic_batch:
-        program = program.with_(inputs=tuple(timing_inputs(program)))  # the one batch size that the model will take
     program = program.with_(keep_dense=_kept(program, recipe.keep_dense))
     _check_labels(program)
     return adopt(program, Path(recipe.plan)) if recipe.plan else program

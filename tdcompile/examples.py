@@ -57,7 +57,7 @@ def parse_example(text: str) -> Example:
 
 
 def draw_inputs(texts: Sequence[str], arguments: Sequence[str], seed: int) -> tuple[Tensor, ...]:
-    """Random inputs in the order of a network's or model's arguments.
+    """Random inputs in the order of a model's arguments.
 
     Args:
         arguments: the names of all that it takes.
@@ -65,15 +65,33 @@ def draw_inputs(texts: Sequence[str], arguments: Sequence[str], seed: int) -> tu
     Raises:
         InputError: there are none, one is malformed, or the names are not those of the first arguments.
     """
-    if not texts:
-        raise InputError("the network's input is not known: give --input, e.g. --input 1x3x224x224")
     generator = torch.Generator().manual_seed(seed)
-    return tuple(example.draw(generator) for example in _ordered([parse_example(text) for text in texts], arguments))
+    return tuple(example.draw(generator) for example in _ordered(_parsed(texts), arguments))
 
 
-def arguments_of(module: nn.Module) -> list[str]:
-    """The names of what ``forward`` takes."""
-    return list(inspect.signature(module.forward).parameters)
+def draw_arguments(texts: Sequence[str], module: nn.Module, seed: int) -> tuple[Tensor, ...] | dict[str, Tensor]:
+    """Random inputs for a network: in the order of its arguments, or by name where they are named.
+
+    Raises:
+        InputError: there are none, one is malformed or is named while another is not, or ``forward`` takes no such.
+    """
+    examples = _parsed(texts)
+    named = [example for example in examples if example.name is not None]
+    if named and len(named) < len(examples):
+        raise InputError(f"some inputs are named and some are not: {', '.join(texts)}; name all of them or none")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [example.draw(generator) for example in examples]
+    if not named:
+        return tuple(drawn)
+    names = [str(example.name) for example in examples]
+    parameters = inspect.signature(module.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in names:
+        if name not in parameters and not takes_any:
+            raise InputError(f"the network takes no input '{name}': {nearest(name, parameters)}")
+        if names.count(name) > 1:
+            raise InputError(f"the input '{name}' is given twice")
+    return dict(zip(names, drawn, strict=True))
 
 
 def model_inputs(model: Path, batch: int, seed: int, texts: Sequence[str] = ()) -> tuple[Tensor, ...]:
@@ -96,6 +114,12 @@ def model_inputs(model: Path, batch: int, seed: int, texts: Sequence[str] = ()) 
     if texts:
         return draw_inputs(texts, [value.name for value in values], seed)
     return tuple(_example_of(value, model, batch).draw(generator) for value in values)
+
+
+def _parsed(texts: Sequence[str]) -> list[Example]:
+    if not texts:
+        raise InputError("the network's input is not known: give --input, e.g. --input 1x3x224x224")
+    return [parse_example(text) for text in texts]
 
 
 def _ordered(examples: Sequence[Example], arguments: Sequence[str]) -> list[Example]:

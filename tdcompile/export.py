@@ -19,8 +19,8 @@ from onnx import helper
 from torch import Tensor, nn
 
 from tdcompile.errors import InputError, TdcompileError
+from tdcompile.signature import BATCH, Axis, batch_of, shares_batch
 
-BATCH = "batch"
 # A protobuf message ends at 2 GiB; the graph itself, beside its weights, needs some of that.
 LARGEST_SINGLE_FILE = 2**31 - 2**26
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -51,6 +51,7 @@ def export_onnx(
     path: Path,
     *,
     dynamic_batch: bool = True,
+    axes: Sequence[Axis] = (),
     input_names: Sequence[str] | None = None,
     simplify: bool = True,
     metadata: Mapping[str, str] | None = None,
@@ -63,9 +64,10 @@ def export_onnx(
 
     Args:
         module: the network; its mode is put back.
-        inputs: example inputs; those whose first axis is as long as that of the first input share the batch axis.
+        inputs: example inputs, the tensors of ``forward``'s arguments in order; those whose first axis is as long as that of the first input share the batch axis.
         path: the file to write; its folder is made where there is none.
         dynamic_batch: leave the batch axis open, under the name ``batch``.
+        axes: others to leave open, under their names.
         input_names: names of the graph's inputs; the arguments of ``forward`` otherwise.
         simplify: run onnxsim over what torch exports.
         metadata: what to stamp into the model's ``metadata_props``.
@@ -80,12 +82,15 @@ def export_onnx(
         raise InputError(f"{len(input_names)} input names are given for {len(inputs)} inputs: {', '.join(input_names)}")
     if input_names is not None and len(set(input_names)) < len(input_names):
         raise InputError(f"an input name is given twice: {', '.join(input_names)}")
-    size = next((len(x) for x in inputs if x.dim()), 0)
-    batched = [dynamic_batch and x.dim() > 0 and len(x) == size for x in inputs]
+    opened: list[dict[int, str]] = [{} for _ in inputs]
+    for place, batched in enumerate(shares_batch(inputs)):
+        opened[place] |= {0: BATCH} if batched and dynamic_batch else {}
+    for axis in axes:
+        opened[axis.input][axis.axis] = axis.name
     # torch takes a size of 1 for a constant
-    examples = tuple(torch.cat([x, x]) if size == 1 and open_ else x for x, open_ in zip(inputs, batched, strict=True))
-    model = _capture(module, examples, batched if dynamic_batch else None)
-    _check_open(model.graph, batched)
+    one = any(open_ and len(x) == 1 for x, open_ in zip(inputs, opened, strict=True))
+    model = _capture(module, batch_of(inputs, 2) if one else tuple(inputs), opened)
+    _check_open(model.graph, opened)
     _tidy(model, input_names)
     model.metadata_props.update(sorted((metadata or {}).items()))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +119,8 @@ def restamp(model: Path, path: Path, metadata: Mapping[str, str], notes: Sequenc
     return _described(proto, path, path.stat().st_size, notes)
 
 
-def _capture(module: nn.Module, examples: tuple[Tensor, ...], batched: Sequence[bool] | None) -> ir.Model:
-    shapes = None if batched is None else tuple({0: BATCH} if open_ else None for open_ in batched)
+def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[Mapping[int, str]]) -> ir.Model:
+    shapes = tuple(dict(each) or None for each in opened) if any(opened) else None
     with _eval(module), torch.no_grad(), _silence() as said:
         try:
             program = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=shapes, verbose=False)
@@ -139,12 +144,19 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _check_open(graph: ir.Graph, batched: Sequence[bool]) -> None:
-    for value, open_ in zip(graph.inputs, batched, strict=True):
-        if open_ and (value.shape is None or isinstance(value.shape[0], int)):
+def _check_open(graph: ir.Graph, opened: Sequence[Mapping[int, str]]) -> None:
+    for value, axes in zip(graph.inputs, opened, strict=True):
+        for axis, name in axes.items():
+            if value.shape is not None and not isinstance(value.shape[axis], int):
+                continue
+            if name == BATCH:
+                raise InputError(
+                    f"the network fixes the batch size of its input '{value.name}' ({value.shape}): "
+                    "pass dynamic_batch=False (--no-dynamic-batch)"
+                )
             raise InputError(
-                f"the network fixes the batch size of its input '{value.name}' ({value.shape}): "
-                "pass dynamic_batch=False (--no-dynamic-batch)"
+                f"the network fixes the axis '{name}' of its input '{value.name}' ({value.shape}): leave it out of "
+                "dynamic (--dynamic)"
             )
 
 

@@ -41,7 +41,7 @@ def exported(module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes:
     try:
         with _quiet():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=_spread(shapes, kwargs), strict=False)
-    except Exception as error:  # noqa: BLE001  # a network's forward may raise anything on symbols
+    except Exception as error:  # a network's forward may raise anything on symbols
         raise UntraceableError(_reason(error)) from error
     held = program.module(check_guards=False)
     assert isinstance(held, fx.GraphModule)  # what ``module`` returns

@@ -1,4 +1,4 @@
-"""``modularise``: functional layers in a graph, ``F.conv2d`` or ``aten.linear``, turned into modules over their weights.
+"""``modularise``: functional layers in a graph, ``F.conv2d`` or ``aten.linear``, as modules over their weights.
 
 From there on a layer is a module with a name, whichever front end has found it. A weight that is computed from
 parameters alone (a slice of a packed projection, a transposed matrix) is computed once, here.
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tdcompile.layer import unset
-from tdcompile.surgery import attribute, parent_of
+from tdcompile.surgery import attribute
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ class _Call:
     def key(self) -> tuple[object, ...]:
         """The same for calls of the same layer."""
         held = tuple(id(self.tensors.get(name)) for name in _TENSORS)
-        return (_BUILDERS[self.node.target], *held, tuple(sorted(self.options.items(), key=str)))  # type: ignore[index]
+        return (_BUILDERS[self.node.target], *held, tuple(sorted(self.options.items(), key=str)))
 
 
 def modularise(graph: fx.GraphModule) -> None:
@@ -196,7 +196,7 @@ def _ends(graph: fx.GraphModule, name: str) -> set[fx.Node]:
 
 
 def _given(node: fx.Node) -> dict[str, Any]:
-    names = _SIGNATURES[node.target]  # type: ignore[index]  # the caller has looked
+    names = _SIGNATURES[node.target]  # the caller has looked
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 

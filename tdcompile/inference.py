@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, fx
 
 from tdcompile.export import Exported, export_onnx
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program
+from tdcompile.signature import batch_of
 
 FOLDING = "fold-batchnorm,drop-dead"
 
@@ -25,7 +25,6 @@ def export_folded(
     graph: fx.GraphModule,
     path: Path,
     *,
-    dynamic_batch: bool = True,
     simplify: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
@@ -34,13 +33,13 @@ def export_folded(
         folded(program, graph),
         program.inputs,
         path,
-        dynamic_batch=dynamic_batch,
+        dynamic_batch=program.dynamic_batch,
+        axes=program.axes,
         simplify=simplify,
         metadata=metadata,
     )
 
 
 def timing_inputs(program: Program) -> list[Tensor]:
-    """Inputs of ``target.batch`` samples, like the program's own."""
-    batch = program.target.batch
-    return [torch.cat([x] * -(-batch // len(x)))[:batch].contiguous() for x in program.inputs]
+    """Inputs of ``target.batch`` samples, like the program's own; these themselves where the batch is fixed."""
+    return list(batch_of(program.inputs, program.target.batch) if program.dynamic_batch else program.inputs)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tdcompile.data import load_data
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError
-from tdcompile.examples import arguments_of, draw_inputs, parse_example
+from tdcompile.examples import draw_arguments, parse_example
 from tdcompile.facts import Facts
 from tdcompile.importance import Importance
 from tdcompile.kinds import TunePass
@@ -37,7 +37,7 @@ class Job:
     """What a recipe names, loaded."""
 
     module: nn.Module
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...] | dict[str, Tensor]
     task: Task
 
 
@@ -72,14 +72,14 @@ def load_module(recipe: Recipe) -> nn.Module:
     return module
 
 
-def load_network(recipe: Recipe) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The network with its weights, and example inputs.
+def load_network(recipe: Recipe) -> tuple[nn.Module, tuple[Tensor, ...] | dict[str, Tensor]]:
+    """The network with its weights, and example inputs: in the order of its arguments, or by name where they have one.
 
     Raises:
         InputError: no source, or it, the weights or the inputs cannot be used.
     """
     module = load_module(recipe)
-    return module, draw_inputs(recipe.input, arguments_of(module), recipe.seed)
+    return module, draw_arguments(recipe.input, module, recipe.seed)
 
 
 def load_job(recipe: Recipe) -> Job:
@@ -94,7 +94,8 @@ def load_job(recipe: Recipe) -> Job:
         log.warning("%s has random weights: give --weights", recipe.source)
     if recipe.data is None:
         return Job(module, inputs, Task(calibrate=recipe.calibrate, evaluate=recipe.eval))
-    train, test = load_data(recipe.data, tuple(inputs[0].shape[1:]), recipe.normalize, recipe.seed)
+    first = next(iter(inputs.values() if isinstance(inputs, dict) else inputs))
+    train, test = load_data(recipe.data, tuple(first.shape[1:]), recipe.normalize, recipe.seed)
     return Job(module, inputs, Task(train, test, recipe.calibrate, recipe.eval, recipe.data))
 
 

@@ -45,6 +45,15 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
         "--dynamic-batch/--no-dynamic-batch",
         panel=_NETWORK,
     ),
+    "dynamic": _option(
+        list[str] | None,
+        "Leave another axis open, e.g. ids:1 or ids:1=time; repeatable.",
+        panel=_NETWORK,
+        metavar="NAME:AXIS",
+    ),
+    "frontend": _option(
+        str | None, "What traces the network: auto, fx or export; default auto.", panel=_NETWORK, metavar="NAME"
+    ),
     "data": _option(
         str | None,
         "digits, parquet:DIR, imagefolder:DIR, npz:FILE, hub:NAME or file.py:callable.",

@@ -50,9 +50,7 @@ class Outcome:
     approximation: tuple[float, float]
 
 
-def measure(
-    program: Program, folder: Path, *, dynamic_batch: bool, stamp: Mapping[str, str], seconds: float = 3.0
-) -> Outcome:
+def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds: float = 3.0) -> Outcome:
     """Export both networks, verify each against its PyTorch graph in onnxruntime, time them interleaved, test them.
 
     Args:
@@ -69,16 +67,22 @@ def measure(
     stamps = [{**stamp, "model": role} for role in ("dense", "compiled")]
 
     def export(graph: fx.GraphModule, name: str, metadata: Mapping[str, str]) -> Exported:
-        return export_onnx(graph, program.inputs, folder / name, dynamic_batch=dynamic_batch, metadata=metadata)
+        return export_onnx(
+            graph,
+            program.inputs,
+            folder / name,
+            dynamic_batch=program.dynamic_batch,
+            axes=program.axes,
+            metadata=metadata,
+        )
 
     exports = [
-        _known(program, folder / "dense.onnx", dynamic_batch, stamps[0])
-        or export(dense_graph, "dense.onnx", stamps[0]),
+        _known(program, folder / "dense.onnx", stamps[0]) or export(dense_graph, "dense.onnx", stamps[0]),
         export(compiled_graph, "model.onnx", stamps[1]),
     ]
     paths, inputs = [exported.path for exported in exports], timing_inputs(program)
     parities = [
-        check_parity(path, graph, program.inputs, program.target, seed=program.seed)
+        check_parity(path, graph, program.inputs, program.target, axes=program.axes, seed=program.seed)
         for path, graph in zip(paths, (dense_graph, compiled_graph), strict=True)
     ]
     timings = time_models(paths, inputs, program.target, seconds=seconds)
@@ -101,10 +105,10 @@ def measure(
     return Outcome(networks[0], networks[1], _approximation(dense_graph, compiled_graph, program))
 
 
-def _known(program: Program, path: Path, dynamic_batch: bool, stamp: Mapping[str, str]) -> Exported | None:
+def _known(program: Program, path: Path, stamp: Mapping[str, str]) -> Exported | None:
     """The dense model as ``baseline`` has exported it, with the metadata of this compilation; None without one."""
     baseline = program.facts.get(Baseline)
-    if baseline is None or baseline.dynamic_batch != dynamic_batch or not baseline.model.is_file():
+    if baseline is None or baseline.dynamic_batch != program.dynamic_batch or not baseline.model.is_file():
         return None
     return restamp(baseline.model, path, stamp, baseline.notes)
 

@@ -67,7 +67,8 @@ class Program:
         keep_dense: layer names the user wants left alone, with the reason to report.
         seed: where every random draw comes from, through ``generator``.
         frontend: what traced the network, ``fx`` or ``export``.
-        axes: those that stay open beside the batch axis.
+        dynamic_batch: whether the batch axis stays open; otherwise the model takes the batch of ``inputs`` alone.
+        axes: those that stay open beside it.
         workspace: a folder in which a pass may keep what it needs to resume; None keeps nothing.
     """
 
@@ -82,6 +83,7 @@ class Program:
     keep_dense: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     frontend: Literal["fx", "export"] = "fx"
+    dynamic_batch: bool = True
     axes: tuple[Axis, ...] = ()
     workspace: Path | None = None
 

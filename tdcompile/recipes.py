@@ -40,6 +40,8 @@ class Recipe(BaseModel):
     weights: str | None = None
     input: tuple[str, ...] = ()
     dynamic_batch: bool = True
+    dynamic: tuple[str, ...] = ()
+    frontend: Literal["auto", "fx", "export"] = "auto"
     data: str | None = None
     normalize: str = "none"
     calibrate: int = 1024
@@ -87,7 +89,7 @@ class Recipe(BaseModel):
         if self.pipeline is not None:
             return Pipeline.of(self._own(parse_specs(self.pipeline)))
         latency = "latency" in self.budget
-        parts = ["baseline" if self.dynamic_batch else "baseline{dynamic_batch=false}"] if latency else []
+        parts = ["baseline"] if latency else []
         if self.plan is None:
             chosen = "" if "auto" in self.decompose else "+".join(self.decompose)
             options = {"decompose": chosen} if chosen else {}

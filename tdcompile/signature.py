@@ -98,11 +98,11 @@ class Call:
 
     def split(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What ``forward`` is called with, ``(args, kwargs)``, with a value in the place of each tensor."""
-        bound = inspect.BoundArguments(self._signature, self.arguments(values))  # type: ignore[arg-type]  # a dict does
+        bound = inspect.BoundArguments(self._signature, self.arguments(values))
         return bound.args, bound.kwargs
 
     def defaults(self) -> dict[str, Any]:
-        """The arguments that are left at their defaults, with these, and those that hold no tensor, with their values."""
+        """The arguments that hold no tensor, with their values, and those left out, with their defaults."""
         given = self.arguments(self.tensors)
         plain = {
             name: value

@@ -83,6 +83,7 @@ def trace(
         dense=traced.graph,
         history=tuple(history),
         frontend=traced.frontend,
+        dynamic_batch=dynamic_batch,
         axes=axes,
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tdcompile.errors import InputError, ParityError
 from tdcompile.runtime import infer, open_session
+from tdcompile.signature import Axis, resized
 from tdcompile.surgery import outputs_of
 from tdcompile.target import Target
 
@@ -23,6 +24,8 @@ Outputs = list[NDArray[np.generic]]
 # 1e-5 of its output's scale; a wrong operator is off by far more than 1e-3. fp16: one rounding is 2⁻¹¹ ≈ 5e-4 of the
 # value, and each layer adds its own.
 TOLERANCE = {"fp32": (1e-3, 1e-4), "fp16": (2e-2, 2e-3)}
+
+LONGER = (0, 1, 3)  # by how much open axes are longer than in the example
 
 _TYPES = {
     "tensor(float)": torch.float32,
@@ -58,6 +61,7 @@ def check_parity(
     inputs: Sequence[Tensor],
     target: Target,
     *,
+    axes: Sequence[Axis] = (),
     batches: Sequence[int] = (1, 2, 5),
     seeds: int = 3,
     rtol: float | None = None,
@@ -67,12 +71,13 @@ def check_parity(
     """Run a model against the PyTorch network it came from, on random inputs that are drawn like the example inputs.
 
     A model whose batch is fixed is run at that batch alone. The first batch size is run with every seed, the others
-    with one: a batch of five is five samples already.
+    with one: a batch of five is five samples already. Open axes are tried at their length in the example, and longer.
 
     Args:
         model: the ONNX file.
         reference: the network, run in eval mode where it lies.
         inputs: example inputs, in the order of ``forward``.
+        axes: those that are open beside the batch axis.
         target: the provider to run on; TF32 is off.
         batches: batch sizes to try.
         seeds: how many random draws.
@@ -91,7 +96,7 @@ def check_parity(
         return [output.cpu().numpy() for output in outputs_of(reference, [x.to(device) for x in drawn])]
 
     judge = _Judge(f"{model.name} and the PyTorch network", session, target, rtol, atol)
-    return judge.run(refer, inputs, _plan(session, batches, seeds, seed))
+    return judge.run(refer, inputs, _plan(session, batches, seeds, seed, LONGER if axes else (0,)), axes)
 
 
 def compare_models(
@@ -134,12 +139,15 @@ def compare_models(
     return judge.run(lambda drawn: infer(other, drawn), examples, _plan(session, batches, seeds, seed))
 
 
-def _plan(session: ort.InferenceSession, batches: Sequence[int], seeds: int, seed: int) -> list[tuple[int, int]]:
-    """The ``(batch, seed)`` of each run."""
+def _plan(
+    session: ort.InferenceSession, batches: Sequence[int], seeds: int, seed: int, longer: Sequence[int] = (0,)
+) -> list[tuple[int, int, int]]:
+    """The ``(batch, seed, longer)`` of each run: by how much open axes are longer than in the example."""
     sizes = [value.shape[0] for value in session.get_inputs() if value.shape]
     if sizes and all(isinstance(size, int) for size in sizes):
         batches = sizes[:1]
-    return [(batches[0], seed + draw) for draw in range(seeds)] + [(batch, seed) for batch in batches[1:]]
+    plan = [(batches[0], seed + draw, 0) for draw in range(seeds)] + [(batch, seed, 0) for batch in batches[1:]]
+    return plan + [(batches[-1], seed, more) for more in longer if more]
 
 
 @dataclass(frozen=True)
@@ -153,19 +161,24 @@ class _Judge:
     atol: float | None
 
     def run(
-        self, refer: Callable[[Sequence[Tensor]], Outputs], inputs: Sequence[Tensor], plan: Sequence[tuple[int, int]]
+        self,
+        refer: Callable[[Sequence[Tensor]], Outputs],
+        inputs: Sequence[Tensor],
+        plan: Sequence[tuple[int, int, int]],
+        axes: Sequence[Axis] = (),
     ) -> Parity:
         wanted = self.session.get_inputs()
         if len(wanted) != len(inputs):
             raise InputError(f"the model takes {len(wanted)} inputs, and {len(inputs)} example inputs are given")
         cases, worst = [], 0.0
-        for batch, seed in plan:
+        for batch, seed, more in plan:
             generator = torch.Generator().manual_seed(seed)
             drawn = [
                 _draw(x, batch if value.shape and not isinstance(value.shape[0], int) else None, generator)
-                for x, value in zip(inputs, wanted, strict=True)
+                for x, value in zip(resized(inputs, axes, more), wanted, strict=True)
             ]
-            most, relative = self._compare(infer(self.session, drawn), refer(drawn), f"at batch {batch}, seed {seed}")
+            where = f"at batch {batch}, seed {seed}" + (f", open axes longer by {more}" if more else "")
+            most, relative = self._compare(infer(self.session, drawn), refer(drawn), where)
             cases.append((batch, seed, most))
             worst = max(worst, relative)
         return Parity(self.session.get_providers()[0], max(case[2] for case in cases), worst, tuple(cases))

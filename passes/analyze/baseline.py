@@ -21,13 +21,11 @@ class MeasureBaseline(AnalysisPass):
 
     Attributes:
         seconds: how long to measure.
-        dynamic_batch: whether the batch dimension is left open.
     """
 
     name: ClassVar[str] = "baseline"
     gives: ClassVar[tuple[type[Fact], ...]] = (Baseline,)
     seconds: float = 1.0
-    dynamic_batch: bool = True
 
     def analyze(self, program: Program) -> Baseline:
         """The median latency of the dense model.
@@ -37,6 +35,6 @@ class MeasureBaseline(AnalysisPass):
         """
         # Without a workspace the file stays in the temporary folder: the fact that names it outlives the pass.
         folder = program.workspace or Path(tempfile.mkdtemp(prefix="tdcompile-"))
-        exported = export_folded(program, program.dense, folder / "dense.onnx", dynamic_batch=self.dynamic_batch)
+        exported = export_folded(program, program.dense, folder / "dense.onnx")
         timing = time_models([exported.path], timing_inputs(program), program.target, seconds=self.seconds)[0]
-        return Baseline(exported.path, timing.median, self.dynamic_batch, exported.notes)
+        return Baseline(exported.path, timing.median, program.dynamic_batch, exported.notes)
