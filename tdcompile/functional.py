@@ -339,7 +339,8 @@ class _Names:
         weight = _given(node).get("weight")
         if not isinstance(weight, fx.Node):
             path = _path(node)
-            return self._take(path) if path and path not in self._called else self._fresh(path or node.name)
+            free = path and path not in self._called and path not in self._inside
+            return self._take(path) if free else self._fresh(f"{path}.dropout" if path else node.name)
         sources = constants.sources(weight)
         assert sources  # what is computed from an input has been left alone
         source = str(sources[0].target)

@@ -134,6 +134,8 @@ class Report(_Part):
     """One sentence."""
     seed: int
     pipeline: str
+    frontend: str = "fx"
+    """What traced the network: ``fx`` or ``export``."""
     selector: str
     gap: float | None
     """Relative optimality gap of the plan that the selector proved."""

@@ -61,6 +61,7 @@ def summarise(program: Program, recipe: Recipe, outcome: Outcome, run: Run) -> R
         verdict=_verdict(outcome, ratio, gates),
         seed=program.seed,
         pipeline=run.pipeline,
+        frontend=program.frontend,
         selector=plan.selector if plan else "",
         gap=plan.gap if plan else None,
         budget=program.budget.shares,

@@ -126,7 +126,7 @@ class _Fronts:
     def _tried(self, front: Callable[[], _Traced], refused: dict[str, InputError]) -> _Traced | None:
         try:
             return front()
-        except InputError as error:
+        except (UntraceableError, FixedAxisError) as error:
             refused[front.__name__.strip("_")] = error
             return None
 
