@@ -12,13 +12,12 @@ import torch
 import typer
 import zoo
 from common import publish
-from torch import nn
 
 import tdcompile
 from tdcompile.compiler import Compiled
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.registry import find
 from tdcompile.network import Network
+from tdcompile.registry import find
 from tdcompile.target import Target
 
 

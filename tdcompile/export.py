@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +16,12 @@ from onnx import helper
 from torch import Tensor, nn
 
 from tdcompile.errors import InputError, TdcompileError
+from tdcompile.noise import hushed
 from tdcompile.signature import BATCH, Axis, batch_of, shares_batch
 
 # A protobuf message ends at 2 GiB; the graph itself, beside its weights, needs some of that.
 LARGEST_SINGLE_FILE = 2**31 - 2**26
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_CHATTY = ("torch", "onnxscript", "onnx_ir")
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def restamp(model: Path, path: Path, metadata: Mapping[str, str], notes: Sequenc
 
 def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[Mapping[int, str]]) -> ir.Model:
     shapes = tuple(dict(each) or None for each in opened) if any(opened) else None
-    with _eval(module), torch.no_grad(), _silence() as said:
+    with _eval(module), torch.no_grad(), hushed() as said:
         try:
             program = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=shapes, verbose=False)
         except Exception as error:  # noqa: BLE001  # the exporter and the network raise anything
@@ -244,7 +241,7 @@ def _simplify(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     """The simplified model, or the model itself and a note where onnxsim fails or changes what goes in or out."""
     import onnxsim  # slow to import, and not every caller simplifies
 
-    with _silence():
+    with hushed():
         try:
             simple, right = onnxsim.simplify(proto)
             onnx.checker.check_model(simple)
@@ -286,26 +283,3 @@ def _eval(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
-
-
-@contextmanager
-def _silence() -> Iterator[io.StringIO]:
-    """Keep what exporter and simplifier print, warn and log, each of which they do."""
-    said = io.StringIO()
-    handler = logging.StreamHandler(said)
-    known = [logging.getLogger(name) for name in _CHATTY]
-    known += [
-        logger
-        for name, logger in logging.root.manager.loggerDict.items()
-        if isinstance(logger, logging.Logger) and name.partition(".")[0] in _CHATTY and logger not in known
-    ]
-    before = [(logger, logger.handlers, logger.propagate) for logger in known]
-    for logger in known:
-        logger.handlers, logger.propagate = [handler] if logger.name in _CHATTY else [], logger.name not in _CHATTY
-    try:
-        with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield said
-    finally:
-        for logger, handlers, propagate in before:
-            logger.handlers, logger.propagate = handlers, propagate

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +11,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from tdcompile.errors import FixedAxisError, UntraceableError
+from tdcompile.noise import hushed
 from tdcompile.signature import Axis, Call, shares_batch
 
 
@@ -39,7 +37,7 @@ def exported(module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes:
     shapes = call.arguments([dict.fromkeys(each, Dim.AUTO) or None for each in opened], rest=None)
     args, kwargs = call.split(call.tensors)
     try:
-        with _quiet():
+        with hushed(), torch.no_grad():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=_spread(shapes, kwargs), strict=False)
     except Exception as error:  # a network's forward may raise anything on symbols
         raise UntraceableError(_reason(error)) from error
@@ -116,17 +114,3 @@ def _reason(error: Exception) -> str:
     """One line of what ``torch.export`` says, which may be pages."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what ``torch.export`` warns of and logs while it tries."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

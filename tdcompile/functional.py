@@ -53,7 +53,7 @@ class _Call:
     @property
     def key(self) -> tuple[object, ...]:
         """The same for calls of the same layer."""
-        held = tuple(id(self.tensors.get(name)) for name in _TENSORS)
+        held = tuple(id(self.tensors.get(name)) for name in _TENSORS) if self.tensors else (_path(self.node),)
         return (_BUILDERS[self.node.target], *held, tuple(sorted(self.options.items(), key=str)))
 
 
@@ -67,7 +67,7 @@ def modularise(graph: fx.GraphModule) -> None:
     modules, made = dict[str, nn.Module](), dict[tuple[object, ...], str]()
     read = [(node, call) for node in graph.graph.nodes if (call := _read(node, constants)) is not None]
     for node, call in read:
-        name = made.get(call.key) if call.tensors else None
+        name = made.get(call.key)
         if name is None:
             module = _BUILDERS[node.target](call)
             if module is None:

@@ -18,6 +18,7 @@ from tdcompile.program import Program, sites_of
 from tdcompile.signature import Axis, Call, batch_of, open_axes, resized, shares_batch
 from tdcompile.surgery import tensors_in
 from tdcompile.symbolic import symbolic
+from tdcompile.unparametrised import unparametrised
 
 Frontend = Literal["auto", "fx", "export"]
 
@@ -71,7 +72,7 @@ def trace(
     _check_weights(module)
     with _evaluating(module):
         cases = _cases(module, call, axes, dynamic_batch)
-        traced = _Fronts(module, call, axes, dynamic_batch, cases).choose(frontend)
+        traced = _Fronts(unparametrised(module), call, axes, dynamic_batch, cases).choose(frontend)
     history = [
         Refusal(name, "not_traced", f"symbolic tracing stops inside '{name or 'the network'}': {why}")
         for name, why in traced.leaves.items()

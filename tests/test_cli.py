@@ -515,7 +515,10 @@ def test_inputs_are_put_in_order_by_name(tdc: Any) -> None:
     named = ["--input", "ids=2:int64", "--input", "x=2x8"]
     assert tdc("analyze", "net.py:Two", *named).code == 0
     assert "'x' is given twice" in tdc("analyze", "net.py:Two", *named, "--input", "x=2x8").sentence
-    assert "expected each of x" in tdc("analyze", "net.py:Two", "--input", "ids=2:int64").sentence
+    assert (
+        "missing a required argument: 'x'; it takes x, ids"
+        in tdc("analyze", "net.py:Two", "--input", "ids=2:int64").sentence
+    )
 
 
 def test_weights_that_do_not_fit_name_the_first_keys(tdc: Any, home: Path) -> None:

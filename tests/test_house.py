@@ -59,6 +59,7 @@ FLOORS = [
         "functional",
         "symbolic",
         "exported",
+        "unparametrised",
         "tracing",
         "export",
         "runtime",

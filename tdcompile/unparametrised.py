@@ -1,0 +1,42 @@
+"""``unparametrised``: a network whose weights are computed on every call, with the weights as they are."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+
+from torch import nn
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+# How torch's older forms, which are hooks, are taken off.
+_HOOKS = {WeightNorm: remove_weight_norm, SpectralNorm: remove_spectral_norm}
+
+
+def unparametrised(module: nn.Module) -> nn.Module:
+    """The network itself, or, where a weight is parametrised (weight or spectral norm, ...), a copy in which none is.
+
+    The copy shares every other tensor. A compressed layer has no use for the parametrisation: its factors are others.
+
+    Args:
+        module: in eval mode, in which spectral norm leaves its estimates alone.
+    """
+    if not any(map(_computed, module.modules())):
+        return module
+    own = {id(tensor) for part in module.modules() if _computed(part) for tensor in part.parameters()}
+    tensors = chain(module.parameters(), module.buffers())
+    shared: dict[int, object] = {id(tensor): tensor for tensor in tensors if id(tensor) not in own}
+    plain = copy.deepcopy(module, shared)
+    for part in list(plain.modules()):
+        if parametrize.is_parametrized(part):
+            for name in list(part.parametrizations):  # type: ignore[union-attr, arg-type]  # a ModuleDict
+                parametrize.remove_parametrizations(part, name)
+        for hook in list(part._forward_pre_hooks.values()):
+            if type(hook) in _HOOKS:
+                _HOOKS[type(hook)](part, hook.name)
+    return plain
+
+
+def _computed(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module) or any(type(h) in _HOOKS for h in module._forward_pre_hooks.values())
