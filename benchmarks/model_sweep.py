@@ -1,4 +1,4 @@
-"""Networks that nobody wrote for tdcompile, each compiled, exported and verified: what works, what is refused and why."""
+"""Networks that nobody wrote for tdcompile, each compiled, exported and verified: what works, what does not, why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks of other libraries, built from their configurations, small, with random weights: what ``model_sweep`` compiles."""
+"""Networks of other libraries from their configurations, small and with random weights: what ``model_sweep`` takes."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ def export_onnx(
 
     Args:
         module: the network; its mode is put back.
-        inputs: example inputs, the tensors of ``forward``'s arguments in order; those whose first axis is as long as that of the first input share the batch axis.
+        inputs: example inputs, the tensors of ``forward``'s arguments in order; those whose first axis is as long
+            as that of the first input share the batch axis.
         path: the file to write; its folder is made where there is none.
         dynamic_batch: leave the batch axis open, under the name ``batch``.
         axes: others to leave open, under their names.

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tdcompile.layer import unset
-from tdcompile.surgery import attribute
+from tdcompile.layer import TransposedConv, unset
+from tdcompile.surgery import attribute, module_at
 
 aten = torch.ops.aten
 
@@ -79,6 +79,10 @@ def modularise(graph: fx.GraphModule) -> None:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         _erase(graph.graph, node)
+    for node in graph.graph.nodes:
+        part = module_at(graph, node) if str(node.target) not in modules else None
+        if isinstance(part, _TRANSPOSED_CONVS) and len(node.args) == 1 and not node.kwargs:
+            modules[str(node.target)] = TransposedConv.of(part)
     for name, module in modules.items():  # not before: what is read no more may have stood in their places
         graph.add_submodule(name, module)
     graph.graph.lint()
@@ -278,8 +282,8 @@ def _convolution(call: _Call, kinds: Sequence[type[nn.Module]], options: Mapping
     turned = kinds is _TRANSPOSED_CONVS
     spread = {key: _each(value, axes) if key != "groups" else value for key, value in options.items()}
     inputs, outputs = (first, second * groups) if turned else (second * groups, first)
-    module = unset(kinds[axes - 1], inputs, outputs, tuple(kernel), bias="bias" in call.tensors, **spread)
-    return _own(module, call)
+    module = _own(unset(kinds[axes - 1], inputs, outputs, tuple(kernel), bias="bias" in call.tensors, **spread), call)
+    return TransposedConv.of(module) if isinstance(module, _TRANSPOSED_CONVS) else module
 
 
 def _each(value: Any, axes: int) -> Any:

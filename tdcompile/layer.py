@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +13,11 @@ from tdcompile.sketch import Sketch, dense
 
 Pair = tuple[int, int]
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED = {
+    1: nn.functional.conv_transpose1d,
+    2: nn.functional.conv_transpose2d,
+    3: nn.functional.conv_transpose3d,
+}
 _PAD = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
@@ -60,6 +65,8 @@ class Layer:
         kernel, stride, dilation: one figure for each spatial axis; empty for a linear layer.
         padding: ``(before, after)`` for each spatial axis.
         padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+        transposed: a transposed convolution; its weight is kept as that of any other, output channels first.
+        output_padding: of a transposed one, one figure for each spatial axis; else empty.
     """
 
     kind: Literal["conv", "linear"]
@@ -73,6 +80,8 @@ class Layer:
     groups: int = 1
     padding_mode: str = "zeros"
     bias: bool = True
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
 
     @property
     def taps(self) -> int:
@@ -89,6 +98,14 @@ class Layer:
         """The spatial size of the output (convolution), or ``extent`` itself (linear)."""
         if self.kind == "linear":
             return self.extent
+        if self.transposed:
+            return tuple(
+                (size - 1) * stride - before - after + dilation * (kernel - 1) + more + 1
+                for size, (before, after), dilation, kernel, stride, more in zip(
+                    *(self.extent, self.padding, self.dilation, self.kernel, self.stride, self.output_padding),
+                    strict=True,
+                )
+            )
         return tuple(
             (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
             for size, (before, after), dilation, kernel, stride in zip(
@@ -104,7 +121,7 @@ class Layer:
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one sample; the bias is not counted."""
-        return math.prod(self.weight_shape) * math.prod(self.out_extent)
+        return math.prod(self.weight_shape) * math.prod(self.extent if self.transposed else self.out_extent)
 
     @property
     def depthwise(self) -> bool:
@@ -116,6 +133,20 @@ class Layer:
         """A linear layer, or a convolution whose kernel has one tap."""
         return self.taps == 1
 
+    def point(self) -> Layer:
+        """A 1x1 layer of the same channels, input and bias: what stands before or after a convolution in a chain."""
+        ones = (1,) * len(self.kernel)
+        return replace(
+            self,
+            kernel=ones,
+            stride=ones,
+            padding=((0, 0),) * len(ones),
+            dilation=ones,
+            padding_mode="zeros",
+            transposed=False,
+            output_padding=(),
+        )
+
     def build(self) -> nn.Module:
         """A module of this shape with weights not yet set (``nn.Conv*`` or ``nn.Linear``, behind a pad where needed).
 
@@ -123,6 +154,8 @@ class Layer:
         """
         if self.kind == "linear":
             return unset(nn.Linear, self.in_channels, self.out_channels, bias=self.bias)
+        if self.transposed:
+            return TransposedConv(replace(self, extent=()))
         symmetric = all(before == after for before, after in self.padding)
         conv = unset(
             _CONV[len(self.kernel)],
@@ -146,6 +179,8 @@ class Layer:
             module: a part of the network.
             extent: the input's axes that are neither batch nor channels.
         """
+        if isinstance(module, TransposedConv):
+            return replace(module.layer, extent=extent)
         if type(module) is nn.Linear:
             return Layer("linear", module.in_features, module.out_features, extent, bias=module.bias is not None)
         if type(module) not in _CONV.values():
@@ -164,6 +199,60 @@ class Layer:
             padding_mode=module.padding_mode,
             bias=module.bias is not None,
         )
+
+
+class TransposedConv(nn.Module):
+    """A transposed convolution whose weight is ``(T, C / groups, *kernel)``, output channels first, like all others'.
+
+    Args:
+        layer: what it is; its ``extent`` is not read.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.weight = nn.Parameter(torch.empty(layer.weight_shape))
+        self.bias = nn.Parameter(torch.empty(layer.out_channels)) if layer.bias else None
+
+    @classmethod
+    def of(cls, module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) -> TransposedConv:
+        """The same function as torch's own; without groups over the same memory."""
+        assert isinstance(module.padding, tuple)  # what torch makes of a figure, and all that it takes here
+        layer = Layer(
+            "conv",
+            module.in_channels,
+            module.out_channels,
+            kernel=module.kernel_size,
+            stride=module.stride,
+            padding=tuple((int(amount), int(amount)) for amount in module.padding),
+            dilation=module.dilation,
+            groups=module.groups,
+            bias=module.bias is not None,
+            transposed=True,
+            output_padding=tuple(module.output_padding),
+        )
+        made: TransposedConv = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.layer, weight = layer, module.weight
+        parts = weight.detach().reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+        made.weight = nn.Parameter(parts, requires_grad=weight.requires_grad)
+        made.register_parameter("bias", module.bias)  # type: ignore[arg-type]  # a parameter, or None
+        made.training = module.training
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(N, C, *spatial)`` to ``(N, T, *spatial)``."""
+        layer = self.layer
+        weight = self.weight.reshape(layer.groups, -1, *self.weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+        padding = [before for before, _ in layer.padding]
+        return _TRANSPOSED[len(layer.kernel)](
+            *(x, weight, self.bias, layer.stride, padding, layer.output_padding, layer.groups, layer.dilation)
+        )
+
+    def extra_repr(self) -> str:
+        """The channels, kernel and stride."""
+        layer = self.layer
+        return f"{layer.in_channels}, {layer.out_channels}, kernel_size={layer.kernel}, stride={layer.stride}"
 
 
 class Pad(nn.Module):
@@ -189,10 +278,12 @@ def unset(kind: type[nn.Module], *arguments: object, **options: object) -> nn.Mo
     return module
 
 
-def owner(module: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear:
+def owner(module: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | TransposedConv:
     """The part of a built layer that holds its weight."""
     part = module[-1] if isinstance(module, nn.Sequential) else module
-    assert isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)  # what ``Layer.build`` makes
+    assert isinstance(
+        part, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | TransposedConv
+    )  # what ``Layer.build`` makes
     return part
 
 

@@ -167,6 +167,8 @@ def model_of(layers: Sequence[Layer], target: Target) -> onnx.ModelProto:
         inputs.append(helper.make_tensor_value_info(f"input{i}", kind, shape))
         nodes.append(helper.make_node("Relu", [f"input{i}"], [f"fresh{i}"], name=f"fresh{i}"))
         stored = layer.weight_shape if layer.kind == "conv" else layer.weight_shape[::-1]
+        if layer.transposed:
+            stored = (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel)
         weight = np.resize(noise, stored)
         weights.append(numpy_helper.from_array(weight, f"weight{i}"))
         weights.append(numpy_helper.from_array(np.zeros(layer.out_channels, number), f"bias{i}"))
@@ -186,7 +188,7 @@ def _nodes(layer: Layer, i: int) -> list[onnx.NodeProto]:
     pads = [before for before, _ in layer.padding] + [after for _, after in layer.padding]
     return [
         helper.make_node(
-            "Conv",
+            "ConvTranspose" if layer.transposed else "Conv",
             [source, weight, bias],
             [name],
             name=name,
@@ -195,5 +197,6 @@ def _nodes(layer: Layer, i: int) -> list[onnx.NodeProto]:
             dilations=layer.dilation,
             pads=pads,
             group=layer.groups,
+            output_padding=layer.output_padding or None,  # an attribute that is None is left out
         )
     ]

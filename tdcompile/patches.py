@@ -26,14 +26,34 @@ def patches_at(layer: Layer, x: Tensor, places: Tensor) -> Tensor:
     """
     if layer.kind == "linear":
         return x.reshape(len(x), -1, x.shape[-1])[:, places]
-    amounts = [amount for pair in reversed(layer.padding) for amount in pair]
-    x = F.pad(x, amounts, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    for axis, (kernel, stride, dilation) in enumerate(zip(layer.kernel, layer.stride, layer.dilation, strict=True)):
-        x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    x = _spread(layer, x) if layer.transposed else _padded(layer, x)
+    stride = (1,) * len(layer.kernel) if layer.transposed else layer.stride
+    for axis, (kernel, step, dilation) in enumerate(zip(layer.kernel, stride, layer.dilation, strict=True)):
+        x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, step)[..., ::dilation]
     axes = len(layer.kernel)
     chosen = torch.unravel_index(places, x.shape[2 : 2 + axes])
     x = x.movedim(1, axes + 1)  # (N, *extent, C, *kernel)
-    return x[(slice(None), *chosen)].flatten(2)  # type: ignore[index]  # a tensor for each axis
+    picked = x[(slice(None), *chosen)]  # type: ignore[index]  # a tensor for each axis
+    return (picked.flip(tuple(range(3, 3 + axes))) if layer.transposed else picked).flatten(2)
+
+
+def _padded(layer: Layer, x: Tensor) -> Tensor:
+    amounts = [amount for pair in reversed(layer.padding) for amount in pair]
+    return F.pad(x, amounts, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+
+
+def _spread(layer: Layer, x: Tensor) -> Tensor:
+    """The input over which a transposed convolution is one of stride 1 with its kernel reversed: zeros in between."""
+    extent = [(size - 1) * stride + 1 for size, stride in zip(layer.extent, layer.stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *extent)
+    spread[(..., *(slice(None, None, stride) for stride in layer.stride))] = x  # type: ignore[index]  # slices
+    amounts: list[int] = []
+    for (before, after), kernel, dilation, more in zip(
+        *(layer.padding, layer.kernel, layer.dilation, layer.output_padding), strict=True
+    ):
+        reach = dilation * (kernel - 1)
+        amounts = [reach - before, reach - after + more, *amounts]
+    return F.pad(spread, amounts)
 
 
 def values_at(layer: Layer, y: Tensor, places: Tensor) -> Tensor:

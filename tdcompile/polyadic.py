@@ -64,6 +64,8 @@ class Polyadic(Decomposition):
         """Ungrouped convolutions with more than one tap are accepted."""
         if layer.kind != "conv":
             return Refusal("", "kind", f"{self.name} is a form of convolutions")
+        if layer.transposed:
+            return Refusal("", "transposed", "it is a transposed convolution; channel and tucker2 fit it")
         if layer.groups > 1:
             code = "depthwise" if layer.depthwise else "grouped"
             return Refusal("", code, f"{self.name} needs a convolution that mixes all its channels")

@@ -30,11 +30,11 @@ def unparametrised(module: nn.Module) -> nn.Module:
     plain = copy.deepcopy(module, shared)
     for part in list(plain.modules()):
         if parametrize.is_parametrized(part):
-            for name in list(part.parametrizations):  # type: ignore[union-attr, arg-type]  # a ModuleDict
+            for name in list(part.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
                 parametrize.remove_parametrizations(part, name)
         for hook in list(part._forward_pre_hooks.values()):
             if type(hook) in _HOOKS:
-                _HOOKS[type(hook)](part, hook.name)
+                _HOOKS[type(hook)](part, hook.name)  # type: ignore[attr-defined]  # both kinds have it
     return plain
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdcompile.calibration import Calibration
@@ -16,6 +14,7 @@ from tdcompile.errors import InputError
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Layer, Moments
+from tdcompile.patches import patches_at, positions
 from tdcompile.program import Program, Site, sites
 from tdcompile.sketch import Range
 
@@ -134,21 +133,6 @@ def patches_of(layer: Layer, x: Tensor, places: int, generator: torch.Generator)
         x: the layer's input, ``(N, C, *spatial)`` or, for a linear layer, ``(N, ..., C)``.
         places: at most so many places of each sample.
     """
-    if layer.kind == "linear":
-        rows = x.reshape(len(x), -1, x.shape[-1])
-        return rows[:, _draw(rows.shape[1], places, generator)].reshape(-1, x.shape[-1])
-    amounts = [amount for pair in reversed(layer.padding) for amount in pair]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, amounts, mode=mode)
-    for axis, (kernel, stride, dilation) in enumerate(zip(layer.kernel, layer.stride, layer.dilation, strict=True)):
-        x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    axes = len(layer.kernel)
-    extent = x.shape[2 : 2 + axes]
-    chosen = torch.unravel_index(_draw(math.prod(extent), places, generator), extent)
-    x = x.movedim(1, axes + 1)  # (N, *extent, C, *kernel)
-    picked = x[(slice(None), *chosen)]  # type: ignore[index]  # (N, places, C, *kernel); a tensor for each axis
-    return picked.reshape(-1, layer.in_channels * layer.taps)
-
-
-def _draw(size: int, places: int, generator: torch.Generator) -> Tensor:
-    return torch.arange(size) if size <= places else torch.randperm(size, generator=generator)[:places]
+    extent = x.shape[1:-1] if layer.kind == "linear" else x.shape[2:]
+    layer = replace(layer, extent=tuple(extent))  # a module that is called twice sees inputs of two sizes
+    return patches_at(layer, x, positions(layer, places, generator)).flatten(0, 1)

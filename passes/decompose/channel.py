@@ -49,18 +49,8 @@ class Channel(Decomposition):
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
         """The layer with r output channels, and a 1x1 layer on its output."""
         (rank,) = ranks
-        ones = (1,) * len(layer.kernel)
         first = replace(layer, out_channels=rank, bias=False)
-        return first, replace(
-            layer,
-            in_channels=rank,
-            extent=first.out_extent,
-            kernel=ones,
-            stride=ones,
-            padding=((0, 0),) * len(ones),
-            dilation=ones,
-            padding_mode="zeros",
-        )
+        return first, replace(layer.point(), in_channels=rank, extent=first.out_extent)
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
         """``(r, C, *kernel)`` and ``(T, r, 1, ...)``, every component's norm split evenly between them."""

@@ -32,6 +32,8 @@ class Spatial(Decomposition):
 
     def refuse(self, layer: Layer) -> Refusal | None:
         """Groups, kernels that are not two-dimensional with both sides above 1, and layers rank 1 makes no cheaper."""
+        if layer.transposed:
+            return Refusal("", "transposed", "it is a transposed convolution; channel and tucker2 fit it")
         if layer.groups > 1:
             code = "depthwise" if layer.depthwise else "grouped"
             return Refusal("", code, f"its {layer.groups} groups each see other channels; one SVD would mix them")

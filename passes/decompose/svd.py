@@ -28,6 +28,8 @@ class SVD(Decomposition):
 
     def refuse(self, layer: Layer) -> Refusal | None:
         """Groups, kernels of more than one tap, and layers that rank 1 would not make cheaper."""
+        if layer.transposed:
+            return Refusal("", "transposed", "it is a transposed convolution; channel and tucker2 fit it")
         if layer.groups > 1:
             code = "depthwise" if layer.depthwise else "grouped"
             return Refusal("", code, f"its {layer.groups} groups each see other channels; one SVD would mix them")

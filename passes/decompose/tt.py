@@ -36,6 +36,8 @@ class TT(Decomposition):
         """Ungrouped convolutions in two dimensions with a kernel longer than 1 along both are accepted."""
         if layer.kind != "conv":
             return Refusal("", "kind", "tt is a form of convolutions; tt-linear is that of linear layers")
+        if layer.transposed:
+            return Refusal("", "transposed", "it is a transposed convolution; channel and tucker2 fit it")
         if layer.groups > 1:
             code = "depthwise" if layer.depthwise else "grouped"
             return Refusal("", code, "tt needs a convolution that mixes all its channels")

@@ -71,10 +71,7 @@ class Tucker2(Decomposition):
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
         """The 1x1 on the input, the layer between the ranks, the 1x1 on its output."""
         rank_out, rank_in = ranks
-        ones = (1,) * len(layer.kernel)
-        point = replace(
-            layer, kernel=ones, stride=ones, padding=((0, 0),) * len(ones), dilation=ones, padding_mode="zeros"
-        )
+        point = layer.point()
         core = replace(layer, in_channels=rank_in, out_channels=rank_out, bias=False)
         return (
             replace(point, out_channels=rank_in, bias=False),

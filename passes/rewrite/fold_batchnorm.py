@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights, fuse_linear_bn_eval
 
 from tdcompile.kinds import RewritePass, Rewritten
+from tdcompile.layer import TransposedConv
 from tdcompile.program import Change, Program, sites
 from tdcompile.surgery import calls_of, drop_node, module_at, only_user, parent_of
 
@@ -31,7 +33,7 @@ class FoldBatchnorm(RewritePass):
                 continue
             source = cast(fx.Node, node.args[0])  # what a module is called on is a node
             layer = module_at(graph, source)
-            if not isinstance(layer, (*_CONVS, nn.Linear)) or only_user(source) != node:
+            if not isinstance(layer, (*_CONVS, nn.Linear, TransposedConv)) or only_user(source) != node:
                 continue
             if len(calls_of(graph, str(source.target))) > 1 or len(calls_of(graph, str(node.target))) > 1:
                 continue  # shared: another call may not be followed by this normalisation
@@ -48,4 +50,11 @@ def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
     norm = cast(nn.BatchNorm2d, norm)  # any number of axes will do
     if isinstance(layer, nn.Linear):
         return fuse_linear_bn_eval(layer, norm)
+    if isinstance(layer, TransposedConv):
+        fused = copy.copy(layer)
+        weight, bias = fuse_conv_bn_weights(
+            *(layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        )
+        fused._parameters, fused.layer = {"weight": weight, "bias": bias}, replace(layer.layer, bias=True)
+        return fused
     return fuse_conv_bn_eval(cast(nn.Conv2d, layer), norm)
