@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from itertools import chain
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -27,6 +27,8 @@ def unparametrised(module: nn.Module) -> nn.Module:
     own = {id(tensor) for part in module.modules() if _computed(part) for tensor in part.parameters()}
     tensors = chain(module.parameters(), module.buffers())
     shared: dict[int, object] = {id(tensor): tensor for tensor in tensors if id(tensor) not in own}
+    # What a hook has computed last is no parameter, and torch copies no tensor that another was computed to.
+    shared |= {id(v): v.detach() for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor)}
     plain = copy.deepcopy(module, shared)
     for part in list(plain.modules()):
         if parametrize.is_parametrized(part):

@@ -56,9 +56,11 @@ class Holder(nn.Module):
         return self.last(self.odd(self.first(x)))
 
 
-def test_what_cannot_be_traced_is_a_leaf_whose_layers_are_found_and_rewritten():
+@pytest.mark.parametrize("frontend", ["auto", "fx"])
+def test_what_cannot_be_traced_is_a_leaf_whose_layers_are_found_and_rewritten(frontend):
     module, x = Holder().eval(), torch.randn(2, 3, 8, 8)
-    program = tdcompile.trace(module, (x,))
+    program = tdcompile.trace(module, (x,), frontend=frontend)
+    assert program.frontend == "fx"  # torch.export cannot branch on a value either
     found = tdcompile.sites(program)
     assert list(found) == ["first", "odd.conv", "last"]
     assert found["odd.conv"].inner == "odd"
@@ -194,3 +196,144 @@ def test_damaged_weights_are_named():
     module.conv.weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(InputError, match=r"conv\.weight.*NaN"):
         tdcompile.trace(module, (torch.randn(2, 6, 8, 8),))
+
+
+class Shaped(nn.Module):
+    """Python on shapes, which proxies cannot answer and torch.export can; a functional and a shared layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.drop = nn.Dropout(0.5)
+        self.matrix = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x):
+        if x.shape[1] != 3:
+            raise ValueError("three channels are expected")
+        x = self.drop(F.relu(self.norm(self.conv(x))))
+        x = self.up(self.twice(F.relu(self.twice(x))))
+        return F.linear(x.mean((2, 3)), self.matrix)
+
+
+class Plain(Shaped):
+    """The same without the question that proxies cannot answer."""
+
+    def forward(self, x):
+        x = self.drop(F.relu(self.norm(self.conv(x))))
+        x = self.up(self.twice(F.relu(self.twice(x))))
+        return F.linear(x.mean((2, 3)), self.matrix)
+
+
+def test_python_on_shapes_is_traced_by_export_and_both_front_ends_find_the_same_layers():
+    torch.manual_seed(0)
+    shaped, x = Shaped().eval(), torch.randn(2, 3, 8, 8)
+    plain = Plain().eval()
+    plain.load_state_dict(shaped.state_dict())
+    program = tdcompile.trace(shaped, x)
+    assert program.frontend == "export"
+    assert tdcompile.trace(plain, x).frontend == "fx"
+    assert tdcompile.trace(plain, x, frontend="export").frontend == "export"
+    found, other = tdcompile.sites(program), tdcompile.sites(tdcompile.trace(plain, x))
+    assert list(found) == ["conv", "twice", "up", "matrix_layer"]
+    assert {name: site.calls for name, site in found.items()} == {name: site.calls for name, site in other.items()}
+    assert found["conv"].module.weight is shaped.conv.weight
+    assert_same(shaped, program, torch.randn(5, 3, 8, 8))
+    assert_same(shaped, rewritten(program), torch.randn(5, 3, 8, 8))
+
+
+def test_what_export_traced_trains_like_the_network():
+    """Batch norm and dropout are modules again, which know training mode; in eval mode they are as they were."""
+    program = tdcompile.trace(Shaped().eval(), torch.randn(2, 3, 8, 8))
+    kinds = [type(part) for part in program.graph.modules()]
+    assert nn.BatchNorm2d in kinds
+    assert nn.Dropout in kinds
+    graph, x = program.graph.train(), torch.randn(4, 3, 8, 8)
+    before = graph.get_submodule("norm").running_mean.clone()
+    assert not torch.equal(graph(x), graph(x))
+    assert not torch.equal(graph.get_submodule("norm").running_mean, before)
+
+
+@pytest.mark.parametrize("frontend", ["fx", "export"])
+def test_the_forced_front_end_says_what_it_cannot(frontend):
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    assert tdcompile.trace(module, torch.randn(2, 4), frontend=frontend).frontend == frontend
+    if frontend == "export":
+        with pytest.raises(InputError, match="data-dependent"):
+            tdcompile.trace(Branching(), torch.randn(2, 8, 6, 6), frontend=frontend)
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) + torch.randn(4)
+
+
+def test_a_network_that_draws_random_numbers_is_refused():
+    with pytest.raises(InputError, match="different answers to the same inputs"):
+        tdcompile.trace(Noisy(), torch.randn(2, 4))
+
+
+class Constant(nn.Module):
+    """A batch of two, and no other."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x).reshape(2, 4)
+
+
+def test_a_network_that_fixes_its_batch_is_refused_or_traced_at_that_batch():
+    with pytest.raises(InputError, match="--no-dynamic-batch"):
+        tdcompile.trace(Constant(), torch.randn(2, 4))
+    module = Constant().eval()
+    program = tdcompile.trace(module, torch.randn(2, 4), dynamic_batch=False)
+    assert not program.dynamic_batch
+    assert_same(module, program, torch.randn(2, 4))
+
+
+class Attention(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True, **options)
+
+    def forward(self, x, memory=None):
+        return self.attention(x, x if memory is None else memory, x if memory is None else memory)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "memory", "layers"),
+    [
+        ({}, False, ["attention.in_proj_weight_layer", "attention.out_proj"]),
+        ({}, True, ["attention.in_proj_weight_layer", "attention.in_proj_weight_layer1", "attention.out_proj"]),
+        (
+            {"kdim": 8, "vdim": 8},
+            True,
+            [*(f"attention.{part}_proj_weight_layer" for part in "qkv"), "attention.out_proj"],
+        ),
+    ],
+)
+def test_the_projections_of_attention_are_layers(options, memory, layers):
+    torch.manual_seed(0)
+    module, x = Attention(**options).eval(), torch.randn(2, 5, 16)
+    inputs = {"x": x, "memory": torch.randn(2, 7, options.get("kdim", 16))} if memory else {"x": x}
+    program = tdcompile.trace(module, inputs)
+    assert program.frontend == "export"
+    assert list(tdcompile.sites(program)) == layers
+    assert_same(module, program, *inputs.values())
+
+
+def test_a_transformer_of_torch_is_seen_through_in_spite_of_its_fused_kernels():
+    torch.manual_seed(0)
+    module = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    program = tdcompile.trace(module, torch.randn(2, 5, 16))
+    assert len(tdcompile.sites(program)) == 8
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert_same(module, program, torch.randn(3, 5, 16))
