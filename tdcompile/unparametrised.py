@@ -32,6 +32,8 @@ def unparametrised(module: nn.Module) -> nn.Module:
     plain = copy.deepcopy(module, shared)
     for part in list(plain.modules()):
         if parametrize.is_parametrized(part):
+            kind = type(part)  # made for the network's own part, which would lose its weight with it
+            part.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
             for name in list(part.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
                 parametrize.remove_parametrizations(part, name)
         for hook in list(part._forward_pre_hooks.values()):

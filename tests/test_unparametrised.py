@@ -34,6 +34,7 @@ def test_the_copy_computes_the_same_and_the_network_is_as_it_was(form):
     assert isinstance(plain[0].weight, nn.Parameter)
     assert plain[2].weight is module[2].weight
     torch.testing.assert_close(plain(x), expected)
+    torch.testing.assert_close(module(x), expected)
     after = module.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
