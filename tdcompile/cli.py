@@ -27,7 +27,7 @@ _NETWORK = ("source", "weights", "input", "frontend")
 _COMMON = ("seed", "json", "verbose", "quiet")
 _PLAN = (
     *(*_NETWORK, "dynamic_batch", "dynamic", "data", "normalize", "calibrate", "target", "threads", "grain", "budget"),
-    *("decompose", "ranks", "importance", "keep_dense", "recipe", "out"),
+    *("decompose", "ranks", "importance", "keep_dense", "recipe", "jobs", "out"),
 )
 _COMPILE = ("eval", "plan", "tune", "max_drop", "min_speedup", "pipeline", "dry_run", "resume")
 _STUDY = ("methods", "compressions", "layers", "seeds", "tune", "jobs", "ray", "out", "resume")

@@ -69,6 +69,8 @@ def load_module(recipe: Recipe) -> nn.Module:
     module, _ = load_source(recipe.source)
     if recipe.weights is not None:
         load_weights(module, Path(recipe.weights))
+    elif any(parameter.is_meta for parameter in module.parameters()):
+        raise InputError(f"'{recipe.source}' makes a network without weights, on the meta device: give --weights")
     return module
 
 

@@ -119,7 +119,9 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
     "atol": _option(float | None, "Allowed difference, absolute.", panel=_RUN, min=0.0),
     "seconds": _option(float, "How long to measure, all models together.", panel=_RUN, default=5.0, min=0.0),
     "seed": _option(int | None, "Of every random draw; default 0.", panel=_RUN, metavar="N"),
-    "jobs": _option(int, "Cells side by side, each a process.", panel=_RUN, default=1, metavar="N", min=1),
+    "jobs": _option(
+        int, "Layers, or cells of a study, side by side; default 1.", panel=_RUN, default=1, metavar="N", min=1
+    ),
     "ray": _option(
         bool,
         "Spread the cells over the Ray cluster of RAY_ADDRESS, or a local one.",

@@ -59,6 +59,7 @@ class Recipe(BaseModel):
     max_drop: float | None = None
     min_speedup: float | None = None
     pipeline: str | None = None
+    jobs: int = 1
     seed: int = 0
 
     def shares(self) -> Budget:
@@ -73,9 +74,9 @@ class Recipe(BaseModel):
         """The target.
 
         Raises:
-            InputError: threads or grain below 1.
+            InputError: threads, grain or jobs below 1.
         """
-        for name, value in (("threads", self.threads), ("grain", self.grain)):
+        for name, value in (("threads", self.threads), ("grain", self.grain), ("jobs", self.jobs)):
             if value is not None and value < 1:
                 raise InputError(f"{name}={value} is below 1")
         return Target(device=self.target, threads=self.threads, grain=self.grain)
@@ -95,6 +96,7 @@ class Recipe(BaseModel):
             options = {"decompose": chosen} if chosen else {}
             options |= {"spectra": "true"} if get(RankSelector, parse_spec(self.ranks).name).needs_spectra else {}
             options |= {"grain": str(self.grain)} if self.grain else {}
+            options |= {"jobs": str(self.jobs)} if self.jobs > 1 else {}
             written = ",".join(f"{key}={value}" for key, value in options.items())
             parts += [
                 "calibrate",
@@ -105,7 +107,7 @@ class Recipe(BaseModel):
             parts += ["rehearse"] if latency else []
         else:
             parts += ["calibrate"]
-        parts += ["factorize", "recalibrate", "refit"]
+        parts += [f"factorize{{jobs={self.jobs}}}" if self.jobs > 1 else "factorize", "recalibrate", "refit"]
         if self.tune not in (None, "none"):
             parse_options(self.tune)
             parts += [f"finetune{{{self.tune}}}"]

@@ -18,6 +18,7 @@ from tdcompile.callables import call, is_file, load_callable
 from tdcompile.errors import InputError
 from tdcompile.network import Network
 from tdcompile.registry import make
+from tdcompile.surgery import attribute
 
 __all__ = ["check_weights", "load_callable", "load_source", "load_weights"]
 
@@ -60,15 +61,42 @@ def load_weights(module: nn.Module, path: Path) -> None:
     ]
     if shapes:
         raise InputError(f"'{path}' does not fit the network: {_first(shapes, '; ')}")
-    loaded = module.load_state_dict(weights, strict=False)
+    tied = _tied(module)
+    loaded = _loaded(module, weights, own, tied)
     # A file may hold a tensor that two layers share only once.
-    shared = {own[name].data_ptr() for name in weights if name in own}
-    missing = [name for name in loaded.missing_keys if own[name].data_ptr() not in shared]
+    shared = {name for names in tied if not names.isdisjoint(weights) for name in names}
+    missing = [name for name in loaded.missing_keys if name not in shared]
     if missing or loaded.unexpected_keys:
         parts = [("lacks", missing), ("has in excess", loaded.unexpected_keys)]
         said = "; it ".join(f"{verb} {_first(names, ', ')}" for verb, names in parts if names)
         raise InputError(f"'{path}' does not fit the network: it {said}")
     check_weights(module, str(path))
+
+
+def _tied(module: nn.Module) -> list[set[str]]:
+    """The names of every parameter and buffer, those of one tensor together."""
+    names: dict[int, set[str]] = {}
+    parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    for name, tensor in (*parameters, *buffers):
+        names.setdefault(id(tensor), set()).add(name)
+    return list(names.values())
+
+
+def _loaded(
+    module: nn.Module, weights: Mapping[str, Tensor], own: Mapping[str, Tensor], tied: Iterable[set[str]]
+) -> Any:
+    """Put the tensors themselves in the network's place: those of a safetensors file stay on disk till they are read.
+
+    What is one tensor under several names stays one.
+    """
+    alike = {name: value.to(own[name].dtype) if name in own else value for name, value in weights.items()}
+    loaded = module.load_state_dict(alike, strict=False, assign=True)
+    for names in tied:
+        first = min(names & set(weights), default=None)
+        for name in names if first is not None and len(names) > 1 else ():
+            holder, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(holder), leaf, attribute(module, first))
+    return loaded
 
 
 def check_weights(module: nn.Module, where: str) -> None:
@@ -79,6 +107,8 @@ def check_weights(module: nn.Module, where: str) -> None:
     """
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if value.is_meta:
+            raise InputError(f"{where}: the tensor '{name}' has a shape and no values: it is on the meta device")
         if not value.is_floating_point():
             continue
         bad = ~torch.isfinite(value.detach())

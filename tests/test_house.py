@@ -14,7 +14,7 @@ CORE, PLUGINS = ROOT / "tdcompile", [ROOT / "passes", ROOT / "models"]
 # A file imports from floors below its own, and from those of its own floor that stand before it in this list.
 FLOORS = [
     ["errors", "spec", "noise", "vocabulary", "sketch", "linalg", "multilinear", "degeneracy", "anchors", "inputmap"],
-    ["plugin", "facts", "layer", "callables", "extras", "processes"],
+    ["plugin", "facts", "layer", "callables", "extras", "processes", "workers"],
     [
         "target",
         "task",

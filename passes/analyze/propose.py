@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from tdcompile.calibration import Baseline, Calibration
 from tdcompile.decomposition import Decomposition
+from tdcompile.errors import InputError
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
-from tdcompile.layer import Layer, Refusal
+from tdcompile.layer import Layer, Moments, Refusal
 from tdcompile.linalg import gram
 from tdcompile.program import Program, Site, parameters_of, sites
 from tdcompile.ranks import DENSE, Candidate, Candidates, Ranks, Spectrum
 from tdcompile.registry import find, make
 from tdcompile.target import Cost, CostModel, total
+from tdcompile.workers import side_by_side
 
 # A price is a measurement, and in the graph a layer may cost a little more or less than alone.
 _MARGIN = 1.1
+
+_Work = tuple[Decomposition, Layer, Tensor, Sequence[Ranks], Moments | None]
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Propose(AnalysisPass):
         grain: ranks are multiples of it; none takes the target's grain under a latency budget and 1 otherwise.
         cost: the cost model that counts.
         timer: the cost model that measures, asked under a latency budget alone.
+        jobs: layers whose errors are computed side by side, each in a process.
         spectra: also give the singular values of every weight, for the selectors that ask for them.
     """
 
@@ -42,6 +48,12 @@ class Propose(AnalysisPass):
     cost: str = "analytic"
     timer: str = "measured"
     spectra: bool = False
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises InputError where jobs is below 1."""
+        if self.jobs < 1:
+            raise InputError(f"propose{{jobs={self.jobs}}} is to be at least 1")
 
     def analyze(self, program: Program) -> Candidates:
         """Prices from the cost models, then errors, from one spectrum a layer where the form has one."""
@@ -51,10 +63,19 @@ class Propose(AnalysisPass):
         spaces = {name: {} if name in refusals else self._spaces(program, site, forms) for name, site in found.items()}
         prices = self._prices(program, found, spaces)
         options: dict[str, tuple[Candidate, ...]] = {}
+        dense = {name: Candidate(DENSE, (), 0.0, _cost(site.calls, prices, site)) for name, site in found.items()}
+        drafts = {
+            name: self._drafts(program, site, spaces[name], dense[name].cost, prices) for name, site in found.items()
+        }
+        errors = side_by_side(_errors, self._work(program, found, drafts), self.jobs)
         for done, (name, site) in enumerate(found.items(), start=1):
             tick(done, len(found), name)
-            dense = Candidate(DENSE, (), 0.0, _cost(site.calls, prices, site))
-            options[name] = (dense, *self._candidates(program, site, spaces[name], dense.cost, prices))
+            made = [
+                Candidate(str(form.spec()), ranks, float(error), cost, form.modes)
+                for form, kept in drafts[name].items()
+                for (ranks, cost), error in zip(kept, next(errors), strict=True)
+            ]
+            options[name] = (dense[name], *made)
             if not spaces[name] and name not in refusals:
                 refusals[name] = _refused(name, site, forms)
         dense_cost = total([candidates[0].cost for candidates in options.values()])
@@ -71,31 +92,41 @@ class Propose(AnalysisPass):
         spaces = {form: list(form.rank_space(site.layer, grain)) for form in forms if form.refuse(site.layer) is None}
         return {form: space for form, space in spaces.items() if space}
 
-    def _candidates(
+    def _drafts(
         self,
         program: Program,
         site: Site,
         spaces: Mapping[Decomposition, Sequence[Ranks]],
         dense: Cost,
         prices: Mapping[Layer, Cost],
-    ) -> list[Candidate]:
-        """Every form at every rank that may be worth its price, and at its exact ranks."""
-        calibration = program.facts.get(Calibration)
-        moments = calibration.moments.get(site.name) if calibration else None
-        fields = list(program.budget.limits(dense))
-        made = []
+    ) -> dict[Decomposition, list[tuple[Ranks, Cost]]]:
+        """Every form's ranks that may be worth their price, with it, and its exact ranks.
+
+        Nothing takes a candidate that costs more than the dense layer, and its error may be dear to find out; only the
+        exact ranks stay, by which selectors know how far the ranks go.
+        """
+        fields, made = list(program.budget.limits(dense)), {}
         for form, space in spaces.items():
             costs = [_cost(_chain(site, form, ranks), prices, site) for ranks in space]
-            # Nothing takes a candidate that costs more than the dense layer, and its error may be dear to find out;
-            # only the exact ranks stay, by which selectors know how far the ranks go.
-            kept = [i for i, cost in enumerate(costs) if _worth(cost, dense, fields) or i == len(space) - 1]
-            errors = form.errors(site.layer, site.weight, [space[i] for i in kept], moments)
-            text = str(form.spec())
-            made += [
-                Candidate(text, space[i], float(error), costs[i], form.modes)
-                for i, error in zip(kept, errors, strict=True)
+            last = len(space) - 1
+            made[form] = [
+                (ranks, cost)
+                for place, (ranks, cost) in enumerate(zip(space, costs, strict=True))
+                if _worth(cost, dense, fields) or place == last
             ]
         return made
+
+    def _work(
+        self,
+        program: Program,
+        found: Mapping[str, Site],
+        drafts: Mapping[str, Mapping[Decomposition, Sequence[tuple[Ranks, Cost]]]],
+    ) -> Iterator[_Work]:
+        calibration = program.facts.get(Calibration)
+        moments = calibration.moments if calibration else {}
+        for name, site in found.items():
+            for form, kept in drafts[name].items():
+                yield form, site.layer, site.weight, [ranks for ranks, _ in kept], moments.get(name)
 
     def _prices(
         self,
@@ -131,6 +162,11 @@ class Propose(AnalysisPass):
             bytes=dense.bytes,
             seconds=baseline.seconds if baseline else dense.seconds,
         )
+
+
+def _errors(work: _Work) -> Sequence[float]:
+    form, layer, weight, space, moments = work
+    return form.errors(layer, weight, space, moments)
 
 
 def _chain(site: Site, form: Decomposition, ranks: Ranks) -> tuple[Layer, ...]:

@@ -8,21 +8,34 @@ from typing import ClassVar
 from torch import Tensor, fx
 
 from tdcompile.calibration import Calibration
+from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError, nearest
 from tdcompile.facts import Fact
 from tdcompile.kinds import RewritePass, Rewritten, tick
+from tdcompile.layer import Layer, Moments
 from tdcompile.planfile import check
 from tdcompile.program import Change, Program, sites
-from tdcompile.ranks import DENSE, RankPlan
+from tdcompile.ranks import DENSE, RankPlan, Ranks
 from tdcompile.surgery import replace_module
+from tdcompile.workers import side_by_side
 
 
 @dataclass(frozen=True)
 class Factorize(RewritePass):
-    """Replace every layer that the plan does not leave dense."""
+    """Replace every layer that the plan does not leave dense.
+
+    Attributes:
+        jobs: layers factorised side by side, each in a process.
+    """
 
     name: ClassVar[str] = "factorize"
     needs: ClassVar[tuple[type[Fact], ...]] = (RankPlan,)
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises InputError where jobs is below 1."""
+        if self.jobs < 1:
+            raise InputError(f"factorize{{jobs={self.jobs}}} is to be at least 1")
 
     def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
         """Factorise each layer's weight, output-error optimal where there are moments.
@@ -37,13 +50,23 @@ class Factorize(RewritePass):
             if name not in found:
                 raise InputError(f"the plan is for another network: it has no layer '{name}'; {nearest(name, found)}")
         replaced = {name: choice for name, choice in chosen.items() if choice.decomposition != DENSE}
+        forms = {name: check(found[name], choice) for name, choice in replaced.items()}
+        work = (
+            (forms[name], found[name].layer, found[name].weight, choice.ranks, moments.get(name))
+            for name, choice in replaced.items()
+        )
         history = []
-        for done, (name, choice) in enumerate(replaced.items(), start=1):
-            form, site = check(found[name], choice), found[name]
-            factors = form.factorize(site.layer, site.weight, choice.ranks, moments.get(name))
+        made = zip(replaced.items(), side_by_side(_factors, work, self.jobs), strict=True)
+        for done, ((name, choice), factors) in enumerate(made, start=1):
+            form, site = forms[name], found[name]
             bias = site.module.bias
             assert bias is None or isinstance(bias, Tensor)  # what convolutions and linear layers have
             replace_module(graph, name, form.build(site.layer, choice.ranks, factors, bias))
             history.append(Change(name, self.name, f"{choice.decomposition}{list(choice.ranks)}"))
             tick(done, len(replaced), name)
         return Rewritten(graph, history)
+
+
+def _factors(work: tuple[Decomposition, Layer, Tensor, Ranks, Moments | None]) -> tuple[Tensor, ...]:
+    form, layer, weight, ranks, moments = work
+    return form.factorize(layer, weight, ranks, moments)
