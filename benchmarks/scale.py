@@ -127,9 +127,10 @@ def main(
                 rows[-1]["written GB"] = exported.bytes / 1e9
         memory.close()
     whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before, after = (parameters_of(graph) / 1e9 for graph in (program.dense, program.graph))
     title = (
-        f"{parameters_of(program.dense) / 1e9:.2f} billion parameters ({size / 1e9:.2f} GB, the largest tensor "
-        f"{largest / 1e9:.2f}) to {parameters_of(program.graph) / 1e9:.2f}; at most {whole / 1e9:.1f} GB, mapped files included"
+        f"{before:.2f} billion parameters ({size / 1e9:.2f} GB, the largest tensor {largest / 1e9:.2f}) to {after:.2f}; "
+        f"at most {whole / 1e9:.1f} GB, mapped files included"
     )
     publish(title, rows, seed, Target(), json)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx import helper
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.noise import hushed
@@ -21,6 +22,8 @@ from tdcompile.signature import BATCH, Axis, batch_of, shares_batch
 
 # A protobuf message ends at 2 GiB; the graph itself, beside its weights, needs some of that.
 LARGEST_SINGLE_FILE = 2**31 - 2**26
+_OPERATOR = re.compile(r"OpOverload\(op='(?P<name>[^']+)'")
+_PLACE = re.compile(r"(?P<place>[\w./-]+\.py:\d+)")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -130,10 +133,40 @@ def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[M
                     "the network fixes its batch size, so the batch axis cannot stay open: pass dynamic_batch=False "
                     f"(--no-dynamic-batch); torch says: {str(cause).strip().splitlines()[-1].lstrip('- ')}"
                 ) from cause
-            first = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-            raise TdcompileError(f"torch cannot export the network to ONNX: {first}") from cause
+            raise TdcompileError(f"torch cannot export the network to ONNX: {_explained(cause, module)}") from cause
     assert program is not None  # torch.onnx.export returns one under dynamo=True
     return program.model
+
+
+def _explained(cause: BaseException, module: nn.Module) -> str:
+    """What failed, in which part, and what can be done about it, as far as the exporter's words tell."""
+    said = str(cause).strip()
+    first = next(iter(said.splitlines()), type(cause).__name__)
+    operator = _OPERATOR.search(said)
+    if operator is not None and "No ONNX function" in said:
+        name = operator["name"]
+        where = _reader_of(module, name)
+        return (
+            f"the operator '{name}'{where} has no ONNX form: take another implementation of that part where the "
+            "network is built"
+        )
+    if "data-dependent" in said:
+        place = _PLACE.search(said)
+        where = f" at {place['place']}" if place else ""
+        return (
+            f"what it does depends on the values of its inputs{where}, and an ONNX graph is the same for all: {first}"
+        )
+    return first
+
+
+def _reader_of(module: nn.Module, operator: str) -> str:
+    """The part of a traced network that an operator was met in."""
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    for node in nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack and str(getattr(node.target, "name", lambda: "")()).replace("::", ".").startswith(operator):
+            return f" of '{next(reversed(stack.values()))[0]}'"
+    return ""
 
 
 def _root(error: BaseException) -> BaseException:

@@ -60,7 +60,7 @@ class Timing:
 
 
 def open_session(
-    model: Model, target: Target, *, profile: Path | None = None, tf32: bool = True
+    model: Model, target: Target, *, profile: Path | None = None, tf32: bool = True, optimised: bool = True
 ) -> ort.InferenceSession:
     """A session that runs on the target's provider, deterministic and without spinning threads.
 
@@ -68,6 +68,7 @@ def open_session(
         model: a file, or a serialized model.
         target: where to run it, and on how many threads.
         profile: where onnxruntime's profile goes: what its name begins with.
+        optimised: let onnxruntime rewrite the model, as deployment does.
         tf32: let CUDA round fp32 products to TF32, as deployment does; validation does not.
 
     Raises:
@@ -85,7 +86,8 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = target.threads
     options.inter_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
     options.use_deterministic_compute = True
     options.log_severity_level = _QUIET
     # spinning threads of one session slow another in the same process tenfold

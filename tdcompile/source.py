@@ -92,10 +92,10 @@ def _loaded(
     alike = {name: value.to(own[name].dtype) if name in own else value for name, value in weights.items()}
     loaded = module.load_state_dict(alike, strict=False, assign=True)
     for names in tied:
-        first = min(names & set(weights), default=None)
-        for name in names if first is not None and len(names) > 1 else ():
+        given = sorted(names & set(weights))
+        for name in names if given and len(names) > 1 else ():
             holder, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(holder), leaf, attribute(module, first))
+            setattr(module.get_submodule(holder), leaf, attribute(module, given[0]))
     return loaded
 
 

@@ -78,6 +78,7 @@ def trace(
         for name, why in traced.leaves.items()
     ]
     traced.graph.eval()
+    history += _left(traced.graph, call.tensors)
     return Program(
         graph=traced.graph,
         inputs=call.tensors,
@@ -238,6 +239,40 @@ def _hidden(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[str]:
                 if weight.dim() > 1 and id(weight) not in known
             ]
     return found
+
+
+def _left(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Refusal]:
+    """Why weights that are in no convolution or linear layer are left alone, one entry for each reason."""
+    known = {id(site.module.weight) for site in sites_of(graph, inputs).values()}
+    readers = {str(n.target): next(iter(n.users), n) for n in graph.graph.nodes if n.op == "get_attr"}
+    found: dict[str, list[str]] = {}
+    for name, part in graph.named_modules():
+        for key, weight in part.named_parameters(recurse=False):
+            if weight.dim() > 1 and id(weight) not in known:
+                path = f"{name}.{key}" if name else key
+                known.add(id(weight))
+                found.setdefault(_use(part, readers.get(path)), []).append(path)
+    return [
+        Refusal("", "no_layer", f"left as it is: {', '.join(names[:4])}{_more(names)}: {reason}")
+        for reason, names in found.items()
+    ]
+
+
+def _use(part: nn.Module, reader: fx.Node | None) -> str:
+    """What a weight is for."""
+    target = str(getattr(reader, "target", ""))
+    if isinstance(part, nn.RNNBase | nn.RNNCellBase) or any(kind in target for kind in ("lstm", "gru", "rnn")):
+        return "a recurrent layer is one operator that goes through its steps by itself"
+    if isinstance(part, nn.Embedding | nn.EmbeddingBag) or "embedding" in target:
+        return "a table that is looked up computes nothing"
+    if isinstance(part, nn.MultiheadAttention):
+        return "symbolic tracing takes attention for one operator; --frontend export sees its projections"
+    what = target if reader is not None and reader.op != "get_attr" else type(part).__name__
+    return f"{what} is neither a convolution nor a linear layer on a weight of its own"
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 4} more" if len(names) > 4 else ""
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +96,19 @@ def check_parity(
         return [output.cpu().numpy() for output in outputs_of(reference, [x.to(device) for x in drawn])]
 
     judge = _Judge(f"{model.name} and the PyTorch network", session, target, rtol, atol)
-    return judge.run(refer, inputs, _plan(session, batches, seeds, seed, LONGER if axes else (0,)), axes)
+    plan = _plan(session, batches, seeds, seed, LONGER if axes else (0,))
+    try:
+        return judge.run(refer, inputs, plan, axes)
+    except ParityError as error:
+        as_written = replace(judge, session=open_session(model, target, tf32=False, optimised=False))
+        try:
+            as_written.run(refer, inputs, plan, axes)
+        except ParityError:
+            raise error from None
+        raise ParityError(
+            f"{error}; without onnxruntime's own optimisations of the graph they agree: the model is right, and "
+            "onnxruntime computes it wrongly on this machine"
+        ) from error
 
 
 def compare_models(

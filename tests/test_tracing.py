@@ -279,6 +279,26 @@ def test_a_network_that_draws_random_numbers_is_refused():
         tdcompile.trace(Noisy(), torch.randn(2, 4))
 
 
+class Assorted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.lstm = nn.Embedding(9, 4), nn.LSTM(4, 6, batch_first=True)
+        self.table, self.fc = nn.Parameter(torch.randn(5, 6)), nn.Linear(6, 3)
+
+    def forward(self, ids):
+        return self.fc(self.lstm(self.words(ids))[0] + self.table)
+
+
+@pytest.mark.parametrize("frontend", ["fx", "export"])
+def test_weights_of_no_layer_are_left_with_a_reason(frontend):
+    program = tdcompile.trace(Assorted(), torch.randint(0, 9, (2, 5)), frontend=frontend)
+    assert list(tdcompile.sites(program)) == ["fc"]
+    said = [entry.reason for entry in program.history if entry.code == "no_layer"]
+    assert len(said) == 3
+    for name, why in (("words.weight", "looked up"), ("lstm.weight_ih_l0", "recurrent"), ("table", "neither")):
+        assert sum(name in reason and why in reason for reason in said) == 1
+
+
 class Constant(nn.Module):
     """A batch of two, and no other."""
 
