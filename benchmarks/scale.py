@@ -129,7 +129,7 @@ def main(
     whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     before, after = (parameters_of(graph) / 1e9 for graph in (program.dense, program.graph))
     title = (
-        f"{before:.2f} billion parameters ({size / 1e9:.2f} GB, the largest tensor {largest / 1e9:.2f}) to {after:.2f}; "
+        f"{before:.2f} billion parameters ({size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f}) to {after:.2f}; "
         f"at most {whole / 1e9:.1f} GB, mapped files included"
     )
     publish(title, rows, seed, Target(), json)

@@ -14,6 +14,7 @@ from tdcompile.errors import FixedAxisError, InputError, UntraceableError
 from tdcompile.exported import exported
 from tdcompile.functional import modularise
 from tdcompile.layer import Refusal
+from tdcompile.precision import in_single, inputs_in_single, named
 from tdcompile.program import Program, sites_of
 from tdcompile.signature import Axis, Call, batch_of, open_axes, resized, shares_batch
 from tdcompile.surgery import tensors_in
@@ -52,7 +53,8 @@ def trace(
     ``Refusal`` with the code ``not_traced`` in the history says why. The graph is run against the network, at another
     batch size too, before it is taken.
 
-    The module is put into eval mode for tracing and put back; its tensors are shared, not copied.
+    The module is put into eval mode for tracing and put back; its tensors are shared, not copied, but for those of
+    half precision, which become float32.
 
     Args:
         module: the network.
@@ -70,6 +72,9 @@ def trace(
         call = call.having(batch_of(call.tensors, 2))
     axes = open_axes(dynamic, call.names, call.tensors)
     _check_weights(module)
+    given, module = module, in_single(module)
+    if module is not given:
+        call = call.having(inputs_in_single(call.tensors))
     with _evaluating(module):
         cases = _cases(module, call, axes, dynamic_batch)
         traced = _Fronts(unparametrised(module), call, axes, dynamic_batch, cases).choose(frontend)
@@ -77,6 +82,9 @@ def trace(
         Refusal(name, "not_traced", f"symbolic tracing stops inside '{name or 'the network'}': {why}")
         for name, why in traced.leaves.items()
     ]
+    if module is not given:
+        reason = f"its weights are {named(given)}: it is compiled in float32, which onnxruntime has kernels for"
+        history.append(Refusal("", "half_precision", reason))
     traced.graph.eval()
     history += _left(traced.graph, call.tensors)
     return Program(

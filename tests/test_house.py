@@ -60,6 +60,7 @@ FLOORS = [
         "symbolic",
         "exported",
         "unparametrised",
+        "precision",
         "tracing",
         "export",
         "runtime",

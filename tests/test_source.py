@@ -254,3 +254,39 @@ def test_an_attention_mask_may_hold_minus_infinity() -> None:
     module.mask[0, 0] = float("nan")
     with pytest.raises(InputError, match="here: the tensor 'mask'"):
         check_weights(module, "here")
+
+
+class Tie(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_weights_stay_tied_and_a_network_without_values_is_filled(tmp_path: Path, device: str) -> None:
+    values = {name: torch.randn(value.shape) for name, value in Tie().state_dict().items() if name != "second.weight"}
+    safetensors.torch.save_file(values, tmp_path / "w.safetensors")
+    with torch.device(device):
+        module = Tie()
+    load_weights(module, tmp_path / "w.safetensors")
+    assert module.second.weight is module.first.weight
+    assert torch.equal(module.first.weight, values["first.weight"])
+    assert module.first.weight.requires_grad
+
+
+def test_a_network_that_keeps_no_values_for_some_of_its_weights_is_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"first.weight": torch.randn(4, 4)}, tmp_path / "w.safetensors")
+    with torch.device("meta"):
+        module = Tie()
+    with pytest.raises(InputError, match=r"lacks first\.bias"):
+        load_weights(module, tmp_path / "w.safetensors")
+
+
+def test_weights_keep_the_type_of_the_network(tmp_path: Path) -> None:
+    safetensors.torch.save_file(
+        {k: v.bfloat16() for k, v in nn.Linear(3, 2).state_dict().items()}, tmp_path / "w.safetensors"
+    )
+    module = nn.Linear(3, 2)
+    load_weights(module, tmp_path / "w.safetensors")
+    assert module.weight.dtype is torch.float32
