@@ -2,79 +2,127 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json as jsons
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 import zoo
-from common import publish
+from common import machine, publish
 
 import tdcompile
 from tdcompile.compiler import Compiled
-from tdcompile.errors import InputError, TdcompileError
+from tdcompile.errors import BudgetError, InputError, TdcompileError
 from tdcompile.network import Network
 from tdcompile.registry import find
+from tdcompile.runtime import environment
 from tdcompile.target import Target
+
+Build = Callable[[], zoo.Built]
+
+
+# Where the first is out of reach (most of a network in groups, say), the next is tried, and the row says so.
+SHARES = (0.6, 0.8, 0.95)
 
 
 def main(
     only: Annotated[str, typer.Option(help="networks whose names contain one of these, comma-separated")] = "",
     sources: Annotated[str, typer.Option(help="of: transformers, models, torchvision, timm")] = "transformers,models",
-    budget: Annotated[str, typer.Option(help="e.g. macs=0.6")] = "macs=0.6",
     frontend: Annotated[str, typer.Option(help="auto, fx or export")] = "auto",
     seed: int = 0,
-    json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
+    json: Annotated[Path | None, typer.Option(help="also write the table here; rows of other networks stay")] = None,
+    page: Annotated[Path | None, typer.Option(help="also write all rows here, as a page in Markdown")] = None,
 ) -> None:
     """Random weights: what is tested is that a network compiles and stays right, not how accurate it is.
 
     Every model is run in onnxruntime against its PyTorch network at batches of 1, 2 and 5.
     """
-    limit = dict([budget.split("=")])
-    rows = []
+    known = jsons.loads(json.read_text())["rows"] if json is not None and json.is_file() else []
+    rows: dict[str, dict[str, Any]] = {row["network"]: row for row in known}
     for name, build in _networks(sources.split(",")):
         if not any(part in name for part in only.split(",")):
             continue
         begun = time.perf_counter()
-        row: dict[str, Any] = {"network": name}
+        rows[name] = {"network": name, **_tried(build, frontend, seed), "seconds": time.perf_counter() - begun}
+        print({key: f"{v:.3g}" if isinstance(v, float) else v for key, v in rows[name].items()}, flush=True)
+    counts = Counter(row["outcome"] for row in rows.values())
+    title = f"{len(rows)} networks: " + ", ".join(f"{count} {what}" for what, count in counts.most_common())
+    publish(title, list(rows.values()), seed, Target(), json)
+    if page is not None:
+        page.write_text(_page(title, list(rows.values()), seed))
+
+
+def _tried(build: Build, frontend: str, seed: int) -> dict[str, Any]:
+    for share in SHARES:
         try:
             torch.manual_seed(seed)
             module, inputs = build()
-            compiled = tdcompile.compile(
-                module.eval(),
-                inputs,
-                budget={key: float(share) for key, share in limit.items()},
-                frontend=frontend,
-                seed=seed,
-            )
-            row |= {"outcome": "compiled", **_row(compiled)}
+            made = tdcompile.compile(module.eval(), inputs, budget={"macs": share}, frontend=frontend, seed=seed)
+            return {"outcome": "compiled", "budget": f"macs={share}", **_row(made)}
+        except BudgetError as error:
+            refused = {"outcome": "refused", "why": f"{type(error).__name__}: {error}"}
         except TdcompileError as error:
             kind = "refused" if isinstance(error, InputError) else "failed"
-            row |= {"outcome": kind, "why": f"{type(error).__name__}: {error}"}
+            return {"outcome": kind, "why": f"{type(error).__name__}: {error}"}
         except Exception as error:  # noqa: BLE001  # what is not our own error is a defect, and a row of the table
-            row |= {"outcome": "crashed", "why": f"{type(error).__name__}: {str(error).splitlines()[:1]}"}
-        row["seconds"] = time.perf_counter() - begun
-        rows.append(row)
-        print({key: f"{v:.3g}" if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-    counts = Counter(row["outcome"] for row in rows)
-    title = f"{len(rows)} networks at {budget}: " + ", ".join(f"{count} {what}" for what, count in counts.items())
-    publish(title, rows, seed, Target(), json)
+            return {"outcome": "crashed", "why": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+    return refused
 
 
-def _networks(sources: list[str]) -> Iterator[tuple[str, Any]]:
-    if "models" in sources:
-        for name, network in find(Network).items():
-            made = network()
-            yield (
-                f"models/{name}",
-                lambda made=made: (made.build(), tuple(torch.randn(1, *s) for s in made.input_shapes)),
-            )
+def _page(title: str, rows: list[dict[str, Any]], seed: int) -> str:
+    """The table as a page of the documentation."""
+    versions = f"transformers {importlib.metadata.version('transformers')}, torch {torch.__version__}"
+    compiled = [row for row in rows if row["outcome"] == "compiled"]
+    others = [row for row in rows if row["outcome"] != "compiled"]
+    return "\n".join(
+        [
+            "# Networks that nobody wrote for tdcompile",
+            "",
+            "Made by `python benchmarks/model_sweep.py --json FILE --page docs/models.md`, "
+            f"seed {seed}, {versions}, {machine(environment(Target()))}.",
+            "Each network is built from its configuration (`benchmarks/zoo.py`), small, with random weights, compiled to "
+            "the share of its MACs that stands there, exported, and run in onnxruntime against its PyTorch network at "
+            "batches of 1, 2 and 5.",
+            "Parity is the largest difference over the largest output; MACs and latency are those of the dense network "
+            "over those of the compiled one, timed while other processes ran.",
+            "",
+            f"**{title}**",
+            "",
+            "| network | front end | layers | rewritten | left dense | budget | MACs | latency | parity | seconds |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *(
+                f"| {row['network']} | {row['front end']} | {row['layers']} | {row['rewritten']} | {row['left dense']} "
+                f"| {row['budget']} | {row['MACs dense / compiled']:.2f}× | {row['latency dense / compiled']:.2f}× "
+                f"| {row['parity']:.0e} | {row['seconds']:.0f} |"
+                for row in compiled
+            ),
+            "",
+            "## What did not compile",
+            "",
+            "| network | outcome | what was said |",
+            "|---|---|---|",
+            *(f"| {row['network']} | {row['outcome']} | {row['why'].replace('|', '/')} |" for row in others),
+            "",
+        ]
+    )
+
+
+def _networks(sources: list[str]) -> Iterator[tuple[str, Build]]:
     for source in sources:
         if source != "models":
             yield from ((f"{source}/{name}", build) for name, build in zoo.ZOOS[source]())
+    if "models" in sources:
+        yield from ((f"models/{name}", partial(_own, network())) for name, network in find(Network).items())
+
+
+def _own(network: Network) -> zoo.Built:
+    return network.build(), tuple(torch.randn(1, *shape) for shape in network.input_shapes)
 
 
 def _row(compiled: Compiled) -> dict[str, Any]:

@@ -136,7 +136,7 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any], _Inputs]] = {
         },
         _image,
     ),
-    "cvt": ("CvtModel", {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 1]}, _image),
+    "cvt": ("CvtModel", {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3]}, _image),
     "mobilevit": (
         "MobileViTModel",
         {"image_size": 64, "hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 64]},
@@ -230,7 +230,7 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any], _Inputs]] = {
         {**_TEXT, "embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32},
         _tokens,
     ),
-    "nystromformer": ("NystromformerModel", {**_TEXT, "segment_means_seq_len": 16, "num_landmarks": 4}, _tokens),
+    "nystromformer": ("NystromformerModel", {**_TEXT, "segment_means_seq_len": 16, "num_landmarks": 4}, _ids),
     "fnet": ("FNetModel", {**_TEXT, "tpu_short_seq_length": 16}, _ids),
     "roformer": ("RoFormerModel", {**_TEXT, "embedding_size": 64}, _tokens),
     "luke": (

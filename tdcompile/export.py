@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from tdcompile.errors import InputError, TdcompileError
@@ -243,6 +244,7 @@ def _write(model: ir.Model, draft: Path, path: Path, simplify: bool) -> Exported
         if simplify:
             proto, refused = _simplify(proto)
             notes += refused
+        _keep_pads(proto.graph)
         _check(proto)
         draft.write_bytes(proto.SerializeToString(deterministic=True))
     written = sorted(draft.parent.iterdir(), key=lambda file: file.name == path.name)  # the model itself comes last
@@ -305,6 +307,38 @@ def _rehome(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
 
 def _interface(proto: onnx.ModelProto) -> list[bytes]:
     return [value.SerializeToString(deterministic=True) for value in (*proto.graph.input, *proto.graph.output)]
+
+
+def _keep_pads(graph: onnx.GraphProto) -> None:
+    """Let a max-pool's padding with zeros pad with the least number above zero instead.
+
+    onnxruntime (seen in 1.31) takes such a pad into the pool, where padding counts as minus infinity: right behind a
+    rectifier, and wrong where what is pooled may be negative.
+    """
+    made = {output: node for node in graph.node for output in node.output}
+    stored = {weight.name: weight for weight in graph.initializer}
+    for pool in graph.node:
+        pad = made.get(pool.input[0]) if pool.op_type == "MaxPool" else None
+        if pad is None or pad.op_type != "Pad" or _mode(pad) != "constant":
+            continue
+        given = stored.get(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else None
+        if given is not None:
+            value = numpy_helper.to_array(given)
+            if value.any():
+                continue
+            kind = value.dtype
+        else:
+            kind = np.dtype(np.float32)
+        name = f"{pad.output[0]}_least"
+        graph.initializer.append(numpy_helper.from_array(np.array(np.finfo(kind).tiny, kind), name))
+        del pad.input[2:3]
+        pad.input.insert(2, name)
+
+
+def _mode(pad: onnx.NodeProto) -> str:
+    """How a Pad node pads."""
+    found = next((helper.get_attribute_value(a) for a in pad.attribute if a.name == "mode"), b"constant")
+    return str(found.decode())
 
 
 @contextmanager
