@@ -86,9 +86,9 @@ def _page(title: str, rows: list[dict[str, Any]], seed: int) -> str:
             "",
             "Made by `python benchmarks/model_sweep.py --json FILE --page docs/models.md`, "
             f"seed {seed}, {versions}, {machine(environment(Target()))}.",
-            "Each network is built from its configuration (`benchmarks/zoo.py`), small, with random weights, compiled to "
-            "the share of its MACs that stands there, exported, and run in onnxruntime against its PyTorch network at "
-            "batches of 1, 2 and 5.",
+            "Each network is built from its configuration (`benchmarks/zoo.py`), small, with random weights, compiled "
+            "to the share of its MACs that stands there, exported, and run in onnxruntime against its PyTorch network "
+            "at batches of 1, 2 and 5.",
             "Parity is the largest difference over the largest output; MACs and latency are those of the dense network "
             "over those of the compiled one, timed while other processes ran.",
             "",

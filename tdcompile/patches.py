@@ -21,11 +21,12 @@ def patches_at(layer: Layer, x: Tensor, places: Tensor) -> Tensor:
     """What the layer sees at some output positions, ``(N, places, C·K)`` in the order of ``weight.flatten(1)``.
 
     Args:
-        x: the layer's input, ``(N, C, *spatial)`` or, for a linear layer, ``(N, ..., C)``.
+        x: the layer's input, ``(N, C, *spatial)`` or, for a linear layer, ``(N, ..., C)``, of which the first axes may
+            be one.
         places: flat indices into ``layer.out_extent``.
     """
     if layer.kind == "linear":
-        return x.reshape(len(x), -1, x.shape[-1])[:, places]
+        return x.reshape(-1, math.prod(layer.extent), x.shape[-1])[:, places]
     x = _spread(layer, x) if layer.transposed else _padded(layer, x)
     stride = (1,) * len(layer.kernel) if layer.transposed else layer.stride
     for axis, (kernel, step, dilation) in enumerate(zip(layer.kernel, stride, layer.dilation, strict=True)):
@@ -59,5 +60,5 @@ def _spread(layer: Layer, x: Tensor) -> Tensor:
 def values_at(layer: Layer, y: Tensor, places: Tensor) -> Tensor:
     """The layer's output at the same positions, ``(N, places, T)``."""
     if layer.kind == "linear":
-        return y.reshape(len(y), -1, y.shape[-1])[:, places]
+        return y.reshape(-1, math.prod(layer.extent), y.shape[-1])[:, places]
     return y.flatten(2)[:, :, places].movedim(1, 2)

@@ -112,7 +112,12 @@ def sites(program: Program) -> dict[str, Site]:
 
 @torch.no_grad()
 def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
-    """Like ``sites``, for a module that belongs to no program; a module under two names is listed under the first."""
+    """Like ``sites``, for a module that belongs to no program; a module under two names is listed under the first.
+
+    Where a network folds another axis into the batch (tokens, windows, frames), a layer works so many times for each
+    sample: that axis is one of a linear layer's ``extent``, and a convolution counts as called so many times.
+    """
+    batch = next((len(x) for x in inputs if x.dim()), 1) or 1
     names = {module: name for name, module in graph.named_modules()}
     calls: dict[str, list[Layer]] = {}
     hooks = []
@@ -121,9 +126,10 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
             continue
 
         def record(module: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
-            layer = Layer.of(module, _extent(module, arguments[0]))
+            repeats = len(arguments[0]) // batch if arguments[0].dim() and len(arguments[0]) % batch == 0 else 1
+            layer = Layer.of(module, _extent(module, arguments[0], repeats))
             assert layer is not None  # the loop has left the others out
-            calls.setdefault(name, []).append(layer)
+            calls.setdefault(name, []).extend([layer] * (1 if layer.kind == "linear" else max(1, repeats)))
 
         hooks.append(module.register_forward_pre_hook(record))
     training = graph.training
@@ -149,8 +155,10 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
     }
 
 
-def _extent(module: nn.Module, x: Tensor) -> tuple[int, ...]:
-    return tuple(x.shape[1:-1]) if isinstance(module, nn.Linear) else tuple(x.shape[2:])
+def _extent(module: nn.Module, x: Tensor, repeats: int) -> tuple[int, ...]:
+    if isinstance(module, nn.Linear):
+        return (*((repeats,) if repeats > 1 else ()), *x.shape[1:-1])
+    return tuple(x.shape[2:])
 
 
 def _leaf(name: str, called: set[str]) -> str:

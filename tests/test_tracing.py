@@ -357,3 +357,23 @@ def test_a_transformer_of_torch_is_seen_through_in_spite_of_its_fused_kernels():
     assert len(tdcompile.sites(program)) == 8
     assert torch.backends.mha.get_fastpath_enabled()
     assert_same(module, program, torch.randn(3, 5, 16))
+
+
+class Folded(nn.Module):
+    """Tokens and frames folded into the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.frame, self.token = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 6)
+
+    def forward(self, x):
+        batch, frames = x.shape[:2]
+        x = self.frame(x.flatten(0, 1)).flatten(2).transpose(1, 2)  # (N·frames, tokens, 4)
+        return self.token(x.reshape(-1, 4)).reshape(batch, frames, -1, 6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_macs_are_those_of_a_sample_whatever_is_folded_into_the_batch(size):
+    found = tdcompile.sites(tdcompile.trace(Folded(), torch.randn(size, 5, 3, 4, 4)))
+    assert sum(call.macs for call in found["frame"].calls) == 5 * 16 * 3 * 4 * 9
+    assert [call.macs for call in found["token"].calls] == [5 * 16 * 4 * 6]
