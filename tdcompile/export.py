@@ -143,6 +143,8 @@ def _explained(cause: BaseException, module: nn.Module) -> str:
     """What failed, in which part, and what can be done about it, as far as the exporter's words tell."""
     said = str(cause).strip()
     first = next(iter(said.splitlines()), type(cause).__name__)
+    if "torch.classes.quantized" in said:
+        return "its quantised layers have no ONNX form: quantise the compiled network instead"
     operator = _OPERATOR.search(said)
     if operator is not None and "No ONNX function" in said:
         name = operator["name"]

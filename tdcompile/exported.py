@@ -102,6 +102,8 @@ def _nested(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
             return next(remaining)
         children = [build(child) for child in part.children()]
         keys = part.context
+        if isinstance(keys, list) and keys and isinstance(keys[0], list):
+            keys = keys[0]  # of a dataclass: the names of what it holds, and of what is None
         named = isinstance(keys, list | tuple) and len(keys) == len(children) and all(isinstance(k, str) for k in keys)
         if named and part.type is not tuple:
             return dict(zip(keys, children, strict=True))

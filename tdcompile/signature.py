@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tdcompile.errors import InputError, nearest
+from tdcompile.surgery import register_trees
 
 BATCH = "batch"
 _OPEN = re.compile(r"^(?P<input>[A-Za-z_]\w*):(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?$")
@@ -63,6 +64,7 @@ class Call:
             _check_names(signature, named)
         else:
             given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        register_trees((given, named))
         try:
             bound = signature.bind(*given, **named)
         except TypeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -51,6 +51,23 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from tensors_in(getattr(value, field.name))
+
+
+def register_trees(value: object) -> None:
+    """Make torch know the dataclasses in a nesting as trees, as ``torch.export.register_dataclass`` does."""
+    if isinstance(value, Tensor | str) or (type(value) in pytree.SUPPORTED_NODES and dataclasses.is_dataclass(value)):
+        return
+    if isinstance(value, Mapping):
+        inside: Iterable[object] = value.values()
+    elif isinstance(value, list | tuple):
+        inside = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        torch.export.register_dataclass(type(value))
+        inside = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    else:
+        return
+    for part in inside:
+        register_trees(part)
 
 
 def parent_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:

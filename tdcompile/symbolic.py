@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -77,8 +78,26 @@ def _settle(graph: fx.Graph, call: Call) -> None:
         if node.users:
             raise UntraceableError(f"the argument '{name.removeprefix('*')}', which has no example, is used")
         graph.erase_node(node)
+    end = next(node for node in graph.nodes if node.op == "output")
+    end.args = (_plain(end.args[0]),)
     if list(found) != list(call.names):
         raise UntraceableError(f"the graph takes {', '.join(found)} where {', '.join(call.names)} are given")
+
+
+def _plain(value: Any) -> Any:
+    """An output with dataclasses as mappings: a graph is to return nothing but tensors in plain containers."""
+    if isinstance(value, fx.Node):
+        if value.op != "call_function" or not dataclasses.is_dataclass(value.target):
+            return value
+        names = [field.name for field in dataclasses.fields(value.target)]
+        return {
+            name: _plain(part) for name, part in {**dict(zip(names, value.args, strict=False)), **value.kwargs}.items()
+        }
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value
 
 
 def _whole(module: nn.Module, call: Call) -> fx.GraphModule:

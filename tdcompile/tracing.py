@@ -17,7 +17,7 @@ from tdcompile.layer import Refusal
 from tdcompile.precision import in_single, inputs_in_single, named
 from tdcompile.program import Program, sites_of
 from tdcompile.signature import Axis, Call, batch_of, open_axes, resized, shares_batch
-from tdcompile.surgery import tensors_in
+from tdcompile.surgery import register_trees, tensors_in
 from tdcompile.symbolic import symbolic
 from tdcompile.unparametrised import unparametrised
 
@@ -26,6 +26,7 @@ Frontend = Literal["auto", "fx", "export"]
 # How far a graph's outputs may be from the network's, of the largest: the same operators in the same order leave
 # rounding alone, and that of a few more or fewer bits where a layer is computed by another kernel.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 # Layers without a form here, which no front end opens: what is not seen in them is not missed.
 _CLOSED = (nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
 
@@ -211,7 +212,9 @@ def _cases(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch: b
 @torch.no_grad()
 def _answer(module: nn.Module, call: Call) -> list[Tensor]:
     args, kwargs = call.split(call.tensors)
-    return list(tensors_in(module(*args, **kwargs)))
+    output = module(*args, **kwargs)
+    register_trees(output)  # torch.export asks for it
+    return list(tensors_in(output))
 
 
 def _difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> str | None:
@@ -254,6 +257,7 @@ def _left(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Refusal]:
     known = {id(site.module.weight) for site in sites_of(graph, inputs).values()}
     readers = {str(n.target): next(iter(n.users), n) for n in graph.graph.nodes if n.op == "get_attr"}
     found: dict[str, list[str]] = {}
+    quantised = [name for name, part in graph.named_modules() if type(part).__module__.startswith(_QUANTISED)]
     for name, part in graph.named_modules():
         for key, weight in part.named_parameters(recurse=False):
             if weight.dim() > 1 and id(weight) not in known:
@@ -263,6 +267,9 @@ def _left(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Refusal]:
     return [
         Refusal("", "no_layer", f"left as it is: {', '.join(names[:4])}{_more(names)}: {reason}")
         for reason, names in found.items()
+    ] + [
+        Refusal("", "quantised", f"left as they are: {', '.join(quantised[:4])}{_more(quantised)}: they are quantised")
+        for _ in quantised[:1]
     ]
 
 
@@ -312,6 +319,7 @@ def _first(error: Exception) -> str:
 
 
 def _check_weights(module: nn.Module) -> None:
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+    for name, tensor in module.state_dict().items():  # that of a quantised layer holds other things too
+        values = isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta
+        if values and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"the weight '{name}' holds NaN or Inf: the checkpoint is damaged or training diverged")

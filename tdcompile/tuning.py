@@ -108,6 +108,9 @@ def key_of(modules: Iterable[nn.Module], *facts: object) -> str:
     digest = hashlib.sha256(repr(facts).encode())
     for module in modules:
         for name, tensor in module.state_dict().items():
+            if not isinstance(tensor, torch.Tensor) or tensor.is_quantized:  # of a quantised layer
+                digest.update(f"{name}:{tensor}".encode())
+                continue
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -1,0 +1,121 @@
+"""What a stranger may bring: signatures of every kind, open axes, quantised and compiled networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdcompile
+from tdcompile.errors import InputError, TdcompileError
+from tdcompile.layer import Refusal
+from tdcompile.runtime import infer, open_session
+from tdcompile.surgery import outputs_of, tensors_in
+from tdcompile.target import Target
+
+
+@dataclass
+class Answer:
+    """An output type that torch has never heard of."""
+
+    scores: Tensor
+    parts: tuple[Tensor, dict[str, Tensor]]
+    loss: Tensor | None = None
+
+
+class Text(nn.Module):
+    """Integer inputs, a mask that may be left out, keyword arguments, a nested output."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind = kind
+        self.words = nn.Embedding(30, 16)
+        self.mix, self.head = nn.Linear(16, 64), nn.Linear(64, 7)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, *, scale: float = 1.0) -> object:
+        x = torch.tanh(self.mix(self.words(ids))) * scale
+        if mask is not None:
+            x = x * mask.unsqueeze(-1)
+        if ids.shape[1] < 2:
+            raise ValueError("at least two words are expected")
+        scores = self.head(x.sum(1))
+        if self.kind is dict:
+            return {"scores": scores, "parts": (x, {"mean": x.mean(1)})}
+        return self.kind(scores, (x, {"mean": x.mean(1)}))
+
+
+def ids(length: int = 6) -> Tensor:
+    return torch.randint(0, 30, (2, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", [dict, Answer])
+@pytest.mark.parametrize("frontend", ["auto", "export"])
+def test_nested_outputs_and_keyword_inputs(kind: type, frontend: str) -> None:
+    torch.manual_seed(0)
+    module = Text(kind).eval()
+    inputs = {"mask": torch.ones(2, 6), "ids": ids()}
+    compiled = tdcompile.compile(module, inputs, budget={"macs": 0.6}, frontend=frontend, dynamic=["ids:1", "mask:1"])
+    assert compiled.report.frontend == "export"
+    shapes = [
+        [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in onnx.load(compiled.onnx).graph.input
+    ]
+    assert shapes == [["batch", "ids_1"], ["batch", "ids_1"]]
+    expected = list(tensors_in(compiled.module(ids(9), torch.ones(2, 9))))
+    got = infer(open_session(compiled.onnx, Target()), [ids(9), torch.ones(2, 9)])
+    assert len(got) == len(expected) == 3
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_argument_without_a_tensor_keeps_the_value_it_is_given() -> None:
+    torch.manual_seed(0)
+    module = Text(dict).eval()
+    program = tdcompile.trace(module, {"ids": ids(), "scale": 3.0})
+    torch.testing.assert_close(
+        outputs_of(program.graph, (ids(),)), list(tensors_in(module(ids(), scale=3.0))), rtol=1e-4, atol=1e-5
+    )
+
+
+class FxAnswer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Answer:
+        return Answer(self.fc(x), (x, {"double": 2 * x}))
+
+
+@pytest.mark.parametrize("frontend", ["fx", "export"])
+def test_a_dataclass_is_the_same_outputs_through_both_front_ends(frontend: str) -> None:
+    module = FxAnswer().eval()
+    compiled = tdcompile.compile(module, torch.randn(2, 8), budget={"macs": 0.9}, frontend=frontend)
+    assert len(onnx.load(compiled.onnx).graph.output) == 3
+
+
+def test_a_compiled_network_can_be_compiled_again() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(512, 4)).eval()
+    once = tdcompile.compile(module, torch.randn(1, 3, 8, 8), budget={"macs": 0.7})
+    twice = tdcompile.compile(once.module, torch.randn(1, 3, 8, 8), budget={"macs": 0.7})
+    assert twice.report.ratio.macs > 1.4
+    assert twice.report.dense.macs == once.report.compiled.macs
+
+
+@pytest.mark.filterwarnings("ignore")  # torch announces that its own quantisation moves elsewhere
+def test_a_quantised_layer_is_left_with_a_reason_and_said_to_have_no_onnx_form() -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(module, {"2"}, dtype=torch.qint8)
+    program = tdcompile.trace(quantised, torch.randn(2, 8))
+    assert list(tdcompile.sites(program)) == ["0"]
+    assert [e.code for e in program.history if isinstance(e, Refusal)] == ["quantised"]
+    with pytest.raises(TdcompileError, match="quantise the compiled network instead"):
+        tdcompile.compile(quantised, torch.randn(2, 8), budget={"macs": 0.9})
+
+
+def test_no_layers_at_all_is_said_in_a_sentence() -> None:
+    with pytest.raises(InputError, match="no convolution or linear layer"):
+        tdcompile.compile(nn.ReLU(), torch.randn(2, 8), budget={"macs": 0.9})
