@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.noise import hushed
 from tdcompile.signature import BATCH, Axis, batch_of, shares_batch
+from tdcompile.surgery import separate_attention
 
 # A protobuf message ends at 2 GiB; the graph itself, beside its weights, needs some of that.
 LARGEST_SINGLE_FILE = 2**31 - 2**26
@@ -90,7 +91,7 @@ def export_onnx(
     for axis in axes:
         opened[axis.input][axis.axis] = axis.name
     # torch takes a size of 1 for a constant
-    one = any(open_ and len(x) == 1 for x, open_ in zip(inputs, opened, strict=True))
+    one = any(0 in open_ and len(x) == 1 for x, open_ in zip(inputs, opened, strict=True))
     model = _capture(module, batch_of(inputs, 2) if one else tuple(inputs), opened)
     _check_open(model.graph, opened)
     _tidy(model, input_names)
@@ -123,7 +124,7 @@ def restamp(model: Path, path: Path, metadata: Mapping[str, str], notes: Sequenc
 
 def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[Mapping[int, str]]) -> ir.Model:
     shapes = tuple(dict(each) or None for each in opened) if any(opened) else None
-    with _eval(module), torch.no_grad(), hushed() as said:
+    with _eval(module), torch.no_grad(), separate_attention(), hushed() as said:
         try:
             program = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=shapes, verbose=False)
         except Exception as error:  # noqa: BLE001  # the exporter and the network raise anything
@@ -329,6 +330,8 @@ def _keep_pads(graph: onnx.GraphProto) -> None:
             if value.any():
                 continue
             kind = value.dtype
+            if not np.issubdtype(kind, np.floating):
+                continue  # of whole numbers none is next to zero
         else:
             kind = np.dtype(np.float32)
         name = f"{pad.output[0]}_least"

@@ -64,29 +64,49 @@ def modularise(graph: fx.GraphModule) -> None:
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     names, constants = _Names(graph), _Constants(graph)
-    modules, made = dict[str, nn.Module](), dict[tuple[object, ...], str]()
     read = [(node, call) for node in graph.graph.nodes if (call := _read(node, constants)) is not None]
+    modules = _transposed(graph, constants)
+    made: dict[tuple[object, ...], nn.Module | None] = {}
     for node, call in read:
-        name = made.get(call.key)
-        if name is None:
-            module = _BUILDERS[node.target](call)
-            if module is None:
-                continue
-            name = made[call.key] = names.of(node, constants)
-            modules[name] = module.train(graph.training)
+        if call.key not in made:
+            made[call.key] = _BUILDERS[node.target](call, constants)
+    built = [(node, call) for node, call in read if made[call.key] is not None]
+    called = names.of(built, constants)
+    for node, call in built:
+        name, module = called[call.key], made[call.key]
+        assert module is not None  # ``built`` has no other
+        modules[name] = module.train(graph.training)
         with graph.graph.inserting_before(node):
             new = graph.graph.create_node("call_module", name, (_given(node)["input"],))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         _erase(graph.graph, node)
-    for node in graph.graph.nodes:
-        part = module_at(graph, node) if str(node.target) not in modules else None
-        if isinstance(part, _TRANSPOSED_CONVS) and len(node.args) == 1 and not node.kwargs:
-            modules[str(node.target)] = TransposedConv.of(part)
-    for name, module in modules.items():  # not before: what is read no more may have stood in their places
-        graph.add_submodule(name, module)
+    _drop_unread(graph)  # what is computed once is there once, and its original is gone
+    for name in sorted(modules, key=lambda name: name.count(".")):
+        graph.add_submodule(name, modules[name])
     graph.graph.lint()
     graph.recompile()
+
+
+def _transposed(graph: fx.GraphModule, constants: _Constants) -> dict[str, nn.Module]:
+    """What takes the place of torch's own transposed convolutions, by name."""
+    found: dict[str, nn.Module] = {}
+    for node in graph.graph.nodes:
+        part = module_at(graph, node) if str(node.target) not in found else None
+        if isinstance(part, _TRANSPOSED_CONVS) and len(node.args) == 1 and not node.kwargs:
+            found[str(node.target)] = TransposedConv.of(part, constants.turned)
+    return found
+
+
+def _drop_unread(graph: fx.GraphModule) -> None:
+    """Take parameters and buffers that no node reads out of the graph's own containers; modules keep theirs."""
+    read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    for path, part in graph.named_modules():
+        if part is graph or type(part) is nn.Module:
+            for kept in (part._parameters, part._buffers):
+                for name in list(kept):
+                    if (f"{path}.{name}" if path else name) not in read:
+                        del kept[name]
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
@@ -102,12 +122,44 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 
 
 class _Constants:
-    """Values of nodes that depend on parameters and buffers alone."""
+    """Values of nodes that depend on parameters and buffers alone, in the graph as it was traced.
+
+    Attributes:
+        turned: parameters that hold another's values in another order, by the other's identity.
+    """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self._graph = graph
         self._known: dict[fx.Node, Tensor | None] = {}
-        self.parameters: dict[fx.Node, nn.Parameter] = {}
+        self._parameters: dict[int, nn.Parameter] = {}
+        self._sources: dict[fx.Node, list[fx.Node] | None] = {}
+        self._readers: dict[int, list[fx.Node]] = {}  # the nodes that stand for a tensor, whatever its name
+        self._elsewhere: set[int] = set()  # tensors that a module of the graph reads by itself
+        self.turned: dict[int, nn.Parameter] = {}
+        for node in graph.graph.nodes:
+            self._sources[node] = self._from(node)
+            if node.op == "get_attr":
+                self._readers.setdefault(id(attribute(graph, str(node.target))), []).append(node)
+            part = module_at(graph, node)
+            if part is not None:
+                self._elsewhere |= {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
+
+    def _from(self, node: fx.Node) -> list[fx.Node] | None:
+        if node.op == "get_attr":
+            return [node]
+        if node.op not in ("call_function", "call_method") or node.is_impure():
+            return None
+        found: list[fx.Node] = []
+        for other in node.all_input_nodes:
+            inner = self._sources[other]
+            if inner is None:
+                return None
+            found += inner
+        return found or None
+
+    def sources(self, node: fx.Node) -> list[fx.Node] | None:
+        """The parameters and buffers that a value is computed from; None where an input goes into it."""
+        return self._sources.get(node)
 
     def of(self, node: object) -> Tensor | None:
         """The value of a node; None where it depends on an input, or is shared in a way that a copy would undo."""
@@ -125,23 +177,17 @@ class _Constants:
         value = self.of(node)
         if value is None or isinstance(value, nn.Parameter):
             return value
-        if node not in self.parameters:
-            self.parameters[node] = nn.Parameter(value, requires_grad=node.op != "get_attr")
-        return self.parameters[node]
+        if id(value) not in self._parameters:
+            self._parameters[id(value)] = nn.Parameter(value, requires_grad=node.op != "get_attr")
+        return self._parameters[id(value)]
 
-    def sources(self, node: fx.Node) -> list[fx.Node] | None:
-        """The parameters and buffers that a value is computed from; None where an input goes into it."""
-        if node.op == "get_attr":
-            return [node]
-        if node.op not in ("call_function", "call_method") or node.is_impure():
-            return None
-        found: list[fx.Node] = []
-        for other in node.all_input_nodes:
-            inner = self.sources(other)
-            if inner is None:
-                return None
-            found += inner
-        return found or None
+    def only(self, node: object, call: fx.Node) -> bool:
+        """Whether nothing reads a tensor but calls of one operator: a copy in another order would come apart."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return True
+        key = id(attribute(self._graph, str(node.target)))
+        users = [user for reader in self._readers[key] for user in reader.users]
+        return key not in self._elsewhere and all(user.target == call.target for user in users)
 
     @torch.no_grad()
     def _computed(self, node: fx.Node) -> Tensor | None:
@@ -153,7 +199,7 @@ class _Constants:
             return None
         for source in sources:
             base = attribute(self._graph, str(source.target))
-            if not isinstance(base, Tensor) or not self._alone(source, node, base, value):
+            if not isinstance(base, Tensor) or not self._alone(base, node, value):
                 return None
         return value.detach().clone(memory_format=torch.contiguous_format)
 
@@ -166,37 +212,35 @@ class _Constants:
         assert callable(node.target)  # a call_function's target is
         return node.target(*arguments, **options)
 
-    def _alone(self, source: fx.Node, node: fx.Node, base: Tensor, value: Tensor) -> bool:
+    def _alone(self, base: Tensor, node: fx.Node, value: Tensor) -> bool:
         """Whether nothing else is computed from a parameter but other parts of it: a copy would come apart from it."""
-        ends = _ends(self._graph, str(source.target))
-        if ends <= {node}:
-            return True
-        part = value.untyped_storage().data_ptr() == base.untyped_storage().data_ptr() and value.numel() < base.numel()
-        return part and all(other is node or self._part(other, base) for other in ends)
-
-    def _part(self, node: fx.Node, base: Tensor) -> bool:
-        if self.sources(node) is None:
+        if id(base) in self._elsewhere:
             return False
-        value = self._value(node)
-        return (
-            isinstance(value, Tensor)
-            and value.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
-            and value.numel() < base.numel()
+        ends = self._ends(base)
+        return ends <= {node} or (
+            _part(value, base) and all(other is node or self._is_part(other, base) for other in ends)
         )
 
+    def _is_part(self, node: fx.Node, base: Tensor) -> bool:
+        value = self._value(node)
+        return isinstance(value, Tensor) and _part(value, base)
 
-def _ends(graph: fx.GraphModule, name: str) -> set[fx.Node]:
-    """Where what is computed from a parameter alone meets a layer: the weight or bias that the layer reads."""
-    pending = [node for node in graph.graph.nodes if node.op == "get_attr" and node.target == name]
-    constants, ends = _Constants(graph), set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        for user in node.users:
-            if constants.sources(user) is None:
-                ends.add(node)
-            else:
-                pending.append(user)
-    return ends
+    def _ends(self, base: Tensor) -> set[fx.Node]:
+        """Where what is computed from a parameter meets what is computed from an input."""
+        pending, ends = list(self._readers.get(id(base), ())), set[fx.Node]()
+        while pending:
+            node = pending.pop()
+            for user in node.users:
+                if self.sources(user) is None:
+                    ends.add(node)
+                else:
+                    pending.append(user)
+        return ends
+
+
+def _part(value: Tensor, base: Tensor) -> bool:
+    """Whether a value lies in a parameter's own memory and is less than the whole."""
+    return value.untyped_storage().data_ptr() == base.untyped_storage().data_ptr() and value.numel() < base.numel()
 
 
 def _given(node: fx.Node) -> dict[str, Any]:
@@ -205,12 +249,12 @@ def _given(node: fx.Node) -> dict[str, Any]:
 
 
 def _read(node: fx.Node, constants: _Constants) -> _Call | None:
-    """A call; None where its weight is computed from an input, an option is, or an argument is missing."""
+    """A call; None where its weight is computed from an input, its input is not, or an option is, or one is missing."""
     if node.op != "call_function" or node.target not in _BUILDERS:
         return None
     given = _given(node)
     source = given.get("input")
-    if not isinstance(source, fx.Node):
+    if not isinstance(source, fx.Node) or constants.sources(source) is not None:
         return None
     if given.get("weight") is None and _BUILDERS[node.target] not in (_batch_norm, _dropout):
         return None
@@ -224,16 +268,16 @@ def _read(node: fx.Node, constants: _Constants) -> _Call | None:
             return None
         tensors[name] = value
     options = {key: _frozen(value) for key, value in given.items() if key not in (*_TENSORS, "input")}
-    if any(isinstance(value, fx.Node) for value in fx.node.map_arg((*options.values(),), lambda n: n)):
-        return None
-    return _Call(node, source, tensors, options)
+    computed: list[fx.Node] = []
+    fx.map_arg((*options.values(),), computed.append)
+    return None if computed else _Call(node, source, tensors, options)
 
 
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
-def _linear(call: _Call) -> nn.Module | None:
+def _linear(call: _Call, constants: _Constants) -> nn.Module | None:
     weight = call.tensors["weight"]
     if weight.dim() != 2:
         return None
@@ -241,38 +285,40 @@ def _linear(call: _Call) -> nn.Module | None:
     return _own(module, call)
 
 
-def _transposed_linear(call: _Call) -> nn.Module | None:
+def _transposed_linear(call: _Call, constants: _Constants) -> nn.Module | None:
     """``x @ weight``, as ``addmm`` and ``matmul`` have it: the weight is ``(C, T)``."""
     weight, dims = call.tensors["weight"], _dims(call.input)
     if weight.dim() != 2 or any(call.options.get(scale, 1) != 1 for scale in ("beta", "alpha")):
         return None
     if "bias" in call.tensors and call.tensors["bias"].shape != weight.shape[1:]:
         return None
-    if dims is not None and dims < 2:
+    if (dims is not None and dims < 2) or not constants.only(_given(call.node)["weight"], call.node):
         return None
     turned = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
     module = unset(nn.Linear, *weight.shape, bias="bias" in call.tensors)
     return _own(module, _Call(call.node, call.input, {**call.tensors, "weight": turned}, call.options))
 
 
-def _conv(call: _Call) -> nn.Module | None:
-    return _convolution(call, _CONVS, call.options)
+def _conv(call: _Call, constants: _Constants) -> nn.Module | None:
+    return _convolution(call, constants, _CONVS, call.options)
 
 
-def _transposed_conv(call: _Call) -> nn.Module | None:
-    return _convolution(call, _TRANSPOSED_CONVS, call.options)
+def _transposed_conv(call: _Call, constants: _Constants) -> nn.Module | None:
+    return _convolution(call, constants, _TRANSPOSED_CONVS, call.options)
 
 
-def _either_conv(call: _Call) -> nn.Module | None:
+def _either_conv(call: _Call, constants: _Constants) -> nn.Module | None:
     """``aten.convolution``, which has one option more."""
     options = dict(call.options)
     if options.pop("transposed"):
-        return _convolution(call, _TRANSPOSED_CONVS, options)
+        return _convolution(call, constants, _TRANSPOSED_CONVS, options)
     options.pop("output_padding")
-    return _convolution(call, _CONVS, options)
+    return _convolution(call, constants, _CONVS, options)
 
 
-def _convolution(call: _Call, kinds: Sequence[type[nn.Module]], options: Mapping[str, Any]) -> nn.Module | None:
+def _convolution(
+    call: _Call, constants: _Constants, kinds: Sequence[type[nn.Module]], options: Mapping[str, Any]
+) -> nn.Module | None:
     weight, dims = call.tensors["weight"], _dims(call.input)
     axes = weight.dim() - 2
     if not 1 <= axes <= 3 or dims not in (None, axes + 2):
@@ -283,7 +329,7 @@ def _convolution(call: _Call, kinds: Sequence[type[nn.Module]], options: Mapping
     spread = {key: _each(value, axes) if key != "groups" else value for key, value in options.items()}
     inputs, outputs = (first, second * groups) if turned else (second * groups, first)
     module = _own(unset(kinds[axes - 1], inputs, outputs, tuple(kernel), bias="bias" in call.tensors, **spread), call)
-    return TransposedConv.of(module) if isinstance(module, _TRANSPOSED_CONVS) else module
+    return TransposedConv.of(module, constants.turned) if isinstance(module, _TRANSPOSED_CONVS) else module
 
 
 def _each(value: Any, axes: int) -> Any:
@@ -294,7 +340,7 @@ def _each(value: Any, axes: int) -> Any:
     return values * axes if len(values) == 1 else values
 
 
-def _batch_norm(call: _Call) -> nn.Module | None:
+def _batch_norm(call: _Call, constants: _Constants) -> nn.Module | None:
     dims, mean = _dims(call.input), call.tensors.get("running_mean")
     if call.options.get("training") or mean is None or dims not in _NORMS:
         return None
@@ -306,7 +352,7 @@ def _batch_norm(call: _Call) -> nn.Module | None:
     return _own(module, call) if affine else module
 
 
-def _dropout(call: _Call) -> nn.Module | None:
+def _dropout(call: _Call, constants: _Constants) -> nn.Module | None:
     return nn.Dropout(call.options["p"])
 
 
@@ -334,29 +380,53 @@ class _Names:
                 for end in range(1, len(parts)):
                     self._inside.setdefault(".".join(parts[:end]), set()).add(str(node.target))
 
-    def of(self, node: fx.Node, constants: _Constants) -> str:
+    def of(self, read: Sequence[tuple[fx.Node, _Call]], constants: _Constants) -> dict[tuple[object, ...], str]:
         """That of the part whose weight it is, ``fc`` for ``fc.weight``, if that part is nothing else.
 
         Otherwise, for a weight among others, ``blocks.0.w_layer`` after ``blocks.0.w``; for what has no weight the
         part that it was traced in.
         """
+        found: dict[tuple[object, ...], str] = {}
+        for node, call in read:
+            holder = self._holder(node, constants)
+            if call.key not in found and holder and holder not in self._called:
+                found[call.key] = self._take(holder)
+        for node, call in read:
+            if call.key not in found:
+                found[call.key] = self._fresh(self._base(node, constants))
+        return found
+
+    def _holder(self, node: fx.Node, constants: _Constants) -> str:
+        """The part that is nothing but this layer; nothing where there is none."""
         weight = _given(node).get("weight")
         if not isinstance(weight, fx.Node):
             path = _path(node)
-            free = path and path not in self._called and path not in self._inside
-            return self._take(path) if free else self._fresh(f"{path}.dropout" if path else node.name)
-        sources = constants.sources(weight)
-        assert sources  # what is computed from an input has been left alone
-        source = str(sources[0].target)
+            return "" if path in self._inside else path
+        source = self._base(node, constants)
         if _PARAMETRIZED in source:
             holder, leaf = source.partition(_PARAMETRIZED)[0], "weight"
         else:
             holder, _, leaf = source.rpartition(".")
         own = {str(other.target) for other in _reads(node)}
-        alone = leaf == "weight" and holder not in self._called and self._inside.get(holder, set()) <= own
-        return self._take(holder) if holder and alone else self._fresh(source)
+        return holder if leaf == "weight" and self._inside.get(holder, set()) <= own else ""
+
+    def _base(self, node: fx.Node, constants: _Constants) -> str:
+        weight = _given(node).get("weight")
+        if not isinstance(weight, fx.Node):
+            path = _path(node)
+            return f"{path}.dropout" if path else node.name
+        sources = constants.sources(weight)
+        assert sources  # what is computed from an input has been left alone
+        return str(sources[0].target)
 
     def _fresh(self, base: str) -> str:
+        """A name that is not inside a layer or another module that the graph calls."""
+        parts = base.split(".")
+        for end in range(1, len(parts)):
+            if ".".join(parts[:end]) in self._called:
+                parts = [*parts[: end - 1], "_".join(parts[end - 1 :])]
+                break
+        base = ".".join(parts)
         name, count = f"{base}_layer", 1
         while name in self._known:
             name, count = f"{base}_layer{count}", count + 1
@@ -384,7 +454,7 @@ def _path(node: fx.Node) -> str:
     return str(next(reversed(stack.values()))[0]).partition("@")[0] if stack else ""
 
 
-_Builder = Callable[[_Call], nn.Module | None]
+_Builder = Callable[[_Call, _Constants], nn.Module | None]
 _TABLE: tuple[tuple[tuple[Any, ...], Sequence[str], _Builder], ...] = (
     ((F.linear, aten.linear.default), _LINEAR, _linear),
     ((torch.addmm, aten.addmm.default), _ADDMM, _transposed_linear),

@@ -210,49 +210,63 @@ class TransposedConv(nn.Module):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.layer = layer
+        self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
+        self.kernel_size, self.stride, self.dilation = layer.kernel, layer.stride, layer.dilation
+        self.padding, self.output_padding = tuple(before for before, _ in layer.padding), layer.output_padding
         self.weight = nn.Parameter(torch.empty(layer.weight_shape))
         self.bias = nn.Parameter(torch.empty(layer.out_channels)) if layer.bias else None
 
-    @classmethod
-    def of(cls, module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) -> TransposedConv:
-        """The same function as torch's own; without groups over the same memory."""
-        assert isinstance(module.padding, tuple)  # what torch makes of a figure, and all that it takes here
-        layer = Layer(
+    @property
+    def layer(self) -> Layer:
+        """What it is, without the size of its input."""
+        return Layer(
             "conv",
-            module.in_channels,
-            module.out_channels,
-            kernel=module.kernel_size,
-            stride=module.stride,
-            padding=tuple((int(amount), int(amount)) for amount in module.padding),
-            dilation=module.dilation,
-            groups=module.groups,
-            bias=module.bias is not None,
+            self.in_channels,
+            self.out_channels,
+            kernel=self.kernel_size,
+            stride=self.stride,
+            padding=tuple((amount, amount) for amount in self.padding),
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=self.bias is not None,
             transposed=True,
-            output_padding=tuple(module.output_padding),
+            output_padding=self.output_padding,
         )
+
+    @classmethod
+    def of(
+        cls, module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, known: dict[int, nn.Parameter]
+    ) -> TransposedConv:
+        """The same function as torch's own; without groups over the same memory.
+
+        Args:
+            known: the parameters made so far, by the identity of those they were made of: what is tied stays tied.
+        """
+        assert isinstance(module.padding, tuple)  # what torch makes of a figure, and all that it takes here
         made: TransposedConv = cls.__new__(cls)
         nn.Module.__init__(made)
-        made.layer, weight = layer, module.weight
-        parts = weight.detach().reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-        made.weight = nn.Parameter(parts, requires_grad=weight.requires_grad)
+        made.in_channels, made.out_channels, made.groups = module.in_channels, module.out_channels, module.groups
+        made.kernel_size, made.stride, made.dilation = module.kernel_size, module.stride, module.dilation
+        made.padding, made.output_padding = tuple(map(int, module.padding)), tuple(module.output_padding)
+        weight = module.weight
+        if id(weight) not in known:
+            parts = weight.detach().reshape(module.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+            known[id(weight)] = nn.Parameter(parts, requires_grad=weight.requires_grad)
+        made.weight = known[id(weight)]
         made.register_parameter("bias", module.bias)  # type: ignore[arg-type]  # a parameter, or None
         made.training = module.training
         return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(N, C, *spatial)`` to ``(N, T, *spatial)``."""
-        layer = self.layer
-        weight = self.weight.reshape(layer.groups, -1, *self.weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-        padding = [before for before, _ in layer.padding]
-        return _TRANSPOSED[len(layer.kernel)](
-            *(x, weight, self.bias, layer.stride, padding, layer.output_padding, layer.groups, layer.dilation)
+        weight = self.weight.reshape(self.groups, -1, *self.weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+        return _TRANSPOSED[len(self.kernel_size)](
+            *(x, weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
         )
 
     def extra_repr(self) -> str:
         """The channels, kernel and stride."""
-        layer = self.layer
-        return f"{layer.in_channels}, {layer.out_channels}, kernel_size={layer.kernel}, stride={layer.stride}"
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
 
 
 class Pad(nn.Module):

@@ -13,6 +13,7 @@ from tdcompile.kinds import Pass, progress
 from tdcompile.program import Program
 from tdcompile.registry import make
 from tdcompile.spec import Spec, parse_specs
+from tdcompile.surgery import separate_attention
 
 
 class Watch(Protocol):
@@ -109,7 +110,8 @@ def run_step(step: Pass, program: Program, watch: Watch, position: int = 0, of: 
     token = progress.set(lambda done, total, note: watch.advanced(step, done, total, note))
     start = time.perf_counter()
     try:
-        program = step.run(program)
+        with separate_attention():
+            program = step.run(program)
     finally:
         progress.reset(token)
     watch.finished(step, program, time.perf_counter() - start)

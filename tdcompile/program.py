@@ -16,6 +16,7 @@ from tdcompile.errors import InputError
 from tdcompile.facts import Facts
 from tdcompile.layer import Layer, Refusal
 from tdcompile.signature import Axis
+from tdcompile.surgery import separate_attention
 from tdcompile.target import Budget, Target
 from tdcompile.task import Task
 
@@ -125,16 +126,24 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
         if Layer.of(module, ()) is None:
             continue
 
-        def record(module: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
-            repeats = len(arguments[0]) // batch if arguments[0].dim() and len(arguments[0]) % batch == 0 else 1
-            layer = Layer.of(module, _extent(module, arguments[0], repeats))
+        def record(
+            module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], name: str = name
+        ) -> None:
+            x = arguments[0] if arguments else next(iter(named.values()))
+            weight = module.weight
+            assert isinstance(weight, Tensor)  # ``Layer.of`` takes nothing without one
+            if not isinstance(module, nn.Linear) and x.dim() != weight.dim():
+                return  # a convolution of one sample without a batch axis
+            repeats = len(x) // batch if x.dim() and len(x) % batch == 0 else 1
+            layer = Layer.of(module, _extent(module, x, repeats))
             assert layer is not None  # the loop has left the others out
             calls.setdefault(name, []).extend([layer] * (1 if layer.kind == "linear" else max(1, repeats)))
 
-        hooks.append(module.register_forward_pre_hook(record))
+        hooks.append(module.register_forward_pre_hook(record, with_kwargs=True))
     training = graph.training
     try:
-        graph.eval()(*inputs)
+        with separate_attention():
+            graph.eval()(*(x.clone() for x in inputs))  # a network may work in place
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         shapes = ", ".join("x".join(map(str, x.shape)) + f":{str(x.dtype).removeprefix('torch.')}" for x in inputs)
         reason = str(error).strip().splitlines()[0]

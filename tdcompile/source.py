@@ -18,7 +18,6 @@ from tdcompile.callables import call, is_file, load_callable
 from tdcompile.errors import InputError
 from tdcompile.network import Network
 from tdcompile.registry import make
-from tdcompile.surgery import attribute
 
 __all__ = ["check_weights", "load_callable", "load_source", "load_weights"]
 
@@ -62,8 +61,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if shapes:
         raise InputError(f"'{path}' does not fit the network: {_first(shapes, '; ')}")
     tied = _tied(module)
-    loaded = _loaded(module, weights, own, tied)
-    # A file may hold a tensor that two layers share only once.
+    _same_where_tied(weights, tied, path)
+    loaded = _loaded(module, weights)
     shared = {name for names in tied if not names.isdisjoint(weights) for name in names}
     missing = [name for name in loaded.missing_keys if name not in shared]
     if missing or loaded.unexpected_keys:
@@ -82,21 +81,47 @@ def _tied(module: nn.Module) -> list[set[str]]:
     return list(names.values())
 
 
-def _loaded(
-    module: nn.Module, weights: Mapping[str, Tensor], own: Mapping[str, Tensor], tied: Iterable[set[str]]
-) -> Any:
-    """Put the tensors themselves in the network's place: those of a safetensors file stay on disk till they are read.
-
-    What is one tensor under several names stays one.
-    """
-    alike = {name: value.to(own[name].dtype) if name in own else value for name, value in weights.items()}
-    loaded = module.load_state_dict(alike, strict=False, assign=True)
+def _same_where_tied(weights: Mapping[str, Tensor], tied: Iterable[set[str]], path: Path) -> None:
     for names in tied:
-        given = sorted(names & set(weights))
-        for name in names if given and len(names) > 1 else ():
+        first, *others = sorted(names & set(weights)) or [""]
+        for other in others:
+            if not torch.equal(weights[first], weights[other]):
+                raise InputError(f"'{path}' has other values for '{first}' than for '{other}', which are one weight")
+
+
+def _loaded(module: nn.Module, weights: Mapping[str, Tensor]) -> Any:
+    """Give the network's tensors the memory of those that were read: of a safetensors file what is needed is read.
+
+    Parameters stay the objects that they are, wherever the network holds them; only those without values, on the meta
+    device, are replaced, and what is one of them under several names stays one.
+    """
+    own = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+    empty = {id(tensor) for tensor in own.values() if tensor.is_meta}
+    mapped = {
+        name: value
+        for name, value in weights.items()
+        if name in own
+        and id(own[name]) not in empty
+        and own[name].dtype == value.dtype
+        and own[name].device == value.device
+    }
+    replaced: dict[int, Tensor] = {}
+    for name, value in weights.items():
+        if name in own and id(own[name]) in empty:
+            kind, old = own[name].dtype, own[name]
+            trained = isinstance(old, nn.Parameter)
+            replaced[id(old)] = nn.Parameter(value.to(kind), old.requires_grad) if trained else value.to(kind)
+    for name, tensor in own.items():
+        if id(tensor) in replaced:
             holder, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(holder), leaf, attribute(module, given[0]))
-    return loaded
+            kept = module.get_submodule(holder)
+            (kept._parameters if leaf in kept._parameters else kept._buffers)[leaf] = replaced[id(tensor)]  # type: ignore[assignment]
+    for name, value in mapped.items():
+        own[name].data = value
+    done = {name for name in own if name in mapped or id(own[name]) in replaced}
+    rest = {name: value for name, value in weights.items() if name not in done}
+    loaded = module.load_state_dict(rest, strict=False)
+    return type(loaded)([name for name in loaded.missing_keys if name not in done], loaded.unexpected_keys)
 
 
 def check_weights(module: nn.Module, where: str) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -29,10 +30,21 @@ def outputs_of(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     training = module.training
     module.eval()
     try:
-        with torch.no_grad():
-            return list(tensors_in(module(*inputs)))
+        with torch.no_grad(), separate_attention():
+            return list(tensors_in(module(*(x.clone() for x in inputs))))  # a network may work in place
     finally:
         module.train(training)
+
+
+@contextmanager
+def separate_attention() -> Iterator[None]:
+    """For a while without torch's fused attention kernels, which read the weights of layers that may be replaced."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +50,7 @@ def symbolic(module: nn.Module, call: Call) -> tuple[fx.GraphModule, dict[str, s
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # on every argument that keeps its default
                 graph = tracer.trace(module, call.defaults())
-            _settle(graph, call)
+            _settle(graph, call, module)
         except Exception as error:  # noqa: BLE001  # a network's forward may raise anything on proxies
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if not tracer.stack or tracer.stack[-1] in leaves:
@@ -59,7 +60,7 @@ def symbolic(module: nn.Module, call: Call) -> tuple[fx.GraphModule, dict[str, s
         return fx.GraphModule(module, graph), leaves
 
 
-def _settle(graph: fx.Graph, call: Call) -> None:
+def _settle(graph: fx.Graph, call: Call, module: nn.Module) -> None:
     """Leave the graph with one input for each tensor, under its argument's name: fx makes one of every argument."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     found: dict[str, fx.Node] = {}
@@ -78,10 +79,29 @@ def _settle(graph: fx.Graph, call: Call) -> None:
         if node.users:
             raise UntraceableError(f"the argument '{name.removeprefix('*')}', which has no example, is used")
         graph.erase_node(node)
+    for node in graph.nodes:
+        if not node.users and _in_place(node, module):
+            raise UntraceableError(f"'{node.name}' works in place, which symbolic tracing loses")
     end = next(node for node in graph.nodes if node.op == "output")
     end.args = (_plain(end.args[0]),)
     if list(found) != list(call.names):
         raise UntraceableError(f"the graph takes {', '.join(found)} where {', '.join(call.names)} are given")
+
+
+def _in_place(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node may change a tensor that others read."""
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    return (
+        node.target is operator.setitem
+        or bool(node.kwargs.get("inplace"))
+        or (name.endswith("_") and not name.endswith("__"))
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ from tdcompile.layer import Refusal
 from tdcompile.precision import in_single, inputs_in_single, named
 from tdcompile.program import Program, sites_of
 from tdcompile.signature import Axis, Call, batch_of, open_axes, resized, shares_batch
-from tdcompile.surgery import register_trees, tensors_in
+from tdcompile.surgery import register_trees, separate_attention, tensors_in
 from tdcompile.symbolic import symbolic
 from tdcompile.unparametrised import unparametrised
 
@@ -69,22 +69,24 @@ def trace(
             the front end that was asked for cannot trace it.
     """
     call = Call.of(module, inputs)
+    call = call.having([x.detach().clone() for x in call.tensors])  # a network may work in place on what it is given
     if dynamic_batch and any(batched and len(x) == 1 for x, batched in _batched(call)):
         call = call.having(batch_of(call.tensors, 2))
     axes = open_axes(dynamic, call.names, call.tensors)
     _check_weights(module)
-    given, module = module, in_single(module)
-    if module is not given:
-        call = call.having(inputs_in_single(call.tensors))
     with _evaluating(module):
-        cases = _cases(module, call, axes, dynamic_batch)
-        traced = _Fronts(unparametrised(module), call, axes, dynamic_batch, cases).choose(frontend)
+        plain = unparametrised(module)
+        single = in_single(plain)
+        if single is not plain:
+            call = call.having(inputs_in_single(call.tensors))
+        cases = _cases(single if single is not plain else module, call, axes, dynamic_batch)
+        traced = _Fronts(single, call, axes, dynamic_batch, cases).choose(frontend)
     history = [
         Refusal(name, "not_traced", f"symbolic tracing stops inside '{name or 'the network'}': {why}")
         for name, why in traced.leaves.items()
     ]
-    if module is not given:
-        reason = f"its weights are {named(given)}: it is compiled in float32, which onnxruntime has kernels for"
+    if single is not plain:
+        reason = f"its weights are {named(module)}: it is compiled in float32, which onnxruntime has kernels for"
         history.append(Refusal("", "half_precision", reason))
     traced.graph.eval()
     history += _left(traced.graph, call.tensors)
@@ -160,7 +162,7 @@ class _Fronts:
         for case in self.cases:
             try:
                 with torch.no_grad():
-                    got = list(tensors_in(traced.graph(*case.call.tensors)))
+                    got = list(tensors_in(traced.graph(*(x.clone() for x in case.call.tensors))))
             except Exception as error:  # a graph that took an input's size for a constant fails in any way
                 raise UntraceableError(f"its graph does not run {case.what}: {_first(error)}") from error
             wrong = _difference(case.outputs, got)
@@ -211,7 +213,7 @@ def _cases(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch: b
 
 @torch.no_grad()
 def _answer(module: nn.Module, call: Call) -> list[Tensor]:
-    args, kwargs = call.split(call.tensors)
+    args, kwargs = call.split([x.clone() for x in call.tensors])  # a network may work in place
     output = module(*args, **kwargs)
     register_trees(output)  # torch.export asks for it
     return list(tensors_in(output))
@@ -294,13 +296,11 @@ def _more(names: Sequence[str]) -> str:
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode for a while, without the fused attention kernels that bypass the layers they are made of."""
     modes = [(part, part.training) for part in module.modules()]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     module.eval()
     try:
-        yield
+        with separate_attention():
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for part, training in modes:
             part.training = training
 
@@ -319,7 +319,12 @@ def _first(error: Exception) -> str:
 
 
 def _check_weights(module: nn.Module) -> None:
-    for name, tensor in module.state_dict().items():  # that of a quantised layer holds other things too
-        values = isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta
-        if values and not bool(torch.isfinite(tensor).all()):
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        bad = ~torch.isfinite(tensor.detach())
+        if name not in parameters:
+            bad &= ~torch.isneginf(tensor)  # what attention masks are made of
+        if bool(bad.any()):
             raise InputError(f"the weight '{name}' holds NaN or Inf: the checkpoint is damaged or training diverged")

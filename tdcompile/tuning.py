@@ -108,7 +108,8 @@ def key_of(modules: Iterable[nn.Module], *facts: object) -> str:
     digest = hashlib.sha256(repr(facts).encode())
     for module in modules:
         for name, tensor in module.state_dict().items():
-            if not isinstance(tensor, torch.Tensor) or tensor.is_quantized:  # of a quantised layer
+            plain = isinstance(tensor, torch.Tensor) and not tensor.is_quantized
+            if not plain:  # a quantised layer's state holds other things too
                 digest.update(f"{name}:{tensor}".encode())
                 continue
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())

@@ -138,3 +138,85 @@ class Computed(nn.Module):
 def test_a_weight_that_depends_on_the_input_is_left_alone(frontend):
     program = tdcompile.trace(Computed(), torch.randn(2, 4), frontend=frontend)
     assert not tdcompile.sites(program)
+
+
+class Adapted(nn.Module):
+    """A weight with a low-rank correction, as adapters leave it."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Parameter(torch.randn(8, 8))
+        self.down, self.up = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(8, 2))
+
+    def forward(self, x):
+        return F.linear(x, self.base + self.up @ self.down)
+
+
+class Turned(nn.Module):
+    """An autoencoder of one matrix: in another order it would come apart in tuning."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x):
+        return torch.relu(x @ self.matrix) @ self.matrix.t()
+
+
+class Normed(nn.Module):
+    """A weight that is read beside its layer too."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x) * self.fc.weight.norm(dim=1)
+
+
+@pytest.mark.parametrize("frontend", ["fx", "export"])
+@pytest.mark.parametrize(
+    ("kind", "layers", "tied"), [(Adapted, ["base_layer"], []), (Turned, [], []), (Normed, ["fc"], ["fc"])]
+)
+def test_computed_and_shared_weights(kind, layers, tied, frontend):
+    torch.manual_seed(0)
+    module, x = kind().eval(), torch.randn(2, 8)
+    before = list(module.state_dict())
+    program = tdcompile.trace(module, x, frontend=frontend)
+    assert list(tdcompile.sites(program)) == layers
+    assert list(module.state_dict()) == before
+    made = tdcompile.Pipeline.parse("score,propose").run(program.with_(budget=tdcompile.Budget(macs=0.9)))
+    refused = [r.layer for r in made.facts[Candidates].refusals if r.code == "tied_parameter"]
+    assert refused == tied
+    torch.testing.assert_close(outputs_of(program.graph, (x,)), outputs_of(module, (x,)), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_computed_once_is_counted_once():
+    module = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    program = tdcompile.trace(module, {"query": x, "key": x.flip(1), "value": x.flip(1)})
+    assert sum(p.numel() for p in program.graph.parameters()) == sum(p.numel() for p in module.parameters())
+
+
+class Head(nn.Module):
+    """A tied head with a bias of its own, and two layers of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.first, self.second = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.shift = nn.Parameter(torch.randn(9))
+
+    def forward(self, ids):
+        return F.linear(self.second(self.first(self.words(ids))), self.words.weight, self.shift)
+
+
+@pytest.mark.parametrize("frontend", ["fx", "export"])
+def test_tied_layers_keep_the_network_as_it_is(frontend):
+    module, ids = Head().eval(), torch.randint(0, 9, (2, 5))
+    before = list(module.state_dict())
+    program = tdcompile.trace(module, ids, frontend=frontend)
+    assert list(module.state_dict()) == before
+    made = tdcompile.Pipeline.parse("score,propose").run(program.with_(budget=tdcompile.Budget(macs=0.9)))
+    assert {r.code for r in made.facts[Candidates].refusals} == {"tied_parameter"}
+    torch.testing.assert_close(outputs_of(program.graph, (ids,)), outputs_of(module, (ids,)), rtol=1e-4, atol=1e-5)

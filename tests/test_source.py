@@ -290,3 +290,18 @@ def test_weights_keep_the_type_of_the_network(tmp_path: Path) -> None:
     module = nn.Linear(3, 2)
     load_weights(module, tmp_path / "w.safetensors")
     assert module.weight.dtype is torch.float32
+
+
+def test_what_holds_a_weight_elsewhere_holds_the_loaded_one(tmp_path: Path) -> None:
+    module = nn.Linear(3, 2)
+    kept = [module.weight]
+    safetensors.torch.save_file(nn.Linear(3, 2).state_dict(), tmp_path / "w.safetensors")
+    load_weights(module, tmp_path / "w.safetensors")
+    assert kept[0] is module.weight
+
+
+def test_two_values_for_one_weight_are_refused(tmp_path: Path) -> None:
+    values = {name: torch.randn(value.shape) for name, value in Tie().state_dict().items()}
+    safetensors.torch.save_file(values, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="which are one weight"):
+        load_weights(Tie(), tmp_path / "w.safetensors")

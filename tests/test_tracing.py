@@ -377,3 +377,60 @@ def test_macs_are_those_of_a_sample_whatever_is_folded_into_the_batch(size):
     found = tdcompile.sites(tdcompile.trace(Folded(), torch.randn(size, 5, 3, 4, 4)))
     assert sum(call.macs for call in found["frame"].calls) == 5 * 16 * 3 * 4 * 9
     assert [call.macs for call in found["token"].calls] == [5 * 16 * 4 * 6]
+
+
+class Lost(nn.Module):
+    """Works in place on what it is given, and on a value whose result it does not take."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.cut = nn.Conv2d(3, 4, 3), nn.ReLU6(inplace=True)
+
+    def forward(self, x):
+        x -= 0.5
+        y = 1000 * self.conv(x)
+        self.cut(y)
+        y.clamp_(min=1.0)
+        return y
+
+
+@pytest.mark.parametrize("frontend", ["auto", "export"])
+def test_work_in_place_is_not_lost_and_leaves_the_example_alone(frontend):
+    module, x = Lost().eval(), torch.randn(2, 3, 6, 6)
+    before = x.clone()
+    program = tdcompile.trace(module, x, frontend=frontend)
+    assert program.frontend == "export"
+    assert torch.equal(x, before)
+    assert list(tdcompile.sites(program)) == ["conv"]
+    y = torch.randn(3, 3, 6, 6)
+    torch.testing.assert_close(program.graph(y.clone()), module(y.clone()))
+
+
+def test_a_network_may_call_its_layers_by_keyword_and_without_a_batch():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.fc(input=self.first(x[0]).mean(1)[None])
+
+    program = tdcompile.trace(Odd(), torch.randn(2, 3, 8, 8), dynamic_batch=False)
+    assert list(tdcompile.sites(program)) == ["fc"]
+
+
+def test_infinity_is_refused_in_weights_and_allowed_in_masks():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+        def forward(self, x):
+            return (self.fc(x).unsqueeze(1) + self.mask).softmax(-1)
+
+    module = Masked()
+    assert list(tdcompile.sites(tdcompile.trace(module, torch.randn(2, 4)))) == ["fc"]
+    module.fc.bias.data[0] = -torch.inf
+    with pytest.raises(InputError, match=r"fc\.bias"):
+        tdcompile.trace(module, torch.randn(2, 4))

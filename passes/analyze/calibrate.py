@@ -57,7 +57,7 @@ class Calibrate(AnalysisPass):
         count = min(program.task.calibrate, len(samples))
         chosen = samples.shuffled(program.generator("calibrate"))
         taps, skipped = self._taps(program, count)
-        hooks = [tap.site.module.register_forward_pre_hook(tap) for tap in taps.values()]
+        hooks = [tap.site.module.register_forward_pre_hook(tap, with_kwargs=True) for tap in taps.values()]
         try:
             with torch.no_grad():
                 for done, batch in enumerate(chosen.batches(self.batch, limit=count), start=1):
@@ -114,8 +114,9 @@ class _Tap:
     generator: torch.Generator
     sums: _Sums | Range
 
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        patches = patches_of(self.site.layer, arguments[0], self.places, self.generator)
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = arguments[0] if arguments else next(iter(named.values()))
+        patches = patches_of(self.site.layer, x, self.places, self.generator)
         if not bool(torch.isfinite(patches).all()):
             raise InputError(f"NaN or Inf reaches the layer '{self.site.name}' on calibration data")
         self.sums.add(patches)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tdcompile.calibration import Baseline, Calibration
 from tdcompile.decomposition import Decomposition
@@ -19,6 +19,7 @@ from tdcompile.linalg import gram
 from tdcompile.program import Program, Site, parameters_of, sites
 from tdcompile.ranks import DENSE, Candidate, Candidates, Ranks, Spectrum
 from tdcompile.registry import find, make
+from tdcompile.surgery import attribute
 from tdcompile.target import Cost, CostModel, total
 from tdcompile.workers import side_by_side
 
@@ -191,6 +192,11 @@ def _kept_dense(program: Program, found: Mapping[str, Site]) -> Iterable[tuple[s
     for name, module in program.graph.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
+    for node in program.graph.graph.nodes:
+        if node.op == "get_attr":
+            owners.setdefault(id(attribute(program.graph, str(node.target))), []).append(
+                f"the operator '{_reader(node)}'"
+            )
     for name, site in found.items():
         sharing = [other for other in owners.get(id(site.module.weight), ()) if other != name]
         if name in program.keep_dense:
@@ -199,6 +205,10 @@ def _kept_dense(program: Program, found: Mapping[str, Site]) -> Iterable[tuple[s
             yield name, Refusal(name, "tied_parameter", f"its weight also belongs to {', '.join(sharing)}")
         elif site.weight.is_meta or not site.weight.is_floating_point():
             yield name, Refusal(name, "no_float_weight", f"its weight is {site.weight.dtype} on {site.weight.device}")
+
+
+def _reader(node: fx.Node) -> str:
+    return next((user.name for user in node.users), node.name)
 
 
 def _refused(name: str, site: Site, forms: Sequence[Decomposition]) -> Refusal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, cast
 
 from torch import fx, nn
@@ -55,6 +55,6 @@ def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
         weight, bias = fuse_conv_bn_weights(
             *(layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         )
-        fused._parameters, fused.layer = {"weight": weight, "bias": bias}, replace(layer.layer, bias=True)
+        fused._parameters = {"weight": weight, "bias": bias}
         return fused
     return fuse_conv_bn_eval(cast(nn.Conv2d, layer), norm)

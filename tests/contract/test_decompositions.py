@@ -18,7 +18,10 @@ GRAIN = 4
 ESTIMATES = {"cp": (0.1, 0.02), "cp4": (0.1, 0.02), "tucker2": (0.05, 1e-4)}
 EXACT = (1e-4, 1e-4)
 
-_transposed = TransposedConv.of
+
+def _transposed(module: nn.Module) -> TransposedConv:
+    return TransposedConv.of(module, {})
+
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: nn.Conv2d(16, 12, 3, padding=1), (2, 16, 7, 9)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
 import pytest
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 import tdcompile
 from tdcompile.errors import InputError, TdcompileError
+from tdcompile.export import export_onnx
 from tdcompile.layer import Refusal
 from tdcompile.runtime import infer, open_session
 from tdcompile.surgery import outputs_of, tensors_in
 from tdcompile.target import Target
+from tdcompile.validate import check_parity
 
 
 @dataclass
@@ -119,3 +122,33 @@ def test_a_quantised_layer_is_left_with_a_reason_and_said_to_have_no_onnx_form()
 def test_no_layers_at_all_is_said_in_a_sentence() -> None:
     with pytest.raises(InputError, match="no convolution or linear layer"):
         tdcompile.compile(nn.ReLU(), torch.randn(2, 8), budget={"macs": 0.9})
+
+
+def test_a_transposed_network_is_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(16, 16, 4, 2, 1)).eval()
+    compiled = tdcompile.compile(module, torch.randn(1, 3, 8, 8), budget={"macs": 0.8})
+    compiled.save(tmp_path / "out")
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(tdcompile.load(tmp_path / "out")(x), compiled.module(x))
+
+
+def test_an_open_axis_beside_a_fixed_batch_of_one() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 8, 3)).eval()
+    compiled = tdcompile.compile(
+        module, torch.randn(1, 3, 8, 8), budget={"macs": 0.8}, dynamic_batch=False, dynamic=["input:2"]
+    )
+    (value,) = onnx.load(compiled.onnx).graph.input
+    assert [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim] == [1, 3, "input_2", 8]
+
+
+def test_padding_before_a_max_pool_stays_what_it_is(tmp_path: Path) -> None:
+    """onnxruntime takes the zeros into the pool, where they count as minus infinity; negative values tell."""
+
+    class Pool(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.max_pool2d(nn.functional.pad(x, (0, 1, 0, 1)), 3, 2)
+
+    x = torch.randn(2, 3, 6, 6) - 5
+    done = export_onnx(Pool(), (x,), tmp_path / "m.onnx")
+    check_parity(done.path, Pool(), (x,), Target())
