@@ -23,6 +23,7 @@ from tdcompile.checkpoint import Checkpoint
 from tdcompile.errors import InputError, nearest
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, TunePass
+from tdcompile.layer import Refusal
 from tdcompile.outcome import measure
 from tdcompile.pipeline import Pipeline, Silent, Watch, run_step
 from tdcompile.planfile import adopt
@@ -279,9 +280,12 @@ def _kept(program: Program, patterns: Sequence[str]) -> dict[str, str]:
     """The layers that patterns leave dense.
 
     Raises:
-        InputError: a pattern matches no layer.
+        InputError: a pattern matches no layer, or there is none to match.
     """
     found = sites(program)
+    if not found:
+        said = "; ".join(entry.reason for entry in program.history if isinstance(entry, Refusal))
+        raise InputError(f"the network has no convolution or linear layer to factorise{f': {said}' if said else ''}")
     kept: dict[str, str] = {}
     for pattern in patterns:
         matched = fnmatch.filter(found, pattern)

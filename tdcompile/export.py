@@ -155,8 +155,9 @@ def _explained(cause: BaseException, module: nn.Module) -> str:
             "network is built"
         )
     if "data-dependent" in said:
-        place = _PLACE.search(said)
-        where = f" at {place['place']}" if place else ""
+        places = [match["place"] for match in _PLACE.finditer(said)]
+        own = [place for place in places if not place.startswith(("_export", "torch/", "fx/", "utils/"))]
+        where = f" at {own[0]}" if own else ""
         return (
             f"what it does depends on the values of its inputs{where}, and an ONNX graph is the same for all: {first}"
         )

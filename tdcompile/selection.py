@@ -29,8 +29,6 @@ def limits_of(candidates: Candidates, budget: Budget) -> dict[str, float]:
     Raises:
         InputError: the dense network has no price in a limited field, so that a share of it limits nothing.
     """
-    if not candidates.layers:
-        raise InputError("the network has no convolution or linear layer that could be factorised: 'analyze' says why")
     limits = budget.limits(candidates.dense)
     for field in limits:
         if getattr(candidates.dense, field) <= 0:
