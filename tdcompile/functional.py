@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from tdcompile.constants import Constants
 from tdcompile.layer import TransposedConv, unset
-from tdcompile.surgery import attribute, module_at
+from tdcompile.surgery import module_at
 
 aten = torch.ops.aten
 
@@ -63,7 +64,7 @@ def modularise(graph: fx.GraphModule) -> None:
         if node.op == "call_function" and node.target in _CHECKS and not node.users:
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
-    names, constants = _Names(graph), _Constants(graph)
+    names, constants = _Names(graph), Constants(graph)
     read = [(node, call) for node in graph.graph.nodes if (call := _read(node, constants)) is not None]
     modules = _transposed(graph, constants)
     made: dict[tuple[object, ...], nn.Module | None] = {}
@@ -88,7 +89,7 @@ def modularise(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _transposed(graph: fx.GraphModule, constants: _Constants) -> dict[str, nn.Module]:
+def _transposed(graph: fx.GraphModule, constants: Constants) -> dict[str, nn.Module]:
     """What takes the place of torch's own transposed convolutions, by name."""
     found: dict[str, nn.Module] = {}
     for node in graph.graph.nodes:
@@ -121,134 +122,12 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
         pending += [source for source in sources if not source.users and not source.is_impure()]
 
 
-class _Constants:
-    """Values of nodes that depend on parameters and buffers alone, in the graph as it was traced.
-
-    Attributes:
-        turned: parameters that hold another's values in another order, by the other's identity.
-    """
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self._graph = graph
-        self._known: dict[fx.Node, Tensor | None] = {}
-        self._parameters: dict[int, nn.Parameter] = {}
-        self._sources: dict[fx.Node, list[fx.Node] | None] = {}
-        self._readers: dict[int, list[fx.Node]] = {}  # the nodes that stand for a tensor, whatever its name
-        self._elsewhere: set[int] = set()  # tensors that a module of the graph reads by itself
-        self.turned: dict[int, nn.Parameter] = {}
-        for node in graph.graph.nodes:
-            self._sources[node] = self._from(node)
-            if node.op == "get_attr":
-                self._readers.setdefault(id(attribute(graph, str(node.target))), []).append(node)
-            part = module_at(graph, node)
-            if part is not None:
-                self._elsewhere |= {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
-
-    def _from(self, node: fx.Node) -> list[fx.Node] | None:
-        if node.op == "get_attr":
-            return [node]
-        if node.op not in ("call_function", "call_method") or node.is_impure():
-            return None
-        found: list[fx.Node] = []
-        for other in node.all_input_nodes:
-            inner = self._sources[other]
-            if inner is None:
-                return None
-            found += inner
-        return found or None
-
-    def sources(self, node: fx.Node) -> list[fx.Node] | None:
-        """The parameters and buffers that a value is computed from; None where an input goes into it."""
-        return self._sources.get(node)
-
-    def of(self, node: object) -> Tensor | None:
-        """The value of a node; None where it depends on an input, or is shared in a way that a copy would undo."""
-        if not isinstance(node, fx.Node):
-            return None
-        if node.op == "get_attr":
-            value = attribute(self._graph, str(node.target))
-            return value if isinstance(value, Tensor) and value.is_floating_point() else None
-        if node not in self._known:
-            self._known[node] = self._computed(node)
-        return self._known[node]
-
-    def parameter(self, node: fx.Node) -> nn.Parameter | None:
-        """The same as a parameter: the network's own, or one made of what is computed."""
-        value = self.of(node)
-        if value is None or isinstance(value, nn.Parameter):
-            return value
-        if id(value) not in self._parameters:
-            self._parameters[id(value)] = nn.Parameter(value, requires_grad=node.op != "get_attr")
-        return self._parameters[id(value)]
-
-    def only(self, node: object, call: fx.Node) -> bool:
-        """Whether nothing reads a tensor but calls of one operator: a copy in another order would come apart."""
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
-            return True
-        key = id(attribute(self._graph, str(node.target)))
-        users = [user for reader in self._readers[key] for user in reader.users]
-        return key not in self._elsewhere and all(user.target == call.target for user in users)
-
-    @torch.no_grad()
-    def _computed(self, node: fx.Node) -> Tensor | None:
-        sources = self.sources(node)
-        if sources is None:
-            return None
-        value = self._value(node)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return None
-        for source in sources:
-            base = attribute(self._graph, str(source.target))
-            if not isinstance(base, Tensor) or not self._alone(base, node, value):
-                return None
-        return value.detach().clone(memory_format=torch.contiguous_format)
-
-    def _value(self, node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            return attribute(self._graph, str(node.target))
-        arguments, options = fx.map_arg((node.args, node.kwargs), self._value)
-        if node.op == "call_method":
-            return getattr(arguments[0], str(node.target))(*arguments[1:], **options)
-        assert callable(node.target)  # a call_function's target is
-        return node.target(*arguments, **options)
-
-    def _alone(self, base: Tensor, node: fx.Node, value: Tensor) -> bool:
-        """Whether nothing else is computed from a parameter but other parts of it: a copy would come apart from it."""
-        if id(base) in self._elsewhere:
-            return False
-        ends = self._ends(base)
-        return ends <= {node} or (
-            _part(value, base) and all(other is node or self._is_part(other, base) for other in ends)
-        )
-
-    def _is_part(self, node: fx.Node, base: Tensor) -> bool:
-        value = self._value(node)
-        return isinstance(value, Tensor) and _part(value, base)
-
-    def _ends(self, base: Tensor) -> set[fx.Node]:
-        """Where what is computed from a parameter meets what is computed from an input."""
-        pending, ends = list(self._readers.get(id(base), ())), set[fx.Node]()
-        while pending:
-            node = pending.pop()
-            for user in node.users:
-                if self.sources(user) is None:
-                    ends.add(node)
-                else:
-                    pending.append(user)
-        return ends
-
-
-def _part(value: Tensor, base: Tensor) -> bool:
-    """Whether a value lies in a parameter's own memory and is less than the whole."""
-    return value.untyped_storage().data_ptr() == base.untyped_storage().data_ptr() and value.numel() < base.numel()
-
-
 def _given(node: fx.Node) -> dict[str, Any]:
     names = _SIGNATURES[node.target]  # the caller has looked
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _read(node: fx.Node, constants: _Constants) -> _Call | None:
+def _read(node: fx.Node, constants: Constants) -> _Call | None:
     """A call; None where its weight is computed from an input, its input is not, or an option is, or one is missing."""
     if node.op != "call_function" or node.target not in _BUILDERS:
         return None
@@ -277,7 +156,7 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
-def _linear(call: _Call, constants: _Constants) -> nn.Module | None:
+def _linear(call: _Call, constants: Constants) -> nn.Module | None:
     weight = call.tensors["weight"]
     if weight.dim() != 2:
         return None
@@ -285,7 +164,7 @@ def _linear(call: _Call, constants: _Constants) -> nn.Module | None:
     return _own(module, call)
 
 
-def _transposed_linear(call: _Call, constants: _Constants) -> nn.Module | None:
+def _transposed_linear(call: _Call, constants: Constants) -> nn.Module | None:
     """``x @ weight``, as ``addmm`` and ``matmul`` have it: the weight is ``(C, T)``."""
     weight, dims = call.tensors["weight"], _dims(call.input)
     if weight.dim() != 2 or any(call.options.get(scale, 1) != 1 for scale in ("beta", "alpha")):
@@ -299,15 +178,15 @@ def _transposed_linear(call: _Call, constants: _Constants) -> nn.Module | None:
     return _own(module, _Call(call.node, call.input, {**call.tensors, "weight": turned}, call.options))
 
 
-def _conv(call: _Call, constants: _Constants) -> nn.Module | None:
+def _conv(call: _Call, constants: Constants) -> nn.Module | None:
     return _convolution(call, constants, _CONVS, call.options)
 
 
-def _transposed_conv(call: _Call, constants: _Constants) -> nn.Module | None:
+def _transposed_conv(call: _Call, constants: Constants) -> nn.Module | None:
     return _convolution(call, constants, _TRANSPOSED_CONVS, call.options)
 
 
-def _either_conv(call: _Call, constants: _Constants) -> nn.Module | None:
+def _either_conv(call: _Call, constants: Constants) -> nn.Module | None:
     """``aten.convolution``, which has one option more."""
     options = dict(call.options)
     if options.pop("transposed"):
@@ -317,7 +196,7 @@ def _either_conv(call: _Call, constants: _Constants) -> nn.Module | None:
 
 
 def _convolution(
-    call: _Call, constants: _Constants, kinds: Sequence[type[nn.Module]], options: Mapping[str, Any]
+    call: _Call, constants: Constants, kinds: Sequence[type[nn.Module]], options: Mapping[str, Any]
 ) -> nn.Module | None:
     weight, dims = call.tensors["weight"], _dims(call.input)
     axes = weight.dim() - 2
@@ -340,7 +219,7 @@ def _each(value: Any, axes: int) -> Any:
     return values * axes if len(values) == 1 else values
 
 
-def _batch_norm(call: _Call, constants: _Constants) -> nn.Module | None:
+def _batch_norm(call: _Call, constants: Constants) -> nn.Module | None:
     dims, mean = _dims(call.input), call.tensors.get("running_mean")
     if call.options.get("training") or mean is None or dims not in _NORMS:
         return None
@@ -352,7 +231,7 @@ def _batch_norm(call: _Call, constants: _Constants) -> nn.Module | None:
     return _own(module, call) if affine else module
 
 
-def _dropout(call: _Call, constants: _Constants) -> nn.Module | None:
+def _dropout(call: _Call, constants: Constants) -> nn.Module | None:
     return nn.Dropout(call.options["p"])
 
 
@@ -380,7 +259,7 @@ class _Names:
                 for end in range(1, len(parts)):
                     self._inside.setdefault(".".join(parts[:end]), set()).add(str(node.target))
 
-    def of(self, read: Sequence[tuple[fx.Node, _Call]], constants: _Constants) -> dict[tuple[object, ...], str]:
+    def of(self, read: Sequence[tuple[fx.Node, _Call]], constants: Constants) -> dict[tuple[object, ...], str]:
         """That of the part whose weight it is, ``fc`` for ``fc.weight``, if that part is nothing else.
 
         Otherwise, for a weight among others, ``blocks.0.w_layer`` after ``blocks.0.w``; for what has no weight the
@@ -396,7 +275,7 @@ class _Names:
                 found[call.key] = self._fresh(self._base(node, constants))
         return found
 
-    def _holder(self, node: fx.Node, constants: _Constants) -> str:
+    def _holder(self, node: fx.Node, constants: Constants) -> str:
         """The part that is nothing but this layer; nothing where there is none."""
         weight = _given(node).get("weight")
         if not isinstance(weight, fx.Node):
@@ -410,7 +289,7 @@ class _Names:
         own = {str(other.target) for other in _reads(node)}
         return holder if leaf == "weight" and self._inside.get(holder, set()) <= own else ""
 
-    def _base(self, node: fx.Node, constants: _Constants) -> str:
+    def _base(self, node: fx.Node, constants: Constants) -> str:
         weight = _given(node).get("weight")
         if not isinstance(weight, fx.Node):
             path = _path(node)
@@ -454,7 +333,7 @@ def _path(node: fx.Node) -> str:
     return str(next(reversed(stack.values()))[0]).partition("@")[0] if stack else ""
 
 
-_Builder = Callable[[_Call, _Constants], nn.Module | None]
+_Builder = Callable[[_Call, Constants], nn.Module | None]
 _TABLE: tuple[tuple[tuple[Any, ...], Sequence[str], _Builder], ...] = (
     ((F.linear, aten.linear.default), _LINEAR, _linear),
     ((torch.addmm, aten.addmm.default), _ADDMM, _transposed_linear),

@@ -16,7 +16,7 @@ from tdcompile.errors import InputError
 from tdcompile.facts import Facts
 from tdcompile.layer import Layer, Refusal
 from tdcompile.signature import Axis
-from tdcompile.surgery import separate_attention
+from tdcompile.surgery import input_of, separate_attention
 from tdcompile.target import Budget, Target
 from tdcompile.task import Task
 
@@ -129,7 +129,7 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
         def record(
             module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], name: str = name
         ) -> None:
-            x = arguments[0] if arguments else next(iter(named.values()))
+            x = input_of(arguments, named)
             weight = module.weight
             assert isinstance(weight, Tensor)  # ``Layer.of`` takes nothing without one
             if not isinstance(module, nn.Linear) and x.dim() != weight.dim():

@@ -18,6 +18,7 @@ from tdcompile.callables import call, is_file, load_callable
 from tdcompile.errors import InputError
 from tdcompile.network import Network
 from tdcompile.registry import make
+from tdcompile.surgery import not_finite
 
 __all__ = ["check_weights", "load_callable", "load_source", "load_weights"]
 
@@ -130,17 +131,12 @@ def check_weights(module: nn.Module, where: str) -> None:
     Raises:
         InputError: a parameter or buffer is not finite; the message names the first.
     """
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.is_meta:
             raise InputError(f"{where}: the tensor '{name}' has a shape and no values: it is on the meta device")
-        if not value.is_floating_point():
-            continue
-        bad = ~torch.isfinite(value.detach())
-        if name not in parameters:
-            bad &= ~torch.isneginf(value.detach())
-        if bad.any():
-            raise InputError(f"{where}: the tensor '{name}' holds {int(bad.sum())} values that are NaN or Inf")
+    found = not_finite(module)
+    if found is not None:
+        raise InputError(f"{where}: the tensor '{found[0]}' holds {found[1]} values that are NaN or Inf")
 
 
 def _read(path: Path) -> object:

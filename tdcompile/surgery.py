@@ -82,6 +82,25 @@ def register_trees(value: object) -> None:
         register_trees(part)
 
 
+def not_finite(module: nn.Module) -> tuple[str, int] | None:
+    """The first parameter or buffer with NaN or Inf, and how many values are; buffers may hold -Inf, as masks do."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if not value.is_floating_point() or value.is_meta:
+            continue
+        bad = ~torch.isfinite(value.detach())
+        if name not in parameters:
+            bad &= ~torch.isneginf(value.detach())
+        if bad.any():
+            return name, int(bad.sum())
+    return None
+
+
+def input_of(arguments: Sequence[Tensor], named: Mapping[str, Tensor]) -> Tensor:
+    """What a layer is called on, as a hook with keyword arguments sees it."""
+    return arguments[0] if arguments else next(iter(named.values()))
+
+
 def parent_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds ``name`` and the last part of the name."""
     parent, _, leaf = name.rpartition(".")

@@ -17,7 +17,7 @@ from tdcompile.layer import Refusal
 from tdcompile.precision import in_single, inputs_in_single, named
 from tdcompile.program import Program, sites_of
 from tdcompile.signature import Axis, Call, batch_of, open_axes, resized, shares_batch
-from tdcompile.surgery import register_trees, separate_attention, tensors_in
+from tdcompile.surgery import not_finite, register_trees, separate_attention, tensors_in
 from tdcompile.symbolic import symbolic
 from tdcompile.unparametrised import unparametrised
 
@@ -319,12 +319,6 @@ def _first(error: Exception) -> str:
 
 
 def _check_weights(module: nn.Module) -> None:
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if not tensor.is_floating_point() or tensor.is_meta:
-            continue
-        bad = ~torch.isfinite(tensor.detach())
-        if name not in parameters:
-            bad &= ~torch.isneginf(tensor)  # what attention masks are made of
-        if bool(bad.any()):
-            raise InputError(f"the weight '{name}' holds NaN or Inf: the checkpoint is damaged or training diverged")
+    found = not_finite(module)
+    if found is not None:
+        raise InputError(f"the weight '{found[0]}' holds NaN or Inf: the checkpoint is damaged or training diverged")

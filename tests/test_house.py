@@ -56,6 +56,7 @@ FLOORS = [
         "tables",
     ],
     [
+        "constants",
         "functional",
         "symbolic",
         "exported",

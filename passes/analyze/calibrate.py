@@ -17,6 +17,7 @@ from tdcompile.layer import Layer, Moments
 from tdcompile.patches import patches_at, positions
 from tdcompile.program import Program, Site, sites
 from tdcompile.sketch import Range
+from tdcompile.surgery import input_of
 
 log = logging.getLogger("tdcompile")
 
@@ -115,8 +116,7 @@ class _Tap:
     sums: _Sums | Range
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        x = arguments[0] if arguments else next(iter(named.values()))
-        patches = patches_of(self.site.layer, x, self.places, self.generator)
+        patches = patches_of(self.site.layer, input_of(arguments, named), self.places, self.generator)
         if not bool(torch.isfinite(patches).all()):
             raise InputError(f"NaN or Inf reaches the layer '{self.site.name}' on calibration data")
         self.sums.add(patches)
