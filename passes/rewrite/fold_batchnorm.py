@@ -52,9 +52,10 @@ def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
         return fuse_linear_bn_eval(layer, norm)
     if isinstance(layer, TransposedConv):
         fused = copy.copy(layer)
-        weight, bias = fuse_conv_bn_weights(
-            *(layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-        )
+        mean, var = norm.running_mean, norm.running_var
+        assert mean is not None  # the caller has looked
+        assert var is not None  # it comes with the mean
+        weight, bias = fuse_conv_bn_weights(layer.weight, layer.bias, mean, var, norm.eps, norm.weight, norm.bias)
         fused._parameters = {"weight": weight, "bias": bias}
         return fused
     return fuse_conv_bn_eval(cast(nn.Conv2d, layer), norm)
