@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdcompile.errors import InputError
 from tdcompile.layer import owner
 from tdcompile.program import Site
+from tdcompile.surgery import input_of
 from tdcompile.task import Batch
 
 
@@ -55,12 +56,12 @@ def feature_errors(graph: nn.Module, site: Site, approximation: Tensor, batches:
     owner(difference).weight = nn.Parameter(site.weight - approximation.to(site.weight), requires_grad=False)
     lost, whole, elements = [], [], []
 
-    def tap(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        lost.append(_norms(difference(arguments[0])))
+    def tap(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        lost.append(_norms(difference(input_of(arguments, named))))
         whole.append(_norms(output))
         elements.append(output[0].numel())
 
-    hook = site.module.register_forward_hook(tap)
+    hook = site.module.register_forward_hook(tap, with_kwargs=True)
     try:
         for batch in batches:
             graph(*batch.inputs)

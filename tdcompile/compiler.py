@@ -10,7 +10,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from tdcompile.layer import Refusal
 from tdcompile.outcome import measure
 from tdcompile.pipeline import Pipeline, Silent, Watch, run_step
 from tdcompile.planfile import adopt
+from tdcompile.precision import half_kinds, samples_in_single
 from tdcompile.processes import from_first, is_first, no_gpu
 from tdcompile.program import Program, sites
 from tdcompile.ranks import RankPlan
@@ -212,7 +213,10 @@ def prepare(
     program = trace(
         module, inputs, frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch, dynamic=recipe.dynamic
     )
-    program = program.with_(task=_task(data, recipe), target=target, budget=budget, seed=recipe.seed)
+    task = _task(data, recipe)
+    if half_kinds(module):  # what it is compiled as reads float32
+        task = replace(task, train=samples_in_single(task.train), test=samples_in_single(task.test))
+    program = program.with_(task=task, target=target, budget=budget, seed=recipe.seed)
     program = program.with_(keep_dense=_kept(program, recipe.keep_dense))
     _check_labels(program)
     return adopt(program, Path(recipe.plan)) if recipe.plan else program

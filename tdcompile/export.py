@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import tempfile
@@ -94,7 +95,7 @@ def export_onnx(
     one = any(0 in open_ and len(x) == 1 for x, open_ in zip(inputs, opened, strict=True))
     model = _capture(module, batch_of(inputs, 2) if one else tuple(inputs), opened)
     _check_open(model.graph, opened)
-    _tidy(model, input_names)
+    _tidy(model, input_names or _arguments(module, len(inputs)))
     model.metadata_props.update(sorted((metadata or {}).items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -180,6 +181,12 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
+def _arguments(module: nn.Module, count: int) -> list[str] | None:
+    """The names of ``forward``'s arguments; torch renames what is also an output. None where they are not one each."""
+    names = list(inspect.signature(module.forward).parameters)
+    return names if len(names) == count else None
+
+
 def _check_open(graph: ir.Graph, opened: Sequence[Mapping[int, str]]) -> None:
     for value, axes in zip(graph.inputs, opened, strict=True):
         for axis, name in axes.items():
@@ -211,7 +218,7 @@ def _tidy(model: ir.Model, input_names: Sequence[str] | None) -> None:
         value.metadata_props.clear()
     graph.metadata_props.clear()
     model.metadata_props.clear()
-    for value, name in zip(graph.inputs, input_names or (), strict=input_names is not None):
+    for value, name in zip(graph.inputs, input_names or (), strict=bool(input_names)):
         _rename(graph, value, name)
     # the outputs' names are a promise: an input called ``output`` gives way
     count = len(graph.outputs)

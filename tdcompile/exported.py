@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from tdcompile.errors import FixedAxisError, UntraceableError
@@ -36,9 +39,16 @@ def exported(module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes:
         opened[axis.input][axis.axis] = f"the axis '{axis.name}'"
     shapes = call.arguments([dict.fromkeys(each, Dim.AUTO) or None for each in opened], rest=None)
     args, kwargs = call.split(call.tensors)
+    export = partial(
+        torch.export.export, module, args, kwargs, dynamic_shapes=_spread(shapes, kwargs), strict=False
+    )
     try:
         with hushed(), torch.no_grad():
-            program = torch.export.export(module, args, kwargs, dynamic_shapes=_spread(shapes, kwargs), strict=False)
+            try:
+                program = export()
+            except GuardOnDataDependentSymNode:
+                with _known_integers(module):
+                    program = export()
     except Exception as error:  # a network's forward may raise anything on symbols
         raise UntraceableError(_reason(error)) from error
     held = program.module(check_guards=False)
@@ -46,6 +56,39 @@ def exported(module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes:
     _same_axes(held, call, opened)
     graph = _flattened(held, call, program.call_spec.out_spec)
     return fx.GraphModule(held, graph)
+
+
+@contextmanager
+def _known_integers(module: nn.Module) -> Iterator[None]:
+    """For a while the integers that a network keeps in buffers, a stride say, are constants made in its code.
+
+    ``torch.export`` takes a buffer's value for unknown, and a size that is computed from it too.
+    """
+    changed: list[tuple[nn.Module, type[nn.Module], dict[str, Tensor]]] = []
+    try:
+        for part in module.modules():
+            found = {
+                name: value
+                for name, value in part.named_buffers(recurse=False)
+                if value.dim() == 0 and value.dtype in (torch.int32, torch.int64) and not value.is_meta
+            }
+            if not found or type(part).__module__.startswith("torch.nn."):  # batch norm's count of batches
+                continue
+            made = {name: property(_constant(value)) for name, value in found.items()}
+            changed.append((part, type(part), found))
+            part.__class__ = type(type(part).__name__, (type(part),), made)
+            for name in found:
+                del part._buffers[name]
+        yield
+    finally:
+        for part, kind, buffers in changed:
+            part.__class__ = kind
+            part._buffers.update(buffers)
+
+
+def _constant(value: Tensor) -> Callable[[nn.Module], Tensor]:
+    number, kind = value.item(), value.dtype
+    return lambda part: torch.tensor(number, dtype=kind)
 
 
 def _spread(shapes: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ parameters alone (a slice of a packed projection, a transposed matrix) is comput
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _ADDMM = ("bias", "input", "weight")
 _NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
-_DROPOUT = ("input", "p", "train")
+_DROPOUT = ("input", "p", "training", "inplace")
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -64,6 +65,7 @@ def modularise(graph: fx.GraphModule) -> None:
         if node.op == "call_function" and node.target in _CHECKS and not node.users:
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
+    _in_order(graph)
     names, constants = _Names(graph), Constants(graph)
     read = [(node, call) for node in graph.graph.nodes if (call := _read(node, constants)) is not None]
     modules = _transposed(graph, constants)
@@ -87,6 +89,20 @@ def modularise(graph: fx.GraphModule) -> None:
         graph.add_submodule(name, modules[name])
     graph.graph.lint()
     graph.recompile()
+
+
+def _in_order(graph: fx.GraphModule) -> None:
+    """Give modules their arguments in order, where the network names them: passes read what a layer is called on."""
+    for node in graph.graph.nodes:
+        part = module_at(graph, node)
+        if part is None or not node.kwargs:
+            continue
+        given, named = list(node.args), dict(node.kwargs)
+        for parameter in list(inspect.signature(part.forward).parameters.values())[len(given) :]:
+            if parameter.name not in named or parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+                break
+            given.append(named.pop(parameter.name))
+        node.args, node.kwargs = tuple(given), named
 
 
 def _transposed(graph: fx.GraphModule, constants: Constants) -> dict[str, nn.Module]:
@@ -135,7 +151,7 @@ def _read(node: fx.Node, constants: Constants) -> _Call | None:
     source = given.get("input")
     if not isinstance(source, fx.Node) or constants.sources(source) is not None:
         return None
-    if given.get("weight") is None and _BUILDERS[node.target] not in (_batch_norm, _dropout):
+    if given.get("weight") is None and _BUILDERS[node.target] not in (_batch_norm, _dropout, _channel_dropout):
         return None
     tensors: dict[str, Tensor] = {}
     for name in _TENSORS:
@@ -232,7 +248,12 @@ def _batch_norm(call: _Call, constants: Constants) -> nn.Module | None:
 
 
 def _dropout(call: _Call, constants: Constants) -> nn.Module | None:
-    return nn.Dropout(call.options["p"])
+    """In eval mode, in which a network is traced, it does nothing; as a module it comes back with training."""
+    return nn.Dropout(call.options.get("p", 0.5))
+
+
+def _channel_dropout(call: _Call, constants: Constants) -> nn.Module | None:
+    return nn.Dropout2d(call.options.get("p", 0.5)) if _dims(call.input) in (None, 4) else None
 
 
 def _own(module: nn.Module, call: _Call) -> nn.Module:
@@ -361,7 +382,8 @@ _TABLE: tuple[tuple[tuple[Any, ...], Sequence[str], _Builder], ...] = (
     ),
     ((aten.convolution.default,), (*_CONV[:6], "transposed", "output_padding", "groups"), _either_conv),
     ((aten.batch_norm.default,), _NORM, _batch_norm),
-    ((aten.dropout.default,), _DROPOUT, _dropout),
+    ((F.dropout, aten.dropout.default), _DROPOUT, _dropout),
+    ((F.dropout2d, aten.feature_dropout.default), _DROPOUT, _channel_dropout),
 )
 _SIGNATURES = {target: names for targets, names, _ in _TABLE for target in targets}
 _BUILDERS = {target: builder for targets, _, builder in _TABLE for target in targets}

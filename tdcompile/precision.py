@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+
+from tdcompile.task import Batch, Samples
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -39,7 +42,28 @@ def inputs_in_single(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.float() if x.dtype in HALF else x for x in tensors)
 
 
-def named(module: nn.Module) -> str:
+def samples_in_single(samples: Samples | None) -> Samples | None:
+    """The same of data."""
+    return None if samples is None else _Single(samples)
+
+
+class _Single(Samples):
+    def __init__(self, whole: Samples) -> None:
+        self._whole = whole
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        inputs, labels = self._whole.batch(indices)
+        return Batch(inputs_in_single(inputs), labels)
+
+    @property
+    def classes(self) -> int | None:
+        return self._whole.classes
+
+
+def half_kinds(module: nn.Module) -> str:
     """The half precisions in a network, for a sentence."""
     kinds = {tensor.dtype for tensor in chain(module.parameters(), module.buffers())} & set(HALF)
     return " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))

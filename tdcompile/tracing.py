@@ -14,7 +14,7 @@ from tdcompile.errors import FixedAxisError, InputError, UntraceableError
 from tdcompile.exported import exported
 from tdcompile.functional import modularise
 from tdcompile.layer import Refusal
-from tdcompile.precision import in_single, inputs_in_single, named
+from tdcompile.precision import half_kinds, in_single, inputs_in_single
 from tdcompile.program import Program, sites_of
 from tdcompile.signature import Axis, Call, batch_of, open_axes, resized, shares_batch
 from tdcompile.surgery import not_finite, register_trees, separate_attention, tensors_in
@@ -86,7 +86,7 @@ def trace(
         for name, why in traced.leaves.items()
     ]
     if single is not plain:
-        reason = f"its weights are {named(module)}: it is compiled in float32, which onnxruntime has kernels for"
+        reason = f"its weights are {half_kinds(module)}: it is compiled in float32, which onnxruntime has kernels for"
         history.append(Refusal("", "half_precision", reason))
     traced.graph.eval()
     history += _left(traced.graph, call.tensors)

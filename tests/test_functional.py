@@ -220,3 +220,24 @@ def test_tied_layers_keep_the_network_as_it_is(frontend):
     made = tdcompile.Pipeline.parse("score,propose").run(program.with_(budget=tdcompile.Budget(macs=0.9)))
     assert {r.code for r in made.facts[Candidates].refusals} == {"tied_parameter"}
     torch.testing.assert_close(outputs_of(program.graph, (ids,)), outputs_of(module, (ids,)), rtol=1e-4, atol=1e-5)
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.dropout2d(self.conv(x), 0.3, training=self.training)
+        return self.fc(F.dropout(x.mean((2, 3)), p=0.4, training=self.training))
+
+
+@pytest.mark.parametrize("frontend", ["fx", "export"])
+def test_functional_dropout_comes_back_with_training(frontend):
+    torch.manual_seed(0)
+    module, x = Dropping().eval(), torch.randn(4, 3, 6, 6)
+    graph = tdcompile.trace(module, x, frontend=frontend).graph
+    drops = {type(part): part.p for part in graph.modules() if isinstance(part, nn.modules.dropout._DropoutNd)}
+    assert drops == {nn.Dropout: 0.4, nn.Dropout2d: 0.3}
+    assert torch.equal(graph(x), module(x))
+    assert not torch.equal(graph.train()(x), graph(x))

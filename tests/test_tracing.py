@@ -265,6 +265,30 @@ def test_the_forced_front_end_says_what_it_cannot(frontend):
             tdcompile.trace(Branching(), torch.randn(2, 8, 6, 6), frontend=frontend)
 
 
+class Counted(nn.Module):
+    """Sizes computed from integers in buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 8, 3)
+        self.register_buffer("stride", torch.tensor(4))
+
+    def forward(self, x):
+        extra = (-x.shape[-1]) % self.stride
+        if extra > 2:
+            x = F.pad(x, (0, extra))
+        return self.conv(x)
+
+
+def test_integers_in_buffers_are_known_sizes_to_export():
+    module, x = Counted().eval(), torch.randn(2, 4, 9)
+    program = tdcompile.trace(module, x, frontend="export")
+    assert type(module) is Counted
+    assert module.stride is module._buffers["stride"]
+    assert_same(module, program, x)
+    assert program.graph(x).shape == (2, 8, 10)
+
+
 class Noisy(nn.Module):
     def __init__(self):
         super().__init__()

@@ -16,6 +16,7 @@ from tdcompile.importance import Importance, normalised
 from tdcompile.kinds import tick
 from tdcompile.layer import owner
 from tdcompile.program import Program, sites
+from tdcompile.surgery import input_of
 from tdcompile.task import logits
 from tdcompile.trial import FORMS, Trial, trials
 
@@ -56,7 +57,9 @@ class Taylor(Importance):
         batches = drawn(program, self.samples, self.name, "the importance 'taylor'", self.batch)
         generator = program.generator("taylor/classes")
         meters = {name: _Meter(trial) for name, trial in trials(program, self.share, self.forms).items()}
-        hooks = [meter.trial.site.module.register_forward_hook(meter.watch) for meter in meters.values()]
+        hooks = [
+            meter.trial.site.module.register_forward_hook(meter.watch, with_kwargs=True) for meter in meters.values()
+        ]
         program.graph.eval()
         try:
             for done, batch in enumerate(batches, start=1):
@@ -96,10 +99,12 @@ class _Meter:
         self._batch: list[Tensor] = []
         self._first, self._second, self._count = 0.0, 0.0, 0
 
-    def watch(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def watch(
+        self, module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> Tensor:
         """Forward hook: a zero added to the output makes a gradient flow there, whatever else is frozen."""
         with torch.no_grad():
-            change = self._difference(arguments[0].detach())
+            change = self._difference(input_of(arguments, named).detach())
         probe = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         self._probes.append(probe)
         watched = output + probe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from tdcompile.facts import Aspect
 from tdcompile.kinds import Rewritten, TunePass, tick
 from tdcompile.layer import Refusal
 from tdcompile.program import Change, Program
-from tdcompile.surgery import copy_weights
+from tdcompile.surgery import copy_weights, input_of
 from tdcompile.task import Samples
 
 
@@ -72,7 +72,7 @@ class Recalibrate(TunePass):
         """The pooled statistics of every batch-norm layer's input; the graph's own are overwritten."""
         layers, count = _norms(graph), len(samples)
         pools = {name: _Pool() for name in layers}
-        hooks = [module.register_forward_pre_hook(pools[name]) for name, module in layers.items()]
+        hooks = [module.register_forward_pre_hook(pools[name], with_kwargs=True) for name, module in layers.items()]
         graph.eval()
         for module in layers.values():
             module.train()
@@ -98,8 +98,8 @@ class _Pool:
         self.mean: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
 
-    def __call__(self, module: nn.Module, arguments: Sequence[Tensor]) -> None:
-        x = arguments[0]
+    def __call__(self, module: nn.Module, arguments: Sequence[Tensor], named: Mapping[str, Tensor]) -> None:
+        x = input_of(arguments, named)
         variance, mean = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1], correction=0)
         count, mean = x.numel() // x.shape[1], mean.double()
         share = count / (self.count + count)

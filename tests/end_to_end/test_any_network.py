@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,16 @@ from torch import Tensor, nn
 import tdcompile
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.export import export_onnx
+from tdcompile.importance import Importance
 from tdcompile.layer import Refusal
+from tdcompile.pipeline import Pipeline
+from tdcompile.program import Change
+from tdcompile.registry import find
 from tdcompile.runtime import infer, open_session
+from tdcompile.spec import parse_spec
 from tdcompile.surgery import outputs_of, tensors_in
 from tdcompile.target import Target
+from tdcompile.task import Batch, Samples, Task
 from tdcompile.validate import check_parity
 
 
@@ -152,3 +159,81 @@ def test_padding_before_a_max_pool_stays_what_it_is(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 6, 6) - 5
     done = export_onnx(Pool(), (x,), tmp_path / "m.onnx")
     check_parity(done.path, Pool(), (x,), Target())
+
+
+class ByName(nn.Module):
+    """Layers that are called by keyword, in the open and inside what nothing can trace."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(input=self.conv(input=x))
+            return x.clamp(max=6.0) if float(x.detach().sum()) > 1e9 else x
+
+    def __init__(self, closed: bool) -> None:
+        super().__init__()
+        self.stem, self.norm, self.act = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()
+        self.inner = self.Inner() if closed else nn.Identity()
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(self.act(input=self.norm(input=self.stem(input=x))))
+        return self.head(input=x.mean((2, 3)))
+
+
+class Drawn(Samples):
+    """Random samples with labels."""
+
+    def __init__(self, *shape: int, kind: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(*shape, generator=generator).to(kind)
+        self.y = torch.randint(0, 10, shape[:1], generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return Batch((self.x[list(indices)],), self.y[list(indices)])
+
+    @property
+    def classes(self) -> int:
+        return 10
+
+
+@pytest.mark.parametrize("score", [name for name in find(Importance) if name != "lwiq"])
+@pytest.mark.parametrize("closed", [False, True])
+def test_every_score_and_repair_works_on_layers_called_by_name(closed: bool, score: str) -> None:
+    torch.manual_seed(0)
+    module = ByName(closed).eval()
+    program = tdcompile.trace(module, torch.randn(2, 3, 8, 8))
+    assert program.frontend == "fx"
+    assert set(tdcompile.sites(program)) == {"stem", "head", *(["inner.conv"] if closed else [])}
+    program = program.with_(task=Task(Drawn(64, 3, 8, 8)), budget=tdcompile.Budget(macs=0.6))
+    steps = ["calibrate", f"score{{by={score}}}", "propose", "choose", "factorize", "refit"]
+    after = Pipeline.of(map(parse_spec, [*steps, "recalibrate"])).run(program)
+    changed = {entry.layer for entry in after.history if isinstance(entry, Change) and entry.step == "factorize"}
+    assert changed >= ({"inner.conv"} if closed else {"stem"})
+
+
+def test_samples_of_half_precision_reach_a_network_that_was_brought_to_single() -> None:
+    torch.manual_seed(0)
+    module = ByName(closed=False).eval().to(torch.float16)
+    data = Drawn(32, 3, 8, 8, kind=torch.float16)
+    compiled = tdcompile.compile(module, torch.randn(2, 3, 8, 8).half(), data=(data, data), budget={"macs": 0.6})
+    assert compiled.report.compiled.accuracy is not None
+
+
+def test_an_input_that_is_also_an_output_keeps_its_name(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def forward(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+            return picture * 2, picture
+
+    x = torch.randn(2, 5)
+    done = export_onnx(Both(), (x,), tmp_path / "m.onnx")
+    assert (done.input_names, done.output_names) == (("picture",), ("output_0", "output_1"))
+    first, second = infer(open_session(done.path, Target()), (x,))
+    assert (first == 2 * x.numpy()).all()
+    assert (second == x.numpy()).all()
