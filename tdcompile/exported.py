@@ -39,9 +39,7 @@ def exported(module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes:
         opened[axis.input][axis.axis] = f"the axis '{axis.name}'"
     shapes = call.arguments([dict.fromkeys(each, Dim.AUTO) or None for each in opened], rest=None)
     args, kwargs = call.split(call.tensors)
-    export = partial(
-        torch.export.export, module, args, kwargs, dynamic_shapes=_spread(shapes, kwargs), strict=False
-    )
+    export = partial(torch.export.export, module, args, kwargs, dynamic_shapes=_spread(shapes, kwargs), strict=False)
     try:
         with hushed(), torch.no_grad():
             try:

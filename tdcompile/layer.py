@@ -37,7 +37,7 @@ class Moments:
     Attributes:
         metric: E[x xᵀ], float64, ``(C·K, C·K)`` with K the number of kernel taps; x is an im2col patch in the
             order of ``weight.reshape(T, C·K)``. Of a wide layer of one tap a sketch, by which a matrix is multiplied
-            from the right like by a tensor.
+            from the right like by a tensor. Of a layer in G groups one for each, ``(G, C·K / G, C·K / G)``.
         samples: how many patches it was averaged over.
     """
 
@@ -52,6 +52,10 @@ class Moments:
             InputError: there is only a sketch of it.
         """
         return dense(self.metric)
+
+    def of_group(self, place: int) -> Moments:
+        """Those of one group's input, of a layer in groups."""
+        return Moments(self.second[place], self.samples)
 
 
 @dataclass(frozen=True)

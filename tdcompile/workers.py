@@ -67,6 +67,6 @@ def _read(future: Future[bytes]) -> Any:
         return pickle.loads(future.result())
     except BrokenProcessPool as error:
         raise TdcompileError(
-            "a process died, as a rule for want of memory: go on with fewer jobs (--jobs); in a script of your own, call "
-            "tdcompile below 'if __name__ == \"__main__\":', since each process reads the script anew"
+            "a process died, as a rule for want of memory: go on with fewer jobs (--jobs); in a script of your own "
+            "call tdcompile below 'if __name__ == \"__main__\":', since each process reads the script anew"
         ) from error

@@ -72,15 +72,15 @@ class Calibrate(AnalysisPass):
     def _taps(self, program: Program, count: int) -> tuple[dict[str, _Tap], dict[str, str]]:
         taps, skipped = {}, {}
         for name, site in sites(program).items():
-            width = site.layer.in_channels * site.layer.taps
-            if site.layer.groups > 1:
-                skipped[name] = "a grouped layer is not factorised"
+            width = site.layer.in_channels // site.layer.groups * site.layer.taps
+            if site.layer.depthwise:
+                skipped[name] = "a depthwise layer is not factorised"
             elif width > self.largest and not site.layer.pointwise:
                 skipped[name] = f"its {width} inputs need a moment matrix larger than {self.largest} x {self.largest}"
                 log.info("calibrate: no moments for %s: %s", name, skipped[name])
             else:
                 each = max(1, self.patches // count // len(site.calls))
-                sums = _Sums() if width <= self.largest else self._sketched(width, name, program)
+                sums = _Sums(site.layer.groups) if width <= self.largest else self._sketched(width, name, program)
                 taps[name] = _Tap(site, each, program.generator(f"calibrate/{name}"), sums)
         return taps, skipped
 
@@ -91,13 +91,18 @@ class Calibrate(AnalysisPass):
 
 @dataclass
 class _Sums:
-    """The second moment itself, as a running sum."""
+    """The second moment itself, as a running sum; of a layer in groups one for each."""
 
+    groups: int = 1
     total: Tensor | None = None
     seen: int = 0
 
     def add(self, rows: Tensor) -> None:
-        product = (rows.T @ rows).double()
+        if self.groups == 1:
+            product = (rows.T @ rows).double()
+        else:
+            parts = rows.reshape(len(rows), self.groups, -1).movedim(1, 0)
+            product = (parts.mT @ parts).double()
         self.total = product if self.total is None else self.total.add_(product)
         self.seen += len(rows)
 

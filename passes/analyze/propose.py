@@ -26,6 +26,9 @@ from tdcompile.workers import side_by_side
 # A price is a measurement, and in the graph a layer may cost a little more or less than alone.
 _MARGIN = 1.1
 
+# Codes of forms that say that the layer is of a kind which another form takes.
+_FOR_ANOTHER = ("kind", "kernel", "pointwise", "transposed", "grouped", "ungrouped")
+
 _Work = tuple[Decomposition, Layer, Tensor, Sequence[Ranks], Moments | None]
 
 
@@ -212,10 +215,14 @@ def _reader(node: fx.Node) -> str:
 
 
 def _refused(name: str, site: Site, forms: Sequence[Decomposition]) -> Refusal:
-    """One reason for a layer that no form applies to: the commonest code, with its first sentence."""
+    """One reason for a layer that no form applies to: the commonest code, with its first sentence.
+
+    That a layer is one for another form is said only where no form has more to say.
+    """
     reasons = [refusal for form in forms if (refusal := form.refuse(site.layer)) is not None]
     if not reasons:
         return Refusal(name, "no_ranks", "its ranks are below the grain: it is too small to be split")
+    reasons = [refusal for refusal in reasons if refusal.code not in _FOR_ANOTHER] or reasons
     codes = [refusal.code for refusal in reasons]
     chosen = max(reasons, key=lambda refusal: codes.count(refusal.code))
     return Refusal(name, chosen.code, chosen.reason)

@@ -1,0 +1,117 @@
+"""``grouped``: a convolution in groups, each group by a form of ungrouped ones: a chain of convolutions in groups.
+
+Group by group the layer is a convolution of its own, C/G -> T/G, with a weight and moments of its own (this project's
+completion: the published forms are for one group). All groups take the same ranks, so that the i-th small layers of all
+groups are one layer in groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tdcompile.decomposition import Decomposition, energy
+from tdcompile.errors import InputError
+from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.ranks import Ranks
+from tdcompile.registry import make
+
+
+@dataclass(frozen=True)
+class Grouped(Decomposition):
+    """A convolution in groups, each group by another form, all at the same ranks.
+
+    Attributes:
+        form: of kernels with more than one tap.
+        pointwise: the form of 1x1 convolutions.
+    """
+
+    name: ClassVar[str] = "grouped"
+    modes: ClassVar[tuple[str, ...]] = ("",)
+    form: str = "channel"
+    pointwise: str = "svd"
+
+    def __post_init__(self) -> None:
+        """Raises InputError where a group is to be in groups again."""
+        if self.name in (self.form, self.pointwise):
+            raise InputError(
+                "a group is one convolution: grouped{form=...} and grouped{pointwise=...} name other forms"
+            )
+
+    def refuse(self, layer: Layer) -> Refusal | None:
+        """Ungrouped and depthwise layers, and groups that their form refuses."""
+        if layer.groups == 1:
+            return Refusal("", "ungrouped", "its channels are in one group")
+        if layer.depthwise:
+            return Refusal("", "depthwise", f"each of its {layer.groups} groups has one input: nothing to decompose")
+        refused = self._form(layer).refuse(_one(layer))
+        if refused is None:
+            return None
+        return Refusal("", refused.code, f"of each of its {layer.groups} groups: {refused.reason}")
+
+    def exact_ranks(self, layer: Layer) -> Ranks:
+        """Those of one group."""
+        return self._form(layer).exact_ranks(_one(layer))
+
+    def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
+        """That of one group."""
+        return self._form(layer).rank_space(_one(layer), grain)
+
+    def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
+        """That of one group, side by side for all groups."""
+        return tuple(
+            replace(
+                part,
+                in_channels=part.in_channels * layer.groups,
+                out_channels=part.out_channels * layer.groups,
+                groups=part.groups * layer.groups,
+            )
+            for part in self._form(layer).blueprint(_one(layer), ranks)
+        )
+
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+        """The factors of all groups, one group after another."""
+        one, form = _one(layer), self._form(layer)
+        made = [form.factorize(one, own, ranks, seen) for own, seen in _groups(layer, weight, moments)]
+        return tuple(torch.cat(factors) for factors in zip(*made, strict=True))
+
+    def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
+        """The weights of all groups, one group after another."""
+        one, form = _one(layer), self._form(layer)
+        parts = zip(*(factor.chunk(layer.groups) for factor in factors), strict=True)
+        return torch.cat([form.reconstruct(one, own) for own in parts])
+
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+        """Those of the groups, each by its share of the output's energy."""
+        one, form = _one(layer), self._form(layer)
+        lost, whole = [0.0] * len(space), torch.finfo(torch.float64).tiny
+        for own, seen in _groups(layer, weight, moments):
+            amount = energy(own.detach().flatten(1).double(), seen)
+            whole += amount
+            found = form.errors(one, own, space, seen)
+            lost = [sum_ + amount * error**2 for sum_, error in zip(lost, found, strict=True)]
+        return [math.sqrt(each / whole) for each in lost]
+
+    def _form(self, layer: Layer) -> Decomposition:
+        return make(Decomposition, self.pointwise if layer.pointwise else self.form)
+
+
+def _one(layer: Layer) -> Layer:
+    """One group as a layer of its own."""
+    return replace(
+        layer,
+        in_channels=layer.in_channels // layer.groups,
+        out_channels=layer.out_channels // layer.groups,
+        groups=1,
+    )
+
+
+def _groups(layer: Layer, weight: Tensor, moments: Moments | None) -> Iterator[tuple[Tensor, Moments | None]]:
+    """Each group's weight and moments."""
+    for place, own in enumerate(weight.chunk(layer.groups)):
+        yield own, moments.of_group(place) if moments else None
