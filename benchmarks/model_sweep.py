@@ -122,8 +122,8 @@ def _page(title: str, rows: list[dict[str, Any]], seed: int) -> str:
             "to the share of its MACs that stands there, exported, and run in onnxruntime against its PyTorch network "
             "at batches of 1, 2 and 5.",
             "Parity is the largest difference over the largest output; MACs and latency are those of the dense network "
-            "over those of the compiled one, timed while other processes ran. Full ranks is the largest difference that a "
-            "plan makes which puts every layer in a form drawn by chance (cp and cp4 aside) at the ranks that reproduce it.",
+            "over those of the compiled one, timed while other processes ran. Full ranks: the largest difference of a "
+            "plan which puts every layer in a form drawn by chance (cp and cp4 aside) at the ranks that reproduce it.",
             "",
             f"**{title}**",
             "",
