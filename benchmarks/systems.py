@@ -81,6 +81,7 @@ def main(
     epochs: Annotated[
         float, typer.Option(help="of tuning; 0 is none, and leaves out what is nothing but training")
     ] = 0,
+    options: Annotated[str, typer.Option(help="more options of finetune, e.g. lr=0.01,precision=bf16")] = "",
     only: Annotated[str, typer.Option(help="systems whose names contain one of these, comma-separated")] = "",
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
@@ -89,7 +90,8 @@ def main(
     train, test = load_data(data, (3, 32, 32), "imagenet", seed)
     module = make(Network, network).build()
     load_weights(module, weights)
-    tune, rows = f",finetune{{epochs={epochs:g}}}" if epochs else "", []
+    tune = f",finetune{{{','.join(filter(None, (f'epochs={epochs:g}', options)))}}}" if epochs else ""
+    rows: list[dict[str, Any]] = []
     for name, text in SYSTEMS.items():
         if not any(part in name for part in only.split(",")) or ("{epochs}" in text and not epochs):
             continue

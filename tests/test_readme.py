@@ -69,3 +69,13 @@ def test_relative_links_resolve(page):
 def test_the_folders_of_the_map_exist():
     for folder in re.findall(r"^\| `(\w+)/` \|", TEXT, re.MULTILINE):
         assert (ROOT / folder).is_dir()
+
+
+PAGES = sorted(page for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    paths = r"(?<![\w/])((?:benchmarks|docs|tests|passes|models|tdcompile)/[\w/]+\.(?:py|md|toml|j2))\b"
+    named = set(re.findall(paths, page.read_text()))
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
