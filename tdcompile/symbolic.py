@@ -51,6 +51,7 @@ def symbolic(module: nn.Module, call: Call) -> tuple[fx.GraphModule, dict[str, s
                 warnings.simplefilter("ignore")  # on every argument that keeps its default
                 graph = tracer.trace(module, call.defaults())
             _settle(graph, call, module)
+            graph.lint()
         except Exception as error:  # noqa: BLE001  # a network's forward may raise anything on proxies
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if not tracer.stack or tracer.stack[-1] in leaves:

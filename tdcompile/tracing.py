@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,11 +145,11 @@ class _Fronts:
             return None
 
     def _fx(self) -> _Traced:
-        graph, leaves = symbolic(self.module, self.call)
+        graph, leaves = symbolic(_apart(self.module), self.call)
         return self._checked(_Traced(graph, leaves, "fx"))
 
     def _export(self) -> _Traced:
-        graph = exported(self.module, self.call, dynamic_batch=self.dynamic_batch, axes=self.axes)
+        graph = exported(_apart(self.module), self.call, dynamic_batch=self.dynamic_batch, axes=self.axes)
         return self._checked(_Traced(graph, {}, "export"))
 
     def _checked(self, traced: _Traced) -> _Traced:
@@ -303,6 +304,14 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _apart(module: nn.Module) -> nn.Module:
+    """A copy over the same tensors: what a network keeps while it is traced, in a cache say, is no use afterwards."""
+    try:
+        return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+    except Exception:  # noqa: BLE001  # a network may hold anything, and what cannot be copied is traced itself
+        return module
 
 
 def _batched(call: Call) -> list[tuple[Tensor, bool]]:

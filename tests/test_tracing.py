@@ -289,6 +289,32 @@ def test_integers_in_buffers_are_known_sizes_to_export():
     assert program.graph(x).shape == (2, 8, 10)
 
 
+class Caching(nn.Module):
+    """Keeps what it has computed, as LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bias, self.kept = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(8, 1, 1)), {}
+
+    def forward(self, x):
+        y = self.conv(x)
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias * 2
+            self.kept["first"] = y
+        return y + self.kept["bias"]
+
+
+@pytest.mark.parametrize("frontend", ["auto", "fx", "export"])
+def test_what_a_network_keeps_while_it_is_traced_does_not_stay_in_it(frontend):
+    module, x = Caching().eval(), torch.randn(2, 3, 6, 6)
+    for _ in range(2):
+        program = tdcompile.trace(module, x, frontend=frontend)
+        assert program.graph.get_submodule("conv").weight is module.conv.weight
+        assert_same(module, program, x)
+    assert all(type(value) is torch.Tensor for value in module.kept.values())
+    assert torch.equal(module(x), module(x))
+
+
 class Noisy(nn.Module):
     def __init__(self):
         super().__init__()
