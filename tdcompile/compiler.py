@@ -27,7 +27,7 @@ from tdcompile.layer import Refusal
 from tdcompile.outcome import measure
 from tdcompile.pipeline import Pipeline, Silent, Watch, run_step
 from tdcompile.planfile import adopt
-from tdcompile.precision import half_kinds, samples_in_single
+from tdcompile.precision import samples_like
 from tdcompile.processes import from_first, is_first, no_gpu
 from tdcompile.program import Program, sites
 from tdcompile.ranks import RankPlan
@@ -214,8 +214,8 @@ def prepare(
         module, inputs, frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch, dynamic=recipe.dynamic
     )
     task = _task(data, recipe)
-    if half_kinds(module):  # what it is compiled as reads float32
-        task = replace(task, train=samples_in_single(task.train), test=samples_in_single(task.test))
+    train, test = (samples_like(samples, program.inputs) for samples in (task.train, task.test))
+    task = replace(task, train=train, test=test)
     program = program.with_(task=task, target=target, budget=budget, seed=recipe.seed)
     program = program.with_(keep_dense=_kept(program, recipe.keep_dense))
     _check_labels(program)

@@ -44,9 +44,12 @@ def exported(module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes:
         with hushed(), torch.no_grad():
             try:
                 program = export()
-            except GuardOnDataDependentSymNode:
-                with _known_integers(module):
-                    program = export()
+            except GuardOnDataDependentSymNode as error:
+                try:
+                    with _known_integers(module):
+                        program = export()
+                except Exception:  # noqa: BLE001  # the second try is no more than that: what the first said stands
+                    raise error from None
     except Exception as error:  # a network's forward may raise anything on symbols
         raise UntraceableError(_reason(error)) from error
     held = program.module(check_guards=False)
@@ -62,7 +65,7 @@ def _known_integers(module: nn.Module) -> Iterator[None]:
 
     ``torch.export`` takes a buffer's value for unknown, and a size that is computed from it too.
     """
-    changed: list[tuple[nn.Module, type[nn.Module], dict[str, Tensor]]] = []
+    changed: list[tuple[nn.Module, type[nn.Module], dict[str, Tensor | None]]] = []
     try:
         for part in module.modules():
             found = {
@@ -70,10 +73,11 @@ def _known_integers(module: nn.Module) -> Iterator[None]:
                 for name, value in part.named_buffers(recurse=False)
                 if value.dim() == 0 and value.dtype in (torch.int32, torch.int64) and not value.is_meta
             }
-            if not found or type(part).__module__.startswith("torch.nn."):  # batch norm's count of batches
+            # torch's own keep counts of batches there, and a scripted part is not Python's to change
+            if not found or type(part).__module__.startswith("torch."):
                 continue
             made = {name: property(_constant(value)) for name, value in found.items()}
-            changed.append((part, type(part), found))
+            changed.append((part, type(part), dict(part._buffers)))
             part.__class__ = type(type(part).__name__, (type(part),), made)
             for name in found:
                 del part._buffers[name]
@@ -81,6 +85,7 @@ def _known_integers(module: nn.Module) -> Iterator[None]:
     finally:
         for part, kind, buffers in changed:
             part.__class__ = kind
+            part._buffers.clear()  # and all of them anew: their order is that of the state dict
             part._buffers.update(buffers)
 
 

@@ -41,7 +41,9 @@ def ranks_for(form: Decomposition, layer: Layer, kept: float) -> Ranks:
     if not 0.0 < kept <= 1.0:
         raise InputError(f"{kept:g} is no share of a layer's weights to keep: 0.25 keeps a quarter")
     wanted, exact = kept * math.prod(layer.weight_shape), form.exact_ranks(layer)
-    if len(exact) > 1 and not all(form.modes):  # a bond that is of no unfolding (out or in) lies inside a train
+    if len(exact) > 1 and not (
+        form.modes and all(form.modes)
+    ):  # a bond that is of no unfolding (out or in) lies inside a train
         return _train(form, layer, exact, wanted)
     share = _share(form, layer, exact, wanted)
     return tuple(min(max(round(share * rank), 1), rank) for rank in exact)

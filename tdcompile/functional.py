@@ -32,6 +32,10 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_CHANNEL_DROPOUTS: dict[object, type[nn.Dropout1d | nn.Dropout2d | nn.Dropout3d]] = {
+    **{F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d},
+    **{3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn.Dropout3d},
+}
 _PARAMETRIZED = ".parametrizations.weight."  # where torch keeps what a parametrised weight is computed from
 # What a run-time check is in a traced graph: it has done its work when the graph is compared with the network.
 _CHECKS = {
@@ -92,10 +96,10 @@ def modularise(graph: fx.GraphModule) -> None:
 
 
 def _in_order(graph: fx.GraphModule) -> None:
-    """Give modules their arguments in order, where the network names them: passes read what a layer is called on."""
+    """Give torch's modules their arguments in order, where the network names them: passes read what is the first."""
     for node in graph.graph.nodes:
         part = module_at(graph, node)
-        if part is None or not node.kwargs:
+        if part is None or not node.kwargs or not type(part).__module__.startswith("torch.nn."):
             continue
         given, named = list(node.args), dict(node.kwargs)
         for parameter in list(inspect.signature(part.forward).parameters.values())[len(given) :]:
@@ -151,7 +155,7 @@ def _read(node: fx.Node, constants: Constants) -> _Call | None:
     source = given.get("input")
     if not isinstance(source, fx.Node) or constants.sources(source) is not None:
         return None
-    if given.get("weight") is None and _BUILDERS[node.target] not in (_batch_norm, _dropout, _channel_dropout):
+    if given.get("weight") is None and _BUILDERS[node.target] not in _WEIGHTLESS:
         return None
     tensors: dict[str, Tensor] = {}
     for name in _TENSORS:
@@ -253,7 +257,13 @@ def _dropout(call: _Call, constants: Constants) -> nn.Module | None:
 
 
 def _channel_dropout(call: _Call, constants: Constants) -> nn.Module | None:
-    return nn.Dropout2d(call.options.get("p", 0.5)) if _dims(call.input) in (None, 4) else None
+    """By what the network calls; ATen has one operator for all."""
+    kind = _CHANNEL_DROPOUTS.get(call.node.target) or _CHANNEL_DROPOUTS.get(_dims(call.input))
+    return kind(call.options.get("p", 0.5)) if kind is not None else None
+
+
+def _alpha_dropout(call: _Call, constants: Constants) -> nn.Module | None:
+    return nn.AlphaDropout(call.options.get("p", 0.5))
 
 
 def _own(module: nn.Module, call: _Call) -> nn.Module:
@@ -382,8 +392,10 @@ _TABLE: tuple[tuple[tuple[Any, ...], Sequence[str], _Builder], ...] = (
     ),
     ((aten.convolution.default,), (*_CONV[:6], "transposed", "output_padding", "groups"), _either_conv),
     ((aten.batch_norm.default,), _NORM, _batch_norm),
-    ((F.dropout, aten.dropout.default), _DROPOUT, _dropout),
-    ((F.dropout2d, aten.feature_dropout.default), _DROPOUT, _channel_dropout),
+    ((F.dropout, torch.dropout, aten.dropout.default, aten.dropout_.default), _DROPOUT, _dropout),
+    ((F.dropout1d, F.dropout2d, F.dropout3d, aten.feature_dropout.default), _DROPOUT, _channel_dropout),
+    ((F.alpha_dropout, aten.alpha_dropout.default), _DROPOUT, _alpha_dropout),
 )
+_WEIGHTLESS = (_batch_norm, _dropout, _channel_dropout, _alpha_dropout)
 _SIGNATURES = {target: names for targets, names, _ in _TABLE for target in targets}
 _BUILDERS = {target: builder for targets, _, builder in _TABLE for target in targets}

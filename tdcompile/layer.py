@@ -205,6 +205,16 @@ class Layer:
         )
 
 
+def in_groups(layer: Layer) -> Refusal | None:
+    """Why a form of one group does not apply to a layer in groups; None where it has one."""
+    if layer.groups == 1:
+        return None
+    if layer.depthwise:
+        reason = f"each of its {layer.groups} groups has one input channel: there is nothing to decompose"
+        return Refusal("", "depthwise", reason)
+    return Refusal("", "grouped", f"its {layer.groups} groups each see other channels; the form 'grouped' fits it")
+
+
 class TransposedConv(nn.Module):
     """A transposed convolution whose weight is ``(T, C / groups, *kernel)``, output channels first, like all others'.
 
@@ -261,11 +271,11 @@ class TransposedConv(nn.Module):
         made.training = module.training
         return made
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``(N, C, *spatial)`` to ``(N, T, *spatial)``."""
         weight = self.weight.reshape(self.groups, -1, *self.weight.shape[1:]).transpose(1, 2).flatten(0, 1)
         return _TRANSPOSED[len(self.kernel_size)](
-            *(x, weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+            *(input, weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
         )
 
     def extra_repr(self) -> str:

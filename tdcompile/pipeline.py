@@ -11,7 +11,7 @@ from tdcompile.errors import InputError
 from tdcompile.facts import Facts
 from tdcompile.kinds import Pass, progress
 from tdcompile.program import Program
-from tdcompile.registry import make
+from tdcompile.registry import find, make
 from tdcompile.spec import Spec, parse_specs
 from tdcompile.surgery import separate_attention
 
@@ -80,12 +80,12 @@ class Pipeline:
                 if need not in known:
                     raise InputError(
                         f"step {position + 1} '{step.name}' needs {need.__name__}, which no step before it leaves: "
-                        f"put one that gives it in front ({self._givers(need) or 'no step here does'})"
+                        f"put one that gives it in front ({self._givers(need) or 'no pass does'})"
                     )
             known = {kind for kind in known if not kind.reads & step.touches} | set(step.gives)
 
     def _givers(self, need: type) -> str:
-        return ", ".join(step.name for step in self.steps if need in step.gives)
+        return ", ".join(name for name, kind in find(Pass).items() if need in kind.gives)
 
     def run(self, program: Program, watch: Watch | None = None, skip: int = 0) -> Program:
         """Run the steps on a program.

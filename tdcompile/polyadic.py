@@ -16,7 +16,7 @@ from tdcompile.anchors import anchored, spread
 from tdcompile.decomposition import Decomposition
 from tdcompile.degeneracy import CYCLES, allowed, correct, mode_weights, sensitivity
 from tdcompile.errors import InputError
-from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.layer import Layer, Moments, Refusal, in_groups
 from tdcompile.metric import OutputMetric
 from tdcompile.multilinear import (
     DEGENERATE,
@@ -66,9 +66,8 @@ class Polyadic(Decomposition):
             return Refusal("", "kind", f"{self.name} is a form of convolutions")
         if layer.transposed:
             return Refusal("", "transposed", "it is a transposed convolution; channel and tucker2 fit it")
-        if layer.groups > 1:
-            code = "depthwise" if layer.depthwise else "grouped"
-            return Refusal("", code, f"{self.name} needs a convolution that mixes all its channels")
+        if (grouped := in_groups(layer)) is not None:
+            return grouped
         if layer.pointwise:
             return Refusal("", "pointwise", f"{self.name} needs a kernel of more than one tap")
         return None

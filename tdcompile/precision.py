@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -42,25 +42,31 @@ def inputs_in_single(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.float() if x.dtype in HALF else x for x in tensors)
 
 
-def samples_in_single(samples: Samples | None) -> Samples | None:
-    """The same of data."""
-    return None if samples is None else _Single(samples)
+def samples_like(samples: Samples | None, examples: tuple[Tensor, ...]) -> Samples | None:
+    """Data in the precision of the example inputs: files may hold fp16 or fp64, and a layer takes its own alone."""
+    return None if samples is None else _Like(samples, examples)
 
 
-class _Single(Samples):
-    def __init__(self, whole: Samples) -> None:
-        self._whole = whole
+class _Like(Samples):
+    def __init__(self, whole: Samples, examples: tuple[Tensor, ...]) -> None:
+        self._whole, self._kinds = whole, [x.dtype for x in examples]
 
     def __len__(self) -> int:
         return len(self._whole)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         inputs, labels = self._whole.batch(indices)
-        return Batch(inputs_in_single(inputs), labels)
+        pairs = zip_longest(inputs, self._kinds[: len(inputs)])
+        return Batch(tuple(_cast(x, kind) for x, kind in pairs), labels)
 
     @property
     def classes(self) -> int | None:
         return self._whole.classes
+
+
+def _cast(x: Tensor, kind: torch.dtype | None) -> Tensor:
+    both = kind is not None and x.is_floating_point() and kind.is_floating_point
+    return x.to(kind) if both else x
 
 
 def half_kinds(module: nn.Module) -> str:

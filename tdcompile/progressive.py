@@ -66,11 +66,11 @@ class Parallel(nn.Module):
         adapter = self.adapter()
         return adapter if self.share == 0 else self.share * self.gap + adapter
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the layer's."""
+    def forward(self, input: Tensor) -> Tensor:
+        """As the layer's, which is called by that name too."""
         if isinstance(self.shell, nn.Linear):
-            return F.linear(x, self.effective(), self.bias)
-        out: Tensor = self.shell._conv_forward(x, self.effective(), self.bias)  # type: ignore[operator]
+            return F.linear(input, self.effective(), self.bias)
+        out: Tensor = self.shell._conv_forward(input, self.effective(), self.bias)  # type: ignore[operator]
         return out
 
     @torch.no_grad()

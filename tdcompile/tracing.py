@@ -56,7 +56,8 @@ def trace(
     batch size too, before it is taken.
 
     The module is put into eval mode for tracing and put back; its tensors are shared, not copied, but for those of
-    half precision, which become float32.
+    half precision, which become float32: passes run on the program then want samples in float32 (``compile`` sees
+    to that itself).
 
     Args:
         module: the network.
@@ -285,6 +286,8 @@ def _use(part: nn.Module, reader: fx.Node | None) -> str:
         return "a table that is looked up computes nothing"
     if isinstance(part, nn.MultiheadAttention):
         return "symbolic tracing takes attention for one operator; --frontend export sees its projections"
+    if isinstance(part, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return "a transposed convolution is rewritten where the graph itself calls it, with its input alone"
     what = target if reader is not None and reader.op != "get_attr" else type(part).__name__
     return f"{what} is neither a convolution nor a linear layer on a weight of its own"
 

@@ -17,7 +17,7 @@ from tdcompile.layer import Moments
 from tdcompile.program import Program, Site, sites
 from tdcompile.registry import make
 
-FORMS = ("tucker2", "svd")  # convolutions, and layers of one tap
+FORMS = ("tucker2", "svd", "grouped")  # convolutions, layers of one tap, and those in groups
 _TOLD = 1e-4  # a smaller error is rounding, and nothing can be told from it
 
 

@@ -225,19 +225,25 @@ def test_tied_layers_keep_the_network_as_it_is(frontend):
 class Dropping(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.line, self.plane, self.cube = nn.Conv1d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv3d(3, 8, 3)
+        self.fc = nn.Linear(8, 4)
 
     def forward(self, x):
-        x = F.dropout2d(self.conv(x), 0.3, training=self.training)
-        return self.fc(F.dropout(x.mean((2, 3)), p=0.4, training=self.training))
+        line = F.dropout1d(self.line(x.mean((2, 3))), 0.1, training=self.training).mean(2)
+        plane = F.dropout2d(self.plane(x.mean(2)), 0.2, training=self.training).mean((2, 3))
+        cube = F.dropout3d(self.cube(x), 0.3, training=self.training).mean((2, 3, 4))
+        plane = F.alpha_dropout(plane, p=0.4, training=self.training)
+        line = F.dropout(line + 0.0, 0.5, self.training, inplace=True)
+        return self.fc(torch.dropout(line + plane + cube, 0.6, self.training))
 
 
 @pytest.mark.parametrize("frontend", ["fx", "export"])
 def test_functional_dropout_comes_back_with_training(frontend):
     torch.manual_seed(0)
-    module, x = Dropping().eval(), torch.randn(4, 3, 6, 6)
+    module, x = Dropping().eval(), torch.randn(4, 3, 6, 6, 6)
     graph = tdcompile.trace(module, x, frontend=frontend).graph
-    drops = {type(part): part.p for part in graph.modules() if isinstance(part, nn.modules.dropout._DropoutNd)}
-    assert drops == {nn.Dropout: 0.4, nn.Dropout2d: 0.3}
+    drops = {(type(part), part.p) for part in graph.modules() if isinstance(part, nn.modules.dropout._DropoutNd)}
+    kinds = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Dropout, nn.Dropout)
+    assert drops == set(zip(kinds, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), strict=True))
     assert torch.equal(graph(x), module(x))
     assert not torch.equal(graph.train()(x), graph(x))

@@ -1,5 +1,7 @@
 """Tracing: leaves, functional layers, shared and tied weights, in-place operations, and inputs that cannot be used."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 
 import tdcompile
 from tdcompile.errors import InputError
+from tdcompile.exported import _known_integers
 from tdcompile.layer import Refusal
 from tdcompile.passes.decompose.channel import Channel
 from tdcompile.ranks import Candidate, RankPlan
@@ -272,6 +275,7 @@ class Counted(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(4, 8, 3)
         self.register_buffer("stride", torch.tensor(4))
+        self.register_buffer("scale", torch.ones(()))
 
     def forward(self, x):
         extra = (-x.shape[-1]) % self.stride
@@ -285,8 +289,58 @@ def test_integers_in_buffers_are_known_sizes_to_export():
     program = tdcompile.trace(module, x, frontend="export")
     assert type(module) is Counted
     assert module.stride is module._buffers["stride"]
+    assert list(module.state_dict()) == ["stride", "scale", "conv.weight", "conv.bias"]
     assert_same(module, program, x)
     assert program.graph(x).shape == (2, 8, 10)
+
+
+class Counting(Counted):
+    """Changes such an integer as it runs, which a constant cannot."""
+
+    def forward(self, x):
+        self.stride = self.stride + 0
+        return super().forward(x)
+
+
+def test_what_export_said_first_is_what_is_said():
+    module = Counting().eval()
+    with pytest.raises(InputError, match="data-dependent"):
+        tdcompile.trace(module, torch.randn(2, 4, 9), frontend="export")
+    with _known_integers(module), pytest.raises(AttributeError):
+        module(torch.randn(2, 4, 9))
+    assert list(module.state_dict()) == ["stride", "scale", "conv.weight", "conv.bias"]
+
+
+class Wrapped(nn.Module):
+    """A leaf that insists on its arguments' names."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def _plain(self, x, y):
+            return self.fc(x) + y if float(x.detach().sum()) < 1e9 else y
+
+        @functools.wraps(_plain)
+        def forward(self, *args, **kwargs):
+            if args:
+                raise TypeError("call by keyword")
+            return self._plain(**kwargs)
+
+    def __init__(self):
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x):
+        return self.inner(x=x, y=x)
+
+
+def test_the_networks_own_parts_are_called_as_it_calls_them():
+    module, x = Wrapped().eval(), torch.randn(2, 8)
+    program = tdcompile.trace(module, x)
+    assert program.frontend == "fx"
+    assert_same(module, program, x)
 
 
 class Caching(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -29,7 +30,8 @@ class Calibrate(AnalysisPass):
     Attributes:
         patches: at most so many im2col patches are read for each layer, at random places of all samples.
         largest: layers with more than so many inputs (C·K) get no moment matrix, which would have that many rows and
-            columns: a linear layer or 1x1 convolution gets a sketch of it, another layer none.
+            columns: a linear layer or 1x1 convolution gets a sketch of it, another layer none. The matrices of a layer
+            in groups together take no more than that one.
         sketch: the rank of a sketch, at a cost of four times so many numbers for each input.
         batch: samples at a time.
     """
@@ -75,6 +77,9 @@ class Calibrate(AnalysisPass):
             width = site.layer.in_channels // site.layer.groups * site.layer.taps
             if site.layer.depthwise:
                 skipped[name] = "a depthwise layer is not factorised"
+            elif site.layer.groups > 1 and width * math.sqrt(site.layer.groups) > self.largest:
+                skipped[name] = f"its {site.layer.groups} groups of {width} inputs need more than one of {self.largest}"
+                log.info("calibrate: no moments for %s: %s", name, skipped[name])
             elif width > self.largest and not site.layer.pointwise:
                 skipped[name] = f"its {width} inputs need a moment matrix larger than {self.largest} x {self.largest}"
                 log.info("calibrate: no moments for %s: %s", name, skipped[name])

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tdcompile.decomposition import Decomposition, grid
-from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.layer import Layer, Moments, Refusal, in_groups
 from tdcompile.linalg import balance, low_rank, low_rank_errors, operands
 from tdcompile.ranks import Ranks
 
@@ -28,9 +28,10 @@ class Channel(Decomposition):
 
     def refuse(self, layer: Layer) -> Refusal | None:
         """Groups, 1x1 and linear layers, and layers that rank 1 would not make cheaper."""
-        if layer.groups > 1:
-            code = "depthwise" if layer.depthwise else "grouped"
-            return Refusal("", code, f"its {layer.groups} groups each see other channels; one SVD would mix them")
+        if (grouped := in_groups(layer)) is not None:
+            return grouped
+        if layer.pointwise and layer.transposed:
+            return Refusal("", "no_form", "it is a transposed convolution of one tap, which no form takes")
         if layer.pointwise:
             return Refusal("", "pointwise", "it has no kernel beyond one tap; svd fits it")
         if self._macs(layer, (1,)) >= layer.macs:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from tdcompile.decomposition import Decomposition, energy
 from tdcompile.errors import InputError
-from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.layer import Layer, Moments, Refusal, in_groups
 from tdcompile.ranks import Ranks
-from tdcompile.registry import make
+from tdcompile.registry import find, make
+from tdcompile.spec import parse_spec
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,25 @@ class Grouped(Decomposition):
     """
 
     name: ClassVar[str] = "grouped"
-    modes: ClassVar[tuple[str, ...]] = ("",)
+    modes: ClassVar[tuple[str, ...]] = ()
     form: str = "channel"
     pointwise: str = "svd"
 
     def __post_init__(self) -> None:
-        """Raises InputError where a group is to be in groups again."""
-        if self.name in (self.form, self.pointwise):
-            raise InputError(
-                "a group is one convolution: grouped{form=...} and grouped{pointwise=...} name other forms"
-            )
+        """Raises InputError where a form is unknown, or a group is to be in groups again."""
+        known = find(Decomposition)
+        for option, text in (("form", self.form), ("pointwise", self.pointwise)):
+            named = parse_spec(text).name
+            if named not in known or named == self.name:
+                others = ", ".join(form for form in known if form != self.name)
+                raise InputError(f"grouped{{{option}={text}}} is to be one of {others}")
 
     def refuse(self, layer: Layer) -> Refusal | None:
         """Ungrouped and depthwise layers, and groups that their form refuses."""
         if layer.groups == 1:
             return Refusal("", "ungrouped", "its channels are in one group")
         if layer.depthwise:
-            return Refusal("", "depthwise", f"each of its {layer.groups} groups has one input: nothing to decompose")
+            return in_groups(layer)
         refused = self._form(layer).refuse(_one(layer))
         if refused is None:
             return None

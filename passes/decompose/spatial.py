@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tdcompile.decomposition import Decomposition, grid
 from tdcompile.inputmap import core_of, input_map, residuals
-from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.layer import Layer, Moments, Refusal, in_groups
 from tdcompile.linalg import balance, operands
 from tdcompile.ranks import Ranks
 
@@ -34,9 +34,8 @@ class Spatial(Decomposition):
         """Groups, kernels that are not two-dimensional with both sides above 1, and layers rank 1 makes no cheaper."""
         if layer.transposed:
             return Refusal("", "transposed", "it is a transposed convolution; channel and tucker2 fit it")
-        if layer.groups > 1:
-            code = "depthwise" if layer.depthwise else "grouped"
-            return Refusal("", code, f"its {layer.groups} groups each see other channels; one SVD would mix them")
+        if (grouped := in_groups(layer)) is not None:
+            return grouped
         if layer.pointwise:
             return Refusal("", "pointwise", "it has no kernel to part by axis; svd fits it")
         if len(layer.kernel) != 2 or 1 in layer.kernel:

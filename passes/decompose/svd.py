@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tdcompile.decomposition import Decomposition, grid
-from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.layer import Layer, Moments, Refusal, in_groups
 from tdcompile.linalg import balance, low_rank, low_rank_errors, matrix_of
 from tdcompile.ranks import Ranks
 
@@ -30,9 +30,8 @@ class SVD(Decomposition):
         """Groups, kernels of more than one tap, and layers that rank 1 would not make cheaper."""
         if layer.transposed:
             return Refusal("", "transposed", "it is a transposed convolution; channel and tucker2 fit it")
-        if layer.groups > 1:
-            code = "depthwise" if layer.depthwise else "grouped"
-            return Refusal("", code, f"its {layer.groups} groups each see other channels; one SVD would mix them")
+        if (grouped := in_groups(layer)) is not None:
+            return grouped
         if not layer.pointwise:
             return Refusal("", "kernel", f"its kernel {layer.kernel} has more than one tap; channel or tucker2 fit it")
         if self._macs(layer, (1,)) >= layer.macs:

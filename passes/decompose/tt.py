@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdcompile.anchors import anchored, spread
 from tdcompile.decomposition import Decomposition
-from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.layer import Layer, Moments, Refusal, in_groups
 from tdcompile.metric import OutputMetric
 from tdcompile.multilinear import share_bond, tail, tt_compose, tt_svd
 from tdcompile.ranks import Ranks
@@ -38,9 +38,8 @@ class TT(Decomposition):
             return Refusal("", "kind", "tt is a form of convolutions; tt-linear is that of linear layers")
         if layer.transposed:
             return Refusal("", "transposed", "it is a transposed convolution; channel and tucker2 fit it")
-        if layer.groups > 1:
-            code = "depthwise" if layer.depthwise else "grouped"
-            return Refusal("", code, "tt needs a convolution that mixes all its channels")
+        if (grouped := in_groups(layer)) is not None:
+            return grouped
         if layer.pointwise:
             return Refusal("", "pointwise", "tt needs a kernel of more than one tap")
         if len(layer.kernel) != 2 or min(layer.kernel) < 2:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdcompile.anchors import anchored, spread
 from tdcompile.decomposition import Decomposition
-from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.layer import Layer, Moments, Refusal, in_groups
 from tdcompile.linalg import energy
 from tdcompile.metric import OutputMetric
 from tdcompile.multilinear import precise, share_bond, tail, tt_compose, tt_svd
@@ -43,9 +43,8 @@ class TTLinear(Decomposition):
 
     def refuse(self, layer: Layer) -> Refusal | None:
         """Linear layers whose features have enough divisors are accepted."""
-        if layer.groups > 1:
-            code = "depthwise" if layer.depthwise else "grouped"
-            return Refusal("", code, "tt-linear is a form of linear layers, not of convolutions in groups")
+        if (grouped := in_groups(layer)) is not None:
+            return grouped
         if layer.kind != "linear":
             return Refusal("", "kind", "tt-linear is a form of linear layers")
         for size in (layer.in_channels, layer.out_channels):
@@ -176,9 +175,9 @@ class TTChain(nn.Module):
         self.factors = nn.ParameterList(nn.Parameter(factor.detach().clone()) for factor in factors)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., T)``."""
-        x = _split(x, -1, (-1, 1, self.inputs[-1]))
+        x = _split(input, -1, (-1, 1, self.inputs[-1]))
         for factor, bond, ahead in zip(self.factors, reversed(self.bonds), (*self.inputs[-2::-1], 1), strict=True):
             # (..., c_1 ... c_{k-1}, t_{k+1} ... t_d, c_k r_k) to (..., c_1 ... c_{k-2}, t_k ... t_d, c_{k-1} r_{k-1})
             x = _split(_split(nn.functional.linear(x, factor), -1, (bond, -1)), -4, (-1, ahead))

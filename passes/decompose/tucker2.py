@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tdcompile.decomposition import Decomposition, grid
 from tdcompile.inputmap import core_of, input_map, refine, regress, residuals, settle
-from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.layer import Layer, Moments, Refusal, in_groups
 from tdcompile.linalg import balance, leading, operands, unfold
 from tdcompile.ranks import Ranks
 
@@ -43,9 +43,10 @@ class Tucker2(Decomposition):
 
     def refuse(self, layer: Layer) -> Refusal | None:
         """Groups, 1x1 and linear layers, and layers that ranks (1, 1) would not make cheaper."""
-        if layer.groups > 1:
-            code = "depthwise" if layer.depthwise else "grouped"
-            return Refusal("", code, f"its {layer.groups} groups each see other channels; one core would mix them")
+        if (grouped := in_groups(layer)) is not None:
+            return grouped
+        if layer.pointwise and layer.transposed:
+            return Refusal("", "no_form", "it is a transposed convolution of one tap, which no form takes")
         if layer.pointwise:
             return Refusal("", "pointwise", "it has no kernel beyond one tap; svd fits it")
         if self._macs(layer, (1, 1)) >= layer.macs:

@@ -218,11 +218,39 @@ def test_every_score_and_repair_works_on_layers_called_by_name(closed: bool, sco
     assert changed >= ({"inner.conv"} if closed else {"stem"})
 
 
-def test_samples_of_half_precision_reach_a_network_that_was_brought_to_single() -> None:
+@pytest.mark.parametrize("form", ["tt-linear", "svd", "channel"])
+def test_factors_are_called_by_the_names_that_layers_are_called_by(form: str) -> None:
+    class Outer(nn.Module):
+        class Inner(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.up, self.fc = nn.Conv2d(16, 16, 3), nn.Linear(64, 64)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = self.fc(input=self.up(input=x).mean((2, 3)).repeat(1, 4))
+                return y.clamp(max=6.0) if float(x.detach().sum()) > 1e9 else y
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = self.Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    program = tdcompile.trace(Outer().eval(), torch.randn(2, 16, 8, 8), frontend="fx")
+    program = program.with_(budget=tdcompile.Budget(macs=0.6 if form == "channel" else 0.999))
+    after = Pipeline.parse(f"propose{{decompose={form}}},score,choose,factorize").run(program)
+    assert any(isinstance(entry, Change) for entry in after.history)
+    assert outputs_of(after.graph, program.inputs)[0].shape == (2, 64)
+
+
+@pytest.mark.parametrize(("weights", "kind"), [(torch.float16, torch.float16), (torch.float32, torch.float64)])
+def test_samples_come_in_the_precision_that_the_network_is_compiled_in(weights: torch.dtype, kind: torch.dtype) -> None:
     torch.manual_seed(0)
-    module = ByName(closed=False).eval().to(torch.float16)
-    data = Drawn(32, 3, 8, 8, kind=torch.float16)
-    compiled = tdcompile.compile(module, torch.randn(2, 3, 8, 8).half(), data=(data, data), budget={"macs": 0.6})
+    module = ByName(closed=False).eval().to(weights)
+    data = Drawn(32, 3, 8, 8, kind=kind)
+    example = torch.randn(2, 3, 8, 8).to(weights)
+    compiled = tdcompile.compile(module, example, data=(data, data), budget={"macs": 0.6})
     assert compiled.report.compiled.accuracy is not None
 
 

@@ -93,6 +93,15 @@ def test_large_and_depthwise_layers_are_left_out_with_a_reason():
     assert "depthwise" in moments(nn.Conv2d(4, 4, 3, groups=4), Drawn(4, 4, 6, 6)).skipped["0"]
 
 
+def test_the_moments_of_groups_together_take_no_more_memory_than_one_matrix_may():
+    module, samples = nn.Conv2d(24, 24, 1, groups=4), Drawn(4, 24, 6, 6)
+    assert moments(module, samples, largest=12).moments["0"].second.shape == (4, 6, 6)
+    for largest in (5, 11):  # below a group's own inputs, and above them
+        found = moments(module, samples, largest=largest)
+        assert "4 groups of 6 inputs" in found.skipped["0"]
+        assert not found.moments
+
+
 def test_without_data_there_are_no_moments():
     program = tdcompile.trace(nn.Linear(3, 3).eval(), (torch.randn(2, 3),))
     assert Calibrate().run(program).facts[Calibration] == Calibration({}, {}, 0)

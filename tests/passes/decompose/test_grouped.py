@@ -18,8 +18,11 @@ from tdcompile.passes.analyze.calibrate import Calibrate
 from tdcompile.passes.analyze.propose import Propose
 from tdcompile.passes.decompose.channel import Channel
 from tdcompile.passes.decompose.grouped import Grouped
-from tdcompile.ranks import Candidates
+from tdcompile.pipeline import Pipeline
+from tdcompile.ranks import Candidates, RankPlan, RankSelector
+from tdcompile.registry import find
 from tdcompile.task import Batch, Samples, Task
+from tdcompile.trial import trials
 
 CONV = nn.Conv2d(32, 48, 3, padding=1, groups=4)
 
@@ -85,9 +88,30 @@ def test_what_it_refuses(module: nn.Conv2d, code: str) -> None:
     assert refusal.code == code
 
 
-def test_a_group_in_groups_is_refused() -> None:
-    with pytest.raises(InputError, match="other forms"):
-        Grouped(form="grouped")
+@pytest.mark.parametrize("option", ["form", "pointwise"])
+@pytest.mark.parametrize("text", ["grouped", "grouped{form=channel}", "nonsense"])
+def test_a_group_in_groups_and_an_unknown_form_are_refused(option: str, text: str) -> None:
+    with pytest.raises(InputError, match="is to be one of channel, cp"):
+        Grouped(**{option: text})
+
+
+@pytest.mark.parametrize("selector", find(RankSelector))
+@pytest.mark.parametrize("form", ["channel", "tucker2", "tt", "cp"])
+def test_every_selector_knows_what_to_do_with_it(selector: str, form: str) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(32, 48, 3, groups=2), nn.ReLU(), nn.Conv2d(48, 32, 3), nn.Flatten())
+    program = tdcompile.trace(module.eval(), torch.randn(2, 32, 7, 7)).with_(budget=tdcompile.Budget(macs=0.5))
+    proposed = f"propose{{decompose=grouped{{form={form}}}+channel,spectra=true}}"
+    plan = Pipeline.parse(f"{proposed},score,choose{{by={selector}}}").run(program).facts[RankPlan]
+    assert plan.choices["0"].decomposition.partition("{")[0] in ("grouped", "dense")
+
+
+def test_scores_see_layers_in_groups() -> None:
+    """A layer without a trial would count for nothing, and be given away."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(16, 16, 3, groups=2), nn.Conv2d(16, 32, 1, groups=4), nn.Conv2d(32, 8, 3))
+    program = tdcompile.trace(module.eval(), torch.randn(2, 16, 9, 9))
+    assert {name: trial.error > 0 for name, trial in trials(program, 0.5).items()} == {"0": True, "1": True, "2": True}
 
 
 def test_another_form_for_the_groups() -> None:
