@@ -40,7 +40,8 @@ class Finetune(TunePass):
     Attributes:
         epochs: may be a fraction.
         lr: highest learning rate; none tries 0.03 for a batch of 128, in proportion for others, and shares of it down
-            to a hundredth, each in a short run of its own, and takes the one with the least held-out loss.
+            to a hundredth, each in a short run of its own, and takes the one with the least held-out loss: as it is for
+            one epoch, √epochs times it for more, which have the time to come back from it.
         trial: steps of each such run; 0, or no held-out samples, takes the highest rate untried.
         batch: samples a step.
         warmup: share of the steps in which the rate rises.
@@ -147,7 +148,11 @@ class Finetune(TunePass):
         settings: Settings,
         program: Program,
     ) -> float:
-        """The rate asked for, or the one whose short run, warm-up and cosine included, ends with the least loss."""
+        """The rate asked for, or the one whose short run, warm-up and cosine included, ends with the least loss.
+
+        What a short run takes is too low for a long one (this project's measurement, ``docs/results.md``); above the
+        highest rate that did not diverge it does not go.
+        """
         if self.lr is not None or not self.trial or heldout is None:
             return settings.lr
         judges = heldout.subset(range(min(len(heldout), _JUDGES)))
@@ -165,7 +170,10 @@ class Finetune(TunePass):
             except TdcompileError:  # it diverged, which a lower rate may not
                 continue
             ends[trial.lr] = math.inf if end is None else end
-        return min(ends, key=lambda rate: ends[rate], default=settings.lr)
+        if not ends:
+            return settings.lr
+        best = min(ends, key=lambda rate: ends[rate])
+        return min(best * math.sqrt(max(self.epochs, 1.0)), max(ends))
 
     def _split(self, train: Samples, program: Program) -> tuple[Samples, Samples | None]:
         count = min(int(self.holdout * len(train)), _HELDOUT, len(train) - 2)

@@ -442,7 +442,10 @@ def test_two_processes_decide_alike_which_rate_which_epoch_and_when_to_stop(tmp_
         torch.testing.assert_close(other["state"][name], value)
 
 
-def test_of_the_rates_tried_that_with_the_least_held_out_loss_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("epochs", "rate"), [(0.5, "0.00075"), (1, "0.00075"), (4, "0.0015"), (16, "0.0025")])
+def test_of_the_rates_tried_that_with_the_least_held_out_loss_is_taken_higher_for_longer_runs(
+    monkeypatch: pytest.MonkeyPatch, epochs: float, rate: str
+) -> None:
     tried, real = [], finetune.Trainer
 
     def trainer(graph: fx.GraphModule, *given: object) -> object:
@@ -459,9 +462,9 @@ def test_of_the_rates_tried_that_with_the_least_held_out_loss_is_taken(monkeypat
         return made
 
     monkeypatch.setattr(finetune, "Trainer", trainer)
-    tuned = Finetune(epochs=1, batch=32, holdout=0.2).run(program(data()))
+    tuned = Finetune(epochs=epochs, batch=32, holdout=0.2).run(program(data()))
     assert tried == pytest.approx([0.0075, 0.0025, 0.00075, 0.00025, 0.000075])
-    assert tuned.history[-1].what.endswith("rate 0.00075")  # type: ignore[union-attr]
+    assert tuned.history[-1].what.endswith(f"rate {rate}")  # type: ignore[union-attr]
 
 
 def test_trials_leave_the_start_alone_and_repeat_themselves() -> None:
