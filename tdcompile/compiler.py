@@ -35,7 +35,7 @@ from tdcompile.recipes import Recipe, known_beside, load_recipe
 from tdcompile.report import Report, render_html
 from tdcompile.runtime import open_session
 from tdcompile.summary import Run, summarise
-from tdcompile.surgery import outputs_of
+from tdcompile.surgery import evaluating, outputs_of
 from tdcompile.target import Target
 from tdcompile.task import Samples, Task, accuracy
 from tdcompile.tracing import trace
@@ -132,14 +132,15 @@ def compile(  # the field's word, as in torch.compile
     start = time.perf_counter()
     chosen = resolve(recipe, options)
     pipeline = chosen.steps()
-    program = prepare(module, inputs, data, chosen)
-    pipeline.check(program.facts)
-    folder = Path(tempfile.mkdtemp(prefix="tdcompile-"))
-    try:
-        compiled = _compiled(program, chosen, pipeline, folder, workspace, resume, watch or Silent(), start)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with evaluating(module):  # a network that cannot be copied is traced itself
+        program = prepare(module, inputs, data, chosen)
+        pipeline.check(program.facts)
+        folder = Path(tempfile.mkdtemp(prefix="tdcompile-"))
+        try:
+            compiled = _compiled(program, chosen, pipeline, folder, workspace, resume, watch or Silent(), start)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
     return compiled
 

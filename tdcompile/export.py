@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from tdcompile.errors import InputError, TdcompileError
+from tdcompile.exported import limits
 from tdcompile.noise import hushed
 from tdcompile.signature import BATCH, Axis, batch_of, shares_batch
 from tdcompile.surgery import separate_attention
@@ -138,6 +139,14 @@ def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[M
                 ) from cause
             raise TdcompileError(f"torch cannot export the network to ONNX: {_explained(cause, module)}") from cause
     assert program is not None  # torch.onnx.export returns one under dynamo=True
+    if program.exported_program is not None:
+        found = limits(program.exported_program, opened)
+        least, largest = found.get(BATCH, (1, None))
+        if largest is not None or least > 2:
+            raise InputError(
+                f"the network does something else where its batch is {largest + 1 if largest else least - 1}, so the "
+                "batch axis cannot stay open: pass dynamic_batch=False (--no-dynamic-batch)"
+            )
     return program.model
 
 

@@ -119,5 +119,7 @@ def _approximation(dense: nn.Module, compiled: nn.Module, program: Program) -> t
     samples = program.task.test or program.task.train
     inputs = next(samples.batches(64)).inputs if samples is not None else program.inputs
     pairs = list(zip(outputs_of(dense, inputs), outputs_of(compiled, inputs), strict=True))
-    worst = max(float((a - b).abs().max()) for a, b in pairs)
-    return worst, worst / max(max(float(a.abs().max()) for a, _ in pairs), torch.finfo(torch.float32).tiny)
+    pairs = [(a.double(), b.double()) for a, b in pairs if a.numel() and not a.is_complex()]
+    worst = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
+    largest = max((float(a.abs().max()) for a, _ in pairs), default=0.0)
+    return worst, worst / max(largest, torch.finfo(torch.float32).tiny)

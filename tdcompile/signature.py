@@ -167,6 +167,15 @@ def open_axes(texts: Sequence[str], names: Sequence[str], inputs: Sequence[Tenso
     return tuple(found)
 
 
+def sized(inputs: Sequence[Tensor], axes: Sequence[Axis], size: int) -> tuple[Tensor, ...]:
+    """The inputs with these axes so long, their entries repeated or cut."""
+    made = list(inputs)
+    for axis in axes:
+        x = made[axis.input]
+        made[axis.input] = x.index_select(axis.axis, torch.arange(size, device=x.device) % x.shape[axis.axis])
+    return tuple(made)
+
+
 def resized(inputs: Sequence[Tensor], axes: Sequence[Axis], more: int) -> tuple[Tensor, ...]:
     """The inputs with every open axis longer by so much, their first entries repeated."""
     made = list(inputs)

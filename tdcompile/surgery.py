@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 
 import torch
@@ -27,13 +27,22 @@ def copy_weights(graph: fx.GraphModule) -> fx.GraphModule:
 
 def outputs_of(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The tensors that a network in eval mode returns for the inputs, nested ones in order; its mode is put back."""
-    training = module.training
-    module.eval()
+    with evaluating(module), torch.no_grad(), separate_attention():
+        # a network may work in place, and return a parameter
+        return [y.detach() for y in tensors_in(module(*(x.clone() for x in inputs)))]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every part then has the mode again that it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    with suppress(NotImplementedError):  # what torch.export gives back is in one mode for good
+        module.eval()
     try:
-        with torch.no_grad(), separate_attention():
-            return list(tensors_in(module(*(x.clone() for x in inputs))))  # a network may work in place
+        yield
     finally:
-        module.train(training)
+        for part, training in modes:
+            part.training = training
 
 
 @contextmanager

@@ -52,13 +52,14 @@ def symbolic(module: nn.Module, call: Call) -> tuple[fx.GraphModule, dict[str, s
                 graph = tracer.trace(module, call.defaults())
             _settle(graph, call, module)
             graph.lint()
+            made = fx.GraphModule(module, graph)
         except Exception as error:  # noqa: BLE001  # a network's forward may raise anything on proxies
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if not tracer.stack or tracer.stack[-1] in leaves:
                 return _whole(module, call), {"": reason}
             leaves[tracer.stack[-1]] = reason
             continue
-        return fx.GraphModule(module, graph), leaves
+        return made, leaves
 
 
 def _settle(graph: fx.Graph, call: Call, module: nn.Module) -> None:

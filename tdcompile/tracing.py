@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from tdcompile.errors import FixedAxisError, InputError, UntraceableError
 from tdcompile.exported import exported
@@ -17,8 +18,8 @@ from tdcompile.functional import modularise
 from tdcompile.layer import Refusal
 from tdcompile.precision import half_kinds, in_single, inputs_in_single
 from tdcompile.program import Program, sites_of
-from tdcompile.signature import Axis, Call, batch_of, open_axes, resized, shares_batch
-from tdcompile.surgery import not_finite, register_trees, separate_attention, tensors_in
+from tdcompile.signature import BATCH, Axis, Call, batch_of, open_axes, resized, shares_batch, sized
+from tdcompile.surgery import evaluating, not_finite, register_trees, separate_attention, tensors_in
 from tdcompile.symbolic import symbolic
 from tdcompile.unparametrised import unparametrised
 
@@ -76,7 +77,11 @@ def trace(
         call = call.having(batch_of(call.tensors, 2))
     axes = open_axes(dynamic, call.names, call.tensors)
     _check_weights(module)
-    with _evaluating(module):
+    word = next((name for name, _ in module.named_modules() if any(map(iskeyword, name.split(".")))), None)
+    if word is not None:
+        raise InputError(f"the part '{word}' is named by a word of Python, which torch's graphs cannot hold: rename it")
+    # without the fused attention kernels, which bypass the layers that they are made of
+    with evaluating(module), separate_attention():
         plain = unparametrised(module)
         single = in_single(plain)
         if single is not plain:
@@ -130,9 +135,13 @@ class _Fronts:
         if found is not None and not found.leaves and not _hidden(found.graph, self.call.tensors):
             return found
         other = self._tried(self._export, refused)
-        if other is not None or found is not None:
-            return other or found  # type: ignore[return-value]  # one of them is there
         fixed = next((error for error in refused.values() if isinstance(error, FixedAxisError)), None)
+        if other is None and found is not None and fixed is None:
+            return found
+        if other is not None:
+            return other
+        if found is not None and not found.leaves:
+            return found
         if fixed is not None:
             raise fixed
         said = "; ".join(f"{name}: {error}" for name, error in refused.items())
@@ -150,8 +159,40 @@ class _Fronts:
         return self._checked(_Traced(graph, leaves, "fx"))
 
     def _export(self) -> _Traced:
-        graph = exported(_apart(self.module), self.call, dynamic_batch=self.dynamic_batch, axes=self.axes)
-        return self._checked(_Traced(graph, {}, "export"))
+        graph, sizes = exported(_apart(self.module), self.call, dynamic_batch=self.dynamic_batch, axes=self.axes)
+        traced = self._checked(_Traced(graph, {}, "export"))
+        for name, (least, largest) in sizes.items():
+            for size in (least - 1 if least > 2 else None, largest + 1 if largest is not None else None):
+                if size is not None and not self.call.tensors[0].is_meta:
+                    self._goes_on(traced.graph, name, size)
+        return traced
+
+    def _goes_on(self, graph: fx.GraphModule, name: str, size: int) -> None:
+        """Try the first size at which a branch in the network was seen to go another way.
+
+        Raises:
+            FixedAxisError: the network takes that size, and the graph gives something else.
+        """
+        own = [axis for axis in self.axes if axis.name == name]
+        other = self.call.having(
+            batch_of(self.call.tensors, size) if name == BATCH else sized(self.call.tensors, own, size)
+        )
+        try:
+            expected = _answer(self.module, other)
+        except Exception:  # noqa: BLE001  # a size that the network itself does not take
+            return
+        try:
+            with torch.no_grad():
+                wrong = _difference(expected, list(tensors_in(graph(*(x.clone() for x in other.tensors)))))
+        except Exception as error:  # noqa: BLE001  # as above: a graph fails in any way
+            wrong = _first(error)
+        if wrong is not None:
+            what = "the batch" if name == BATCH else f"the axis '{name}'"
+            instead = "--no-dynamic-batch" if name == BATCH else "no --dynamic for it"
+            raise FixedAxisError(
+                f"the network does something else where {what} is {size} than where it is as in the example, so that "
+                f"axis cannot stay open: give {instead}"
+            )
 
     def _checked(self, traced: _Traced) -> _Traced:
         """The graph with its layers as modules, which answers like the network.
@@ -191,6 +232,8 @@ def _cases(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch: b
     """
     try:
         cases = [_Case("on the example inputs", call, _answer(module, call))]
+    except InputError:
+        raise
     except Exception as error:  # whatever the network's own code raises
         raise InputError(f"the network does not run on an input of {_shapes(call)}: {_first(error)}") from error
     others = []
@@ -217,6 +260,12 @@ def _cases(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch: b
 def _answer(module: nn.Module, call: Call) -> list[Tensor]:
     args, kwargs = call.split([x.clone() for x in call.tensors])  # a network may work in place
     output = module(*args, **kwargs)
+    plain = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, int | float | str)), None)
+    if plain is not None:
+        raise InputError(
+            f"among what the network returns is {plain!r}, and an ONNX model returns tensors alone: return it as a "
+            "tensor, or leave it out"
+        )
     register_trees(output)  # torch.export asks for it
     return list(tensors_in(output))
 
@@ -230,7 +279,7 @@ def _difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> str | None
             return f"output {place} is {tuple(ours.shape)} {ours.dtype} for {tuple(theirs.shape)} {theirs.dtype}"
         if ours.is_meta or not ours.numel():
             continue
-        a, b = ours.double(), theirs.double()
+        a, b = ours.detach().double(), theirs.detach().double()
         finite = torch.isfinite(b)
         scale = float(b[finite].abs().max()) if bool(finite.any()) else 0.0
         most = float((a - b)[finite].abs().max()) if bool(finite.any()) else 0.0
@@ -294,19 +343,6 @@ def _use(part: nn.Module, reader: fx.Node | None) -> str:
 
 def _more(names: Sequence[str]) -> str:
     return f" and {len(names) - 4} more" if len(names) > 4 else ""
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, without the fused attention kernels that bypass the layers they are made of."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with separate_attention():
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _apart(module: nn.Module) -> nn.Module:

@@ -265,3 +265,106 @@ def test_an_input_that_is_also_an_output_keeps_its_name(tmp_path: Path) -> None:
     first, second = infer(open_session(done.path, Target()), (x,))
     assert (first == 2 * x.numpy()).all()
     assert (second == x.numpy()).all()
+
+
+class Forking(nn.Module):
+    """Another way for large batches, and for long rows."""
+
+    def __init__(self, batch: int = 10**9, rows: int = 10**9) -> None:
+        super().__init__()
+        self.batch, self.rows = batch, rows
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > self.batch or x.shape[1] > self.rows:
+            return self.a(x)
+        return torch.relu(self.b(x))
+
+
+@pytest.mark.parametrize("frontend", ["auto", "fx", "export"])
+def test_a_fork_on_the_batch_closes_that_axis(frontend: str) -> None:
+    """Above every batch that is ever tried, so that running does not find it."""
+    x = torch.randn(2, 6, 64)
+    with pytest.raises(InputError, match="no-dynamic-batch"):
+        tdcompile.compile(Forking(batch=37).eval(), x, frontend=frontend, budget={"macs": 0.6})
+    compiled = tdcompile.compile(
+        Forking(batch=37).eval(), x, frontend=frontend, budget={"macs": 0.6}, dynamic_batch=False
+    )
+    assert compiled.report.parity.max_rel < 1e-4
+
+
+def test_a_fork_on_an_open_axis_closes_it_and_a_limit_of_the_network_does_not() -> None:
+    x = torch.randn(2, 6, 64)
+    with pytest.raises(InputError, match="the axis 'x_1' is 41"):
+        tdcompile.trace(Forking(rows=40).eval(), x, dynamic=["x:1"], frontend="export")
+
+    class Limited(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.places = nn.Linear(64, 64), nn.Parameter(torch.randn(1, 40, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x + self.places[:, : x.shape[1]])
+
+    program = tdcompile.trace(Limited().eval(), x, dynamic=["x:1"], frontend="export")
+    assert program.graph(torch.randn(3, 40, 64)).shape == (3, 40, 64)
+
+
+class Mixed(nn.Module):
+    """Outputs of every kind: a parameter, a buffer, booleans, integers, views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(64, 64), nn.Parameter(torch.randn(3))
+        self.register_buffer("anchors", torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.fc(x)
+        return y, self.scale, self.anchors, y > 0, y.argmax(-1), x[:, :8], y.view(-1, 8, 8)
+
+
+@pytest.mark.parametrize("frontend", ["fx", "export"])
+def test_outputs_of_every_kind(frontend: str) -> None:
+    torch.manual_seed(0)
+    module = Mixed()
+    with torch.no_grad():
+        module.fc.weight.copy_(torch.randn(64, 4) @ torch.randn(4, 64))
+    module.fc.train(False)
+    modes = [part.training for part in module.modules()]
+    compiled = tdcompile.compile(module, torch.randn(2, 64), frontend=frontend, budget={"macs": 0.6})
+    assert [part.training for part in module.modules()] == modes
+    assert len(infer(open_session(compiled.onnx, Target()), (torch.randn(5, 64),))) == 7
+
+
+@pytest.mark.parametrize("value", ["net", 3, 0.5, True])
+def test_an_output_that_is_no_tensor_is_refused_in_a_sentence(value: object) -> None:
+    class Telling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> dict[str, object]:
+            return {"y": self.fc(x), "told": value, "nothing": None}
+
+    with pytest.raises(InputError, match="returns tensors alone"):
+        tdcompile.trace(Telling().eval(), torch.randn(2, 8))
+
+
+def test_odd_names_of_parts_are_no_matter_but_for_words_of_the_language() -> None:
+    module = nn.Sequential()
+    for name, part in (("fc-1", nn.Linear(32, 32)), ("0 a/b", nn.ReLU()), ("output", nn.Linear(32, 32))):
+        module.add_module(name, part)
+    compiled = tdcompile.compile(module.eval(), torch.randn(2, 32), budget={"macs": 0.6})
+    assert compiled.report.parity.max_rel < 1e-4
+    module.add_module("lambda", nn.Linear(32, 32))
+    with pytest.raises(InputError, match="'lambda' is named by a word of Python"):
+        tdcompile.compile(module.eval(), torch.randn(2, 32), budget={"macs": 0.6})
+
+
+def test_what_torch_has_exported_can_be_compiled() -> None:
+    x = torch.randn(2, 32)
+    inner = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    module = torch.export.export(inner, (x,), dynamic_shapes=shapes, strict=False).module()
+    compiled = tdcompile.compile(module, x, budget={"macs": 0.6})
+    assert len(compiled.report.layers) == 2
