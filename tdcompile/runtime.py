@@ -180,7 +180,9 @@ def infer(session: ort.InferenceSession, inputs: Sequence[Tensor]) -> list[NDArr
     except Exception as error:  # onnxruntime's errors share no root of their own
         given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
         expected = ", ".join(f"{value.shape} {value.type}" for value in wanted)
-        raise InputError(f"the model takes {expected} and cannot run on {given}: {error}") from error
+        raise InputError(
+            f"the model takes {expected} and cannot run on {given}: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def _count(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> None:
