@@ -137,7 +137,8 @@ def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[M
                     "the network fixes its batch size, so the batch axis cannot stay open: pass dynamic_batch=False "
                     f"(--no-dynamic-batch); torch says: {str(cause).strip().splitlines()[-1].lstrip('- ')}"
                 ) from cause
-            raise TdcompileError(f"torch cannot export the network to ONNX: {_explained(cause, module)}") from cause
+            kind = InputError if "data-dependent" in str(cause) else TdcompileError
+            raise kind(f"torch cannot export the network to ONNX: {_explained(cause, module)}") from cause
     assert program is not None  # torch.onnx.export returns one under dynamo=True
     if program.exported_program is not None:
         found = limits(program.exported_program, opened)

@@ -105,6 +105,11 @@ def not_finite(module: nn.Module) -> tuple[str, int] | None:
     return None
 
 
+def called_differently(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: hooks, or a ``forward`` of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def input_of(arguments: Sequence[Tensor], named: Mapping[str, Tensor]) -> Tensor:
     """What a layer is called on, as a hook with keyword arguments sees it."""
     return arguments[0] if arguments else next(iter(named.values()))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from tdcompile.errors import FixedAxisError, InputError, UntraceableError
@@ -28,6 +29,8 @@ Frontend = Literal["auto", "fx", "export"]
 # How far a graph's outputs may be from the network's, of the largest: the same operators in the same order leave
 # rounding alone, and that of a few more or fewer bits where a layer is computed by another kernel.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Batches at which a graph is held against its network, beside that of the example and the next.
+_BATCHES = (1, 8)
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 # Layers without a form here, which no front end opens: what is not seen in them is not missed.
 _CLOSED = (nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
@@ -76,6 +79,9 @@ def trace(
     if dynamic_batch and any(batched and len(x) == 1 for x, batched in _batched(call)):
         call = call.having(batch_of(call.tensors, 2))
     axes = open_axes(dynamic, call.names, call.tensors)
+    lazy = next((name for name, weight in module.named_parameters() if is_lazy(weight)), None)
+    if lazy is not None:
+        raise InputError(f"the weight '{lazy}' has no size yet: run the network once before it is compiled")
     _check_weights(module)
     word = next((name for name, _ in module.named_modules() if any(map(iskeyword, name.split(".")))), None)
     if word is not None:
@@ -156,7 +162,7 @@ class _Fronts:
 
     def _fx(self) -> _Traced:
         graph, leaves = symbolic(_apart(self.module), self.call)
-        return self._checked(_Traced(graph, leaves, "fx"))
+        return self._at_other_batches(self._checked(_Traced(graph, leaves, "fx")))
 
     def _export(self) -> _Traced:
         graph, sizes = exported(_apart(self.module), self.call, dynamic_batch=self.dynamic_batch, axes=self.axes)
@@ -165,6 +171,13 @@ class _Fronts:
             for size in (least - 1 if least > 2 else None, largest + 1 if largest is not None else None):
                 if size is not None and not self.call.tensors[0].is_meta:
                     self._goes_on(traced.graph, name, size)
+        return self._at_other_batches(traced)
+
+    def _at_other_batches(self, traced: _Traced) -> _Traced:
+        """A batch of one is a constant to torch, and a network may go another way at it, or at some round number."""
+        if self.dynamic_batch and any(shares_batch(self.call.tensors)) and not self.call.tensors[0].is_meta:
+            for size in _BATCHES:
+                self._goes_on(traced.graph, BATCH, size)
         return traced
 
     def _goes_on(self, graph: fx.GraphModule, name: str, size: int) -> None:

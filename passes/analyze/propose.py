@@ -19,7 +19,7 @@ from tdcompile.linalg import gram
 from tdcompile.program import Program, Site, parameters_of, sites
 from tdcompile.ranks import DENSE, Candidate, Candidates, Ranks, Spectrum
 from tdcompile.registry import find, make
-from tdcompile.surgery import attribute
+from tdcompile.surgery import attribute, called_differently
 from tdcompile.target import Cost, CostModel, total
 from tdcompile.workers import side_by_side
 
@@ -204,6 +204,11 @@ def _kept_dense(program: Program, found: Mapping[str, Site]) -> Iterable[tuple[s
         sharing = [other for other in owners.get(id(site.module.weight), ()) if other != name]
         if name in program.keep_dense:
             yield name, Refusal(name, "excluded_by_user", program.keep_dense[name])
+        elif called_differently(site.module):
+            yield (
+                name,
+                Refusal(name, "hooked", "it has a forward hook or a forward of its own, which factors would lose"),
+            )
         elif sharing:
             yield name, Refusal(name, "tied_parameter", f"its weight also belongs to {', '.join(sharing)}")
         elif site.weight.is_meta or not site.weight.is_floating_point():

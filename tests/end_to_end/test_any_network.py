@@ -368,3 +368,41 @@ def test_what_torch_has_exported_can_be_compiled() -> None:
     module = torch.export.export(inner, (x,), dynamic_shapes=shapes, strict=False).module()
     compiled = tdcompile.compile(module, x, budget={"macs": 0.6})
     assert len(compiled.report.layers) == 2
+
+
+class AtBatches(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b = kind, nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        forks = {"one": x.shape[0] == 1, "eight": x.shape[0] == 8, "fourth": x.shape[0] % 4 == 0}
+        return self.a(x) if forks[self.kind] else self.b(x)
+
+
+@pytest.mark.parametrize("kind", ["one", "eight", "fourth"])
+def test_a_fork_at_one_batch_closes_the_axis_too(kind: str) -> None:
+    with pytest.raises(InputError, match="no-dynamic-batch"):
+        tdcompile.trace(AtBatches(kind).eval(), torch.randn(2, 16), frontend="export")
+    tdcompile.trace(AtBatches(kind).eval(), torch.randn(2, 16), frontend="export", dynamic_batch=False)
+
+
+def test_a_layer_with_a_hook_or_a_forward_of_its_own_stays_what_it_is() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)).eval()
+    module[0].register_forward_hook(lambda part, given, y: y * 2)
+    module[1].register_forward_pre_hook(lambda part, given: (given[0] + 1,))
+    module[2].forward = lambda x: torch.nn.functional.linear(x, module[2].weight) * 3  # type: ignore[method-assign]
+    x = torch.randn(2, 32)
+    compiled = tdcompile.compile(module, x, budget={"macs": 0.9}, data=Drawn(16, 32), frontend="fx")
+    rows = {row.name: row for row in compiled.report.layers}
+    for name in ("0", "1", "2"):
+        if name in rows:
+            assert rows[name].refusal is not None
+            assert rows[name].refusal.code == "hooked"
+    assert rows["3"].decomposition != "dense"
+
+
+def test_a_layer_without_a_size_is_told() -> None:
+    with pytest.raises(InputError, match="no size yet"):
+        tdcompile.trace(nn.Sequential(nn.LazyLinear(8)).eval(), torch.randn(2, 16))
