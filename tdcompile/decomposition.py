@@ -14,7 +14,6 @@ from tdcompile.layer import Layer, Moments, Refusal, owner
 from tdcompile.linalg import blocks
 from tdcompile.plugin import Plugin
 from tdcompile.ranks import Ranks
-from tdcompile.sketch import Sketch
 
 
 class Decomposition(Plugin):
@@ -90,7 +89,7 @@ def flatten(modules: Sequence[nn.Module]) -> list[nn.Module]:
 def relative_error(weight: Tensor, approximation: Tensor, moments: Moments | None) -> float:
     """‖(W−W̃)S^½‖_F / ‖W S^½‖_F with W as T x CK, in float64; S is the identity without moments."""
     lost, whole = 0.0, torch.finfo(torch.float64).tiny
-    if moments is not None and not isinstance(moments.metric, Sketch) and moments.metric.dim() == 3:
+    if moments is not None and moments.groups > 1:
         own, other = (each.detach().flatten(1).double() for each in (weight, approximation))
         return math.sqrt(max(energy(own - other, moments), 0.0) / max(energy(own, moments), whole))
     ours, theirs = (blocks(each.detach().flatten(1), torch.float64) for each in (weight, approximation))
@@ -101,8 +100,8 @@ def relative_error(weight: Tensor, approximation: Tensor, moments: Moments | Non
 
 def energy(flat: Tensor, moments: Moments | None) -> float:
     """‖W S^½‖_F² = trace(W S Wᵀ) for a float64 ``(T, C·K)``; of a layer in groups summed over them."""
-    if moments is not None and not isinstance(moments.metric, Sketch) and moments.metric.dim() == 3:
-        flat = flat.reshape(len(moments.metric), -1, flat.shape[1])
+    if moments is not None and moments.groups > 1:
+        flat = flat.reshape(moments.groups, -1, flat.shape[1])
     weighted = flat if moments is None else flat @ moments.metric
     return float((weighted * flat).sum())
 

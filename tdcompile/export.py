@@ -6,8 +6,7 @@ import inspect
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tdcompile.errors import InputError, TdcompileError
 from tdcompile.exported import limits
 from tdcompile.noise import hushed
 from tdcompile.signature import BATCH, Axis, batch_of, shares_batch
-from tdcompile.surgery import separate_attention
+from tdcompile.surgery import evaluating, separate_attention
 
 # A protobuf message ends at 2 GiB; the graph itself, beside its weights, needs some of that.
 LARGEST_SINGLE_FILE = 2**31 - 2**26
@@ -126,7 +125,7 @@ def restamp(model: Path, path: Path, metadata: Mapping[str, str], notes: Sequenc
 
 def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[Mapping[int, str]]) -> ir.Model:
     shapes = tuple(dict(each) or None for each in opened) if any(opened) else None
-    with _eval(module), torch.no_grad(), separate_attention(), hushed() as said:
+    with evaluating(module), torch.no_grad(), separate_attention(), hushed() as said:
         try:
             program = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=shapes, verbose=False)
         except Exception as error:  # noqa: BLE001  # the exporter and the network raise anything
@@ -362,15 +361,3 @@ def _mode(pad: onnx.NodeProto) -> str:
     """How a Pad node pads."""
     found = next((helper.get_attribute_value(a) for a in pad.attribute if a.name == "mode"), b"constant")
     return str(found.decode())
-
-
-@contextmanager
-def _eval(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every part gets its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

@@ -63,13 +63,11 @@ def exported(
     held = program.module(check_guards=False)
     assert isinstance(held, fx.GraphModule)  # what ``module`` returns
     _same_axes(held, call, opened)
-    sizes = limits(program, [{0: BATCH} if dynamic_batch else {}] * len(call.tensors))
+    names: list[dict[int, str]] = [{0: BATCH} if dynamic_batch else {} for _ in call.tensors]
     for axis in axes:
-        opened_here: list[dict[int, str]] = [{} for _ in call.tensors]
-        opened_here[axis.input][axis.axis] = axis.name
-        sizes |= limits(program, opened_here)
+        names[axis.input][axis.axis] = axis.name
     graph = _flattened(held, call, program.call_spec.out_spec)
-    return fx.GraphModule(held, graph), sizes
+    return fx.GraphModule(held, graph), limits(program, names)
 
 
 def limits(program: ExportedProgram, opened: Sequence[Mapping[int, str]]) -> dict[str, tuple[int, int | None]]:

@@ -53,6 +53,11 @@ class Moments:
         """
         return dense(self.metric)
 
+    @property
+    def groups(self) -> int:
+        """Of the layer: how many matrices there are."""
+        return 1 if isinstance(self.metric, Sketch) or self.metric.dim() == 2 else len(self.metric)
+
     def of_group(self, place: int) -> Moments:
         """Those of one group's input, of a layer in groups."""
         return Moments(self.second[place], self.samples)

@@ -142,11 +142,9 @@ class _Fronts:
             return found
         other = self._tried(self._export, refused)
         fixed = next((error for error in refused.values() if isinstance(error, FixedAxisError)), None)
-        if other is None and found is not None and fixed is None:
-            return found
         if other is not None:
             return other
-        if found is not None and not found.leaves:
+        if found is not None and (fixed is None or not found.leaves):
             return found
         if fixed is not None:
             raise fixed
