@@ -7,14 +7,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import publish
+from common import publish, trained
 
 import tdcompile
 from tdcompile.compiler import Compiled
-from tdcompile.data import load_data
-from tdcompile.network import Network
-from tdcompile.registry import make
-from tdcompile.source import load_weights
 from tdcompile.target import Target
 from tdcompile.task import Task
 
@@ -37,10 +33,8 @@ def main(
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
     """Compile a trained network at a budget in several ways; test accuracy is of all 10,000 images."""
-    train, test = load_data(data, (3, 32, 32), "imagenet", seed)
+    module, train, test = trained(network, weights, data, seed)
     task, (name, share) = Task(train, test, source=data), budget.split("=")
-    module = make(Network, network).build()
-    load_weights(module, weights)
 
     def compiled(**options: Any) -> Compiled:
         return tdcompile.compile(

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from tdcompile.data import load_data
 from tdcompile.network import Network
 from tdcompile.registry import make
 from tdcompile.runtime import environment
+from tdcompile.source import load_weights
 from tdcompile.target import Target
+from tdcompile.task import Samples
 
 
 def network(name: str, seed: int) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -22,6 +25,14 @@ def network(name: str, seed: int) -> tuple[torch.nn.Module, torch.Tensor]:
     torch.manual_seed(seed)
     made = make(Network, name)
     return made.build(), torch.randn(1, *made.input_shapes[0])
+
+
+def trained(name: str, weights: Path, data: str, seed: int) -> tuple[torch.nn.Module, Samples | None, Samples | None]:
+    """A reference network for CIFAR-10 with its weights, and the images to train and to test on."""
+    train, test = load_data(data, (3, 32, 32), "imagenet", seed)
+    module = make(Network, name).build()
+    load_weights(module, weights)
+    return module, train, test
 
 
 def publish(title: str, rows: Sequence[dict[str, Any]], seed: int, target: Target, file: Path | None) -> None:

@@ -9,18 +9,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import publish
+from common import publish, trained
 from scipy.stats import kendalltau
 
 import tdcompile
-from tdcompile.data import load_data
-from tdcompile.network import Network
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program
 from tdcompile.ranks import DENSE, Candidates, Importances, RankPlan, RankSelector
 from tdcompile.registry import make
 from tdcompile.selection import LOSSES
-from tdcompile.source import load_weights
 from tdcompile.target import Budget, Target
 from tdcompile.task import Task, accuracy
 
@@ -43,9 +40,7 @@ def main(
 
     A random plan is the knapsack's for random importances (log-normal, deviation 1.5) over a random half of the forms.
     """
-    train, test = load_data(data, (3, 32, 32), "imagenet", seed)
-    module = make(Network, network).build()
-    load_weights(module, weights)
+    module, train, test = trained(network, weights, data, seed)
     program = tdcompile.trace(module, (torch.randn(2, 3, 32, 32),))
     program = program.with_(task=Task(train, test, source=data), budget=Budget(macs=0.5), seed=seed)
     program = Pipeline.parse("calibrate,propose").run(program)

@@ -7,18 +7,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import publish
+from common import publish, trained
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import tdcompile
-from tdcompile.data import load_data
 from tdcompile.errors import TdcompileError
 from tdcompile.kinds import Pass
-from tdcompile.network import Network
 from tdcompile.program import Program
-from tdcompile.registry import make
-from tdcompile.source import load_weights
 from tdcompile.target import Target
 from tdcompile.task import Task
 
@@ -87,9 +83,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
     """Test accuracy is of all 10,000 images; nothing is chosen by it."""
-    train, test = load_data(data, (3, 32, 32), "imagenet", seed)
-    module = make(Network, network).build()
-    load_weights(module, weights)
+    module, train, test = trained(network, weights, data, seed)
     tune = f",finetune{{{','.join(filter(None, (f'epochs={epochs:g}', options)))}}}" if epochs else ""
     rows: list[dict[str, Any]] = []
     for name, text in SYSTEMS.items():

@@ -8,14 +8,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import publish
+from common import publish, trained
 
 import tdcompile
-from tdcompile.data import load_data
-from tdcompile.network import Network
 from tdcompile.pipeline import Pipeline
-from tdcompile.registry import make
-from tdcompile.source import load_weights
 from tdcompile.target import Budget, Target
 from tdcompile.task import Task, accuracy
 from tdcompile.tuning import Tuning
@@ -33,9 +29,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
     """The plan, its factors and the repair are the same in every row; test accuracy is of all 10,000 images."""
-    train, test = load_data(data, (3, 32, 32), "imagenet", seed)
-    module = make(Network, network).build()
-    load_weights(module, weights)
+    module, train, test = trained(network, weights, data, seed)
     program = tdcompile.trace(module, (torch.randn(2, 3, 32, 32),))
     program = program.with_(task=Task(train, test, source=data), budget=Budget(macs=macs), seed=seed)
     program = Pipeline.parse(PLAN).run(program)
