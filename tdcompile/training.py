@@ -92,7 +92,8 @@ class Trainer:
         self._accelerator = accelerator = _accelerator(program.target, settings.precision)
         self._loss = loss.to(accelerator.device)
         # Depthwise convolutions, which CP makes, train two to three times as fast with the channels last.
-        graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # nn.Module takes it alone too
+        for network in (graph, self._loss):
+            _lay_out(network, torch.channels_last)
         self._order, self._images = torch.Generator(), Augmented(fit, settings.augment)
         processes = accelerator.num_processes
         loader = DataLoader(
@@ -161,7 +162,7 @@ class Trainer:
         self._graph.load_state_dict(weights)
         self._graph.zero_grad(set_to_none=True)
         self._graph.eval().to(self._home)
-        self._graph.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        _lay_out(self._graph, torch.contiguous_format)
         if self._accelerator.is_main_process:
             self._saved.clear()
         self._accelerator.free_memory()
@@ -306,6 +307,13 @@ def _copied(module: nn.Module) -> dict[str, Tensor]:
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _lay_out(network: nn.Module, form: torch.memory_format) -> None:
+    """In place, what has four axes; ``Module.to(memory_format=…)`` fails where a convolution goes over three."""
+    for weight in network.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=form)
 
 
 def _already_a_batch(batch: Any) -> Any:

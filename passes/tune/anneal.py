@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from tdcompile.distillation import Distillation
 from tdcompile.errors import BudgetError, InputError
+from tdcompile.inference import folded
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
 from tdcompile.pricing import Prices
@@ -84,7 +85,8 @@ class Anneal(TunePass):
             augment="none",
             frozen=False,
         )
-        loss = Distillation(copy_weights(program.dense), self.temperature, self.labels if train.classes else 0.0)
+        teacher = copy_weights(folded(program, program.dense))
+        loss = Distillation(teacher, self.temperature, self.labels if train.classes else 0.0)
         # Nothing is held out: an epoch that still has a dense share must not be taken for the best one.
         Trainer(graph, loss, train, None, settings, program, self.name, Saved(None, ""), schedule).run()
         schedule.finish()

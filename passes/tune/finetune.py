@@ -14,6 +14,7 @@ from tdcompile.augment import Augment
 from tdcompile.distillation import Distillation, Layerwise
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
+from tdcompile.inference import folded
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
 from tdcompile.program import Change, Program, sites_of
@@ -113,7 +114,8 @@ class Finetune(TunePass):
         folder = program.workspace / self.name if program.workspace else None
         key = key_of([graph, program.dense], self, program.seed, len(train), program.task.source) if folder else ""
         settings = self._settings(program)
-        teacher = copy_weights(program.dense)
+        watched = self.outputs or self.weights  # layer by layer, the dense network's own layers are looked at
+        teacher = copy_weights(program.dense if watched else folded(program, program.dense))
         settings = replace(settings, lr=self._rate(graph, teacher, fit, heldout, settings, program))
         tuning = self._trained(graph, teacher, fit, heldout, settings, program, self.name, Saved(folder, key))
         return Rewritten(graph, [Change("", self.name, f"{_told(tuning)}, rate {settings.lr:.3g}")], [tuning])

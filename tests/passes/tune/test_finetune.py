@@ -269,6 +269,22 @@ def test_fewer_samples_than_a_batch_are_one_batch() -> None:
     assert steps == [1, 2]
 
 
+def test_convolutions_over_three_axes_learn_too() -> None:
+    torch.manual_seed(5)
+    teacher, student = (nn.Sequential(nn.Conv3d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)) for _ in range(2))
+    x = torch.randn(64, 1, 4, 4, 4)
+    start = Program(
+        fx.symbolic_trace(student.eval()),
+        (x[:2],),
+        fx.symbolic_trace(teacher.eval()),
+        Task(train=Tensors(x, None)),
+    )
+    after = replace(FAST, lr=0.05, holdout=0.0).run(start)
+    wanted = teacher(x)
+    assert F.mse_loss(after.graph(x), wanted) < 0.9 * F.mse_loss(student(x), wanted)
+    assert all(p.is_contiguous() for p in after.graph.parameters())
+
+
 def test_the_loss_is_hintons() -> None:
     teacher = network(0)
     batch = data().batch(range(8))
