@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,11 @@ from tdcompile.data import load_data
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.network import Network
 from tdcompile.program import sites_of
+from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, accuracy, logits
 
 MOMENTUM = 0.9
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Schedule:
         weight_decay: of weights; biases and the scales of norms are left alone.
         smoothing: share of the label that is spread over all classes.
         warmup: share of the steps in which the rate rises.
+        precision: what autocast computes in; the weights stay in fp32.
     """
 
     epochs: int = 12
@@ -47,6 +50,7 @@ class Schedule:
     smoothing: float = 0.1
     warmup: float = 0.1
     augment: Augment = "none"
+    precision: Precision = "fp32"
 
     def rate(self, step: int, steps: int) -> float:
         """The share of the highest rate at a step, counted from 0."""
@@ -66,13 +70,15 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
         generator: the order and the augmentation are drawn from it; dropout draws from torch's own.
 
     Raises:
-        InputError: there are no labels, more classes than the network has, or inputs it does not run on.
+        InputError: there are no labels, more classes than the network has, inputs it does not run on, or fp16 on CPU.
         TdcompileError: the loss became NaN or Inf.
     """
-    from accelerate import Accelerator  # the registry imports this file too, and must stay quick
+    from tdcompile.training import accelerator_of, lay_out  # the registry imports this file too, and must stay quick
 
     _check_classes(module, samples)
-    accelerator = Accelerator()
+    target = Target("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = accelerator_of(target, schedule.precision)
+    lay_out(module, torch.channels_last)
     images = Augmented(samples, schedule.augment)
     loader = DataLoader(
         images,
@@ -102,6 +108,7 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
             raise TdcompileError(f"the loss is {mean} after epoch {epoch + 1}: try a rate below {schedule.lr}")
         model.eval()
         yield mean
+    lay_out(module, torch.contiguous_format)
 
 
 def _whole(batch: Any) -> Batch:
@@ -156,6 +163,9 @@ def main(
     augment: Annotated[Augment, typer.Option()] = Schedule.augment,
     normalize: Annotated[str, typer.Option(help="imagenet, none or m,m,m/s,s,s")] = "none",
     input_shape: Annotated[str | None, typer.Option("--input", help="e.g. 3x32x32; default the network's own")] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="bf16 and fp16 (on a GPU) are automatic mixed precision")
+    ] = "fp32",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train NAME on the train samples, write its weights, print its accuracy on the test samples."""
@@ -166,7 +176,7 @@ def main(
         train, test = load_data(data, _shape(input_shape) or network.input_shapes[0], normalize, seed)
         torch.manual_seed(seed)
         module = network.build()
-        schedule = Schedule(epochs, lr, batch, weight_decay, smoothing, warmup, augment)
+        schedule = Schedule(epochs, lr, batch, weight_decay, smoothing, warmup, augment, precision)
         for epoch, loss in enumerate(fit(module, train, schedule, torch.Generator().manual_seed(seed)), start=1):
             typer.echo(f"epoch {epoch}/{epochs}: loss {loss:.4f}", err=True)
         save(module, output)

@@ -89,11 +89,11 @@ class Trainer:
         self._graph, self._heldout, self._settings, self._saved = graph, heldout, settings, saved
         self._program, self._purpose = program, purpose
         self._home = program.inputs[0].device
-        self._accelerator = accelerator = _accelerator(program.target, settings.precision)
+        self._accelerator = accelerator = accelerator_of(program.target, settings.precision)
         self._loss = loss.to(accelerator.device)
         # Depthwise convolutions, which CP makes, train two to three times as fast with the channels last.
         for network in (graph, self._loss):
-            _lay_out(network, torch.channels_last)
+            lay_out(network, torch.channels_last)
         self._order, self._images = torch.Generator(), Augmented(fit, settings.augment)
         processes = accelerator.num_processes
         loader = DataLoader(
@@ -162,7 +162,7 @@ class Trainer:
         self._graph.load_state_dict(weights)
         self._graph.zero_grad(set_to_none=True)
         self._graph.eval().to(self._home)
-        _lay_out(self._graph, torch.contiguous_format)
+        lay_out(self._graph, torch.contiguous_format)
         if self._accelerator.is_main_process:
             self._saved.clear()
         self._accelerator.free_memory()
@@ -277,7 +277,7 @@ class Average:
             self._graph.load_state_dict(own)
 
 
-def _accelerator(target: Target, precision: str) -> Accelerator:
+def accelerator_of(target: Target, precision: str) -> Accelerator:
     """One for the target's kind of device; accelerate remembers the first device and precision a process asked for."""
     cpu = no_gpu(target.device)
     if cpu and precision == "fp16":
@@ -309,7 +309,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def _lay_out(network: nn.Module, form: torch.memory_format) -> None:
+def lay_out(network: nn.Module, form: torch.memory_format) -> None:
     """In place, what has four axes; ``Module.to(memory_format=…)`` fails where a convolution goes over three."""
     for weight in network.parameters():
         if weight.dim() == 4:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -67,6 +68,18 @@ def test_training_lowers_the_loss_and_writes_a_loadable_file(tmp_path: Path) -> 
     again.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     assert accuracy(again, samples) == known
     assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_bf16_trains_weights_that_stay_in_fp32() -> None:
+    module, losses = trained(Stripes(200), replace(QUICK, precision="bf16"))
+    assert losses[-1] < 0.8 * losses[0]
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains in fp16")
+def test_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(InputError, match="bf16"):
+        trained(Stripes(32), replace(QUICK, precision="fp16"))
 
 
 def test_same_seed_same_weights() -> None:
