@@ -17,6 +17,7 @@ from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError, TdcompileError, UnavailableError
 from tdcompile.findings import Cell, Failure
 from tdcompile.fractions import ranks_for, weights_of
+from tdcompile.fronts import Frontend
 from tdcompile.kinds import Pass
 from tdcompile.program import Program, sites
 from tdcompile.ranks import Ranks
@@ -24,7 +25,7 @@ from tdcompile.registry import make
 from tdcompile.surgery import copy_graph, copy_weights, replace_module
 from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, Task, accuracy
-from tdcompile.tracing import Frontend, trace
+from tdcompile.tracing import trace
 from tdcompile.tuning import key_of
 
 _DIGITS = 12  # of 1 - compression, so that 1 - 0.9 is 0.1

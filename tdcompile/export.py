@@ -18,10 +18,10 @@ from onnx import helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.exported import limits
 from tdcompile.noise import hushed
 from tdcompile.signature import BATCH, Axis, batch_of, shares_batch
 from tdcompile.surgery import evaluating, separate_attention
+from tdcompile.turns import limits
 
 # A protobuf message ends at 2 GiB; the graph itself, beside its weights, needs some of that.
 LARGEST_SINGLE_FILE = 2**31 - 2**26

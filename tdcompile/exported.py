@@ -9,25 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from tdcompile.errors import FixedAxisError, UntraceableError
 from tdcompile.noise import hushed
 from tdcompile.signature import BATCH, Axis, Call, shares_batch
-
-# A bound above is torch's own, so that sizes fit in their integers.
-_LARGEST = 2**20
+from tdcompile.turns import turns
 
 
 def exported(
     module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes: Sequence[Axis] = ()
-) -> tuple[fx.GraphModule, dict[str, tuple[int, int | None]]]:
+) -> tuple[fx.GraphModule, list[dict[str, int]]]:
     """The network's ATen graph, over the network's own tensors; its inputs are the call's tensors, in their order.
 
-    Beside it, for each open axis by its name, the least and the largest size that the graph is good for, as far as a
-    branch in the network has set one: where it takes another way, the graph does not.
+    Beside it sizes of the open axes, by name, at which the network may go another way than the graph (``turns``).
 
     Args:
         module: in eval mode.
@@ -63,27 +60,12 @@ def exported(
     held = program.module(check_guards=False)
     assert isinstance(held, fx.GraphModule)  # what ``module`` returns
     _same_axes(held, call, opened)
-    names: list[dict[int, str]] = [{0: BATCH} if dynamic_batch else {} for _ in call.tensors]
+    names: list[dict[int, str]] = [{0: BATCH} if 0 in open_ and dynamic_batch else {} for open_ in opened]
     for axis in axes:
         names[axis.input][axis.axis] = axis.name
+    sizes = {name: x.shape[axis] for x, each in zip(call.tensors, names, strict=True) for axis, name in each.items()}
     graph = _flattened(held, call, program.call_spec.out_spec)
-    return fx.GraphModule(held, graph), limits(program, names)
-
-
-def limits(program: ExportedProgram, opened: Sequence[Mapping[int, str]]) -> dict[str, tuple[int, int | None]]:
-    """By the name of an open axis the sizes, from and to, at which a network goes the way that was traced."""
-    given = set(program.graph_signature.user_inputs)
-    inputs = [n for n in program.graph.nodes if n.name in given and isinstance(n.meta.get("val"), Tensor)]
-    found: dict[str, tuple[int, int | None]] = {}
-    for node, names in zip(inputs, opened, strict=True):
-        shape = node.meta["val"].shape
-        for axis, name in names.items():
-            size = shape[axis] if axis < len(shape) else None
-            known = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
-            if known is not None:
-                upper = int(known.upper) if known.upper <= _LARGEST else None
-                found[name] = (int(known.lower), upper)
-    return found
+    return fx.GraphModule(held, graph), turns(program, names, sizes)
 
 
 @contextmanager

@@ -383,6 +383,37 @@ def test_a_network_that_draws_random_numbers_is_refused():
         tdcompile.trace(Noisy(), torch.randn(2, 4))
 
 
+class Remembering(nn.Module):
+    """Counts its calls, in Python or in a buffer, and answers by the count or not."""
+
+    def __init__(self, where, answers):
+        super().__init__()
+        self.fc, self.where, self.answers, self.count = nn.Linear(4, 4), where, answers, 0
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.where == "attribute":
+            self.count += 1
+            return self.fc(x) * 2 if self.answers and self.count % 2 else self.fc(x)
+        self.calls += 1
+        return self.fc(x) * self.calls if self.answers else self.fc(x)
+
+
+@pytest.mark.parametrize("frontend", ["auto", "fx", "export"])
+@pytest.mark.parametrize(("where", "name"), [("attribute", "count"), ("buffer", "calls")])
+def test_what_a_network_keeps_from_call_to_call_is_refused_if_it_answers_by_it_and_told_if_not(where, name, frontend):
+    x = torch.randn(2, 4)
+    with pytest.raises(InputError, match=f"changes '{name}' as it answers"):
+        tdcompile.trace(Remembering(where, answers=True).eval(), x, frontend=frontend)
+    module = Remembering(where, answers=False).eval()
+    program = tdcompile.trace(module, x, frontend=frontend)
+    assert name in next(r.reason for r in program.history if isinstance(r, Refusal) and r.code == "state")
+    program.graph(x)
+    assert module.count == 0
+    assert module.calls == 0
+    assert_same(module, program, x)
+
+
 class Assorted(nn.Module):
     def __init__(self):
         super().__init__()
@@ -461,6 +492,19 @@ def test_a_transformer_of_torch_is_seen_through_in_spite_of_its_fused_kernels():
     assert len(tdcompile.sites(program)) == 8
     assert torch.backends.mha.get_fastpath_enabled()
     assert_same(module, program, torch.randn(3, 5, 16))
+
+
+def test_positions_that_fused_kernels_set_to_zero_are_told():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    module, x = nn.TransformerEncoder(layer, 1).eval(), torch.randn(2, 5, 16)
+    for mask, told in [(torch.zeros(2, 5, dtype=torch.bool), False), (torch.arange(5).expand(2, 5) > 2, True)]:
+        program = tdcompile.trace(module, {"src": x, "src_key_padding_mask": mask})
+        assert told == any(isinstance(r, Refusal) and r.code == "padding" for r in program.history)
+        assert torch.backends.mha.get_fastpath_enabled()
+        with torch.no_grad():
+            expected = module(x, src_key_padding_mask=mask)
+            torch.testing.assert_close(program.graph(x, mask)[~mask], expected[~mask], rtol=1e-4, atol=1e-5)
 
 
 class Folded(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -370,21 +370,51 @@ def test_what_torch_has_exported_can_be_compiled() -> None:
     assert len(compiled.report.layers) == 2
 
 
-class AtBatches(nn.Module):
-    def __init__(self, kind: str) -> None:
+class At(nn.Module):
+    """Another way at sizes that are told by a function of the batch and the number of rows."""
+
+    def __init__(self, forks: Callable[[int, int], bool]) -> None:
         super().__init__()
-        self.kind, self.a, self.b = kind, nn.Linear(16, 16), nn.Linear(16, 16)
+        self.forks, self.a, self.b = forks, nn.Linear(16, 16), nn.Linear(16, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        forks = {"one": x.shape[0] == 1, "eight": x.shape[0] == 8, "fourth": x.shape[0] % 4 == 0}
-        return self.a(x) if forks[self.kind] else self.b(x)
+        return self.a(x) if self.forks(x.shape[0], x.shape[1]) else self.b(x)
 
 
-@pytest.mark.parametrize("kind", ["one", "eight", "fourth"])
-def test_a_fork_at_one_batch_closes_the_axis_too(kind: str) -> None:
+@pytest.mark.parametrize("frontend", ["auto", "fx", "export"])
+@pytest.mark.parametrize(
+    "forks",
+    [
+        lambda n, rows: n == 1,
+        lambda n, rows: n == 8,
+        lambda n, rows: n % 4 == 0,
+        lambda n, rows: n in (29, 31),
+        lambda n, rows: n == 700,
+    ],
+)
+def test_a_fork_at_one_batch_closes_the_axis_too(forks: Callable[[int, int], bool], frontend: str) -> None:
+    x = torch.randn(2, 6, 16)
     with pytest.raises(InputError, match="no-dynamic-batch"):
-        tdcompile.trace(AtBatches(kind).eval(), torch.randn(2, 16), frontend="export")
-    tdcompile.trace(AtBatches(kind).eval(), torch.randn(2, 16), frontend="export", dynamic_batch=False)
+        tdcompile.trace(At(forks).eval(), x, frontend=frontend)
+    tdcompile.trace(At(forks).eval(), x, frontend=frontend, dynamic_batch=False)
+
+
+@pytest.mark.parametrize("frontend", ["auto", "fx", "export"])
+@pytest.mark.parametrize(
+    ("forks", "told"),
+    [
+        (lambda n, rows: rows == 17, "the axis 'x_1' is 17"),
+        (lambda n, rows: n > rows, "the batch is 7"),
+        (lambda n, rows: n * rows > 70, "the axis 'x_1' is 36"),
+        (lambda n, rows: n == rows + 40, "the batch is 46"),
+    ],
+)
+def test_a_fork_on_an_open_axis_is_found_wherever_it_is(
+    forks: Callable[[int, int], bool], told: str, frontend: str
+) -> None:
+    x = torch.randn(2, 6, 16)
+    with pytest.raises(InputError, match=told):
+        tdcompile.trace(At(forks).eval(), x, frontend=frontend, dynamic=["x:1"])
 
 
 def test_a_layer_with_a_hook_or_a_forward_of_its_own_stays_what_it_is() -> None:

@@ -1,0 +1,224 @@
+"""``Fronts``: symbolic tracing and ``torch.export``, each graph held against the network before it is taken."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx, nn
+
+from tdcompile.answers import Case, answer, difference, first_line
+from tdcompile.errors import FixedAxisError, InputError, UntraceableError
+from tdcompile.exported import exported
+from tdcompile.functional import modularise
+from tdcompile.program import sites_of
+from tdcompile.signature import BATCH, Axis, Call, batch_of, shares_batch, sized
+from tdcompile.surgery import tensors_in
+from tdcompile.symbolic import symbolic
+from tdcompile.turns import Sizes
+
+Frontend = Literal["auto", "fx", "export"]
+
+# Batches at which a graph is held against its network, beside that of the example and the next.
+_BATCHES = (1, 8)
+# Numbers in all inputs together, 256 MB of them: where a size makes more, the graph is not run at it.
+_MOST = 2**26
+# Layers without a form here, which no front end opens: what is not seen in them is not missed.
+_CLOSED = (nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
+# What functions come from that run nothing of the network's own.
+_KNOWN = ("torch", "_operator", "operator", "builtins", "math")
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph that answers like the network.
+
+    Attributes:
+        leaves: the parts that symbolic tracing could not pass through, each with its reason.
+    """
+
+    graph: fx.GraphModule
+    leaves: Mapping[str, str]
+    frontend: Literal["fx", "export"]
+
+
+@dataclass(frozen=True)
+class Fronts:
+    """The front ends, tried on one network.
+
+    Attributes:
+        cases: what the network answers; every graph is to answer the same.
+    """
+
+    module: nn.Module
+    call: Call
+    axes: tuple[Axis, ...]
+    dynamic_batch: bool
+    cases: Sequence[Case]
+
+    def choose(self, frontend: Frontend) -> Traced:
+        """The graph of a front end; with ``auto``, of symbolic tracing if that sees every layer.
+
+        Raises:
+            UntraceableError: what was asked for cannot trace the network.
+            FixedAxisError: the network fixes an axis that is to stay open.
+        """
+        if frontend != "auto":
+            return self._fx() if frontend == "fx" else self._export()
+        refused: dict[str, InputError] = {}
+        found = self._tried(self._fx, refused)
+        if found is not None and not found.leaves and not _hidden(found.graph, self.call):
+            return found
+        other = self._tried(self._export, refused)
+        fixed = next((error for error in refused.values() if isinstance(error, FixedAxisError)), None)
+        if other is not None:
+            return other
+        if found is not None and (fixed is None or not found.leaves):
+            return found
+        if fixed is not None:
+            raise fixed
+        said = "; ".join(f"{name}: {error}" for name, error in refused.items())
+        raise UntraceableError(f"neither front end can trace the network ({said})")
+
+    def _tried(self, front: Callable[[], Traced], refused: dict[str, InputError]) -> Traced | None:
+        try:
+            return front()
+        except (UntraceableError, FixedAxisError) as error:
+            refused[front.__name__.strip("_")] = error
+            return None
+
+    def _fx(self) -> Traced:
+        graph, leaves = symbolic(apart(self.module), self.call)
+        traced = self._checked(Traced(graph, leaves, "fx"))
+        if leaves or _calls_own_code(graph):
+            self._same_way_within(graph)
+        self._at_other_sizes(graph, [])
+        return traced
+
+    def _same_way_within(self, graph: fx.GraphModule) -> None:
+        """Try the network's own code, which the graph runs in its leaves and a model has one way through.
+
+        Raises:
+            FixedAxisError: it goes another way at some other size.
+        """
+        call = Call.of(graph, self.call.tensors)
+        try:
+            way, turning = exported(apart(graph), call, dynamic_batch=self.dynamic_batch, axes=self.axes)
+        except (UntraceableError, FixedAxisError):  # what cannot be exported does not become a model
+            return
+        longer = {axis.name: self.call.tensors[axis.input].shape[axis.axis] + 1 for axis in self.axes}
+        batches = [
+            {BATCH: len(x) + 1}
+            for x, batched in zip(self.call.tensors, shares_batch(self.call.tensors), strict=True)
+            if batched
+        ]
+        self._at_other_sizes(
+            way, [*turning, *(batches[:1] if self.dynamic_batch else []), *([longer] if longer else [])]
+        )
+
+    def _export(self) -> Traced:
+        graph, turning = exported(apart(self.module), self.call, dynamic_batch=self.dynamic_batch, axes=self.axes)
+        traced = self._checked(Traced(graph, {}, "export"))
+        self._at_other_sizes(graph, turning)
+        return traced
+
+    def _at_other_sizes(self, graph: fx.GraphModule, turning: Sequence[Sizes]) -> None:
+        """Run the graph where the network may go another way: a batch of one is a constant to torch, for instance.
+
+        Raises:
+            FixedAxisError: the network takes a size, and the graph gives something else.
+        """
+        if self.call.tensors[0].is_meta:
+            return
+        batched = self.dynamic_batch and any(shares_batch(self.call.tensors))
+        for sizes in (*turning, *({BATCH: size} for size in _BATCHES if batched)):
+            other = self._of(sizes)
+            if sum(x.numel() for x in other.tensors) > _MOST or not self._differs(graph, other):
+                continue
+            where = " and ".join(f"{_axis(name)} is {size}" for name, size in sizes.items())
+            instead = "--no-dynamic-batch" if list(sizes) == [BATCH] else "no --dynamic for it"
+            raise FixedAxisError(
+                f"the network does something else where {where} than where it is as in the example, so that axis "
+                f"cannot stay open: give {instead}"
+            )
+
+    def _of(self, sizes: Sizes) -> Call:
+        """The example inputs with some axes of other sizes."""
+        tensors = self.call.tensors
+        for name, size in sizes.items():
+            own = [axis for axis in self.axes if axis.name == name]
+            tensors = batch_of(tensors, size) if name == BATCH else sized(tensors, own, size)
+        return self.call.having(tensors)
+
+    def _differs(self, graph: fx.GraphModule, call: Call) -> bool:
+        """Whether the network takes these inputs, and the graph gives something else."""
+        try:
+            expected = answer(self.module, call)
+        except Exception:  # noqa: BLE001  # a size that the network itself does not take
+            return False
+        try:
+            return difference(expected, _run(graph, call)) is not None
+        except Exception:  # noqa: BLE001  # as above: a graph fails in any way
+            return True
+
+    def _checked(self, traced: Traced) -> Traced:
+        """The graph with its layers as modules, which answers like the network.
+
+        Raises:
+            UntraceableError: it does not.
+        """
+        modularise(traced.graph)
+        traced.graph.eval()
+        for case in self.cases:
+            try:
+                got = _run(traced.graph, case.call)
+            except Exception as error:  # a graph that took an input's size for a constant fails in any way
+                raise UntraceableError(f"its graph does not run {case.what}: {first_line(error)}") from error
+            wrong = difference(case.outputs, got)
+            if wrong is not None:
+                raise UntraceableError(f"its graph does not compute what the network computes {case.what}: {wrong}")
+        return traced
+
+
+def apart(module: nn.Module) -> nn.Module:
+    """A copy over the same tensors: what a network keeps while it is traced, in a cache say, is no use afterwards."""
+    try:
+        return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+    except Exception:  # noqa: BLE001  # a network may hold anything, and what cannot be copied is traced itself
+        return module
+
+
+def _axis(name: str) -> str:
+    return "the batch" if name == BATCH else f"the axis '{name}'"
+
+
+@torch.no_grad()
+def _run(graph: fx.GraphModule, call: Call) -> list[torch.Tensor]:
+    return list(tensors_in(graph(*(x.clone() for x in call.tensors))))
+
+
+def _calls_own_code(graph: fx.GraphModule) -> bool:
+    """Whether a graph calls functions of the network's own, which ``torch.fx.wrap`` leaves in it as they are."""
+    return any(
+        node.op == "call_function" and str(getattr(node.target, "__module__", "")).partition(".")[0] not in _KNOWN
+        for node in graph.graph.nodes
+    )
+
+
+def _hidden(graph: fx.GraphModule, call: Call) -> list[str]:
+    """Weights in the graph's leaves that no layer of it has: of attention as one module, of a parametrised layer."""
+    known = {id(site.module.weight) for site in sites_of(graph, call.tensors).values()}
+    found = []
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and (leaf := graph.get_submodule(str(node.target))) is not None:
+            found += [
+                f"{node.target}.{name}"
+                for name, part in leaf.named_modules()
+                if not isinstance(part, _CLOSED)
+                for weight in part.parameters(recurse=False)
+                if weight.dim() > 1 and id(weight) not in known
+            ]
+    return found
