@@ -11,6 +11,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 
@@ -47,13 +48,36 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def separate_attention() -> Iterator[None]:
-    """For a while without torch's fused attention kernels, which read the weights of layers that may be replaced."""
-    fused = torch.backends.mha.get_fastpath_enabled()
+    """For a while without torch's fused attention kernels, which read the weights of layers that may be replaced.
+
+    Nor do torch's transformers look into a mask to see whether it is the causal one, which is a hint to those kernels
+    and no more: what depends on the values in a mask is no graph.
+    """
+    fused, looks = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
     torch.backends.mha.set_fastpath_enabled(False)
+    transformer._detect_is_causal_mask = _as_told
     try:
         yield
     finally:
+        transformer._detect_is_causal_mask = looks
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _as_told(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return bool(is_causal)
+
+
+def keep_separate(module: nn.Module) -> None:
+    """Take torch's fused kernels from the transformers in a network, in place: its layers are then called one by one.
+
+    They read ``linear1.weight``, which a layer that has taken its place may not have. Of ``nn.TransformerEncoder`` they
+    set padded positions to 0, too.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.TransformerEncoder):
+            part.use_nested_tensor = False
+        elif isinstance(part, nn.TransformerEncoderLayer):
+            part.activation_relu_or_gelu = 0
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

@@ -51,6 +51,7 @@ def symbolic(module: nn.Module, call: Call) -> tuple[fx.GraphModule, dict[str, s
                 warnings.simplefilter("ignore")  # on every argument that keeps its default
                 graph = tracer.trace(module, call.defaults())
             _settle(graph, call, module)
+            _settle_kinds(graph, module)
             graph.lint()
             made = fx.GraphModule(module, graph)
         except Exception as error:  # noqa: BLE001  # a network's forward may raise anything on proxies
@@ -88,6 +89,22 @@ def _settle(graph: fx.Graph, call: Call, module: nn.Module) -> None:
     end.args = (_plain(end.args[0]),)
     if list(found) != list(call.names):
         raise UntraceableError(f"the graph takes {', '.join(found)} where {', '.join(call.names)} are given")
+
+
+def _settle_kinds(graph: fx.Graph, module: nn.Module) -> None:
+    """Put the kind of number in the place of ``weight.dtype``: what reads it does not read the weight."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not getattr or node.args[1:] != ("dtype",):
+            continue
+        weight = node.args[0]
+        if weight.op == "get_attr":
+            kind = operator.attrgetter(str(weight.target))(module).dtype
+            for user in list(node.users):
+                user.args = fx.map_arg(user.args, lambda n, node=node, kind=kind: kind if n is node else n)
+                user.kwargs = fx.map_arg(user.kwargs, lambda n, node=node, kind=kind: kind if n is node else n)
+            graph.erase_node(node)
+            if not weight.users:
+                graph.erase_node(weight)
 
 
 def _in_place(node: fx.Node, module: nn.Module) -> bool:

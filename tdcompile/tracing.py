@@ -16,10 +16,15 @@ from tdcompile.fronts import Frontend, Fronts, apart
 from tdcompile.layer import Refusal
 from tdcompile.precision import half_kinds, in_single, inputs_in_single
 from tdcompile.program import Program, sites_of
-from tdcompile.signature import Call, batch_of, open_axes, shares_batch
-from tdcompile.surgery import evaluating, not_finite, parent_of, separate_attention
+from tdcompile.signature import Axis, Call, batch_of, open_axes, shares_batch
+from tdcompile.surgery import evaluating, keep_separate, not_finite, parent_of, separate_attention
 from tdcompile.unparametrised import unparametrised
 
+# What is said where a network pads.
+_PADDING = (
+    "torch's fused kernels of nn.TransformerEncoder, which run in eval mode without gradients, answer 0 where a mask "
+    "says that the input is padding; the compiled model answers there as the layers do"
+)
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
@@ -59,23 +64,21 @@ def trace(
     if dynamic_batch and any(b and len(x) == 1 for x, b in zip(call.tensors, shares_batch(call.tensors), strict=True)):
         call = call.having(batch_of(call.tensors, 2))
     axes = open_axes(dynamic, call.names, call.tensors)
-    lazy = next((name for name, weight in module.named_parameters() if is_lazy(weight)), None)
-    if lazy is not None:
-        raise InputError(f"the weight '{lazy}' has no size yet: run the network once before it is compiled")
-    _check_weights(module)
-    word = next((name for name, _ in module.named_modules() if any(map(iskeyword, name.split(".")))), None)
-    if word is not None:
-        raise InputError(f"the part '{word}' is named by a word of Python, which torch's graphs cannot hold: rename it")
+    _check(module)
     # without the fused attention kernels, which bypass the layers that they are made of
     with evaluating(module), separate_attention(), keeping_buffers(module):
         own = apart(module)  # a network may change as it answers
+        if own is not module:
+            keep_separate(own)
         plain = unparametrised(own)
         single = in_single(plain)
-        if single is not plain:
-            call = call.having(inputs_in_single(call.tensors))
-        cases, changed = cases_of(single if single is not plain else own, call, axes, dynamic_batch)
-        padded = single is own and _pads_with_zeros(own, cases[0])
+        if single is plain:
+            cases, changed = cases_of(own, call, axes, dynamic_batch)
+        else:
+            cases, changed = _in_single(own, single, call, axes, dynamic_batch)
+            call = cases[0].call
         traced = Fronts(single, call, axes, dynamic_batch, cases).choose(frontend)
+        padded = single is own and _pads_with_zeros(apart(module), cases[0])
     history = [
         Refusal(name, "not_traced", f"symbolic tracing stops inside '{name or 'the network'}': {why}")
         for name, why in traced.leaves.items()
@@ -88,11 +91,7 @@ def trace(
         history.append(Refusal("", "state", reason))
         _own_buffers(traced.graph, changed)
     if padded:
-        reason = (
-            "torch's fused kernels of nn.TransformerEncoder, which run in eval mode without gradients, answer 0 where "
-            "a mask says that the input is padding; the compiled model answers there as the layers do"
-        )
-        history.append(Refusal("", "padding", reason))
+        history.append(Refusal("", "padding", _PADDING))
     traced.graph.eval()
     history += _left(traced.graph, call.tensors)
     return Program(
@@ -104,6 +103,24 @@ def trace(
         dynamic_batch=dynamic_batch,
         axes=axes,
     )
+
+
+def _in_single(
+    own: nn.Module, single: nn.Module, call: Call, axes: tuple[Axis, ...], dynamic_batch: bool
+) -> tuple[list[Case], list[str]]:
+    """What a network of half precision answers in float32.
+
+    Raises:
+        InputError: it does not, and does in its own precision.
+    """
+    try:
+        return cases_of(single, call.having(inputs_in_single(call.tensors)), axes, dynamic_batch)
+    except InputError as error:
+        cases_of(own, call, axes, dynamic_batch)  # says so where it does not run at all
+        raise InputError(
+            f"its weights are {half_kinds(own)}, it is compiled in float32, and its own code makes other numbers of "
+            f"what it computes: build it in float32, and ask for half precision in the target; it says: {error}"
+        ) from error
 
 
 def _pads_with_zeros(module: nn.Module, case: Case) -> bool:
@@ -167,7 +184,13 @@ def _more(names: Sequence[str]) -> str:
     return f" and {len(names) - 4} more" if len(names) > 4 else ""
 
 
-def _check_weights(module: nn.Module) -> None:
+def _check(module: nn.Module) -> None:
+    lazy = next((name for name, weight in module.named_parameters() if is_lazy(weight)), None)
+    if lazy is not None:
+        raise InputError(f"the weight '{lazy}' has no size yet: run the network once before it is compiled")
     found = not_finite(module)
     if found is not None:
         raise InputError(f"the weight '{found[0]}' holds NaN or Inf: the checkpoint is damaged or training diverged")
+    word = next((name for name, _ in module.named_modules() if any(map(iskeyword, name.split(".")))), None)
+    if word is not None:
+        raise InputError(f"the part '{word}' is named by a word of Python, which torch's graphs cannot hold: rename it")

@@ -8,27 +8,28 @@ import torch.nn.functional as F
 from torch import nn
 
 import tdcompile
+from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError
 from tdcompile.exported import _known_integers
 from tdcompile.layer import Refusal
-from tdcompile.passes.decompose.channel import Channel
 from tdcompile.ranks import Candidate, RankPlan
+from tdcompile.registry import make
 from tdcompile.surgery import outputs_of
 from tdcompile.target import Cost
 
 
 def plan_of(program, form="channel"):
     """A plan that takes every layer apart exactly: the function stays the same."""
-    choices = {}
+    choices, taking = {}, make(Decomposition, form)
     for name, site in tdcompile.sites(program).items():
-        fits = Channel().refuse(site.layer) is None
-        ranks = Channel().exact_ranks(site.layer) if fits else ()
+        fits = taking.refuse(site.layer) is None
+        ranks = taking.exact_ranks(site.layer) if fits else ()
         choices[name] = Candidate(form if fits else "dense", ranks, 0.0, Cost())
     return RankPlan(choices, Cost(), Cost())
 
 
-def rewritten(program):
-    ready = program.with_(facts=program.facts.having(plan_of(program)))
+def rewritten(program, form="channel"):
+    ready = program.with_(facts=program.facts.having(plan_of(program, form)))
     return tdcompile.Pipeline.parse("factorize,drop-dead").run(ready)
 
 
@@ -492,6 +493,77 @@ def test_a_transformer_of_torch_is_seen_through_in_spite_of_its_fused_kernels():
     assert len(tdcompile.sites(program)) == 8
     assert torch.backends.mha.get_fastpath_enabled()
     assert_same(module, program, torch.randn(3, 5, 16))
+
+
+class Decoding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32, batch_first=True), 1)
+
+    def forward(self, x, memory, mask=None):
+        if mask is None:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return self.decoder(x, memory, tgt_mask=mask)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_decoder_of_torch_is_seen_through_and_takes_any_mask(given):
+    torch.manual_seed(0)
+    module, x, memory = Decoding().eval(), torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    program = tdcompile.trace(module, (x, memory, causal) if given else (x, memory))
+    assert program.frontend == "export"
+    assert len(tdcompile.sites(program)) == 7
+    other = torch.zeros(5, 5)
+    other[:, 2] = float("-inf")
+    for mask in (causal, other) if given else ():
+        assert_same(module, program, x, memory, mask)
+    if not given:
+        assert_same(module, program, x, memory)
+
+
+@pytest.mark.parametrize("frontend", ["fx", "export"])
+def test_a_transformer_whose_layers_are_rewritten_runs_with_the_fused_kernels_on(frontend):
+    torch.manual_seed(0)
+    module = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1).eval()
+    x = torch.randn(2, 5, 16)
+    program = rewritten(tdcompile.trace(module, x, frontend=frontend), "svd")
+    assert any(isinstance(part, nn.Sequential) for part in program.graph.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(program.graph(x), module(x), rtol=1e-4, atol=1e-5)
+    assert module.use_nested_tensor
+
+
+class Kinds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.b(self.a(x.to(self.a.weight.dtype)).to(dtype=self.b.weight.dtype))
+
+
+def test_a_layer_whose_kind_of_number_is_read_is_a_layer_still():
+    module, x = Kinds().eval(), torch.randn(2, 8)
+    program = tdcompile.trace(module, x, frontend="fx")
+    assert not any(node.op == "get_attr" for node in program.graph.graph.nodes)
+    done = rewritten(program, "svd")
+    assert all(isinstance(done.graph.get_submodule(name), nn.Sequential) for name in "ab")
+    assert_same(module, done, x)
+
+
+class CastToHalf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4).bfloat16()
+
+    def forward(self, x):
+        return self.fc(x.to(torch.bfloat16)).float()
+
+
+def test_half_precision_that_the_networks_own_code_insists_on_is_told():
+    with pytest.raises(InputError, match=r"bfloat16.*build it in float32"):
+        tdcompile.trace(CastToHalf().eval(), torch.randn(2, 4))
 
 
 def test_positions_that_fused_kernels_set_to_zero_are_told():

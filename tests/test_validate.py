@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,26 @@ def test_a_scale_of_nothing_is_no_division_by_zero(model):
     assert check_parity(model, Nothing(), INPUTS, CPU, atol=100.0).max_rel == 0.0
 
 
+def masked(path: Path, by: Sequence[float]) -> Path:
+    """The model of ``Shifted`` with minus infinity as bias of some outputs."""
+    write(path)
+    proto = onnx.load(path)
+    bias = next(weight for weight in proto.graph.initializer if weight.name == "b")
+    bias.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(bias) + by).astype(np.float32), "b"))
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def test_infinite_outputs_are_to_be_infinite_in_the_same_places(tmp_path):
+    path, one = masked(tmp_path / "m.onnx", (0.0, -math.inf, 0.0)), torch.tensor([0.0, -math.inf, 0.0])
+    assert check_parity(path, Shifted(one), INPUTS, CPU).max_rel < 1e-5
+    for other in (torch.zeros(3), -one, torch.tensor([-math.inf, -math.inf, 0.0])):
+        with pytest.raises(ParityError, match="not finite"):
+            check_parity(path, Shifted(other), INPUTS, CPU)
+    with pytest.raises(ParityError, match=r"0\.5"):
+        check_parity(path, Shifted(one + 0.5), INPUTS, CPU)
+
+
 @pytest.mark.parametrize(
     ("reference", "says"),
     [
@@ -214,6 +236,14 @@ def test_draws_have_the_examples_mean_and_deviation(mean, deviation, batch):
 
 def test_a_constant_example_still_gives_random_values():
     assert _draw(torch.ones(1), 50, torch.Generator().manual_seed(0)).unique().numel() > 10
+
+
+@pytest.mark.parametrize("mask", [torch.arange(5).expand(2, 5) > 2, nn.Transformer.generate_square_subsequent_mask(5)])
+def test_rows_of_a_mask_are_drawn_whole(mask):
+    drawn = _draw(mask, 40, torch.Generator().manual_seed(0))
+    assert drawn.shape == (40, 5)
+    rows = {tuple(row) for row in mask.tolist()}
+    assert {tuple(row) for row in drawn.tolist()} == rows
 
 
 @pytest.mark.gpu
