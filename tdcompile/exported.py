@@ -42,9 +42,19 @@ def exported(
             opened[place][0] = "the batch axis"
     for axis in axes:
         opened[axis.input][axis.axis] = f"the axis '{axis.name}'"
-    shapes = call.arguments([dict.fromkeys(each, Dim.AUTO) or None for each in opened], rest=None)
+    if call.loose and any(opened):
+        raise UntraceableError(
+            f"torch.export leaves no axis open where forward takes a tensor by **kwargs, here {', '.join(call.loose)}: "
+            "name it in forward's signature, or give --no-dynamic-batch"
+        )
     args, kwargs = call.split(call.tensors)
-    export = partial(torch.export.export, module, args, kwargs, dynamic_shapes=_spread(shapes, kwargs), strict=False)
+    shapes = torch.export.ShapesCollection()
+    for tensor, each in zip(call.tensors, opened, strict=True):
+        if each:
+            shapes[tensor] = dict.fromkeys(each, Dim.AUTO)
+    export = partial(
+        torch.export.export, module, args, kwargs, dynamic_shapes=shapes if any(opened) else None, strict=False
+    )
     try:
         with hushed(), torch.no_grad():
             try:
@@ -101,17 +111,6 @@ def _known_integers(module: nn.Module) -> Iterator[None]:
 def _constant(value: Tensor) -> Callable[[nn.Module], Tensor]:
     number, kind = value.item(), value.dtype
     return lambda part: torch.tensor(number, dtype=kind)
-
-
-def _spread(shapes: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes by argument as ``torch.export`` wants them: what ``**kwargs`` takes stands beside the other arguments."""
-    spread: dict[str, Any] = {}
-    for name, value in shapes.items():
-        if name not in kwargs and isinstance(value, dict) and set(value) <= set(kwargs) and value:
-            spread |= value
-        else:
-            spread[name] = value
-    return spread
 
 
 def _same_axes(held: fx.GraphModule, call: Call, opened: Sequence[Mapping[int, str]]) -> None:

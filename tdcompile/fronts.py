@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -77,7 +77,8 @@ class Fronts:
         if other is not None:
             return other
         if found is not None and (fixed is None or not found.leaves):
-            return found
+            leaves = {name: f"{why}; torch.export: {refused['export']}" for name, why in found.leaves.items()}
+            return replace(found, leaves=leaves)
         if fixed is not None:
             raise fixed
         said = "; ".join(f"{name}: {error}" for name, error in refused.items())

@@ -118,6 +118,13 @@ class Call:
         }
 
     @property
+    def loose(self) -> list[str]:
+        """The arguments that hold tensors and that ``forward`` takes by ``**kwargs``, without naming them."""
+        last = [p.name for p in self._signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+        given = self.arguments(self.tensors).get(last[0], {}) if last else {}
+        return [name for name, value in given.items() if _holds(value)]
+
+    @property
     def nested(self) -> bool:
         """Whether a tensor is given inside another argument."""
         return any(not isinstance(value, Tensor) for value in self.arguments(self.tensors).values() if _holds(value))

@@ -36,6 +36,11 @@ def test_tensors_come_in_the_order_of_the_signature():
     assert call.defaults() == {"mask": None, "scale": 2.0}
 
 
+def test_tensors_that_no_argument_names_are_known():
+    assert Call.of(Takes(), {"x": X, "other": MASK, "more": [X], "scale": 3.0}).loose == ["other", "more"]
+    assert Call.of(Takes(), {"x": X, "extra": MASK, "word": 3}).loose == []
+
+
 def test_nested_inputs_are_named_by_their_place():
     call = Call.of(Takes(), (X, {"a": MASK, "b": [X, 3]}))
     assert call.names == ("x", "mask_a", "mask_b_0")

@@ -370,6 +370,42 @@ def test_what_torch_has_exported_can_be_compiled() -> None:
     assert len(compiled.report.layers) == 2
 
 
+@dataclass
+class Pair:
+    x: Tensor
+    more: list[Tensor]
+
+
+class Taking(nn.Module):
+    """Its input in a dataclass, or by names that its signature does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, pair: Pair | None = None, **given: Tensor) -> Tensor:
+        if pair is None:
+            return self.fc(given["x"]) + given["y"]
+        return self.fc(pair.x) + pair.more[0]
+
+
+def test_inputs_may_stand_in_a_dataclass_and_tensors_without_a_name_are_told() -> None:
+    x, y = torch.randn(2, 16), torch.randn(2, 16)
+    compiled = tdcompile.compile(Taking().eval(), [Pair(x, [y])], budget={"macs": 0.7})
+    assert [layer.decomposition for layer in compiled.report.layers] == ["svd"]
+    assert compiled.report.parity.max_rel < 1e-4
+    with pytest.raises(InputError, match=r"by \*\*kwargs, here x, y: name it in forward"):
+        tdcompile.compile(Taking().eval(), {"x": x, "y": y}, budget={"macs": 0.7})
+    closed = tdcompile.compile(Taking().eval(), {"x": x, "y": y}, budget={"macs": 0.7}, dynamic_batch=False)
+    assert closed.report.parity.max_rel < 1e-4
+
+
+def test_torchscript_is_told_to_be_no_network() -> None:
+    scripted = torch.jit.trace(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
+    with pytest.raises(InputError, match=r"nn\.Module"):
+        tdcompile.trace(scripted, torch.randn(2, 4))
+
+
 class At(nn.Module):
     """Another way at sizes that are told by a function of the batch and the number of rows."""
 
