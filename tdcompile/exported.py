@@ -48,13 +48,12 @@ def exported(
             "name it in forward's signature, or give --no-dynamic-batch"
         )
     args, kwargs = call.split(call.tensors)
-    shapes = torch.export.ShapesCollection()
+    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # torch's own
     for tensor, each in zip(call.tensors, opened, strict=True):
         if each:
             shapes[tensor] = dict.fromkeys(each, Dim.AUTO)
-    export = partial(
-        torch.export.export, module, args, kwargs, dynamic_shapes=shapes if any(opened) else None, strict=False
-    )
+    nested = shapes.dynamic_shapes(module, args, kwargs) if any(opened) else None  # type: ignore[no-untyped-call]
+    export = partial(torch.export.export, module, args, kwargs, dynamic_shapes=nested, strict=False)
     try:
         with hushed(), torch.no_grad():
             try:

@@ -100,11 +100,20 @@ def _settle_kinds(graph: fx.Graph, module: nn.Module) -> None:
         if weight.op == "get_attr":
             kind = operator.attrgetter(str(weight.target))(module).dtype
             for user in list(node.users):
-                user.args = fx.map_arg(user.args, lambda n, node=node, kind=kind: kind if n is node else n)
-                user.kwargs = fx.map_arg(user.kwargs, lambda n, node=node, kind=kind: kind if n is node else n)
+                user.args = _with(user.args, node, kind)
+                user.kwargs = _with(user.kwargs, node, kind)
             graph.erase_node(node)
             if not weight.users:
                 graph.erase_node(weight)
+
+
+def _with(arguments: Any, node: fx.Node, value: Any) -> Any:
+    """A node's arguments with a value in the place of another node."""
+
+    def put(other: fx.Node) -> Any:
+        return value if other is node else other
+
+    return fx.map_arg(arguments, put)
 
 
 def _in_place(node: fx.Node, module: nn.Module) -> bool:
