@@ -14,7 +14,7 @@ from tdcompile.compiler import Compiled
 from tdcompile.target import Target
 from tdcompile.task import Task
 
-UNIFORM = "propose{{decompose=tucker2}},score,choose{{by=uniform}},factorize{tail},fold-batchnorm,drop-dead"
+UNIFORM = "propose{{decompose=tucker2}},score{{by=none}},choose{{by=uniform}},factorize{tail},fold-batchnorm,drop-dead"
 
 
 def main(
@@ -25,7 +25,7 @@ def main(
     tune: Annotated[str, typer.Option(help="none, or options of finetune, e.g. epochs=5")] = "none",
     decompose: Annotated[str, typer.Option(help="one row each, separated by ';'")] = "auto",
     ranks: Annotated[str, typer.Option(help="rank selectors, one row each, separated by ';'")] = "knapsack",
-    importance: Annotated[str, typer.Option(help="scores, one row each, separated by ';'")] = "none",
+    importance: Annotated[str, typer.Option(help="scores, one row each, separated by ';'")] = "auto",
     baseline: Annotated[
         bool, typer.Option(help="also plain uniform HOSVD, without and with re-estimated norms")
     ] = True,

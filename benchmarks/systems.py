@@ -20,13 +20,17 @@ from tdcompile.task import Task
 
 # {tune} is the tuning that all of them get, {epochs} its length. Plain weights where the authors used plain weights.
 SYSTEMS = {
-    "Tucker-2, same share": "propose{{decompose=tucker2+svd}},score,choose{{by=uniform}},factorize,recalibrate{tune}",
-    "Tucker-2 by energy": "propose{{decompose=tucker2+svd}},score,choose{{by=energy}},factorize,recalibrate{tune}",
+    "Tucker-2, same share": (
+        "propose{{decompose=tucker2+svd}},score{{by=none}},choose{{by=uniform}},factorize,recalibrate{tune}"
+    ),
+    "Tucker-2 by energy": (
+        "propose{{decompose=tucker2+svd}},score{{by=none}},choose{{by=energy}},factorize,recalibrate{tune}"
+    ),
     "Tucker-2 by VBMF (Kim et al.)": (
-        "propose{{decompose=tucker2+svd,spectra=true}},score,choose{{by=vbmf}},factorize,recalibrate{tune}"
+        "propose{{decompose=tucker2+svd,spectra=true}},score{{by=none}},choose{{by=vbmf}},factorize,recalibrate{tune}"
     ),
     "equal relative error, CP, Tucker, TT": (
-        "propose{{decompose=cp4+tucker2+tt+svd}},score,choose{{by=equal-error}},factorize,recalibrate{tune}"
+        "propose{{decompose=cp4+tucker2+tt+svd}},score{{by=none}},choose{{by=equal-error}},factorize,recalibrate{tune}"
     ),
     "LWIQ": "score{{by=lwiq}},propose{{decompose=tt+svd}},choose{{by=lwiq}},factorize,recalibrate{tune}",
     "RENE (TT)": "rene,factorize,recalibrate{tune}",

@@ -120,7 +120,8 @@ def difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> str | None:
 @contextmanager
 def keeping_buffers(module: nn.Module) -> Iterator[None]:
     """Put the buffers back afterwards that a network changes in place as it answers."""
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
+    plain = [buffer for buffer in module.buffers() if not buffer.is_meta and buffer.layout == torch.strided]
+    kept = [(buffer, buffer.clone()) for buffer in plain]
     try:
         yield
     finally:
@@ -146,6 +147,11 @@ def _values(module: nn.Module) -> Mapping[str, object]:
     found: dict[str, object] = {}
     for path, part in module.named_modules():
         own = {key: value for key, value in vars(part).items() if isinstance(value, int | float | str)}
-        own |= {key: (id(buffer), buffer._version) for key, buffer in part._buffers.items() if buffer is not None}
+        own |= {key: (id(buffer), _changes(buffer)) for key, buffer in part._buffers.items() if buffer is not None}
         found |= {f"{path}.{key}" if path else key: value for key, value in own.items()}
     return found
+
+
+def _changes(tensor: Tensor) -> int:
+    """How often it was changed in place; what was made in inference mode does not count it."""
+    return 0 if tensor.is_inference() else tensor._version

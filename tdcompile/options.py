@@ -77,7 +77,7 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
     ),
     "decompose": _option(str | None, "Decompositions to consider; default auto.", panel=_CHOICE, metavar="NAME,..."),
     "ranks": _option(str | None, "The rank selector; default knapsack.", panel=_CHOICE, metavar="SELECTOR"),
-    "importance": _option(str | None, "The score of layers; default none.", panel=_CHOICE, metavar="SCORE"),
+    "importance": _option(str | None, "The score of layers; default auto.", panel=_CHOICE, metavar="SCORE"),
     "plan": _option(str | None, "Apply this plan, edited by hand or not.", panel=_CHOICE, metavar="plan.json"),
     "tune": _option(
         str | None,

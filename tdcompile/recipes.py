@@ -52,7 +52,7 @@ class Recipe(BaseModel):
     budget: Mapping[str, float] = {"latency": 0.5}
     decompose: tuple[str, ...] = ("auto",)
     ranks: str = "knapsack"
-    importance: str = "none"
+    importance: str = "auto"
     plan: str | None = None
     tune: str | None = None
     keep_dense: tuple[str, ...] = ()

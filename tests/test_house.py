@@ -13,7 +13,19 @@ CORE, PLUGINS = ROOT / "tdcompile", [ROOT / "passes", ROOT / "models"]
 
 # A file imports from floors below its own, and from those of its own floor that stand before it in this list.
 FLOORS = [
-    ["errors", "spec", "noise", "vocabulary", "sketch", "linalg", "multilinear", "degeneracy", "anchors", "inputmap", "turns"],
+    [
+        "errors",
+        "spec",
+        "noise",
+        "vocabulary",
+        "sketch",
+        "linalg",
+        "multilinear",
+        "degeneracy",
+        "anchors",
+        "inputmap",
+        "turns",
+    ],
     ["plugin", "facts", "layer", "callables", "extras", "processes", "workers"],
     [
         "target",

@@ -25,7 +25,7 @@ class Score(AnalysisPass):
 
     name: ClassVar[str] = "score"
     gives: ClassVar[tuple[type[Fact], ...]] = (Importances,)
-    by: str = "none"
+    by: str = "auto"
 
     def analyze(self, program: Program) -> Importances:
         """The named score's values.

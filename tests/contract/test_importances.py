@@ -76,6 +76,14 @@ def test_every_layer_has_a_finite_score_that_the_seed_decides(name: str) -> None
     assert scored(name, program(Bright())) == scores
 
 
+def test_auto_is_taylor_where_there_are_labels_and_none_where_there_are_not() -> None:
+    labelled = program(Bright())
+    assert scored("auto", labelled) == scored("taylor{order=1,samples=128}", labelled)
+    assert len(set(scored("auto", labelled).values())) > 1
+    for train in (None, Bright(labelled=False)):
+        assert set(scored("auto", program(train)).values()) == {1.0}
+
+
 @pytest.mark.parametrize("name", SCORES)
 def test_scoring_leaves_the_network_alone(name: str) -> None:
     given = program(Bright())
