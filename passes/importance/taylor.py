@@ -104,7 +104,8 @@ class _Meter:
     ) -> Tensor:
         """Forward hook: a zero added to the output makes a gradient flow there, whatever else is frozen."""
         with torch.no_grad():
-            change = self._difference(input_of(arguments, named).detach())
+            # by ``forward``: what watches a network's own layers is not to see this one
+            change = self._difference.forward(input_of(arguments, named).detach())
         probe = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         self._probes.append(probe)
         watched = output + probe
