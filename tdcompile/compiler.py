@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from tdcompile.artifact import check_out, save_weights, write_folder
 from tdcompile.checkpoint import Checkpoint
+from tdcompile.data import Given, given
 from tdcompile.errors import InputError, nearest
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, TunePass
@@ -37,7 +38,7 @@ from tdcompile.runtime import open_session
 from tdcompile.summary import Run, summarise
 from tdcompile.surgery import evaluating, outputs_of
 from tdcompile.target import Target
-from tdcompile.task import Samples, Task, accuracy
+from tdcompile.task import Task, accuracy
 from tdcompile.tracing import trace
 from tdcompile.tuning import key_of
 
@@ -104,7 +105,7 @@ def compile(  # the field's word, as in torch.compile
     module: nn.Module,
     inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
     *,
-    data: Task | Samples | tuple[Samples, Samples | None] | None = None,
+    data: Task | Given = None,
     recipe: str | Recipe | None = None,
     workspace: Path | None = None,
     resume: bool = False,
@@ -116,7 +117,9 @@ def compile(  # the field's word, as in torch.compile
     Args:
         module: the network; it is not changed.
         inputs: example inputs: a tensor, ``forward``'s arguments in order, or a mapping of them by name.
-        data: training samples, or (training, test) samples, or a whole ``Task``; everything runs without.
+        data: training samples, or a pair of (training, test) samples: as a torch ``Dataset`` or ``DataLoader``, arrays
+            ``(x, y)``, ``Samples``, or a text as of ``--data`` (see ``data.given``); or a ``Task``. Everything runs
+            without.
         recipe: a shipped recipe's name, a TOML file, or a ``Recipe``; ``options`` override it.
         workspace: a folder that keeps the state between passes, until the result is saved; none by default.
         resume: go on from the state in the workspace where it is of this very compilation.
@@ -199,7 +202,7 @@ def resolve(recipe: str | Recipe | None, options: Mapping[str, Any]) -> Recipe:
 def prepare(
     module: nn.Module,
     inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
-    data: Task | Samples | tuple[Samples, Samples | None] | None,
+    data: Task | Given,
     recipe: Recipe,
 ) -> Program:
     """The program that the passes of a recipe run on.
@@ -214,7 +217,7 @@ def prepare(
     program = trace(
         module, inputs, frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch, dynamic=recipe.dynamic
     )
-    task = _task(data, recipe)
+    task = _task(data, recipe, tuple(program.inputs[0].shape[1:]))
     train, test = (samples_like(samples, program.inputs) for samples in (task.train, task.test))
     task = replace(task, train=train, test=test)
     program = program.with_(task=task, target=target, budget=budget, seed=recipe.seed)
@@ -274,11 +277,12 @@ def _tested(program: Program) -> float | None:
     return accuracy(program.graph, program.task.test, program.task.evaluate)
 
 
-def _task(data: Task | Samples | tuple[Samples, Samples | None] | None, recipe: Recipe) -> Task:
+def _task(data: Task | Given, recipe: Recipe, shape: tuple[int, ...]) -> Task:
     if isinstance(data, Task):
         return data
-    train, test = data if isinstance(data, tuple) else (data, None)
-    return Task(train, test, recipe.calibrate, recipe.eval, recipe.data or ("given" if train else "none"))
+    train, test = given(data, shape, recipe.normalize, recipe.seed)
+    known = data if isinstance(data, str) else recipe.data or ("given" if train else "none")
+    return Task(train, test, recipe.calibrate, recipe.eval, known)
 
 
 def _kept(program: Program, patterns: Sequence[str]) -> dict[str, str]:

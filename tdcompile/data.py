@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from tdcompile.callables import call, is_file, is_module
 from tdcompile.errors import InputError, nearest
@@ -23,6 +25,8 @@ from tdcompile.tables import HELD_OUT, read_hub, read_parquet
 from tdcompile.task import Samples
 
 Part = Split | Samples
+# What a caller may hand over for samples; see ``given``.
+Given = str | Dataset[Any] | DataLoader[Any] | Tensor | NDArray[Any] | Sequence[Any] | None
 _TENTH = 10
 
 
@@ -57,6 +61,44 @@ def load_data(
     return made, None if test is None else _finish(test, classes, normalisation, shape)
 
 
+def given(
+    data: Given, input_shape: tuple[int, ...], normalize: str = "none", seed: int = 0
+) -> tuple[Samples | None, Samples | None]:
+    """Train and test samples of what a caller hands over; each is None where there is none.
+
+    Args:
+        data: a text for ``load_data``; training samples, as ``Samples``, a map-style torch ``Dataset``, a
+            ``DataLoader`` (of which the data set is read, in batches and an order of our own), an array ``x``
+            ``(N, ...)`` or arrays ``(x, y)`` with class numbers ``y`` ``(N,)``; or a pair (training, test) of such.
+        input_shape: of the network's input, without the batch.
+        normalize: ``none``, ``imagenet`` or ``m,m,m/s,s,s``; of ``Samples`` ``none`` alone.
+        seed: of what is held out where a text's data bring no test samples.
+
+    Raises:
+        InputError: it is none of these, or does not fit the input; the first sample of each part is read to see, but of
+            ``Samples``, which may be of several inputs and other lengths.
+    """
+    if data is None:
+        return None, None
+    if isinstance(data, str):
+        return load_data(data, input_shape, normalize, seed)
+    train: Any = data
+    test: Any = None
+    if isinstance(data, tuple | list) and len(data) == 2 and not isinstance(data[0], Tensor | np.ndarray):
+        train, test = data
+    shape = tuple(input_shape)
+    parts: list[Part | None] = []
+    for part, what in ((train, "the data"), (test, "the test data")):
+        one = (part,) if isinstance(part, Tensor | np.ndarray) else part
+        parts.append(None if one is None else _part(one, what, shape))
+    if not any(isinstance(part, Split) for part in parts) and normalize == "none":
+        return parts[0], parts[1]  # type: ignore[return-value]  # Samples
+    classes = max((part.classes or 0 for part in parts if part is not None), default=0)
+    normalisation = Normalisation.parse(normalize, shape)
+    made = [None if part is None else _finish(part, classes, normalisation, shape) for part in parts]
+    return made[0], made[1]
+
+
 def kinds() -> dict[str, str]:
     """Each form that a spec may have, and what it reads."""
     return {kind.form: kind.about for kind in (*_KINDS.values(), _CALLABLE)}
@@ -83,10 +125,10 @@ def _finish(part: Part, classes: int, normalisation: Normalisation, shape: Shape
     if normalisation.mean:
         raise InputError("--normalize cannot be given with data that are Samples already: they normalise themselves")
     if len(part) == 0:
-        raise InputError("the callable's Samples hold no samples")
+        raise InputError("the Samples given hold no samples")
     found = part.batch([0]).inputs
     if len(found) == 1 and tuple(found[0].shape[1:]) != shape:
-        raise InputError(f"the callable's Samples have the shape {tuple(found[0].shape[1:])}, the input is {shape}")
+        raise InputError(f"the Samples given have the shape {tuple(found[0].shape[1:])}, the input is {shape}")
     return part
 
 
@@ -180,6 +222,8 @@ def _callable(spec: str, shape: Shape, seed: int) -> tuple[Part, Part | None]:
 def _part(made: object, name: str, shape: Shape) -> Part:
     if isinstance(made, Samples):
         return made
+    if isinstance(made, DataLoader):
+        return _part(made.dataset, name, shape)
     if isinstance(made, Dataset):
         reader = DatasetReader(made, shape)
         return Split.checked(name, reader, reader.labels())
@@ -187,7 +231,8 @@ def _part(made: object, name: str, shape: Shape) -> Part:
         x, y = (*made, None)[:2]
         return _arrays(name, to_tensor(x, name), None if y is None else to_tensor(y, f"the labels of {name}"), shape)
     raise InputError(
-        f"{name} is a {type(made).__name__}; Samples, a torch Dataset or a pair of arrays (x, y) is needed"
+        f"{name} is a {type(made).__name__}; Samples, a torch Dataset or DataLoader, or a pair of arrays (x, y) is "
+        "needed"
     )
 
 

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from tdcompile import readers
-from tdcompile.data import kinds, load_data
+from tdcompile.data import given, kinds, load_data
 from tdcompile.errors import InputError, UnavailableError
 from tdcompile.task import Batch, Samples
 
@@ -467,6 +468,63 @@ def test_samples_of_the_users_own_are_held_to_the_input(users: str) -> None:
 
 
 # Specs
+
+
+X, Y = torch.rand(12, 3, 6, 6), torch.arange(12) % 5
+
+
+class Own(Samples):
+    classes = None
+
+    def __len__(self) -> int:
+        return 4
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return Batch((torch.zeros(len(indices), 9), torch.ones(len(indices), 2)), None)
+
+
+@pytest.mark.parametrize(
+    "handed",
+    [
+        (X, Y),
+        [X.numpy(), Y.numpy()],
+        TensorDataset(X, Y),
+        DataLoader(TensorDataset(X, Y), batch_size=5, shuffle=True),
+        ((X, Y), None),
+        (TensorDataset(X, Y), (X[:3], Y[:3])),
+    ],
+)
+def test_python_may_hand_over_arrays_data_sets_and_loaders(handed: Any) -> None:
+    train, test = given(handed, (3, 6, 6), "imagenet" if isinstance(handed, DataLoader) else "none")
+    assert train is not None
+    batch = train.batch([7, 2])
+    means = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    deviations = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    wanted = (X[[7, 2]] - means) / deviations if isinstance(handed, DataLoader) else X[[7, 2]]
+    torch.testing.assert_close(batch.inputs[0], wanted)
+    assert batch.labels is not None
+    assert batch.labels.tolist() == [2, 2]
+    assert (len(train), train.classes) == (12, 5)
+    held = isinstance(handed, tuple) and isinstance(handed[0], TensorDataset)
+    assert (test is not None and len(test) == 3 and test.classes == 5) if held else test is None
+
+
+def test_python_may_hand_over_samples_as_they_are_an_array_a_text_and_nothing() -> None:
+    own = Own()
+    assert given(own, (7,)) == (own, None)
+    assert given((own, own), (7,)) == (own, own)
+    alone, _ = given(X, (3, 6, 6))
+    assert alone is not None
+    assert (len(alone), alone.classes) == (12, None)
+    assert given(None, (3, 6, 6)) == (None, None)
+    digits, held = given("digits", (1, 8, 8))
+    assert digits is not None
+    assert held is not None
+    for wrong, says in [(7, "is a int; Samples"), ((X, Y[:3]), "labels of shape"), ([], "is a list")]:
+        with pytest.raises(InputError, match=says):
+            given(wrong, (3, 6, 6))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="they normalise themselves"):
+        given(own, (3, 6, 6), "imagenet")
 
 
 def test_every_kind_says_what_it_reads() -> None:

@@ -202,6 +202,15 @@ def test_layers_are_kept_dense_by_pattern_and_a_pattern_without_a_layer_is_an_er
         tdcompile.compile(network(), X, keep_dense=("head*",))
 
 
+def test_python_hands_over_arrays_and_a_loader():
+    points = Points()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(points.x, points.y), batch_size=7)
+    made = tdcompile.compile(network(), X, data=((points.x, points.y), loader), budget={"macs": 0.6})
+    same = tdcompile.compile(network(), X, data=(points, points), budget={"macs": 0.6})
+    assert made.report.compiled.accuracy == same.report.compiled.accuracy
+    assert made.report.ratio.macs == same.report.ratio.macs
+
+
 def test_damaged_data_and_foreign_labels_are_refused():
     bad = Points()
     bad.x[5] = float("nan")
