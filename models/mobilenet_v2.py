@@ -55,15 +55,17 @@ class MobileNetV2(Network):
 
     name: ClassVar[str] = "mobilenet_v2"
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 224, 224),)
+    halving: ClassVar[int] = 0  # the first stage whose stride is the paper's; the stem's is before stage 0
     num_classes: int = 1000
 
     def build(self) -> nn.Module:
         """The network in eval mode, randomly initialised."""
-        features: list[nn.Module] = [_conv(3, STEM, 3, stride=2)]
+        features: list[nn.Module] = [_conv(3, STEM, 3, stride=1 if self.halving else 2)]
         channels = STEM
-        for expansion, width, blocks, first in STAGES:
+        for stage, (expansion, width, blocks, first) in enumerate(STAGES):
             for block in range(blocks):
-                features.append(InvertedResidual(channels, width, 1 if block else first, expansion))
+                stride = 1 if block or stage < self.halving else first
+                features.append(InvertedResidual(channels, width, stride, expansion))
                 channels = width
         features.append(_conv(channels, HEAD, 1))
         return nn.Sequential(
@@ -74,3 +76,13 @@ class MobileNetV2(Network):
                 classifier=nn.Sequential(nn.Dropout(0.2), nn.Linear(HEAD, self.num_classes)),
             )
         ).eval()
+
+
+@dataclass(frozen=True)
+class MobileNetV2Cifar(MobileNetV2):
+    """MobileNetV2 for CIFAR, its stem and second stage without stride, 2.2 M parameters."""
+
+    name: ClassVar[str] = "mobilenet_v2_cifar"
+    input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 32, 32),)
+    halving: ClassVar[int] = 2
+    num_classes: int = 10

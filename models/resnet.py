@@ -58,13 +58,19 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 7×7 stem and a max pool, four stages of 64 to 512, global average pooling, one linear layer."""
+    """A stem, four stages of 64 to 512, global average pooling, one linear layer.
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], blocks: tuple[int, ...], num_classes: int) -> None:
+    The stem is a 7×7 convolution and a max pool, each of stride 2, or, for small images, a 3×3 convolution.
+    """
+
+    def __init__(
+        self, block: type[BasicBlock | Bottleneck], blocks: tuple[int, ...], num_classes: int, small: bool = False
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        kernel, stride = (3, 1) if small else (7, 2)
+        self.conv1 = nn.Conv2d(3, 64, kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
         self.layer1 = _stage(block, 64, 64, blocks[0], stride=1)
         self.layer2 = _stage(block, 64 * block.expansion, 128, blocks[1], stride=2)
         self.layer3 = _stage(block, 128 * block.expansion, 256, blocks[2], stride=2)
@@ -96,12 +102,13 @@ class _Family(Network):
 
     block: ClassVar[type[BasicBlock | Bottleneck]]
     blocks: ClassVar[tuple[int, ...]]
+    small: ClassVar[bool] = False
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 224, 224),)
     num_classes: int = 1000
 
     def build(self) -> nn.Module:
         """The network in eval mode, randomly initialised."""
-        return ResNet(self.block, self.blocks, self.num_classes).eval()
+        return ResNet(self.block, self.blocks, self.num_classes, self.small).eval()
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,16 @@ class ResNet18(_Family):
     name: ClassVar[str] = "resnet18"
     block: ClassVar[type[BasicBlock | Bottleneck]] = BasicBlock
     blocks: ClassVar[tuple[int, ...]] = (2, 2, 2, 2)
+
+
+@dataclass(frozen=True)
+class ResNet18Cifar(ResNet18):
+    """ResNet-18 for CIFAR, with a 3×3 stem, 11.2 M parameters."""
+
+    name: ClassVar[str] = "resnet18_cifar"
+    small: ClassVar[bool] = True
+    input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 32, 32),)
+    num_classes: int = 10
 
 
 @dataclass(frozen=True)

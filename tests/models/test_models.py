@@ -35,6 +35,8 @@ ROUNDED_PARAMS = {  # in millions, as published
     "resnet56": "0.85",
     "resnet110": "1.7",
     "vgg16_cifar": "14.73",
+    "resnet18_cifar": "11.17",
+    "mobilenet_v2_cifar": "2.24",
 }
 CONV_MACS = {  # of convolutions alone, in millions, as published
     "resnet20": "40.55",
@@ -51,6 +53,8 @@ MACS = {  # of convolutions, linear layers and attention, in thousands of millio
     "vgg16": "15.47",
     "mobilenet_v2": "0.301",
     "vit_tiny": "1.3",
+    "resnet18_cifar": "0.56",
+    "mobilenet_v2_cifar": "0.088",
 }
 
 
@@ -89,6 +93,7 @@ def rounded(value: float, like: str) -> str:
 def test_every_network_of_the_issue_is_there() -> None:
     assert set(NETWORKS) == {
         *("lenet5", "garipovnet", "digits_net", "mobilenet_v2", "vit_tiny", "vgg16", "vgg16_cifar"),
+        *("mobilenet_v2_cifar", "resnet18_cifar"),
         *(f"resnet{depth}" for depth in (18, 20, 32, 34, 44, 50, 56, 110)),
     }
 
