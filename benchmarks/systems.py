@@ -18,7 +18,8 @@ from tdcompile.program import Program
 from tdcompile.target import Target
 from tdcompile.task import Task
 
-# {tune} is the tuning that all of them get, {epochs} its length. Plain weights where the authors used plain weights.
+# {tune} is the tuning that all of them get, {training} its options for what is nothing but training.
+# Plain weights where the authors used plain weights.
 SYSTEMS = {
     "Tucker-2, same share": (
         "propose{{decompose=tucker2+svd}},score{{by=none}},choose{{by=uniform}},factorize,recalibrate{tune}"
@@ -35,7 +36,7 @@ SYSTEMS = {
     "LWIQ": "score{{by=lwiq}},propose{{decompose=tt+svd}},choose{{by=lwiq}},factorize,recalibrate{tune}",
     "RENE (TT)": "rene,factorize,recalibrate{tune}",
     "RENE (CP)": "rene{{form=cp}},factorize,recalibrate{tune}",
-    "progressive Tucker": "attach-adapters,anneal{{epochs={epochs}}},detach-dense",
+    "progressive Tucker": "attach-adapters,anneal{{{training}}},detach-dense",
     "probe of every layer": (
         "calibrate,score{{by=probe}},propose,choose{{by=knapsack}},factorize,recalibrate,refit{tune}"
     ),
@@ -88,12 +89,13 @@ def main(
 ) -> None:
     """Test accuracy is of all 10,000 images; nothing is chosen by it."""
     module, train, test = trained(network, weights, data, seed)
-    tune = f",finetune{{{','.join(filter(None, (f'epochs={epochs:g}', options)))}}}" if epochs else ""
+    training = ",".join(filter(None, (f"epochs={epochs:g}", options)))
+    tune = f",finetune{{{training}}}" if epochs else ""
     rows: list[dict[str, Any]] = []
     for name, text in SYSTEMS.items():
-        if not _wanted(name, only.split(",")) or ("{epochs}" in text and not epochs):
+        if not _wanted(name, only.split(",")) or ("{training}" in text and not epochs):
             continue
-        pipeline = text.format(tune=tune, epochs=f"{epochs:g}") + ",fold-batchnorm,drop-dead"
+        pipeline = text.format(tune=tune, training=training) + ",fold-batchnorm,drop-dead"
         task, passes = Task(train, test, source=data), Passes()
         try:
             report = tdcompile.compile(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 from torch.optim import Optimizer
 
+from tdcompile.augment import fitting
 from tdcompile.distillation import Distillation
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.inference import folded
@@ -41,6 +42,7 @@ class Anneal(TunePass):
         decay: share of the steps over which the dense share falls to zero; then the adapters train alone.
         selections: how often ranks are selected anew, the last time when the dense share reaches zero.
         temperature, labels: of the loss, as in ``finetune``.
+        augment, precision: as in ``finetune``.
     """
 
     name: ClassVar[str] = "anneal"
@@ -53,6 +55,8 @@ class Anneal(TunePass):
     clip: float = 5.0
     temperature: float = 4.0
     labels: float = 0.1
+    augment: Literal["auto", "none", "shift", "shift-flip"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     def __post_init__(self) -> None:
         """Raises InputError where an option is out of its range."""
@@ -82,8 +86,9 @@ class Anneal(TunePass):
             momentum=0.9,
             warmup=0.05,
             clip=self.clip,
-            augment="none",
+            augment=fitting(program.inputs) if self.augment == "auto" else self.augment,
             frozen=False,
+            precision=self.precision,
         )
         teacher = copy_weights(folded(program, program.dense))
         loss = Distillation(teacher, self.temperature, self.labels if train.classes else 0.0)

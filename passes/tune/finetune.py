@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from tdcompile.augment import Augment
+from tdcompile.augment import fitting
 from tdcompile.distillation import Distillation, Layerwise
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
@@ -28,7 +28,6 @@ _RATE = 0.03 / 128  # the highest rate that is tried for each sample of a batch;
 _SHARES = (1.0, 1 / 3, 1 / 10, 1 / 30, 1 / 100)  # of it: what a good start needs is far below what a bad one does
 _JUDGES = 1024  # held-out samples that rates are compared on
 _HELDOUT = 5000  # more held-out samples cost time and tell no more
-_SHIFTABLE = 16  # pixels: in a smaller image a shift moves what is looked for out of it
 
 
 @dataclass(frozen=True)
@@ -190,19 +189,12 @@ class Finetune(TunePass):
             momentum=self.momentum,
             warmup=self.warmup,
             clip=self.clip,
-            augment=_fitting(program.inputs) if self.augment == "auto" else self.augment,
+            augment=fitting(program.inputs) if self.augment == "auto" else self.augment,
             frozen=self.bn == "frozen",
             average=self.average,
             patience=self.patience,
             precision=self.precision,
         )
-
-
-def _fitting(inputs: tuple[Tensor, ...]) -> Augment:
-    """The augmentation that ``auto`` means for these inputs."""
-    if not all(x.ndim == 4 and min(x.shape[2:]) >= _SHIFTABLE for x in inputs):
-        return "none"
-    return "shift-flip" if all(x.shape[1] == 3 for x in inputs) else "shift"
 
 
 def _told(tuning: Tuning) -> str:
