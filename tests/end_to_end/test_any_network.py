@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tdcompile
@@ -451,6 +454,34 @@ def test_a_fork_on_an_open_axis_is_found_wherever_it_is(
     x = torch.randn(2, 6, 16)
     with pytest.raises(InputError, match=told):
         tdcompile.trace(At(forks).eval(), x, frontend=frontend, dynamic=["x:1"])
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    kind=st.sampled_from(["==", ">", "%", "product", "+"]),
+    number=st.integers(2, 50),
+    frontend=st.sampled_from(["auto", "fx", "export"]),
+)
+def test_what_is_accepted_is_right_at_every_size(kind: str, number: int, frontend: str) -> None:
+    forks: dict[str, Callable[[int, int], bool]] = {
+        "==": lambda n, rows: n == number,
+        ">": lambda n, rows: rows > 3 * number,
+        "%": lambda n, rows: rows % number == 1,
+        "product": lambda n, rows: n * rows > 40 * number,
+        "+": lambda n, rows: n + number == rows,
+    }
+    module = At(forks[kind]).eval()
+    try:
+        program = tdcompile.trace(module, torch.randn(2, 6, 16), frontend=frontend, dynamic=["x:1"])
+    except InputError:
+        return
+    with TemporaryDirectory() as folder:
+        done = export_onnx(program.graph, program.inputs, Path(folder) / "m.onnx", axes=program.axes)
+        session = open_session(done.path, Target())
+    for n, rows in [(1, 6), (number, 6), (2, 3 * number + 1), (2, number + 1), (2, number + 2), (9, 50)]:
+        x = torch.randn(n, rows, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(infer(session, (x,))[0]), module(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_with_a_hook_or_a_forward_of_its_own_stays_what_it_is() -> None:
