@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,11 @@ from tdcompile.surgery import register_trees, tensors_in
 # How far a graph's outputs may be from the network's, of the largest: the same operators in the same order leave
 # rounding alone, and that of a few more or fewer bits where a layer is computed by another kernel.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# A parameter of so many numbers is kept while a network runs, which may set it by the first inputs that it sees.
+_SMALL = 2**16
+# What every module has.
+_TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
 
 
 @dataclass(frozen=True)
@@ -35,19 +41,21 @@ class Case:
 def cases_of(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch: bool) -> tuple[list[Case], list[str]]:
     """The network's answers to the example inputs, and to others of every size that is to stay open.
 
-    Beside them the network's own values that each answer changes, a count of its calls say.
+    Beside them the network's own numbers, words, collections and buffers that each answer changes, a count of its calls
+    say; tensors that it merely holds are caches.
 
     Raises:
         InputError: the network does not run on the inputs, or answers the same inputs in two ways.
         FixedAxisError: it does, but not on another size.
     """
+    fresh, start = apart(module, share=False), values(module)
     try:
         cases = [Case("on the example inputs", call, answer(module, call))]
     except InputError:
         raise
     except Exception as error:  # whatever the network's own code raises
         raise InputError(f"the network does not run on an input of {shapes(call)}: {first_line(error)}") from error
-    before = _values(module)
+    first = values(module)
     others = []
     if dynamic_batch and any(shares_batch(call.tensors)):
         size = next(len(x) for x, batched in zip(call.tensors, shares_batch(call.tensors), strict=True) if batched)
@@ -67,16 +75,36 @@ def cases_of(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch:
                 f"give {instead}; it says: {first_line(error)}"
             ) from error
     again = [answer(module, call)]
-    changed = [name for name, value in _values(module).items() if name in before and before[name] != value]
+    kept, changed = _changed(start, first), _changed(first, values(module))
     if changed:  # every second call may be another
         again.append(answer(module, call))
+    if kept and fresh is not module:  # what it keeps may be of what it was given first
+        again.append(_after_others(fresh, call))
     if any(difference(cases[0].outputs, other) is not None for other in again):
-        why = f"it changes '{changed[0]}' as it answers" if changed else "it draws random numbers"
+        known = changed or kept
+        why = f"it changes '{known[0]}' as it answers" if known else "it draws random numbers, or keeps something"
         raise InputError(
             f"the network gives different answers to the same inputs in eval mode: {why}, and a compiled model, which "
             "keeps nothing from one call for the next, cannot be checked against it; turn that off where it is built"
         )
-    return cases, changed
+    held = {f"{path}.{key}" if path else key for path, part in module.named_modules() for key in _tensors_of(part)}
+    return cases, [name for name in changed if name not in held]
+
+
+def _tensors_of(part: nn.Module) -> list[str]:
+    return [key for key, value in vars(part).items() if isinstance(value, Tensor)]
+
+
+def _after_others(module: nn.Module, call: Call) -> list[Tensor]:
+    """What a network that has not answered yet answers to the example after other inputs of its shape."""
+    other = [2 * x.flip(0) if x.is_floating_point() and x.dim() else x for x in call.tensors]
+    with suppress(Exception):  # inputs that it does not take change nothing
+        answer(module, call.having(other))
+    return answer(module, call)
+
+
+def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
+    return [name for name, value in after.items() if before.get(name) != value]
 
 
 @torch.no_grad()
@@ -117,18 +145,42 @@ def difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> str | None:
     return None
 
 
+def apart(module: nn.Module, share: bool = True) -> nn.Module:
+    """A copy over the same tensors: what a network keeps as it runs, in a cache say, stays out of the one given.
+
+    The module itself where it cannot be copied.
+
+    Args:
+        module: the network.
+        share: also the tensors that a network may change as it runs: its buffers, and parameters that are small.
+    """
+    own = set() if share else {id(t) for t in _changeable(module)}
+    shared: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers()) if id(t) not in own}
+    # torch copies no tensor that another was computed to, which may stand in any attribute
+    loose = (v for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor))
+    shared |= {id(v): v.detach() for v in loose if not v.is_leaf}
+    try:
+        return copy.deepcopy(module, shared)
+    except Exception:  # noqa: BLE001  # a network may hold anything
+        return module
+
+
+def _changeable(module: nn.Module) -> list[Tensor]:
+    return [*module.buffers(), *(p for p in module.parameters() if p.numel() <= _SMALL)]
+
+
 @contextmanager
-def keeping_buffers(module: nn.Module) -> Iterator[None]:
-    """Put the buffers back afterwards that a network changes in place as it answers."""
-    plain = [buffer for buffer in module.buffers() if not buffer.is_meta and buffer.layout == torch.strided]
-    kept = [(buffer, buffer.clone()) for buffer in plain]
+def keeping(module: nn.Module) -> Iterator[None]:
+    """Put back afterwards what a network changes in place as it answers: buffers, and parameters that are small."""
+    tensors = [t for t in _changeable(module) if not t.is_meta and t.layout == torch.strided]
+    kept = [(t, t.detach().clone()) for t in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in kept:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for tensor, value in kept:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 def shapes(call: Call) -> str:
@@ -142,14 +194,22 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _values(module: nn.Module) -> Mapping[str, object]:
-    """The numbers, words and buffers that a network holds, by name: buffers by how often they have been changed."""
+def values(module: nn.Module) -> Mapping[str, object]:
+    """What a network holds, by name, to be compared: tensors by how often they have been changed."""
     found: dict[str, object] = {}
     for path, part in module.named_modules():
-        own = {key: value for key, value in vars(part).items() if isinstance(value, int | float | str)}
-        own |= {key: (id(buffer), _changes(buffer)) for key, buffer in part._buffers.items() if buffer is not None}
+        own = {key: _seen(value) for key, value in vars(part).items() if key not in _TORCHS_OWN}
+        own |= {key: _seen(value) for key, value in part._buffers.items()}
         found |= {f"{path}.{key}" if path else key: value for key, value in own.items()}
     return found
+
+
+def _seen(value: object) -> object:
+    if isinstance(value, Tensor):
+        return id(value), _changes(value)
+    if isinstance(value, dict | list | set):
+        return id(value), len(value)
+    return value if isinstance(value, int | float | str | None) else id(value)
 
 
 def _changes(tensor: Tensor) -> int:

@@ -21,7 +21,7 @@ from tdcompile.turns import turns
 
 def exported(
     module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes: Sequence[Axis] = ()
-) -> tuple[fx.GraphModule, list[dict[str, int]]]:
+) -> tuple[fx.GraphModule, list[list[dict[str, int]]]]:
     """The network's ATen graph, over the network's own tensors; its inputs are the call's tensors, in their order.
 
     Beside it sizes of the open axes, by name, at which the network may go another way than the graph (``turns``).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,7 +9,7 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from tdcompile.answers import Case, answer, difference, first_line
+from tdcompile.answers import Case, answer, apart, difference, first_line
 from tdcompile.errors import FixedAxisError, InputError, UntraceableError
 from tdcompile.exported import exported
 from tdcompile.functional import modularise
@@ -24,8 +23,10 @@ Frontend = Literal["auto", "fx", "export"]
 
 # Batches at which a graph is held against its network, beside that of the example and the next.
 _BATCHES = (1, 8)
-# Numbers in all inputs together, 256 MB of them: where a size makes more, the graph is not run at it.
-_MOST = 2**26
+# A graph is run at other sizes where its inputs grow by so much and hold so many numbers, or beyond by so many.
+_GROWTH, _MOST, _MOST_BEYOND = 64, 2**26, 2**20
+# A whole number is taken for a word, which costs what so many numbers do.
+_WORD = 64
 # Layers without a form here, which no front end opens: what is not seen in them is not missed.
 _CLOSED = (nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
 # What functions come from that run nothing of the network's own.
@@ -38,11 +39,13 @@ class Traced:
 
     Attributes:
         leaves: the parts that symbolic tracing could not pass through, each with its reason.
+        untried: sizes at which the network may go another way, and which take too much memory to try.
     """
 
     graph: fx.GraphModule
     leaves: Mapping[str, str]
     frontend: Literal["fx", "export"]
+    untried: Sequence[Sizes] = ()
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,14 @@ class Fronts:
     def _fx(self) -> Traced:
         graph, leaves = symbolic(apart(self.module), self.call)
         traced = self._checked(Traced(graph, leaves, "fx"))
-        if leaves or _calls_own_code(graph):
-            self._same_way_within(graph)
+        untried = self._same_way_within(graph) if leaves or _calls_own_code(graph) else []
         self._at_other_sizes(graph, [])
-        return traced
+        return replace(traced, untried=untried)
 
-    def _same_way_within(self, graph: fx.GraphModule) -> None:
+    def _same_way_within(self, graph: fx.GraphModule) -> list[Sizes]:
         """Try the network's own code, which the graph runs in its leaves and a model has one way through.
+
+        Gives what was not tried, as ``_at_other_sizes`` does.
 
         Raises:
             FixedAxisError: it goes another way at some other size.
@@ -109,42 +113,68 @@ class Fronts:
         try:
             way, turning = exported(apart(graph), call, dynamic_batch=self.dynamic_batch, axes=self.axes)
         except (UntraceableError, FixedAxisError):  # what cannot be exported does not become a model
-            return
+            return []
         longer = {axis.name: self.call.tensors[axis.input].shape[axis.axis] + 1 for axis in self.axes}
-        batches = [
-            {BATCH: len(x) + 1}
-            for x, batched in zip(self.call.tensors, shares_batch(self.call.tensors), strict=True)
-            if batched
-        ]
-        self._at_other_sizes(
-            way, [*turning, *(batches[:1] if self.dynamic_batch else []), *([longer] if longer else [])]
-        )
+        batch = next((len(x) for x, b in zip(self.call.tensors, shares_batch(self.call.tensors), strict=True) if b), 0)
+        turning += [[{BATCH: batch + 1}]] if self.dynamic_batch and batch else []
+        return self._at_other_sizes(way, [*turning, *([[longer]] if longer else [])])
 
     def _export(self) -> Traced:
         graph, turning = exported(apart(self.module), self.call, dynamic_batch=self.dynamic_batch, axes=self.axes)
         traced = self._checked(Traced(graph, {}, "export"))
-        self._at_other_sizes(graph, turning)
-        return traced
+        return replace(traced, untried=self._at_other_sizes(graph, turning))
 
-    def _at_other_sizes(self, graph: fx.GraphModule, turning: Sequence[Sizes]) -> None:
+    def _at_other_sizes(self, graph: fx.GraphModule, turning: Sequence[Sequence[Sizes]]) -> list[Sizes]:
         """Run the graph where the network may go another way: a batch of one is a constant to torch, for instance.
+
+        Args:
+            graph: one way through the network.
+            turning: for each condition some sizes that break it, of which the first that the network takes is run.
+
+        Returns:
+            Sizes that would have taken too much memory, where no others broke their condition.
 
         Raises:
             FixedAxisError: the network takes a size, and the graph gives something else.
         """
         if self.call.tensors[0].is_meta:
-            return
+            return []
         batched = self.dynamic_batch and any(shares_batch(self.call.tensors))
-        for sizes in (*turning, *({BATCH: size} for size in _BATCHES if batched)):
-            other = self._of(sizes)
-            if sum(x.numel() for x in other.tensors) > _MOST or not self._differs(graph, other):
-                continue
-            where = " and ".join(f"{_axis(name)} is {size}" for name, size in sizes.items())
-            instead = "--no-dynamic-batch" if list(sizes) == [BATCH] else "no --dynamic for it"
-            raise FixedAxisError(
-                f"the network does something else where {where} than where it is as in the example, so that axis "
-                f"cannot stay open: give {instead}"
-            )
+        known: dict[frozenset[tuple[str, int]], bool | None] = {}
+        untried: list[Sizes] = []
+        for ways in (*turning, *([{BATCH: size}] for size in _BATCHES if batched)):
+            dear: list[Sizes] = []
+            for sizes in ways:
+                if not self._affordable(sizes):
+                    dear.append(sizes)
+                    continue
+                key = frozenset(sizes.items())
+                if key not in known:
+                    known[key] = self._differs(graph, self._of(sizes))
+                if known[key]:
+                    raise FixedAxisError(
+                        f"the network does something else where {at(sizes)} than where it is as in the example, so "
+                        "that axis cannot stay open: give "
+                        + ("--no-dynamic-batch" if list(sizes) == [BATCH] else "no --dynamic for it")
+                    )
+                if known[key] is False:
+                    break
+            else:
+                untried += dear[:1]
+        return untried
+
+    def _affordable(self, sizes: Sizes) -> bool:
+        """Whether inputs of these sizes are in proportion to the example; a word is more than a pixel."""
+        most = 0
+        growth = 1.0
+        for place, (x, batched) in enumerate(zip(self.call.tensors, shares_batch(self.call.tensors), strict=True)):
+            times = sizes.get(BATCH, len(x)) / max(len(x), 1) if batched else 1.0
+            for axis in self.axes:
+                if axis.input == place:
+                    times *= sizes.get(axis.name, x.shape[axis.axis]) / x.shape[axis.axis]
+            growth = max(growth, times)
+            most += int(x.numel() * times * (1 if x.is_floating_point() else _WORD))
+        return most <= (_MOST if growth <= _GROWTH else _MOST_BEYOND)
 
     def _of(self, sizes: Sizes) -> Call:
         """The example inputs with some axes of other sizes."""
@@ -154,12 +184,12 @@ class Fronts:
             tensors = batch_of(tensors, size) if name == BATCH else sized(tensors, own, size)
         return self.call.having(tensors)
 
-    def _differs(self, graph: fx.GraphModule, call: Call) -> bool:
-        """Whether the network takes these inputs, and the graph gives something else."""
+    def _differs(self, graph: fx.GraphModule, call: Call) -> bool | None:
+        """Whether the graph gives something else than the network; None where that does not take these inputs."""
         try:
             expected = answer(self.module, call)
         except Exception:  # noqa: BLE001  # a size that the network itself does not take
-            return False
+            return None
         try:
             return difference(expected, _run(graph, call)) is not None
         except Exception:  # noqa: BLE001  # as above: a graph fails in any way
@@ -184,16 +214,11 @@ class Fronts:
         return traced
 
 
-def apart(module: nn.Module) -> nn.Module:
-    """A copy over the same tensors: what a network keeps while it is traced, in a cache say, is no use afterwards."""
-    try:
-        return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
-    except Exception:  # noqa: BLE001  # a network may hold anything, and what cannot be copied is traced itself
-        return module
-
-
-def _axis(name: str) -> str:
-    return "the batch" if name == BATCH else f"the axis '{name}'"
+def at(sizes: Sizes) -> str:
+    """The sizes of some open axes in words."""
+    return " and ".join(
+        f"the batch is {size}" if name == BATCH else f"the axis '{name}' is {size}" for name, size in sizes.items()
+    )
 
 
 @torch.no_grad()

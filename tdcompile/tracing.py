@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from tdcompile.answers import Case, answer, cases_of, difference, keeping_buffers
-from tdcompile.errors import InputError
-from tdcompile.fronts import Frontend, Fronts, apart
+from tdcompile.answers import Case, answer, apart, cases_of, difference, keeping
+from tdcompile.errors import FixedAxisError, InputError
+from tdcompile.fronts import Frontend, Fronts, Traced, at
 from tdcompile.layer import Refusal
 from tdcompile.precision import half_kinds, in_single, inputs_in_single
 from tdcompile.program import Program, sites_of
@@ -68,34 +68,30 @@ def trace(
     axes = open_axes(dynamic, call.names, call.tensors)
     _check(module)
     # without the fused attention kernels, which bypass the layers that they are made of
-    with evaluating(module), separate_attention(), keeping_buffers(module):
+    with evaluating(module), separate_attention(), keeping(module):
         own = apart(module)  # a network may change as it answers
         if own is not module:
             keep_separate(own)
         plain = unparametrised(own)
         single = in_single(plain)
         if single is plain:
-            cases, changed = cases_of(own, call, axes, dynamic_batch)
+            cases, changed = _cases(own, module, call, axes, dynamic_batch)
         else:
             cases, changed = _in_single(own, single, call, axes, dynamic_batch)
             call = cases[0].call
         traced = Fronts(single, call, axes, dynamic_batch, cases).choose(frontend)
-        padded = single is own and _pads_with_zeros(apart(module), cases[0])
-    history = [
-        Refusal(name, "not_traced", f"symbolic tracing stops inside '{name or 'the network'}': {why}")
-        for name, why in traced.leaves.items()
-    ]
-    if single is not plain:
-        reason = f"its weights are {half_kinds(module)}: it is compiled in float32, which onnxruntime has kernels for"
-        history.append(Refusal("", "half_precision", reason))
-    if changed:
-        reason = f"it changes {', '.join(changed)} as it answers: the compiled model answers as in the first calls"
-        history.append(Refusal("", "state", reason))
-        _own_buffers(traced.graph, changed)
-    if padded:
-        history.append(Refusal("", "padding", _PADDING))
-    traced.graph.eval()
-    history += _left(traced.graph, call.tensors)
+        traced.graph.eval()
+        if changed:
+            _own_buffers(traced.graph, {id(b) for name, b in single.named_buffers() if name in changed})
+        history = [
+            *_told(traced, changed, half_kinds(module) if single is not plain else ""),
+            *(
+                [Refusal("", "padding", _PADDING)]
+                if single is own and _pads_with_zeros(apart(module), cases[0])
+                else []
+            ),
+            *_left(traced.graph, call.tensors),
+        ]
     return Program(
         graph=traced.graph,
         inputs=call.tensors,
@@ -105,6 +101,48 @@ def trace(
         dynamic_batch=dynamic_batch,
         axes=axes,
     )
+
+
+def _cases(
+    own: nn.Module, module: nn.Module, call: Call, axes: tuple[Axis, ...], dynamic_batch: bool
+) -> tuple[list[Case], list[str]]:
+    """What a copy of a network answers.
+
+    Raises:
+        InputError: it does not, or in two ways.
+    """
+    try:
+        return cases_of(own, call, axes, dynamic_batch)
+    except InputError as error:
+        if error.__cause__ is None or isinstance(error, FixedAxisError) or own is module:
+            raise
+        try:
+            answer(module, call)
+        except Exception:  # noqa: BLE001  # nor does the network itself
+            raise error from error.__cause__
+        raise InputError(
+            "the network runs and a copy of it does not, so that it cannot be traced: a hook or a function of its own "
+            f"holds on to the original; it says: {error}"
+        ) from error
+
+
+def _told(traced: Traced, changed: Sequence[str], half: str) -> list[Refusal]:
+    """What became of a network otherwise than its user may think."""
+    told = [
+        Refusal(name, "not_traced", f"symbolic tracing stops inside '{name or 'the network'}': {why}")
+        for name, why in traced.leaves.items()
+    ]
+    told += [
+        Refusal("", "untried", f"whether it does something else where {at(sizes)} takes too much memory to try")
+        for sizes in traced.untried
+    ]
+    if half:
+        reason = f"its weights are {half}: it is compiled in float32, which onnxruntime has kernels for"
+        told.append(Refusal("", "half_precision", reason))
+    if changed:
+        reason = f"it changes {', '.join(changed)} as it answers: the compiled model answers as in the first calls"
+        told.append(Refusal("", "state", reason))
+    return told
 
 
 def _in_single(
@@ -139,10 +177,10 @@ def _pads_with_zeros(module: nn.Module, case: Case) -> bool:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _own_buffers(graph: fx.GraphModule, names: Sequence[str]) -> None:
-    """Give a graph copies of some buffers, which it may change as it runs: the network's stay as they are."""
+def _own_buffers(graph: fx.GraphModule, known: set[int]) -> None:
+    """Give a graph copies of these buffers, which it changes as it runs: the network's stay as they are."""
     for name, buffer in list(graph.named_buffers()):
-        if name in names:
+        if id(buffer) in known:
             setattr(parent_of(graph, name)[0], name.rpartition(".")[2], buffer.clone())
 
 

@@ -46,12 +46,15 @@ class Trial:
 
 
 @torch.no_grad()
-def trials(program: Program, share: float, forms: tuple[str, ...] = FORMS) -> Mapping[str, Trial]:
+def trials(
+    program: Program, share: float, forms: tuple[str, ...] = FORMS, largest: int | None = None
+) -> Mapping[str, Trial]:
     """A trial for each layer that one of the forms applies to, the first that does.
 
     Args:
         share: of the layer's weights that is kept; of a layer that loses nothing by it half as much, and again.
         forms: decompositions in their text form.
+        largest: layers whose weight (T x CK) has more rows and columns than that are left out.
 
     Raises:
         InputError: the share is not in (0, 1].
@@ -63,7 +66,7 @@ def trials(program: Program, share: float, forms: tuple[str, ...] = FORMS) -> Ma
     made = {}
     for name, site in sites(program).items():
         form = next((form for form in known if form.refuse(site.layer) is None), None)
-        if form is None:
+        if form is None or (largest is not None and min(site.weight.flatten(1).shape) > largest):
             continue
         made[name] = _trial(site, form, share, calibration.moments.get(name) if calibration else None)
     return made

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, product
+from itertools import islice, product
 
 import sympy
 import torch
@@ -14,10 +15,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 # A bound above is torch's own, so that sizes fit in their integers.
 _LARGEST = 2**20
-# How far from the example a size is looked for, beside the numbers that a condition names.
-_REACH = 64
-# Sizes of each axis that are looked at together where a condition is of several.
-_TOGETHER = 24
+# Sizes next to the example's, and small ones, that are looked at for every condition.
+_NEAR = 16
+# How many ways of each kind of breaking a condition are told: a network may refuse the first of them.
+_WAYS = 4
+# Combinations of sizes of several axes that are looked at together.
+_TOGETHER = 400
 
 Sizes = Mapping[str, int]
 
@@ -37,58 +40,92 @@ def limits(program: ExportedProgram, opened: Sequence[Mapping[int, str]]) -> dic
     return found
 
 
-def turns(program: ExportedProgram, opened: Sequence[Mapping[int, str]], example: Sizes) -> list[dict[str, int]]:
-    """Sizes of open axes, each of which breaks a condition that the trace was made under, nearest the example first.
+def turns(program: ExportedProgram, opened: Sequence[Mapping[int, str]], example: Sizes) -> list[list[dict[str, int]]]:
+    """Sizes of open axes that break a condition which the trace was made under: a few for each, the smallest first.
 
     ``torch.export`` notes every comparison of sizes that it met, in the network's own code (``if x.shape[1] > 16``) or
     in torch's (whether a tensor is contiguous, say). Most of the latter change nothing: what differs is for the caller
-    to find out, by running both. A condition that holds at every size looked at is left out: each axis by itself is
-    looked at up to 64 from its example and next to every number in the condition, several axes together at fewer.
+    to find out, by running both. Two axes of different names that torch takes for one are a condition too.
+
+    Sizes are looked for near the example's, among the small ones, among doublings of the example's and among the
+    numbers that a condition names, their sums and differences with one another and with the example's sizes: of each
+    axis alone, and of several axes at once at fewer. A condition that holds at all of these is left out.
 
     Args:
         program: as ``torch.export`` made it, not decomposed: decomposing loses the conditions.
         opened: for each input that is a tensor, the names of its open axes.
         example: the size of each of these names in the example.
     """
-    names = {size: name for size, name in _open(program, opened) if isinstance(size, sympy.Symbol)}
-    known = limits(program, opened)
-    conditions = [guard.expr for guard in _environment(program).guards]
+    names: dict[sympy.Symbol, str] = {}
+    found: list[list[dict[str, int]]] = []
+    for size, name in _open(program, opened):
+        if not isinstance(size, sympy.Symbol) or names.setdefault(size, name) != name:
+            found.append([{name: example[name] + 1}])  # torch takes it for another axis, or for a multiple of one
+    known, conditions = limits(program, opened), list[tuple[Boolean, bool]]()
     for size, name in names.items():
         least, largest = known.get(name, (1, None))
-        conditions += [size >= least] if least > 2 else []
-        conditions += [size <= largest] if largest is not None else []
-    found: list[dict[str, int]] = []
-    for condition in conditions:
-        if not condition.free_symbols or not condition.free_symbols <= names.keys():
-            continue
-        broken = next(_breaking(condition, names, example), None)
-        if broken is not None and broken not in found:
-            found.append(broken)
+        conditions += [(size >= least, True)] if least > 2 else []
+        conditions += [(size <= largest, True)] if largest is not None else []
+    conditions += [(guard.expr, False) for guard in _environment(program).guards]
+    for condition, bound in dict.fromkeys(conditions):
+        if condition.free_symbols and condition.free_symbols <= names.keys():
+            # sizes beyond a bound break that one, and what else is true of them says nothing
+            ways = _ways(condition, names, example, {} if bound else known)
+            ways.sort(key=lambda changed: math.prod(size / example[name] for name, size in changed.items()))
+            found += [ways] if ways and ways not in found else []
     return found
 
 
-def _breaking(condition: Boolean, names: Mapping[sympy.Symbol, str], example: Sizes) -> Iterator[dict[str, int]]:
-    """Sizes at which a condition does not hold: of one axis if that is enough, and 1 only if nothing else is."""
+def _ways(
+    condition: Boolean, names: Mapping[sympy.Symbol, str], example: Sizes, known: Mapping[str, tuple[int, int | None]]
+) -> list[dict[str, int]]:
+    """Sizes at which a condition does not hold, some of each kind: 1 only if there are no others."""
     used = list(dict.fromkeys(names[symbol] for symbol in sorted(condition.free_symbols, key=str)))
-    near = {name: _near(condition, example[name]) for name in used}
-    alone: Iterator[dict[str, int]] = ({name: size} for name in used for size in near[name])
-    together = (dict(zip(used, sizes, strict=True)) for sizes in product(*(near[n][:_TOGETHER] for n in used)))
-    ones = ({name: 1} for name in used)
-    for changed in chain(alone, together if len(used) > 1 else (), ones):
+    numbers = {abs(int(number)) for number in condition.atoms(sympy.Integer)} | {example[name] for name in used}
+    near = {name: _near(numbers, example[name], *known.get(name, (1, None))) for name in used}
+
+    def breaks(changed: Sizes) -> bool:
         sizes = {symbol: sympy.Integer(changed.get(name, example[name])) for symbol, name in names.items()}
         try:
-            holds = condition.xreplace(sizes)
-        except (ZeroDivisionError, ValueError, TypeError):  # a size that the condition itself does not allow for
-            continue
-        if holds == sympy.false:
-            yield {name: size for name, size in changed.items() if size != example[name]}
+            return bool(condition.xreplace(sizes) == sympy.false)
+        except Exception:  # noqa: BLE001  # torch's functions assert, divide and overflow at sizes they do not allow for
+            return False
+
+    found: list[dict[str, int]] = []
+    for kind in (_alone(near), _grown(used, example, near)):
+        found += islice(filter(breaks, kind), _WAYS)
+    for kind in (_together(near), ({name: 1} for name in used)):
+        found += [] if found else islice(filter(breaks, kind), _WAYS)
+    return [{name: size for name, size in changed.items() if size != example[name]} for changed in found]
 
 
-def _near(condition: Boolean, size: int) -> list[int]:
+def _alone(near: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
+    return ({name: size} for name, sizes in near.items() for size in sizes)
+
+
+def _grown(used: Sequence[str], example: Sizes, near: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
+    """All axes twice as long, four times, ...; and all as long as one another."""
+    if len(used) > 1:
+        yield from ({name: example[name] * 2**times for name in used} for times in range(1, 12))
+        yield from (dict.fromkeys(used, size) for size in near[used[0]])
+
+
+def _together(near: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
+    each = max(2, int(_TOGETHER ** (1 / len(near))))
+    if len(near) > 1:
+        yield from islice(
+            (dict(zip(near, sizes, strict=True)) for sizes in product(*(s[:each] for s in near.values()))), _TOGETHER
+        )
+
+
+def _near(numbers: set[int], size: int, least: int, largest: int | None) -> list[int]:
     """Sizes of one axis to look at, those nearest to the example first; not 1, which torch takes for a constant."""
-    named = {int(number) + by for number in condition.atoms(sympy.Integer) for by in (-1, 0, 1)}
-    sizes = {*range(2, size + _REACH), *(number for number in named if 2 <= number <= _LARGEST)}
-    return sorted(sizes, key=lambda other: abs(other - size))
+    named = {number for number in numbers if number <= _LARGEST}
+    sums = {a + sign * b for a in named for b in named for sign in (-1, 1)} if len(named) <= 8 else set()
+    sizes = {*range(size - _NEAR, size + _NEAR + 1), *range(2, _NEAR + 1), *(size * 2**times for times in range(1, 12))}
+    sizes |= {number + by for number in named | sums for by in (-1, 0, 1)}
+    allowed = (n for n in sizes if max(2, least) <= n <= (_LARGEST if largest is None else largest) and n != size)
+    return sorted(allowed, key=lambda other: abs(other - size))
 
 
 def _open(program: ExportedProgram, opened: Sequence[Mapping[int, str]]) -> Iterator[tuple[sympy.Expr, str]]:

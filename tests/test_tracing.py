@@ -415,6 +415,86 @@ def test_what_a_network_keeps_from_call_to_call_is_refused_if_it_answers_by_it_a
     assert_same(module, program, x)
 
 
+class FirstSeen(nn.Module):
+    """Keeps something of what it is given first: in an attribute, a parameter or a list."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.fc, self.scale = where, nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+        self.cache, self.seen = None, []
+        self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, x):
+        if self.where == "cache":
+            if self.cache is None:
+                self.cache = x.abs().mean()
+            return self.fc(x / self.cache)
+        if self.where == "ready":
+            if not self.ready:
+                self.scale.data.copy_(1 / x.std(0))
+                self.ready.fill_(True)
+            return self.fc(x * self.scale)
+        self.seen.append(1)
+        return self.fc(x) + len(self.seen)
+
+
+@pytest.mark.parametrize("where", ["cache", "ready", "seen"])
+def test_what_a_network_keeps_of_its_first_inputs_is_found(where):
+    module = FirstSeen(where).eval()
+    with pytest.raises(InputError, match=f"changes '{where}' as it answers"):
+        tdcompile.trace(module, torch.randn(4, 4))
+    assert module.cache is None
+    assert not module.seen
+    assert not module.ready
+    assert torch.equal(module.scale.data, torch.ones(4))
+
+
+class Holding(nn.Module):
+    """Its hook holds on to it, or it holds on to what it has computed."""
+
+    def __init__(self, hooked):
+        super().__init__()
+        self.fc, self.hooked, self.features, self.calls = nn.Linear(4, 4), hooked, {}, 0
+        if hooked:
+            self.fc.register_forward_hook(lambda part, given, y: self.features.update(y=y))
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.last = self.fc(x)
+        return y + self.features["y"] if self.hooked else y
+
+
+def test_a_network_that_has_run_is_copied_and_one_that_a_hook_holds_is_told():
+    module, x = Holding(hooked=False).eval(), torch.randn(2, 4)
+    last = module(x)
+    program = tdcompile.trace(module, x)
+    assert module.calls == 1
+    assert module.last is last
+    assert_same(module, program, x)
+    with pytest.raises(InputError, match="holds on to the original"):
+        tdcompile.trace(Holding(hooked=True).eval(), x)
+
+
+class Unsteady(nn.Module):
+    """Control flow on values, and a count in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.fc(x * 2 if float(x.sum()) > 1e9 else x)
+
+
+def test_the_buffers_of_a_network_that_is_one_leaf_stay_as_they_are():
+    module, x = Unsteady().eval(), torch.randn(2, 4)
+    program = tdcompile.trace(module, x)
+    program.graph(x)
+    assert module.calls == 0
+
+
 class Assorted(nn.Module):
     def __init__(self):
         super().__init__()

@@ -10,6 +10,7 @@ from tdcompile.errors import InputError
 from tdcompile.importance import Importance
 from tdcompile.program import Program
 from tdcompile.registry import make
+from tdcompile.surgery import outputs_of
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Auto(Importance):
     Attributes:
         samples: how many training samples are read.
         batch: samples in one pass; memory grows with it, the score does not change.
+        largest: layers of more rows and columns count as the mean: taking them apart once more takes too long.
     """
 
     name: ClassVar[str] = "auto"
     samples: int = 128
     batch: int = 8
+    largest: int = 2048
 
     def __post_init__(self) -> None:
         """Raises InputError where an option is out of its range."""
@@ -34,8 +37,19 @@ class Auto(Importance):
             raise InputError(f"'{self.spec()}': samples and batch are at least 1")
 
     def score(self, program: Program) -> Mapping[str, float]:
-        """See ``Importance.score``."""
+        """See ``Importance.score``; a layer of which Taylor says nothing counts as the mean.
+
+        So do all layers of a network that returns anything but class scores alone: labels say nothing of the rest.
+        """
         train = program.task.train
+        equal = make(Importance, "none").score(program)
         if train is None or not len(train) or not train.classes:
-            return make(Importance, "none").score(program)
-        return make(Importance, f"taylor{{order=1,samples={self.samples},batch={self.batch}}}").score(program)
+            return equal
+        outputs = outputs_of(program.graph, program.inputs)
+        if len(outputs) > 1 or outputs[0].dim() != 2:
+            return equal
+        scores = make(Importance, self._taylor()).score(program)
+        return {name: score or equal[name] for name, score in scores.items()}
+
+    def _taylor(self) -> str:
+        return f"taylor{{order=1,samples={self.samples},batch={self.batch},largest={self.largest}}}"

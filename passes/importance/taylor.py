@@ -38,6 +38,8 @@ class Taylor(Importance):
         samples: how many training samples are read; by default as many as calibration does.
         batch: samples in one pass; memory grows with it, the score does not change.
         forms: decompositions; a layer takes the first that applies to it, and counts nothing where none does.
+        largest: a layer counts nothing whose weight, unfolded by its outputs, has more rows and columns than that: its
+            truncation would take longer than everything else.
     """
 
     name: ClassVar[str] = "taylor"
@@ -46,6 +48,7 @@ class Taylor(Importance):
     samples: int | None = None
     batch: int = 32
     forms: tuple[str, ...] = FORMS
+    largest: int | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError where an option is out of its range."""
@@ -56,7 +59,7 @@ class Taylor(Importance):
         """See ``Importance.score``."""
         batches = drawn(program, self.samples, self.name, "the importance 'taylor'", self.batch)
         generator = program.generator("taylor/classes")
-        meters = {name: _Meter(trial) for name, trial in trials(program, self.share, self.forms).items()}
+        meters = {name: _Meter(trial) for name, trial in trials(program, self.share, self.forms, self.largest).items()}
         hooks = [
             meter.trial.site.module.register_forward_hook(meter.watch, with_kwargs=True) for meter in meters.values()
         ]
@@ -66,7 +69,9 @@ class Taylor(Importance):
                 with torch.enable_grad():
                     scores = logits(program.graph(*batch.inputs))
                     loss = _loss(scores, batch.labels, generator)
-                torch.autograd.grad(loss, [p for m in meters.values() for p in m.take()], allow_unused=True)
+                probes = [p for m in meters.values() for p in m.take()]
+                if loss.requires_grad:  # a network may detach what it returns
+                    torch.autograd.grad(loss, probes, allow_unused=True)
                 for meter in meters.values():
                     meter.close(len(scores))
                 tick(done, len(batches), "batches")
@@ -107,11 +112,13 @@ class _Meter:
             # by ``forward``: what watches a network's own layers is not to see this one
             change = self._difference.forward(input_of(arguments, named).detach())
         probe = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        self._probes.append(probe)
         watched = output + probe
+        if not watched.requires_grad:  # the network's own code computes without gradients here
+            return output
+        self._probes.append(probe)
 
         def add(gradient: Tensor) -> None:
-            self._batch.append((gradient * change).flatten(1).double().sum(1))
+            self._batch.append((gradient * change).reshape(len(change), -1).double().sum(1))
 
         watched.register_hook(add)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return watched
@@ -124,7 +131,9 @@ class _Meter:
     def close(self, samples: int) -> None:
         """Take in a batch."""
         if self._batch:
-            each = torch.stack(self._batch).sum(0)
+            # calls of other first axes than one another, on crops and on the whole say, are samples of their own
+            alike = len({len(call) for call in self._batch}) == 1
+            each = torch.stack(self._batch).sum(0) if alike else torch.cat(self._batch)
             self._first += float(each.abs().sum())
             self._second += float(each.square().sum()) / 2
         self._batch, self._count = [], self._count + samples

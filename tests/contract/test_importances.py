@@ -78,10 +78,42 @@ def test_every_layer_has_a_finite_score_that_the_seed_decides(name: str) -> None
 
 def test_auto_is_taylor_where_there_are_labels_and_none_where_there_are_not() -> None:
     labelled = program(Bright())
-    assert scored("auto", labelled) == scored("taylor{order=1,samples=128}", labelled)
-    assert len(set(scored("auto", labelled).values())) > 1
+    found, taylor = scored("auto", labelled), scored("taylor{order=1,samples=128}", labelled)
+    assert found == {name: score or 1.0 for name, score in taylor.items()}
+    assert taylor["dead"] == 0.0
+    assert len(set(found.values())) > 2
     for train in (None, Bright(labelled=False)):
         assert set(scored("auto", program(train)).values()) == {1.0}
+    small = scored("auto{largest=4}", labelled)  # of which the last layer alone is: its two classes
+    assert {name for name, score in small.items() if score != 1.0} <= {"fc"}
+
+
+class Odd(nn.Module):
+    """What makes gradients difficult: two outputs, a detached one, one of places, a layer that is called on crops."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b, self.c = nn.Linear(192, 16), nn.Linear(16, 16), nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> object:
+        h = self.a(x.flatten(1)).relu()
+        if self.kind == "crops":
+            return self.c(self.b(torch.cat([h, h])).relu()[: h.shape[0]] + self.b(h))
+        out = self.c(self.b(h).relu())
+        if self.kind == "features":
+            return out, self.b(h)
+        return out.detach() if self.kind == "detached" else out.unsqueeze(-1).expand(-1, -1, 3)
+
+
+@pytest.mark.parametrize("kind", ["features", "detached", "places", "crops"])
+def test_auto_takes_any_network(kind: str) -> None:
+    torch.manual_seed(0)
+    made = tdcompile.trace(Odd(kind).eval(), (torch.randn(2, 3, 8, 8),)).with_(task=Task(Bright(), calibrate=64))
+    scores = scored("auto", made)
+    assert set(scores) == {"a", "b", "c"}
+    assert all(score > 0 for score in scores.values())
+    assert (len(set(scores.values())) > 1) == (kind == "crops")
 
 
 @pytest.mark.parametrize("name", SCORES)

@@ -438,14 +438,22 @@ def test_a_fork_at_one_batch_closes_the_axis_too(forks: Callable[[int, int], boo
     tdcompile.trace(At(forks).eval(), x, frontend=frontend, dynamic_batch=False)
 
 
+def _even_beyond(rows: int, limit: int) -> bool:
+    if rows > limit and rows % 2:
+        raise ValueError
+    return rows > limit
+
+
 @pytest.mark.parametrize("frontend", ["auto", "fx", "export"])
 @pytest.mark.parametrize(
     ("forks", "told"),
     [
         (lambda n, rows: rows == 17, "the axis 'x_1' is 17"),
         (lambda n, rows: n > rows, "the batch is 7"),
-        (lambda n, rows: n * rows > 70, "the axis 'x_1' is 36"),
+        (lambda n, rows: n * rows > 70, "the axis 'x_1' is (36|48)"),
         (lambda n, rows: n == rows + 40, "the batch is 46"),
+        (lambda n, rows: (rows + 6) % 64 == 60, "the axis 'x_1' is 54"),
+        (lambda n, rows: _even_beyond(rows, 16), "the axis 'x_1' is 18"),
     ],
 )
 def test_a_fork_on_an_open_axis_is_found_wherever_it_is(
@@ -454,6 +462,32 @@ def test_a_fork_on_an_open_axis_is_found_wherever_it_is(
     x = torch.randn(2, 6, 16)
     with pytest.raises(InputError, match=told):
         tdcompile.trace(At(forks).eval(), x, frontend=frontend, dynamic=["x:1"])
+
+
+class Square(nn.Module):
+    """Another way where height and width are equal, which torch then takes for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if x.shape[2] == x.shape[3] else self.b(x)
+
+
+def test_axes_of_two_names_that_are_one_to_the_network_are_refused() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    with pytest.raises(InputError, match="the axis 'w' is 17"):
+        tdcompile.trace(Square().eval(), x, dynamic=["x:2=h", "x:3=w"])
+    program = tdcompile.trace(Square().eval(), x, dynamic=["x:2=side", "x:3=side"])
+    assert program.graph(torch.randn(3, 3, 20, 20)).shape == (3, 4, 18, 18)
+
+
+def test_sizes_that_take_too_much_memory_are_not_tried_and_told() -> None:
+    program = tdcompile.trace(At(lambda n, rows: n > 10**6).eval(), torch.randn(2, 6, 16), frontend="export")
+    told = [entry.reason for entry in program.history if isinstance(entry, Refusal) and entry.code == "untried"]
+    assert len(told) == 1
+    assert "the batch is 1000001" in told[0]
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
