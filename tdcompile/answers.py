@@ -209,7 +209,7 @@ def _seen(value: object) -> object:
         return id(value), _changes(value)
     if isinstance(value, dict | list | set):
         return id(value), len(value)
-    return value if isinstance(value, int | float | str | None) else id(value)
+    return repr(value) if isinstance(value, int | float | str | None) else id(value)  # NaN is not itself
 
 
 def _changes(tensor: Tensor) -> int:
