@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,6 +32,10 @@ PATIENCE = 0.5  # seconds of runs a session may take before their number is cut
 FEWEST_RUNS = 3
 MACS_PER_SECOND = 5e10  # what a core reaches, roughly: only the number of runs depends on it
 _INDEX = re.compile(r"layer(\d+)(?!\d)")
+# Below this share of the time of its own a process that measures for so many seconds is not alone on its processor.
+_OWN, _LONG = 0.8, 2.0
+
+log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -90,7 +96,7 @@ def measure(layers: Sequence[Layer], target: Target, runs: int) -> Iterator[tupl
     leaves out the reordering of memory that a layer alone would pay and a layer in a network does not. On CUDA,
     where that profiler sees launches alone, each layer is a model of its own.
     """
-    done = 0
+    done, begun, used = 0, time.perf_counter(), time.process_time()
     for batch in _batches(layers):
         if target.device == "cpu":
             seconds = _profiled(batch, target, _runs(batch, target, runs))
@@ -99,6 +105,23 @@ def measure(layers: Sequence[Layer], target: Target, runs: int) -> Iterator[tupl
         done += len(batch)
         tick(done, len(layers), "layers measured")
         yield batch, seconds
+    if target.device == "cpu":
+        warn_if_busy(time.perf_counter() - begun, time.process_time() - used)
+
+
+def warn_if_busy(wall: float, own: float) -> None:
+    """Say so where other processes took a good part of the time in which layers were measured.
+
+    Args:
+        wall: seconds by the clock.
+        own: seconds of processor time in this process, of all its threads.
+    """
+    if wall > _LONG and own < _OWN * wall:
+        log.warning(
+            "other processes took %.0f %% of the time in which layers were measured: prices, and the plan with them, "
+            "may be off, and a latency budget out of reach; measure on a quieter machine",
+            100 * (1 - own / wall),
+        )
 
 
 def _runs(layers: Sequence[Layer], target: Target, most: int) -> int:
