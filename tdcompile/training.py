@@ -313,7 +313,8 @@ def lay_out(network: nn.Module, form: torch.memory_format) -> None:
     """In place, what has four axes; ``Module.to(memory_format=…)`` fails where a convolution goes over three."""
     for weight in network.parameters():
         if weight.dim() == 4:
-            weight.data = weight.data.contiguous(memory_format=form)
+            # not ``contiguous``, which leaves the strides of a 1x1 kernel as they are: it is laid out in both ways
+            weight.data = torch.empty_like(weight.data, memory_format=form).copy_(weight.data)
 
 
 def _already_a_batch(batch: Any) -> Any:

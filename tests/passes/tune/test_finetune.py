@@ -18,7 +18,7 @@ from tdcompile.passes.tune.finetune import Distillation, Finetune
 from tdcompile.program import Change, Program
 from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, Task, accuracy
-from tdcompile.training import Settings
+from tdcompile.training import Settings, lay_out
 from tdcompile.tuning import Epoch, Tuning
 
 FAST = Finetune(epochs=3, batch=32, holdout=0.1, trial=0)
@@ -283,6 +283,15 @@ def test_convolutions_over_three_axes_learn_too() -> None:
     wanted = teacher(x)
     assert F.mse_loss(after.graph(x), wanted) < 0.9 * F.mse_loss(student(x), wanted)
     assert all(p.is_contiguous() for p in after.graph.parameters())
+
+
+def test_weights_are_laid_out_as_new_ones_afterwards() -> None:
+    module = nn.Sequential(nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 3))
+    for form in (torch.channels_last, torch.contiguous_format):
+        lay_out(module, form)
+        for part in module:
+            assert part.weight.stride() == torch.empty_like(part.weight, memory_format=form).stride()
+    assert module[0].weight.stride() == (8, 1, 1, 1)
 
 
 def test_the_loss_is_hintons() -> None:
