@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tdcompile.errors import FixedAxisError, InputError
+from tdcompile.errors import FixedAxisError, InputError, first_line
 from tdcompile.signature import Axis, Call, batch_of, resized, shares_batch
 from tdcompile.surgery import register_trees, tensors_in
 
@@ -48,14 +48,14 @@ def cases_of(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch:
         InputError: the network does not run on the inputs, or answers the same inputs in two ways.
         FixedAxisError: it does, but not on another size.
     """
-    fresh, start = apart(module, share=False), values(module)
+    fresh, start = apart(module, share=False), _values(module)
     try:
         cases = [Case("on the example inputs", call, answer(module, call))]
     except InputError:
         raise
     except Exception as error:  # whatever the network's own code raises
         raise InputError(f"the network does not run on an input of {shapes(call)}: {first_line(error)}") from error
-    first = values(module)
+    first = _values(module)
     others = []
     if dynamic_batch and any(shares_batch(call.tensors)):
         size = next(len(x) for x, batched in zip(call.tensors, shares_batch(call.tensors), strict=True) if batched)
@@ -75,7 +75,7 @@ def cases_of(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch:
                 f"give {instead}; it says: {first_line(error)}"
             ) from error
     again = [answer(module, call)]
-    kept, changed = _changed(start, first), _changed(first, values(module))
+    kept, changed = _changed(start, first), _changed(first, _values(module))
     if changed:  # every second call may be another
         again.append(answer(module, call))
     if kept and fresh is not module:  # what it keeps may be of what it was given first
@@ -188,13 +188,7 @@ def shapes(call: Call) -> str:
     return ", ".join(f"{'x'.join(map(str, x.shape))}:{str(x.dtype).removeprefix('torch.')}" for x in call.tensors)
 
 
-def first_line(error: Exception) -> str:
-    """Of what an error says."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def values(module: nn.Module) -> Mapping[str, object]:
+def _values(module: nn.Module) -> Mapping[str, object]:
     """What a network holds, by name, to be compared: tensors by how often they have been changed."""
     found: dict[str, object] = {}
     for path, part in module.named_modules():

@@ -12,12 +12,15 @@ from tdcompile.errors import InputError
 from tdcompile.task import Batch, Samples
 
 Augment = Literal["none", "shift", "shift-flip"]
+Asked = Literal["auto", Augment]
 _SHIFT = 8  # up to an eighth of the side: the customary 4 pixels of 32
 _SHIFTABLE = 16  # pixels: in a smaller image a shift moves what is looked for out of it
 
 
-def fitting(inputs: Sequence[Tensor]) -> Augment:
-    """The augmentation that ``auto`` means: images of 16 pixels a side and more are shifted, in colour mirrored too."""
+def fitting(asked: Asked, inputs: Sequence[Tensor]) -> Augment:
+    """What was asked for; ``auto`` shifts images of 16 pixels a side and more, and mirrors those in colour too."""
+    if asked != "auto":
+        return asked
     if not all(x.ndim == 4 and min(x.shape[2:]) >= _SHIFTABLE for x in inputs):
         return "none"
     return "shift-flip" if all(x.shape[1] == 3 for x in inputs) else "shift"

@@ -55,3 +55,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     question = f"did you mean '{close[0]}'? " if close else ""
     return f"{question}known: {', '.join(names) or 'none'}"
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

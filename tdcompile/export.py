@@ -17,7 +17,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from tdcompile.errors import InputError, TdcompileError
+from tdcompile.errors import InputError, TdcompileError, first_line
 from tdcompile.noise import hushed
 from tdcompile.signature import BATCH, Axis, batch_of, shares_batch
 from tdcompile.surgery import evaluating, separate_attention
@@ -290,7 +290,7 @@ def _check(model: onnx.ModelProto | str) -> None:
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
-        raise TdcompileError(f"the exported model is not valid ONNX: {str(error).splitlines()[0]}") from error
+        raise TdcompileError(f"the exported model is not valid ONNX: {first_line(error)}") from error
 
 
 def _simplify(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
@@ -302,7 +302,7 @@ def _simplify(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
             simple, right = onnxsim.simplify(proto)
             onnx.checker.check_model(simple)
         except Exception as error:  # noqa: BLE001  # simplifying is a convenience: whatever fails, the model is kept
-            first = next(iter(str(error).splitlines()), type(error).__name__)
+            first = first_line(error)
             return proto, [f"onnxsim failed ({first}): the model is not simplified"]
     if not right or _interface(simple) != _interface(proto):
         return proto, ["onnxsim changed the model's inputs or outputs: the model is not simplified"]

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from tdcompile.answers import Case, answer, apart, difference, first_line
-from tdcompile.errors import FixedAxisError, InputError, UntraceableError
+from tdcompile.answers import Case, answer, apart, difference
+from tdcompile.errors import FixedAxisError, InputError, UntraceableError, first_line
 from tdcompile.exported import exported
 from tdcompile.functional import modularise
 from tdcompile.program import sites_of

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from tdcompile.errors import InputError
+from tdcompile.errors import InputError, first_line
 from tdcompile.facts import Facts
 from tdcompile.layer import Layer, Refusal
 from tdcompile.signature import Axis
@@ -146,7 +146,7 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
             graph.eval()(*(x.clone() for x in inputs))  # a network may work in place
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         shapes = ", ".join("x".join(map(str, x.shape)) + f":{str(x.dtype).removeprefix('torch.')}" for x in inputs)
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"the network does not run on an input of {shapes}: {reason}") from error
     finally:
         graph.train(training)

@@ -30,7 +30,7 @@ from torch import Tensor
 # torch comes first: it brings the CUDA libraries, and on Windows it cannot be imported once onnxruntime has its own
 import onnxruntime as ort
 
-from tdcompile.errors import InputError, UnavailableError
+from tdcompile.errors import InputError, UnavailableError, first_line
 from tdcompile.target import Target
 
 Model = Path | bytes
@@ -180,9 +180,7 @@ def infer(session: ort.InferenceSession, inputs: Sequence[Tensor]) -> list[NDArr
     except Exception as error:  # onnxruntime's errors share no root of their own
         given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
         expected = ", ".join(f"{value.shape} {value.type}" for value in wanted)
-        raise InputError(
-            f"the model takes {expected} and cannot run on {given}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise InputError(f"the model takes {expected} and cannot run on {given}: {first_line(error)}") from error
 
 
 def _count(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from tdcompile.errors import UntraceableError
+from tdcompile.errors import UntraceableError, first_line
 from tdcompile.signature import Call
 
 
@@ -55,7 +55,7 @@ def symbolic(module: nn.Module, call: Call) -> tuple[fx.GraphModule, dict[str, s
             graph.lint()
             made = fx.GraphModule(module, graph)
         except Exception as error:  # noqa: BLE001  # a network's forward may raise anything on proxies
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             if not tracer.stack or tracer.stack[-1] in leaves:
                 return _whole(module, call), {"": reason}
             leaves[tracer.stack[-1]] = reason

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import fx
 from torch.optim import Optimizer
 
-from tdcompile.augment import fitting
+from tdcompile.augment import Asked, fitting
 from tdcompile.distillation import Distillation
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.inference import folded
@@ -55,7 +55,7 @@ class Anneal(TunePass):
     clip: float = 5.0
     temperature: float = 4.0
     labels: float = 0.1
-    augment: Literal["auto", "none", "shift", "shift-flip"] = "auto"
+    augment: Asked = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class Anneal(TunePass):
             momentum=0.9,
             warmup=0.05,
             clip=self.clip,
-            augment=fitting(program.inputs) if self.augment == "auto" else self.augment,
+            augment=fitting(self.augment, program.inputs),
             frozen=False,
             precision=self.precision,
         )

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx, nn
 
-from tdcompile.augment import fitting
+from tdcompile.augment import Asked, fitting
 from tdcompile.distillation import Distillation, Layerwise
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
@@ -73,7 +73,7 @@ class Finetune(TunePass):
     outputs: float = 0.0
     weights: float = 0.0
     holdout: float = 0.05
-    augment: Literal["auto", "none", "shift", "shift-flip"] = "auto"
+    augment: Asked = "auto"
     bn: Literal["train", "frozen"] = "train"
     average: float = 0.0
     patience: int = 0
@@ -189,7 +189,7 @@ class Finetune(TunePass):
             momentum=self.momentum,
             warmup=self.warmup,
             clip=self.clip,
-            augment=fitting(program.inputs) if self.augment == "auto" else self.augment,
+            augment=fitting(self.augment, program.inputs),
             frozen=self.bn == "frozen",
             average=self.average,
             patience=self.patience,
