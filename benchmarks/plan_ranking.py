@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from hashlib import sha256
+from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +36,9 @@ def main(
     tune: Annotated[str, typer.Option(help="none, or options of finetune for a second measurement")] = "none",
     evaluate: Annotated[int, typer.Option(help="test images of each measurement")] = 10_000,
     seed: int = 0,
+    kept: Annotated[
+        Path | None, typer.Option(help="a file of what was measured so far, from which an interrupted run goes on")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
     """Accuracy here judges predictions, and chooses nothing.
@@ -49,24 +54,48 @@ def main(
         begun = time.perf_counter()
         scored[score] = Pipeline.parse(f"score{{by={score}}}").run(program).facts[Importances].scores
         print(f"score {score}: {time.perf_counter() - begun:.1f} s", flush=True)
+    known = _known(kept, settings := f"{network}, seed {seed}, {after}, {tune}, {evaluate} images")
     found: list[dict[str, Any]] = []
     for share in map(float, shares.split(",")):
         for number in range(plans):
             plan = _random_plan(program, share, program.generator(f"plan/{share}/{number}"))
-            made = program.with_(facts=program.facts.having(plan))
-            made = Pipeline.parse(f"factorize,{after}").run(made)
-            row = {"share": share, "plan": plan, "before": accuracy(made.graph, test, evaluate)}
-            if tune != "none":
-                made = Pipeline.parse(f"finetune{{{tune}}}").run(made)
-                row["tuned"] = accuracy(made.graph, test, evaluate)
-            found.append(row)
-            print(f"{share:g} {number}: {row['before']:.4f} {row.get('tuned', '')}", flush=True)
+            key = f"{settings}, {share:g}, {number}, {_digest(plan)}"
+            if key not in known:
+                made = program.with_(facts=program.facts.having(plan))
+                made = Pipeline.parse(f"factorize,{after}").run(made)
+                known[key] = {"before": accuracy(made.graph, test, evaluate)}
+                if tune != "none":
+                    made = Pipeline.parse(f"finetune{{{tune}}}").run(made)
+                    known[key]["tuned"] = accuracy(made.graph, test, evaluate)
+                _keep(kept, key, known[key])
+            found.append({"share": share, "plan": plan, **known[key]})
+            print(f"{share:g} {number}: {known[key]}", flush=True)
     rows = [
         {"score": score, "loss": loss, **_taus(found, values, loss)}
         for score, values in scored.items()
         for loss in losses.split(",")
     ]
     publish(f"Kendall's tau of predicted loss and accuracy: {network}, {len(found)} plans", rows, seed, Target(), json)
+
+
+def _known(kept: Path | None, settings: str) -> dict[str, dict[str, float | None]]:
+    """What an earlier run with the same settings measured."""
+    if kept is None or not kept.exists():
+        return {}
+    lines = [loads(line) for line in kept.read_text().splitlines()]
+    return {line["key"]: line["measured"] for line in lines if line["key"].startswith(settings)}
+
+
+def _keep(kept: Path | None, key: str, measured: dict[str, float | None]) -> None:
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with kept.open("a") as file:
+            file.write(dumps({"key": key, "measured": measured}) + "\n")
+
+
+def _digest(plan: RankPlan) -> str:
+    chosen = [(name, choice.decomposition, choice.ranks) for name, choice in plan.choices.items()]
+    return sha256(repr(chosen).encode()).hexdigest()[:16]
 
 
 def _random_plan(program: Program, share: float, generator: torch.Generator) -> RankPlan:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,12 @@ from tdcompile.augment import Augment, Augmented
 from tdcompile.data import load_data
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.network import Network
+from tdcompile.precision import Precision, strided_in_fp32
 from tdcompile.program import sites_of
 from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, accuracy, logits
 
 MOMENTUM = 0.9
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,14 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
         images.redraw(int(torch.randint(2**62, (), generator=generator)))
         model.train()
         losses = []
-        for batch in loader:
-            loss = F.cross_entropy(logits(model(*batch.inputs)), batch.labels, label_smoothing=schedule.smoothing)
-            accelerator.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
+        with strided_in_fp32(module, schedule.precision, accelerator.device):
+            for batch in loader:
+                loss = F.cross_entropy(logits(model(*batch.inputs)), batch.labels, label_smoothing=schedule.smoothing)
+                accelerator.backward(loss)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                losses.append(loss.detach())
         mean = float(torch.stack(losses).mean())
         if not math.isfinite(mean):
             raise TdcompileError(f"the loss is {mean} after epoch {epoch + 1}: try a rate below {schedule.lr}")

@@ -13,23 +13,35 @@ from torch import Tensor, nn
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError
 from tdcompile.layer import Layer
+from tdcompile.precision import AUTOCAST, Precision
 from tdcompile.ranks import DENSE, RankPlan, Ranks
 from tdcompile.registry import make
 from tdcompile.task import Batch, logits
 
 
 class Distillation(nn.Module):
-    """The loss: maps the compressed network's scores ``(N, classes, ...)`` and their batch to a scalar."""
+    """The loss: maps the compressed network's scores ``(N, classes, ...)`` and their batch to a scalar.
 
-    def __init__(self, teacher: nn.Module, temperature: float, labels: float, layers: Layerwise | None = None) -> None:
+    The dense network computes in the precision that the compressed one trains in; the loss itself is fp32.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        temperature: float,
+        labels: float,
+        layers: Layerwise | None = None,
+        precision: Precision = "fp32",
+    ) -> None:
         super().__init__()
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature, self.labels, self.layers = temperature, labels, layers
+        self._computed_in = AUTOCAST[precision]
 
     def forward(self, scores: Tensor, batch: Batch) -> Tensor:
         """(1 - labels) · T² · KL + labels · cross-entropy, mean squares where there are no classes, and the layers'."""
-        with torch.no_grad():
-            wanted = logits(self.teacher(*batch.inputs))
+        with torch.no_grad(), torch.autocast(scores.device.type, self._computed_in, self._computed_in is not None):
+            wanted = logits(self.teacher(*batch.inputs)).to(scores.dtype)
         loss = self._of_answers(scores, wanted, batch.labels)
         return loss if self.layers is None else loss + self.layers.take()
 

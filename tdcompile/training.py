@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from tdcompile.augment import Augment, Augmented
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.kinds import tick
+from tdcompile.precision import Precision, strided_in_fp32
 from tdcompile.processes import devices, from_first, no_gpu, same_in_all
 from tdcompile.program import Program
 from tdcompile.target import Target
@@ -53,7 +54,7 @@ class Settings:
     frozen: bool
     average: float = 0.0
     patience: int = 0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
 
 
 class Trainer:
@@ -119,6 +120,10 @@ class Trainer:
         Raises:
             TdcompileError: the loss or its gradient became NaN or Inf.
         """
+        with strided_in_fp32(self._graph, self._settings.precision, self._accelerator.device):
+            return self._run()
+
+    def _run(self) -> Tuning:
         state = self._begin()
         curve = [Epoch(*entry) for entry in state["curve"]]
         for number in range(len(curve) + 1, self._epochs + 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import fx
 from torch.optim import Optimizer
@@ -16,6 +16,7 @@ from tdcompile.errors import BudgetError, InputError
 from tdcompile.inference import folded
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
+from tdcompile.precision import Precision
 from tdcompile.pricing import Prices
 from tdcompile.program import Change, Program
 from tdcompile.progressive import Parallel, energy_ranks, parallels
@@ -56,7 +57,7 @@ class Anneal(TunePass):
     temperature: float = 4.0
     labels: float = 0.1
     augment: Asked = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         """Raises InputError where an option is out of its range."""
@@ -91,7 +92,8 @@ class Anneal(TunePass):
             precision=self.precision,
         )
         teacher = copy_weights(folded(program, program.dense))
-        loss = Distillation(teacher, self.temperature, self.labels if train.classes else 0.0)
+        labels = self.labels if train.classes else 0.0
+        loss = Distillation(teacher, self.temperature, labels, precision=self.precision)
         # Nothing is held out: an epoch that still has a dense share must not be taken for the best one.
         Trainer(graph, loss, train, None, settings, program, self.name, Saved(None, ""), schedule).run()
         schedule.finish()

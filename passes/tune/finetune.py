@@ -17,6 +17,7 @@ from tdcompile.facts import Fact
 from tdcompile.inference import folded
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
+from tdcompile.precision import Precision
 from tdcompile.program import Change, Program, sites_of
 from tdcompile.ranks import RankPlan
 from tdcompile.surgery import copy_weights
@@ -77,7 +78,7 @@ class Finetune(TunePass):
     bn: Literal["train", "frozen"] = "train"
     average: float = 0.0
     patience: int = 0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         """Raises InputError where an option is out of its range."""
@@ -136,7 +137,7 @@ class Finetune(TunePass):
                 raise InputError("finetune{outputs=…, weights=…} looks at the layers of a plan, and there is none")
             known = {name: site.layer for name, site in sites_of(program.dense, program.inputs).items()}
             layers = Layerwise(teacher, graph, plan, known, self.outputs, self.weights)
-        loss = Distillation(teacher, self.temperature, self.labels if fit.classes else 0.0, layers)
+        loss = Distillation(teacher, self.temperature, self.labels if fit.classes else 0.0, layers, settings.precision)
         with layers.watching() if layers else nullcontext():
             return Trainer(graph, loss, fit, heldout, settings, program, purpose, saved).run()
 

@@ -307,6 +307,19 @@ def test_the_loss_is_hintons() -> None:
     )
 
 
+def test_in_bf16_the_dense_network_computes_in_bf16_and_the_loss_in_fp32() -> None:
+    teacher, seen = network(0), set()
+    teacher.register_forward_hook(lambda module, arguments, output: seen.add(output.dtype))
+    batch = data().batch(range(64))
+    scores = network(1)(*batch.inputs)
+    half = Distillation(teacher, 4.0, 0.1, precision="bf16")(scores, batch)
+    assert seen == {torch.bfloat16}
+    assert half.dtype is torch.float32
+    whole = Distillation(teacher, 4.0, 0.1)(scores, batch)
+    assert seen == {torch.bfloat16, torch.float32}
+    torch.testing.assert_close(half, whole, rtol=0.02, atol=0.0)
+
+
 def test_outputs_that_are_no_classes_are_matched_by_squares() -> None:
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
     batch = data(labelled=False).batch(range(8))
