@@ -18,11 +18,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from tdcompile import registry
+from tdcompile.amp import Precision, strided_in_fp32
 from tdcompile.augment import Augment, Augmented
 from tdcompile.data import load_data
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.network import Network
-from tdcompile.precision import Precision, strided_in_fp32
 from tdcompile.program import sites_of
 from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, accuracy, logits

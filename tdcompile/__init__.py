@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tdcompile.pipeline import Pipeline
     from tdcompile.program import Program, sites
     from tdcompile.target import Budget, Target
-    from tdcompile.task import Batch, Samples, Task
+    from tdcompile.task import Batch, Samples, Task, Tensors
     from tdcompile.tracing import trace
 
 _HOMES = {
@@ -30,7 +30,7 @@ _HOMES = {
     "pipeline": ("Pipeline",),
     "program": ("Program", "sites"),
     "target": ("Budget", "Target"),
-    "task": ("Batch", "Samples", "Task"),
+    "task": ("Batch", "Samples", "Task", "Tensors"),
     "tracing": ("trace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -48,6 +48,7 @@ __all__ = [
     "Target",
     "Task",
     "TdcompileError",
+    "Tensors",
     "TunePass",
     "compile",
     "load",

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdcompile.amp import AUTOCAST, Precision
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError
 from tdcompile.layer import Layer
-from tdcompile.precision import AUTOCAST, Precision
 from tdcompile.ranks import DENSE, RankPlan, Ranks
 from tdcompile.registry import make
 from tdcompile.task import Batch, logits

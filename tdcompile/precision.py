@@ -1,46 +1,17 @@
-"""``Precision`` of training, and ``in_single``: a network of half precision in single, which onnxruntime can run."""
+"""``in_single``: a network of half precision as one of single precision, for which onnxruntime has kernels."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from itertools import chain, zip_longest
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tdcompile.task import Batch, Samples
 
-Precision = Literal["fp32", "bf16", "fp16"]
-AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 HALF = (torch.float16, torch.bfloat16)
-
-
-@contextmanager
-def strided_in_fp32(network: nn.Module, precision: Precision, device: torch.device) -> Iterator[None]:
-    """While it lasts, strided depthwise convolutions compute in fp32 where the rest trains in bf16 on a CPU.
-
-    Their gradient takes seven to fifteen times as long in bf16 as in fp32 (torch 2.13, AVX-512 BF16): in a ResNet-20
-    of CP layers two of them took a fifth of a step.
-    """
-    slow = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 != max(m.stride)]
-    if precision != "bf16" or device.type != "cpu":
-        slow = []
-    for module in slow:
-        module.forward = partial(_in_fp32, module)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in slow:
-            del module.forward
-
-
-def _in_fp32(module: nn.Conv2d, x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return nn.Conv2d.forward(module, x.float())
 
 
 def in_single(module: nn.Module) -> nn.Module:

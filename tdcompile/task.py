@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from tdcompile.errors import InputError
+
 
 class Batch(NamedTuple):
     """Inputs of the network in its argument order, each ``(N, ...)``, and class labels ``(N,)`` where there are any."""
@@ -69,6 +71,50 @@ class _Subset(Samples):
     @property
     def classes(self) -> int | None:
         return self._whole.classes
+
+
+class Tensors(Samples):
+    """Samples held in memory, for networks of any number of inputs.
+
+    Args:
+        inputs: of the network in its argument order, each ``(N, ...)``; a tensor where it has one.
+        labels: class numbers from 0 ``(N,)``.
+        classes: how many there are; none takes the largest label and one.
+
+    Raises:
+        InputError: there is no sample, the counts differ, or a label is no class number below ``classes``.
+    """
+
+    def __init__(
+        self, inputs: Tensor | Sequence[Tensor], labels: Tensor | None = None, classes: int | None = None
+    ) -> None:
+        self.inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        self.labels = labels
+        counts = {len(x) for x in (*self.inputs, *(() if labels is None else (labels,)))}
+        if len(counts) != 1 or counts == {0}:
+            raise InputError(f"inputs and labels are to be of one count above 0, and are of {sorted(counts)}")
+        self._classes: int | None = None
+        if labels is not None:
+            known = int(labels.max()) + 1
+            self._classes = known if classes is None else classes
+            if labels.ndim != 1 or labels.is_floating_point() or int(labels.min()) < 0 or known > self._classes:
+                raise InputError(
+                    f"labels are class numbers (N,) from 0 to {self._classes - 1}; these are {labels.dtype} of shape "
+                    f"{tuple(labels.shape)} from {labels.min().item()} to {labels.max().item()}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The samples at these places."""
+        places = list(indices)
+        return Batch(tuple(x[places] for x in self.inputs), None if self.labels is None else self.labels[places])
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the labels name; None without labels."""
+        return self._classes
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, RandomSampler
 
+from tdcompile.amp import Precision, strided_in_fp32
 from tdcompile.augment import Augment, Augmented
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.kinds import tick
-from tdcompile.precision import Precision, strided_in_fp32
 from tdcompile.processes import devices, from_first, no_gpu, same_in_all
 from tdcompile.program import Program
 from tdcompile.target import Target

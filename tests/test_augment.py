@@ -1,33 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from torch import Tensor
 
 from tdcompile.augment import Augment, Augmented
 from tdcompile.errors import InputError
-from tdcompile.task import Batch, Samples
-
-
-class Held(Samples):
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        return Batch((self.x[list(indices)],), torch.as_tensor(indices))
-
-    @property
-    def classes(self) -> int | None:
-        return len(self.x)
+from tdcompile.task import Tensors
 
 
 def augmented(x: Tensor, augment: Augment, seed: int = 0) -> Augmented:
-    return Augmented(Held(x), augment, seed)
+    return Augmented(Tensors(x, torch.arange(len(x))), augment, seed)
 
 
 @pytest.mark.parametrize("augment", ["shift", "shift-flip"])

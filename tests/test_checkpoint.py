@@ -18,19 +18,7 @@ from tdcompile.program import Program
 from tdcompile.ranks import RankPlan
 from tdcompile.sketch import Sketch
 from tdcompile.surgery import outputs_of
-from tdcompile.task import Batch, Samples, Task
-
-
-class Noise(Samples):
-    """Unlabelled images."""
-
-    classes = None
-
-    def __len__(self) -> int:
-        return 32
-
-    def batch(self, indices: object) -> Batch:
-        return Batch((torch.randn(len(indices), 3, 8, 8, generator=torch.Generator().manual_seed(0)),), None)  # type: ignore[arg-type]
+from tdcompile.task import Task, Tensors
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +29,10 @@ def programs() -> tuple[Program, Program]:
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(576, 4)
     )
     program = tdcompile.trace(network.eval(), (torch.randn(2, 3, 8, 8),))
-    program = program.with_(budget=tdcompile.Budget(macs=0.5), task=Task(Noise()))
+    program = program.with_(
+        budget=tdcompile.Budget(macs=0.5),
+        task=Task(Tensors(torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0)))),
+    )
     done = Pipeline.parse("calibrate,score,propose{decompose=svd+channel},choose,factorize").run(program)
     return program, done
 

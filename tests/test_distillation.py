@@ -16,25 +16,13 @@ from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.registry import make
 from tdcompile.surgery import copy_weights
 from tdcompile.target import Cost
-from tdcompile.task import Batch, Samples, Task
+from tdcompile.task import Batch, Task, Tensors
 
 
-class Noise(Samples):
-    def __init__(self, labelled: bool = True) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.x, self.labelled = torch.randn(64, 3, 8, 8, generator=generator), labelled
-        self.y = torch.randint(4, (64,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def batch(self, indices: object) -> Batch:
-        places = list(indices)  # type: ignore[call-overload]
-        return Batch((self.x[places],), self.y[places] if self.labelled else None)
-
-    @property
-    def classes(self) -> int | None:
-        return 4 if self.labelled else None
+def noise(labelled: bool = True) -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 3, 8, 8, generator=generator), torch.randint(4, (64,), generator=generator)
+    return Tensors(x, y if labelled else None)
 
 
 class Twice(nn.Module):
@@ -60,7 +48,7 @@ FORMS = "tucker2+svd"
 def program() -> Program:
     torch.manual_seed(0)
     program = tdcompile.trace(Twice().eval(), (torch.randn(2, 3, 8, 8),))
-    program = program.with_(budget=tdcompile.Budget(macs=0.4), task=Task(Noise(), calibrate=32))
+    program = program.with_(budget=tdcompile.Budget(macs=0.4), task=Task(noise(), calibrate=32))
     return Pipeline.parse(f"score,propose{{decompose={FORMS}}},choose,factorize").run(program)
 
 
@@ -183,6 +171,6 @@ def test_finetune_with_them_ends_nearer_to_the_dense_layers_and_leaves_no_hook(p
 
 
 def test_without_a_plan_it_is_refused() -> None:
-    program = tdcompile.trace(Twice().eval(), (torch.randn(2, 3, 8, 8),)).with_(task=Task(Noise()))
+    program = tdcompile.trace(Twice().eval(), (torch.randn(2, 3, 8, 8),)).with_(task=Task(noise()))
     with pytest.raises(InputError, match="plan"):
         Pipeline.parse("finetune{outputs=1,epochs=1,trial=0}").run(program)

@@ -16,6 +16,7 @@ FLOORS = [
     [
         "errors",
         "spec",
+        "amp",
         "noise",
         "vocabulary",
         "sketch",

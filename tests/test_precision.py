@@ -1,4 +1,4 @@
-"""Half precision: the same values in single, the network itself untouched, ties kept; training in bf16."""
+"""Half precision: the same values in single, the network itself untouched, ties kept."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 import tdcompile
 from tdcompile.layer import Refusal
-from tdcompile.precision import in_single, strided_in_fp32
+from tdcompile.precision import in_single
 
 
 class Tied(nn.Module):
@@ -46,27 +46,3 @@ def test_a_half_precision_network_is_compiled_in_single_with_a_note(frontend):
     assert program.inputs[0].dtype is torch.float32
     codes = [entry.code for entry in program.history if isinstance(entry, Refusal)]
     assert codes == ["half_precision"]
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_only_strided_depthwise_convolutions_leave_bf16_and_only_while_it_lasts(precision):
-    network = nn.Sequential(
-        nn.Conv2d(4, 4, 3, stride=(2, 1), groups=4),
-        nn.Conv2d(4, 4, 3, groups=4),
-        nn.Conv2d(4, 4, 3, stride=2, groups=2),
-        nn.Conv2d(4, 1, 1, stride=2),
-        nn.Conv2d(1, 1, 1, stride=2),
-    )
-    x, kinds = torch.randn(2, 4, 24, 24), []
-    for part in network:
-        part.register_forward_hook(lambda module, arguments, output: kinds.append(output.dtype))
-    wanted = network(x)
-    kinds.clear()
-    with strided_in_fp32(network, precision, x.device), torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
-        torch.testing.assert_close(network(x).float(), wanted, atol=0.05, rtol=0.05)
-    half = torch.bfloat16 if precision == "bf16" else torch.float32
-    assert kinds == [torch.float32, half, half, half, half]
-    kinds.clear()
-    with torch.autocast("cpu", torch.bfloat16):
-        network(x)
-    assert kinds == [torch.bfloat16] * 5

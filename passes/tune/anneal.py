@@ -10,13 +10,13 @@ from typing import ClassVar
 from torch import fx
 from torch.optim import Optimizer
 
+from tdcompile.amp import Precision
 from tdcompile.augment import Asked, fitting
 from tdcompile.distillation import Distillation
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.inference import folded
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
-from tdcompile.precision import Precision
 from tdcompile.pricing import Prices
 from tdcompile.program import Change, Program
 from tdcompile.progressive import Parallel, energy_ranks, parallels

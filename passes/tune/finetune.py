@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx, nn
 
+from tdcompile.amp import Precision
 from tdcompile.augment import Asked, fitting
 from tdcompile.distillation import Distillation, Layerwise
 from tdcompile.errors import InputError, TdcompileError
@@ -17,7 +18,6 @@ from tdcompile.facts import Fact
 from tdcompile.inference import folded
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
-from tdcompile.precision import Precision
 from tdcompile.program import Change, Program, sites_of
 from tdcompile.ranks import RankPlan
 from tdcompile.surgery import copy_weights

@@ -15,31 +15,18 @@ from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program, sites
 from tdcompile.ranks import Importances
 from tdcompile.registry import find, make
-from tdcompile.task import Batch, Samples, Task
+from tdcompile.task import Samples, Task, Tensors
 
 SCORES = sorted(find(Importance))
 NEED_DATA = {"fisher", "lwiq", "noise", "probe", "taylor"}
 
 
-class Bright(Samples):
-    """Two classes, bright and dark; ``classes`` None without labels."""
-
-    def __init__(self, labelled: bool = True, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.y = torch.arange(120) % 2
-        self.x = torch.randn(120, 3, 8, 8, generator=generator) + (2.0 * self.y - 1).view(-1, 1, 1, 1)
-        self.labelled = labelled
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def batch(self, indices: object) -> Batch:
-        places = list(indices)  # type: ignore[call-overload]
-        return Batch((self.x[places],), self.y[places] if self.labelled else None)
-
-    @property
-    def classes(self) -> int | None:
-        return 2 if self.labelled else None
+def bright(labelled: bool = True, seed: int = 0) -> Tensors:
+    """Two classes, bright and dark."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(120) % 2
+    x = torch.randn(120, 3, 8, 8, generator=generator) + (2.0 * y - 1).view(-1, 1, 1, 1)
+    return Tensors(x, y if labelled else None)
 
 
 class Branches(nn.Module):
@@ -68,21 +55,21 @@ def scored(name: str, given: Program) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", SCORES)
 def test_every_layer_has_a_finite_score_that_the_seed_decides(name: str) -> None:
-    given = program(Bright())
+    given = program(bright())
     scores = scored(name, given)
     assert list(scores) == list(sites(given))
     assert all(math.isfinite(score) and score >= 0 for score in scores.values())
     torch.rand(5)  # somebody else's draw
-    assert scored(name, program(Bright())) == scores
+    assert scored(name, program(bright())) == scores
 
 
 def test_auto_is_taylor_where_there_are_labels_and_none_where_there_are_not() -> None:
-    labelled = program(Bright())
+    labelled = program(bright())
     found, taylor = scored("auto", labelled), scored("taylor{order=1,samples=128}", labelled)
     assert found == {name: score or 1.0 for name, score in taylor.items()}
     assert taylor["dead"] == 0.0
     assert len(set(found.values())) > 2
-    for train in (None, Bright(labelled=False)):
+    for train in (None, bright(labelled=False)):
         assert set(scored("auto", program(train)).values()) == {1.0}
     small = scored("auto{largest=4}", labelled)  # of which the last layer alone is: its two classes
     assert {name for name, score in small.items() if score != 1.0} <= {"fc"}
@@ -109,7 +96,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("kind", ["features", "detached", "places", "crops"])
 def test_auto_takes_any_network(kind: str) -> None:
     torch.manual_seed(0)
-    made = tdcompile.trace(Odd(kind).eval(), (torch.randn(2, 3, 8, 8),)).with_(task=Task(Bright(), calibrate=64))
+    made = tdcompile.trace(Odd(kind).eval(), (torch.randn(2, 3, 8, 8),)).with_(task=Task(bright(), calibrate=64))
     scores = scored("auto", made)
     assert set(scores) == {"a", "b", "c"}
     assert all(score > 0 for score in scores.values())
@@ -118,7 +105,7 @@ def test_auto_takes_any_network(kind: str) -> None:
 
 @pytest.mark.parametrize("name", SCORES)
 def test_scoring_leaves_the_network_alone(name: str) -> None:
-    given = program(Bright())
+    given = program(bright())
     before = {key: value.clone() for key, value in given.graph.state_dict().items()}
     make(Importance, name).score(given)
     assert all(torch.equal(value, before[key]) for key, value in given.graph.state_dict().items())
@@ -137,20 +124,20 @@ def test_without_data_a_score_that_needs_them_says_so(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["fisher", "noise", "probe", "taylor", "taylor{order=1}"])
 def test_a_layer_that_nothing_depends_on_has_no_score(name: str) -> None:
-    scores = make(Importance, name).score(program(Bright()))
+    scores = make(Importance, name).score(program(bright()))
     assert scores["dead"] == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["noise", "probe", "taylor", "fisher"])
 def test_labels_are_not_needed(name: str) -> None:
-    scores = make(Importance, name).score(program(Bright(labelled=False)))
+    scores = make(Importance, name).score(program(bright(labelled=False)))
     assert scores["alive"] > scores["dead"]
 
 
 @pytest.mark.parametrize("name", ["lwiq", "probe{measure=accuracy}"])
 def test_labels_that_are_needed_are_asked_for(name: str) -> None:
     with pytest.raises(InputError, match="labelled"):
-        make(Importance, name).score(program(Bright(labelled=False)))
+        make(Importance, name).score(program(bright(labelled=False)))
 
 
 @pytest.mark.parametrize("text", ["noise{error=0}", "noise{samples=1}", "taylor{order=3}", "lwiq{judged=0}"])
@@ -162,4 +149,4 @@ def test_options_out_of_range_are_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["probe{share=0}", "taylor{share=1.5}"])
 def test_a_share_outside_its_range_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="share="):
-        make(Importance, text).score(program(Bright()))
+        make(Importance, text).score(program(bright()))

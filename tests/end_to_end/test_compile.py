@@ -10,27 +10,14 @@ import tdcompile
 from tdcompile.compiler import Compiled
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.pipeline import Silent
-from tdcompile.task import Batch, Samples
+from tdcompile.task import Tensors
 
 
-class Points(Samples):
-    """Two classes of noise images, bright and dark."""
-
-    def __init__(self, count=96, classes=2, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.y = torch.randint(0, 2, (count,), generator=generator) * (classes - 1)
-        self.x = torch.randn(count, 3, 12, 12, generator=generator) + self.y.view(-1, 1, 1, 1)
-        self._classes = classes
-
-    def __len__(self):
-        return len(self.x)
-
-    def batch(self, indices):
-        return Batch((self.x[list(indices)],), self.y[list(indices)])
-
-    @property
-    def classes(self):
-        return self._classes
+def points(count=96, classes=2, seed=0):
+    """Noise images, bright and dark: the first class and the last."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 2, (count,), generator=generator) * (classes - 1)
+    return Tensors(torch.randn(count, 3, 12, 12, generator=generator) + y.view(-1, 1, 1, 1), y, classes)
 
 
 def network(classes=2):
@@ -67,7 +54,7 @@ class Steps(Silent):
 
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
-    return tdcompile.compile(network(), X, data=(Points(), Points(seed=1)), budget={"macs": 0.5}, tune="epochs=1")
+    return tdcompile.compile(network(), X, data=(points(), points(seed=1)), budget={"macs": 0.5}, tune="epochs=1")
 
 
 def test_the_budget_is_kept_and_the_figures_agree_with_each_other(compiled):
@@ -117,13 +104,13 @@ def test_what_is_saved_loads_back_and_says_what_it_is(compiled, tmp_path):
 
 
 def test_one_seed_gives_one_plan_and_the_same_bytes():
-    made = [tdcompile.compile(network(), X, data=Points(), budget={"macs": 0.6}, seed=3) for _ in range(2)]
+    made = [tdcompile.compile(network(), X, data=points(), budget={"macs": 0.6}, seed=3) for _ in range(2)]
     assert made[0].plan.to_json() == made[1].plan.to_json()
     assert made[0].onnx.read_bytes() == made[1].onnx.read_bytes()
 
 
 def test_an_interrupted_run_goes_on_from_its_last_finished_pass(tmp_path):
-    options = {"data": Points(), "budget": {"params": 0.6}, "workspace": tmp_path / "work", "tune": "epochs=1"}
+    options = {"data": points(), "budget": {"params": 0.6}, "workspace": tmp_path / "work", "tune": "epochs=1"}
     whole = tdcompile.compile(network(), X, **{**options, "workspace": tmp_path / "other"})
     first, second = Steps(stop="finetune"), Steps()
     with pytest.raises(KeyboardInterrupt):
@@ -188,7 +175,7 @@ def test_a_budget_that_no_plan_meets_says_what_can():
 
 def test_gates_that_are_not_passed_are_in_the_report():
     report = tdcompile.compile(
-        network(), X, data=(Points(), Points()), budget={"macs": 0.9}, min_speedup=1e6, max_drop=-1000.0
+        network(), X, data=(points(), points()), budget={"macs": 0.9}, min_speedup=1e6, max_drop=-1000.0
     ).report
     assert not report.met
     assert [gate.name for gate in report.gates if not gate.passed] == ["min-speedup", "max-drop"]
@@ -203,21 +190,22 @@ def test_layers_are_kept_dense_by_pattern_and_a_pattern_without_a_layer_is_an_er
 
 
 def test_python_hands_over_arrays_and_a_loader():
-    points = Points()
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(points.x, points.y), batch_size=7)
-    made = tdcompile.compile(network(), X, data=((points.x, points.y), loader), budget={"macs": 0.6})
-    same = tdcompile.compile(network(), X, data=(points, points), budget={"macs": 0.6})
+    held = points()
+    x, y = held.inputs[0], held.labels
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=7)
+    made = tdcompile.compile(network(), X, data=((x, y), loader), budget={"macs": 0.6})
+    same = tdcompile.compile(network(), X, data=(held, held), budget={"macs": 0.6})
     assert made.report.compiled.accuracy == same.report.compiled.accuracy
     assert made.report.ratio.macs == same.report.ratio.macs
 
 
 def test_damaged_data_and_foreign_labels_are_refused():
-    bad = Points()
-    bad.x[5] = float("nan")
+    bad = points()
+    bad.inputs[0][5] = float("nan")
     with pytest.raises(InputError, match="NaN or Inf"):
         tdcompile.compile(network(), X, data=bad, budget={"macs": 0.5})
     with pytest.raises(InputError, match="labels go up to 6"):
-        tdcompile.compile(network(), X, data=Points(classes=7), budget={"macs": 0.5})
+        tdcompile.compile(network(), X, data=points(classes=7), budget={"macs": 0.5})
 
 
 @pytest.mark.parametrize("budget", [{"macs": 0.0}, {"macs": 1.5}, {"energy": 0.5}, {}])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -21,28 +20,15 @@ from tdcompile.errors import InputError, TdcompileError
 from tdcompile.models.digits_net import DigitsNet
 from tdcompile.models.lenet5 import LeNet5
 from tdcompile.models.train import Schedule, app, fit, save
-from tdcompile.task import Batch, Samples, accuracy
+from tdcompile.task import Samples, Tensors, accuracy
 
 
-class Stripes(Samples):
+def stripes(count: int, classes: int = 4, labelled: bool = True) -> Tensors:
     """Grey images with one bright row, whose place is the label, under noise."""
-
-    def __init__(self, count: int, classes: int = 4, labelled: bool = True) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.labels, self.labelled, self.count = torch.arange(count) % classes, labelled, classes
-        self.images = 0.3 * torch.randn(count, 1, 28, 28, generator=generator)
-        self.images[torch.arange(count), 0, 4 + 2 * self.labels] += 1.0
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        chosen = list(indices)
-        return Batch((self.images[chosen],), self.labels[chosen] if self.labelled else None)
-
-    @property
-    def classes(self) -> int | None:
-        return self.count if self.labelled else None
+    labels = torch.arange(count) % classes
+    images = 0.3 * torch.randn(count, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    images[torch.arange(count), 0, 4 + 2 * labels] += 1.0
+    return Tensors(images, labels if labelled else None, classes if labelled else None)
 
 
 def trained(samples: Samples, schedule: Schedule) -> tuple[nn.Module, list[float]]:
@@ -55,7 +41,7 @@ QUICK = Schedule(epochs=6, lr=0.05, batch=16)
 
 
 def test_training_lowers_the_loss_and_writes_a_loadable_file(tmp_path: Path) -> None:
-    samples = Stripes(200)
+    samples = stripes(200)
     module, losses = trained(samples, QUICK)
     assert len(losses) == QUICK.epochs
     assert losses[-1] < 0.8 * losses[0]
@@ -71,7 +57,7 @@ def test_training_lowers_the_loss_and_writes_a_loadable_file(tmp_path: Path) -> 
 
 
 def test_bf16_trains_weights_that_stay_in_fp32() -> None:
-    module, losses = trained(Stripes(200), replace(QUICK, precision="bf16"))
+    module, losses = trained(stripes(200), replace(QUICK, precision="bf16"))
     assert losses[-1] < 0.8 * losses[0]
     assert {p.dtype for p in module.parameters()} == {torch.float32}
 
@@ -79,32 +65,32 @@ def test_bf16_trains_weights_that_stay_in_fp32() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains in fp16")
 def test_fp16_on_a_cpu_is_refused() -> None:
     with pytest.raises(InputError, match="bf16"):
-        trained(Stripes(32), replace(QUICK, precision="fp16"))
+        trained(stripes(32), replace(QUICK, precision="fp16"))
 
 
 def test_same_seed_same_weights() -> None:
     schedule = Schedule(epochs=1, batch=32, augment="shift-flip")
-    first, again = (trained(Stripes(70), schedule)[0].state_dict() for _ in range(2))
+    first, again = (trained(stripes(70), schedule)[0].state_dict() for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_fewer_samples_than_a_batch_are_still_trained_on() -> None:
-    assert len(trained(Stripes(8), Schedule(epochs=2, batch=32))[1]) == 2
+    assert len(trained(stripes(8), Schedule(epochs=2, batch=32))[1]) == 2
 
 
 def test_refuses_samples_without_labels() -> None:
     with pytest.raises(InputError, match="no labels"):
-        trained(Stripes(8, labelled=False), QUICK)
+        trained(stripes(8, labelled=False), QUICK)
 
 
 def test_refuses_more_classes_than_the_network_has() -> None:
     with pytest.raises(InputError, match="num_classes=12"):
-        trained(Stripes(12, classes=12), QUICK)
+        trained(stripes(12, classes=12), QUICK)
 
 
 def test_a_diverging_run_says_what_to_lower() -> None:
     with pytest.raises(TdcompileError, match="rate below"):
-        trained(Stripes(64), Schedule(epochs=3, lr=1e30, batch=32))
+        trained(stripes(64), Schedule(epochs=3, lr=1e30, batch=32))
 
 
 @given(warmup=st.floats(0, 1), steps=st.integers(1, 300), data=st.data())
@@ -118,8 +104,8 @@ def test_the_rate_rises_then_falls_and_stays_a_share(warmup: float, steps: int, 
 
 
 def test_the_command_trains_and_tells_the_accuracy(tmp_path: Path) -> None:
-    stripes, output = Stripes(60), tmp_path / "lenet5.safetensors"
-    np.savez(tmp_path / "stripes.npz", x=stripes.images.numpy(), y=stripes.labels.numpy())
+    data, output = stripes(60), tmp_path / "lenet5.safetensors"
+    np.savez(tmp_path / "stripes.npz", x=data.inputs[0].numpy(), y=data.labels.numpy())
     arguments = ["lenet5", "--data", f"npz:{tmp_path / 'stripes.npz'}", "--epochs", "1", "-o", str(output)]
     ran = CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output

@@ -9,26 +9,16 @@ import tdcompile
 from tdcompile.calibration import Calibration
 from tdcompile.errors import InputError
 from tdcompile.passes.analyze.calibrate import Calibrate
-from tdcompile.task import Batch, Samples
+from tdcompile.task import Tensors
 
 
-class Drawn(Samples):
-    def __init__(self, *shape):
-        self.x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-    def __len__(self):
-        return len(self.x)
-
-    def batch(self, indices):
-        return Batch((self.x[list(indices)],), None)
-
-    @property
-    def classes(self):
-        return None
+def drawn(*shape):
+    return Tensors(torch.randn(*shape, generator=torch.Generator().manual_seed(1)))
 
 
 def moments(module, samples, **options):
-    program = tdcompile.trace(nn.Sequential(module).eval(), (samples.x[:2],)).with_(task=tdcompile.Task(samples))
+    program = tdcompile.trace(nn.Sequential(module).eval(), samples.batch([0, 1]).inputs)
+    program = program.with_(task=tdcompile.Task(samples))
     return Calibrate(**options).run(program).facts[Calibration]
 
 
@@ -42,11 +32,11 @@ def moments(module, samples, **options):
     ],
 )
 def test_moments_are_those_of_unfolded_patches(options):
-    conv, samples = nn.Conv2d(4, 6, 3, **options), Drawn(7, 4, 9, 8)
+    conv, samples = nn.Conv2d(4, 6, 3, **options), drawn(7, 4, 9, 8)
     found = moments(conv, samples, batch=3).moments["0"]
     mode = options.get("padding_mode", "constant")
     before = conv._reversed_padding_repeated_twice if mode == "reflect" else (0,) * 4
-    x = F.pad(samples.x, before, mode=mode)
+    x = F.pad(samples.inputs[0], before, mode=mode)
     pad = 0 if mode == "reflect" else conv.padding
     patches = F.unfold(x, 3, dilation=conv.dilation, padding=pad, stride=conv.stride)
     rows = patches.transpose(1, 2).reshape(-1, 36).double()
@@ -55,14 +45,14 @@ def test_moments_are_those_of_unfolded_patches(options):
 
 
 def test_a_linear_layer_over_tokens():
-    samples = Drawn(5, 7, 6)
-    rows = samples.x.reshape(-1, 6).double()
+    samples = drawn(5, 7, 6)
+    rows = samples.inputs[0].reshape(-1, 6).double()
     found = moments(nn.Linear(6, 3), samples).moments["0"]
     torch.testing.assert_close(found.second, rows.T @ rows / 35, rtol=1e-4, atol=1e-6)
 
 
 def test_only_so_many_patches_are_read_and_they_are_near_the_whole():
-    conv, samples = nn.Conv2d(3, 4, 3, padding=1), Drawn(64, 3, 16, 16)
+    conv, samples = nn.Conv2d(3, 4, 3, padding=1), drawn(64, 3, 16, 16)
     some, whole = (moments(conv, samples, patches=n).moments["0"] for n in (4000, 10**9))
     assert some.samples <= 4000 < whole.samples
     assert float((some.second - whole.second).norm() / whole.second.norm()) < 0.2
@@ -70,8 +60,8 @@ def test_only_so_many_patches_are_read_and_they_are_near_the_whole():
 
 @pytest.mark.parametrize("wide", [nn.Linear(40, 6), nn.Conv2d(40, 6, 1)], ids=["linear", "1x1"])
 def test_a_wide_layer_of_one_tap_gets_a_sketch(wide):
-    samples = Drawn(90, 40) if isinstance(wide, nn.Linear) else Drawn(20, 40, 5, 5)
-    rows = samples.x if isinstance(wide, nn.Linear) else samples.x.movedim(1, -1).reshape(-1, 40)
+    samples = drawn(90, 40) if isinstance(wide, nn.Linear) else drawn(20, 40, 5, 5)
+    rows = samples.inputs[0] if isinstance(wide, nn.Linear) else samples.inputs[0].movedim(1, -1).reshape(-1, 40)
     exact = rows.double().T @ rows.double() / len(rows)
     for rank, near in ((40, 1e-5), (10, 0.6)):
         found = moments(wide, samples, largest=39, sketch=rank, batch=16).moments["0"]
@@ -89,12 +79,12 @@ def test_options_below_one_are_refused(option):
 
 
 def test_large_and_depthwise_layers_are_left_out_with_a_reason():
-    assert "36 inputs" in moments(nn.Conv2d(4, 4, 3), Drawn(4, 4, 6, 6), largest=35).skipped["0"]
-    assert "depthwise" in moments(nn.Conv2d(4, 4, 3, groups=4), Drawn(4, 4, 6, 6)).skipped["0"]
+    assert "36 inputs" in moments(nn.Conv2d(4, 4, 3), drawn(4, 4, 6, 6), largest=35).skipped["0"]
+    assert "depthwise" in moments(nn.Conv2d(4, 4, 3, groups=4), drawn(4, 4, 6, 6)).skipped["0"]
 
 
 def test_the_moments_of_groups_together_take_no_more_memory_than_one_matrix_may():
-    module, samples = nn.Conv2d(24, 24, 1, groups=4), Drawn(4, 24, 6, 6)
+    module, samples = nn.Conv2d(24, 24, 1, groups=4), drawn(4, 24, 6, 6)
     assert moments(module, samples, largest=12).moments["0"].second.shape == (4, 6, 6)
     for largest in (5, 11):  # below a group's own inputs, and above them
         found = moments(module, samples, largest=largest)

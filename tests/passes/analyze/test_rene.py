@@ -15,7 +15,7 @@ from tdcompile.program import Program, sites
 from tdcompile.ranks import DENSE, RankPlan
 from tdcompile.registry import make
 from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
-from tdcompile.task import Batch, Samples, Task
+from tdcompile.task import Samples, Task, Tensors
 
 
 def test_the_published_refinement() -> None:
@@ -111,21 +111,12 @@ def test_the_mixture_and_the_rank_loss_are_the_papers() -> None:
     assert float(price) == pytest.approx(0.4 * 2 * 0.5**0.8)
 
 
-class Classes(Samples):
-    classes = 24
-
-    def __len__(self) -> int:
-        return 64
-
-    def batch(self, indices: object) -> Batch:
-        places = list(indices)  # type: ignore[call-overload]
-        return Batch((torch.randn(len(places), 24, 6, 6),), torch.tensor(places) % 24)
-
-
 def test_coefficients_can_look_at_held_out_data() -> None:
     torch.manual_seed(0)
     layers = (low_rank(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    plan = Rene(mode="data", step=8, factor=8, steps=10, samples=64).analyze(program(*layers, train=Classes()))
+    plan = Rene(mode="data", step=8, factor=8, steps=10, samples=64).analyze(
+        program(*layers, train=Tensors(torch.randn(64, 24, 6, 6), torch.arange(64) % 24))
+    )
     assert plan.predicted.macs <= 0.5 * plan.dense.macs
     with pytest.raises(InputError, match="looks at labels"):
         Rene(mode="data").analyze(program(*layers))

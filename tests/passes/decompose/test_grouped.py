@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -21,29 +20,18 @@ from tdcompile.passes.decompose.grouped import Grouped
 from tdcompile.pipeline import Pipeline
 from tdcompile.ranks import Candidates, RankPlan, RankSelector
 from tdcompile.registry import find
-from tdcompile.task import Batch, Samples, Task
+from tdcompile.task import Task, Tensors
 from tdcompile.trial import trials
 
 CONV = nn.Conv2d(32, 48, 3, padding=1, groups=4)
 
 
-class Drawn(Samples):
-    def __init__(self, *shape: int) -> None:
-        self.x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        return Batch((self.x[list(indices)],), None)
-
-    @property
-    def classes(self) -> None:
-        return None
+def drawn(*shape: int) -> Tensors:
+    return Tensors(torch.randn(*shape, generator=torch.Generator().manual_seed(1)))
 
 
-def moments_of(module: nn.Module, samples: Drawn) -> Calibration:
-    program = tdcompile.trace(nn.Sequential(module).eval(), (samples.x[:2],)).with_(task=Task(samples))
+def moments_of(module: nn.Module, samples: Tensors) -> Calibration:
+    program = tdcompile.trace(nn.Sequential(module).eval(), (samples.inputs[0][:2],)).with_(task=Task(samples))
     return Calibrate().run(program).facts[Calibration]
 
 
@@ -123,9 +111,9 @@ def test_another_form_for_the_groups() -> None:
 
 
 def test_calibration_gives_moments_for_each_group() -> None:
-    x = Drawn(16, 8, 6, 6)
+    x = drawn(16, 8, 6, 6)
     found = moments_of(nn.Conv2d(8, 12, 3, padding=1, groups=2), x).moments["0"]
-    patches = torch.nn.functional.unfold(x.x, 3, padding=1).movedim(1, 2).flatten(0, 1)
+    patches = torch.nn.functional.unfold(x.inputs[0], 3, padding=1).movedim(1, 2).flatten(0, 1)
     whole = (patches.T @ patches / len(patches)).double()
     torch.testing.assert_close(found.second, torch.stack([whole[:36, :36], whole[36:, 36:]]), rtol=1e-4, atol=1e-5)
 

@@ -5,24 +5,8 @@ import torch
 from torch import nn
 
 from tdcompile.program import Program
-from tdcompile.task import Batch, Samples, Task
+from tdcompile.task import Task, Tensors
 from tdcompile.tracing import trace
-
-
-class Memory(Samples):
-    def __init__(self, x, labels=None):
-        self.x, self.labels = x, labels
-
-    def __len__(self):
-        return len(self.x)
-
-    def batch(self, indices):
-        places = list(indices)
-        return Batch((self.x[places],), None if self.labels is None else self.labels[places])
-
-    @property
-    def classes(self):
-        return None if self.labels is None else int(self.labels.max()) + 1
 
 
 class Net(nn.Module):
@@ -42,14 +26,9 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def memory():
-    return Memory
-
-
-@pytest.fixture
 def program() -> Program:
     """The network over 40 random samples with labels."""
     torch.manual_seed(0)
     program = trace(Net(), (torch.randn(2, 3, 8, 8),))
-    samples = Memory(torch.randn(40, 3, 8, 8), torch.randint(5, (40,)))
+    samples = Tensors(torch.randn(40, 3, 8, 8), torch.randint(5, (40,)))
     return program.with_(task=Task(train=samples, calibrate=32))

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from tdcompile.errors import InputError
 from tdcompile.passes.importance.fisher import Fisher
-from tdcompile.task import Task
+from tdcompile.task import Task, Tensors
 from tdcompile.tracing import trace
 
 
@@ -17,11 +17,11 @@ def test_scores_are_finite_of_mean_one_and_zero_for_what_the_loss_ignores(progra
     assert min(scores["stem"], scores["shared"], scores["head"]) > 0.01
 
 
-def test_the_score_is_what_autograd_says_sample_by_sample(program, memory):
+def test_the_score_is_what_autograd_says_sample_by_sample(program):
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)).eval()
     x, labels = torch.randn(12, 6), torch.randint(4, (12,))
-    traced = trace(net, (x[:2],)).with_(task=Task(train=memory(x, labels), calibrate=12))
+    traced = trace(net, (x[:2],)).with_(task=Task(train=Tensors(x, labels), calibrate=12))
     gradients, energies = {"0": 0.0, "2": 0.0}, {"0": 0.0, "2": 0.0}
     for sample, label in zip(x, labels, strict=True):
         first = net[0](sample).detach().requires_grad_()
@@ -35,12 +35,12 @@ def test_the_score_is_what_autograd_says_sample_by_sample(program, memory):
     assert scores["0"] / scores["2"] == pytest.approx(expected["0"] / expected["2"], rel=1e-4)
 
 
-def test_it_predicts_the_second_order_loss_of_a_random_error(memory):
+def test_it_predicts_the_second_order_loss_of_a_random_error():
     """Importance · error² orders layers as ½ E[(g·δy)²] does, over errors of no preferred direction."""
     torch.manual_seed(2)
     net = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)).eval()
     x = torch.randn(256, 16)
-    scores = Fisher().score(trace(net, (x[:2],)).with_(task=Task(train=memory(x))))
+    scores = Fisher().score(trace(net, (x[:2],)).with_(task=Task(train=Tensors(x))))
     rises = {}
     with torch.no_grad():
         clean = net(x).log_softmax(1)
@@ -95,18 +95,18 @@ def test_without_data_it_says_what_to_take_instead(program):
         Fisher().score(program.with_(task=Task()))
 
 
-def test_a_network_without_class_scores_is_refused(memory):
+def test_a_network_without_class_scores_is_refused():
     net = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
     x = torch.randn(4, 3, 8, 8)
     with pytest.raises(InputError, match="4x4x6x6"):
-        Fisher().score(trace(net, (x[:2],)).with_(task=Task(train=memory(x))))
+        Fisher().score(trace(net, (x[:2],)).with_(task=Task(train=Tensors(x))))
 
 
-def test_a_nan_in_calibration_is_said(program, memory):
+def test_a_nan_in_calibration_is_said(program):
     x = torch.randn(8, 3, 8, 8)
     x[3] = float("nan")
     with pytest.raises(InputError, match="NaN"):
-        Fisher().score(program.with_(task=Task(train=memory(x))))
+        Fisher().score(program.with_(task=Task(train=Tensors(x))))
 
 
 @pytest.mark.parametrize("options", [{"batch": "0"}, {"samples": "0"}])

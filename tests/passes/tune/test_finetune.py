@@ -1,14 +1,14 @@
 """``finetune``: it learns from the dense network, repeats itself, resumes where it stopped, and says when it fails."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.kinds import progress
@@ -17,27 +17,11 @@ from tdcompile.passes.tune import finetune
 from tdcompile.passes.tune.finetune import Distillation, Finetune
 from tdcompile.program import Change, Program
 from tdcompile.target import Target
-from tdcompile.task import Batch, Samples, Task, accuracy
+from tdcompile.task import Batch, Samples, Task, Tensors, accuracy
 from tdcompile.training import Settings, lay_out
 from tdcompile.tuning import Epoch, Tuning
 
 FAST = Finetune(epochs=3, batch=32, holdout=0.1, trial=0)
-
-
-class Tensors(Samples):
-    def __init__(self, x: Tensor, labels: Tensor | None) -> None:
-        self.x, self.labels = x, labels
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        places = list(indices)
-        return Batch((self.x[places],), None if self.labels is None else self.labels[places])
-
-    @property
-    def classes(self) -> int | None:
-        return None if self.labels is None else 4
 
 
 def network(seed: int) -> fx.GraphModule:
@@ -209,7 +193,7 @@ def test_a_rate_that_diverges_is_an_error_that_says_to_lower_it(taught: Program)
 
 def test_a_first_loss_that_is_not_finite_is_the_datas_fault(taught: Program) -> None:
     bad = data()
-    bad.x[:] = math.nan
+    bad.inputs[0][:] = math.nan
     with pytest.raises(InputError, match="the data or the weights are not finite"):
         replace(FAST, holdout=0.0).run(taught.with_(task=Task(train=bad)))
 

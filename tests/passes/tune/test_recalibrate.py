@@ -1,7 +1,5 @@
 """``recalibrate``: the statistics are those of the data, whatever the batch, and nothing else changes."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,22 +12,7 @@ from tdcompile.layer import Refusal
 from tdcompile.passes.tune.recalibrate import Recalibrate
 from tdcompile.program import Change, Program
 from tdcompile.surgery import copy_weights
-from tdcompile.task import Batch, Samples, Task
-
-
-class Tensors(Samples):
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        return Batch((self.x[list(indices)],), None)
-
-    @property
-    def classes(self) -> None:
-        return None
+from tdcompile.task import Task, Tensors
 
 
 def program(module: nn.Module, x: Tensor | None, seed: int = 0) -> Program:

@@ -12,23 +12,13 @@ from tdcompile.layer import Refusal
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Change, Program
 from tdcompile.surgery import outputs_of
-from tdcompile.task import Batch, Samples, Task
+from tdcompile.task import Samples, Task, Tensors
 
 
-class Images(Samples):
+def images(count: int = 200, seed: int = 0) -> Tensors:
     """Unlabelled, with neighbouring pixels alike."""
-
-    classes = None
-
-    def __init__(self, count: int = 200, seed: int = 0) -> None:
-        noise = torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
-        self.x = nn.functional.avg_pool2d(noise, 3, 1, 1) * 3
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def batch(self, indices: object) -> Batch:
-        return Batch((self.x[list(indices)],), None)  # type: ignore[call-overload]
+    noise = torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+    return Tensors(nn.functional.avg_pool2d(noise, 3, 1, 1) * 3)
 
 
 class Residual(nn.Module):
@@ -53,7 +43,7 @@ X = torch.randn(2, 3, 12, 12)
 def program(network: nn.Module, form: str = "auto", samples: Samples | None = None) -> Program:
     torch.manual_seed(0)
     made = tdcompile.trace(network.eval(), (X,)).with_(
-        budget=tdcompile.Budget(macs=0.35), task=Task(samples or Images())
+        budget=tdcompile.Budget(macs=0.35), task=Task(samples or images())
     )
     return Pipeline.parse(FACTORS.format("" if form == "auto" else form)).run(made)
 
@@ -63,13 +53,13 @@ def residual() -> nn.Module:
     network = Residual().train()
     with torch.no_grad():
         for _ in range(20):
-            network(Images(64).x)  # so that the batch norms know their statistics
+            network(images(64).inputs[0])  # so that the batch norms know their statistics
     return network.eval()
 
 
 def distance(before: Program, after: Program) -> float:
     """Mean squared difference of the outputs on images that were not fitted to, over the outputs' variance."""
-    unseen = (Images(100, seed=9).x,)
+    unseen = (images(100, seed=9).inputs[0],)
     dense, ours = (outputs_of(g, unseen)[0] for g in (before.dense, after.graph))
     return float((dense - ours).square().mean() / dense.var())
 
@@ -98,7 +88,7 @@ def test_layers_that_were_left_dense_are_fitted_only_if_asked() -> None:
 
 
 def test_an_uncompressed_network_is_left_as_it_is() -> None:
-    dense = tdcompile.trace(residual(), (X,)).with_(task=Task(Images()))
+    dense = tdcompile.trace(residual(), (X,)).with_(task=Task(images()))
     after = Pipeline.parse("refit").run(dense)
     assert distance(dense, after) < 1e-6
 
@@ -112,7 +102,7 @@ def test_what_cannot_be_fitted_is_told() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.deep(self.conv(self.conv(x)))
 
-    dense = tdcompile.trace(Shared().eval(), (X,)).with_(task=Task(Images()))
+    dense = tdcompile.trace(Shared().eval(), (X,)).with_(task=Task(images()))
     history = Pipeline.parse("refit").run(dense).history
     told = {entry.layer: entry.reason for entry in history if isinstance(entry, Refusal)}
     assert "called more than once" in told["conv"]
@@ -134,8 +124,8 @@ def test_it_draws_from_the_seed_alone() -> None:
 
 def test_damaged_data_are_refused() -> None:
     before = program(residual(), "channel")
-    broken = Images()
-    broken.x[3, 0, 0, 0] = float("nan")
+    broken = images()
+    broken.inputs[0][3, 0, 0, 0] = float("nan")
     with pytest.raises(InputError, match="NaN or Inf reaches the layer 'stem'"):
         Pipeline.parse("refit{places=1000}").run(before.with_(task=Task(broken)))
 
