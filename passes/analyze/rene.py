@@ -20,7 +20,7 @@ from tdcompile.layer import Refusal
 from tdcompile.program import Program, Site, sites
 from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.registry import make
-from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
+from tdcompile.relaxation import Interval, Multiplier, Relaxed, intervals, rank_loss
 from tdcompile.single_rank import SingleRanks
 from tdcompile.task import Batch, logits
 
@@ -40,7 +40,8 @@ class Rene(AnalysisPass):
     The paper's ``tt`` of a convolution, 1x1, k x k, 1x1 at one rank, has the graph of Tucker-2 at tied ranks, which is
     what is registered here as ``tucker2`` and fits better at equal ranks; linear layers and 1x1 convolutions become
     ``svd``. Ours are: errors relative to each layer's weight; ``single``, which makes branches good on their own; and
-    ``budget``, where a share is a layer's cost, an excess over the budget is a penalty, and the plan is made to fit.
+    ``budget``, where a share is a layer's cost, the budget is kept by a multiplier that rises and falls with the excess
+    over it, and the plan is made to fit.
 
     Attributes:
         form: ``tt``, ``cp`` or ``cp4`` for convolutions.
@@ -96,11 +97,12 @@ class Rene(AnalysisPass):
         most = {name: prices.most(name) for name in forms}
         grids = {name: intervals(top, self.step) for name, top in most.items() if top > 1}
         chosen: dict[str, int] = {}
+        limit = Multiplier()
         generator, rounds = program.generator(self.name), 0
         while grids:
             relaxed = [self._relaxed(found[name], prices, grid) for name, grid in grids.items()]
             settled = {name: prices.share(name, rank) for name, rank in chosen.items() if name not in grids}
-            self._search(program, relaxed, prices, settled, generator, rounds)
+            self._search(program, relaxed, prices, settled, limit, generator, rounds)
             chosen |= {layer.site.name: layer.chosen() for layer in relaxed}
             finer = {n: grid.around(chosen[n], self.factor, most[n], self.reach) for n, grid in grids.items()}
             grids = {name: grid for name, grid in finer.items() if grid is not None}
@@ -130,6 +132,7 @@ class Rene(AnalysisPass):
         layers: Sequence[Relaxed],
         prices: SingleRanks,
         settled: Mapping[str, float],
+        limit: Multiplier,
         generator: torch.Generator,
         rounds: int,
     ) -> None:
@@ -145,7 +148,7 @@ class Rene(AnalysisPass):
             for turn in turns:
                 for optimizer in (one, other):
                     optimizer.zero_grad()
-                loss = self._loss(layers, prices, settled, None if turn is one else data)
+                loss = self._loss(layers, prices, settled, limit, None if turn is one else data)
                 if not bool(torch.isfinite(loss)):
                     raise TdcompileError(f"the rank search diverged: its loss is {loss.item()}; lower the rates")
                 torch.autograd.backward(loss)
@@ -153,6 +156,8 @@ class Rene(AnalysisPass):
                     if turn in (None, optimizer):
                         torch.nn.utils.clip_grad_norm_(group, _CLIP)
                         optimizer.step()
+            if self.budget and done >= self.warmup:
+                limit.follow(self._excess(layers, prices, settled).item())
             tick(done + 1, self.warmup + self.steps, f"refinement {rounds + 1}")
         for layer in layers:
             _ = layer.gates  # not finite is an error here, not the smallest rank
@@ -162,6 +167,7 @@ class Rene(AnalysisPass):
         layers: Sequence[Relaxed],
         prices: SingleRanks,
         settled: Mapping[str, float],
+        limit: Multiplier,
         data: _Batches | None,
     ) -> Tensor:
         mixed, errors = zip(*(layer() for layer in layers), strict=True)
@@ -174,10 +180,11 @@ class Rene(AnalysisPass):
         price = rank_loss(shares, self.gamma, self.beta)
         if not self.budget:
             return (error + len(layers) * self.tolerance).log() + price.log()  # the product's minima at any scale
-        # What the plan costs as a share of the limits; the error counts by itself, and an excess more than anything.
-        named = {layer.site.name: share for layer, share in zip(layers, shares, strict=True)}
-        excess = prices.load(named, settled) - 1
-        return error / len(layers) + self.gamma * 1e-2 * price / len(layers) + 10 * F.relu(excess)
+        return error + self.gamma * 1e-2 * price + limit.price(self._excess(layers, prices, settled))
+
+    def _excess(self, layers: Sequence[Relaxed], prices: SingleRanks, settled: Mapping[str, float]) -> Tensor:
+        """What the plan costs over the limit, as a share of it."""
+        return prices.load({layer.site.name: layer.share() for layer in layers}, settled) - 1
 
     def _data(self, program: Program, generator: torch.Generator) -> _Batches:
         train = program.task.train

@@ -14,7 +14,7 @@ from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program, sites
 from tdcompile.ranks import DENSE, RankPlan
 from tdcompile.registry import make
-from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
+from tdcompile.relaxation import Interval, Multiplier, Relaxed, intervals, rank_loss
 from tdcompile.task import Samples, Task, Tensors
 
 
@@ -52,6 +52,20 @@ def low_rank(rank: int, noise: float = 0.01, channels: int = 24) -> nn.Conv2d:
 def program(*layers: nn.Module, share: float = 0.5, train: Samples | None = None) -> Program:
     made = tdcompile.trace(nn.Sequential(*layers).eval(), (torch.randn(2, layers[0].in_channels, 6, 6),))
     return made.with_(budget=tdcompile.Budget(macs=share), task=Task(train))
+
+
+@pytest.mark.parametrize(("limit", "where", "price"), [(1.0, 1.0, 4.0), (5.0, 3.0, 0.0)])
+def test_a_multiplier_settles_at_the_limit_and_is_nothing_where_there_is_room(
+    limit: float, where: float, price: float
+) -> None:
+    x, multiplier = torch.tensor(0.0, requires_grad=True), Multiplier()
+    for _ in range(400):
+        loss = (x - 3).square() + multiplier.price(x - limit)
+        (slope,) = torch.autograd.grad(loss, x)
+        x.data -= 0.1 * slope
+        multiplier.follow(x.item() - limit)
+    assert x.item() == pytest.approx(where, abs=1e-2)
+    assert multiplier.value == pytest.approx(price, abs=0.1)  # minus the slope of (x - 3)²
 
 
 @pytest.mark.parametrize("rank", [2, 4, 7, 9])
