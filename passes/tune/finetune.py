@@ -116,56 +116,42 @@ class Finetune(TunePass):
         settings = self._settings(program)
         watched = self.outputs or self.weights  # layer by layer, the dense network's own layers are looked at
         teacher = copy_weights(program.dense if watched else folded(program, program.dense))
-        settings = replace(settings, lr=self._rate(graph, teacher, fit, heldout, settings, program))
-        tuning = self._trained(graph, teacher, fit, heldout, settings, program, self.name, Saved(folder, key))
+        lesson = _Lesson(teacher, fit, heldout, program)
+        settings = replace(settings, lr=self._rate(graph, lesson, settings))
+        tuning = self._trained(graph, lesson, settings, self.name, Saved(folder, key))
         return Rewritten(graph, [Change("", self.name, f"{_told(tuning)}, rate {settings.lr:.3g}")], [tuning])
 
     def _trained(
-        self,
-        graph: fx.GraphModule,
-        teacher: nn.Module,
-        fit: Samples,
-        heldout: Samples | None,
-        settings: Settings,
-        program: Program,
-        purpose: str,
-        saved: Saved,
+        self, graph: fx.GraphModule, lesson: _Lesson, settings: Settings, purpose: str, saved: Saved
     ) -> Tuning:
-        layers, plan = None, program.facts.get(RankPlan)
+        program, layers = lesson.program, None
         if self.outputs or self.weights:
+            plan = program.facts.get(RankPlan)
             if plan is None:
                 raise InputError("finetune{outputs=…, weights=…} looks at the layers of a plan, and there is none")
             known = {name: site.layer for name, site in sites_of(program.dense, program.inputs).items()}
-            layers = Layerwise(teacher, graph, plan, known, self.outputs, self.weights)
-        loss = Distillation(teacher, self.temperature, self.labels if fit.classes else 0.0, layers, settings.precision)
+            layers = Layerwise(lesson.teacher, graph, plan, known, self.outputs, self.weights)
+        labels = self.labels if lesson.fit.classes else 0.0
+        loss = Distillation(lesson.teacher, self.temperature, labels, layers, settings.precision)
         with layers.watching() if layers else nullcontext():
-            return Trainer(graph, loss, fit, heldout, settings, program, purpose, saved).run()
+            return Trainer(graph, loss, lesson.fit, lesson.heldout, settings, program, purpose, saved).run()
 
-    def _rate(
-        self,
-        graph: fx.GraphModule,
-        teacher: nn.Module,
-        fit: Samples,
-        heldout: Samples | None,
-        settings: Settings,
-        program: Program,
-    ) -> float:
+    def _rate(self, graph: fx.GraphModule, lesson: _Lesson, settings: Settings) -> float:
         """The rate asked for, or the one whose short run, warm-up and cosine included, ends with the least loss.
 
         What a short run takes is too low for a long one (this project's measurement, ``docs/results.md``); above the
         highest rate that did not diverge it does not go.
         """
-        if self.lr is not None or not self.trial or heldout is None:
+        if self.lr is not None or not self.trial or lesson.heldout is None:
             return settings.lr
-        judges = heldout.subset(range(min(len(heldout), _JUDGES)))
-        epoch = max(1, len(fit) // self.batch)
+        judges = lesson.heldout.subset(range(min(len(lesson.heldout), _JUDGES)))
+        short_lesson, epoch = replace(lesson, heldout=judges), max(1, len(lesson.fit) // self.batch)
         short = replace(settings, epochs=min(self.trial / epoch, self.epochs), average=0.0, patience=0)
         ends: dict[float, float] = {}
         for share in _SHARES:
             trial = replace(short, lr=share * settings.lr)
             try:
-                short_graph, purpose = copy_weights(graph), f"{self.name}/trial"
-                run = self._trained(short_graph, teacher, fit, judges, trial, program, purpose, Saved(None, ""))
+                run = self._trained(copy_weights(graph), short_lesson, trial, f"{self.name}/trial", Saved(None, ""))
                 end = run.curve[-1].heldout_loss
             except InputError:
                 raise
@@ -196,6 +182,16 @@ class Finetune(TunePass):
             patience=self.patience,
             precision=self.precision,
         )
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What every run of one tuning has in common."""
+
+    teacher: nn.Module
+    fit: Samples
+    heldout: Samples | None
+    program: Program
 
 
 def _told(tuning: Tuning) -> str:
