@@ -70,6 +70,7 @@ FLOORS = [
     ],
     [
         "constants",
+        "calls",
         "functional",
         "symbolic",
         "exported",
