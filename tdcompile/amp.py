@@ -1,4 +1,4 @@
-"""Automatic mixed precision: ``Precision``, what autocast computes in, and where bf16 is slower than fp32."""
+"""Automatic mixed precision: ``Precision``, what autocast computes in, and where bf16 is faster than fp32."""
 
 from __future__ import annotations
 
@@ -8,10 +8,31 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def gain_of_bf16(device: str) -> float:
+    """How many times as fast in bf16 as in fp32 a convolution's step goes there, measured: 64 channels, 16x16."""
+    x = torch.randn(32, 64, 16, 16, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(64, 64, 3, 3, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def step(half: bool) -> None:
+        with torch.autocast(device, torch.bfloat16, half):
+            loss = F.conv2d(x, weight, padding=1).sum()
+        torch.autograd.grad(loss, (x, weight))
+
+    whole, half = (
+        Timer("step(half)", globals={"step": step, "half": half}, num_threads=torch.get_num_threads())
+        .blocked_autorange(min_run_time=0.1)
+        .median
+        for half in (False, True)
+    )
+    return float(whole / half)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from tdcompile.errors import InputError, TdcompileError, UnavailableError, neare
 
 _DEVICES = ("cpu", "cuda")
 _NEEDED = ("torch", "onnx", "onnxsim", "onnxscript", "tensorly", "scipy", "safetensors", "accelerate")
+_WORTH = 1.2  # times as fast, below which bf16 is nothing to advise
 _EXTRAS = {"data": ("datasets", "pyarrow", "PIL", "sklearn")}
 
 
@@ -74,6 +75,7 @@ def examine(target: str = "cpu") -> list[Check]:
         _tried("CPU provider", partial(_provider, "cpu")),
         _tried("CUDA provider", partial(_provider, "cuda"), needed=target == "cuda"),
         _tried("cache folder", _cache),
+        _tried("fast bf16", partial(_fast_bf16, target), needed=False),
         *(_tried(f"extra '{name}'", partial(_extra, name), needed=False) for name in _EXTRAS),
     ]
 
@@ -138,6 +140,15 @@ def _provider(device: str) -> str:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     session = open_session(model.SerializeToString(), load_recipe(None, {"target": device}).device())
     return f"{session.get_providers()[0]} opens a session"
+
+
+def _fast_bf16(device: str) -> str:
+    from tdcompile.amp import gain_of_bf16
+
+    gain = gain_of_bf16(device)
+    if gain < _WORTH:
+        raise UnavailableError(f"a training step in bf16 takes {1 / gain:.1f} times what it takes in fp32")
+    return f"a training step goes {gain:.1f} times as fast as in fp32: --tune epochs=N,precision=bf16"
 
 
 def _cache() -> str:

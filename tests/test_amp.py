@@ -1,10 +1,12 @@
 """Training in bf16: which convolutions compute in fp32 all the same, and when."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from tdcompile.amp import strided_in_fp32
+from tdcompile.amp import gain_of_bf16, strided_in_fp32
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -29,3 +31,9 @@ def test_only_strided_depthwise_convolutions_leave_bf16_and_only_while_it_lasts(
     with torch.autocast("cpu", torch.bfloat16):
         network(x)
     assert kinds == [torch.bfloat16] * 5
+
+
+def test_the_gain_of_bf16_is_measured():
+    gain = gain_of_bf16("cpu")
+    assert math.isfinite(gain)
+    assert gain > 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import tdcompile.amp
 import tdcompile.runtime
 from tdcompile.cli import main
 from tdcompile.doctor import Check, examine, machine
@@ -81,6 +82,19 @@ def test_an_extra_may_be_absent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "tdcompile[data]" in found.found
     assert main(["doctor"]) == 0
     assert "absent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gain", "passed", "told"), [(1.94, True, "1.9 times as fast"), (0.5, False, "2.0 times what")]
+)
+def test_bf16_is_advised_where_it_is_fast(
+    gain: float, passed: bool, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tdcompile.amp, "gain_of_bf16", lambda device: gain)
+    found = check("fast bf16")
+    assert (found.passed, found.needed) == (passed, False)
+    assert told in found.found
+    assert ("precision=bf16" in found.found) == passed
 
 
 def test_the_cache_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
