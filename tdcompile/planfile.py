@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError, nearest
 from tdcompile.layer import Refusal
-from tdcompile.program import Program, Site, sites
+from tdcompile.program import Program, Site, kept_dense, sites
 from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.registry import make
 from tdcompile.target import Cost
@@ -26,6 +27,7 @@ def adopt(program: Program, path: Path) -> Program:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the plan {path} cannot be read: {error}") from error
     plan, found = RankPlan.from_json(text, str(path)), sites(program)
+    kept = kept_dense(program, found)
     for name in plan.choices:
         if name not in found:
             raise InputError(f"{path} is for another network: it has no layer '{name}'; {nearest(name, found)}")
@@ -37,7 +39,7 @@ def adopt(program: Program, path: Path) -> Program:
             choice = replace(choice, decomposition=DENSE, ranks=())
             reasons[name] = Refusal(name, "excluded_by_user", program.keep_dense[name])
         elif choice.decomposition != DENSE:
-            check(site, choice)
+            check(site, choice, kept)
             reasons.pop(name, None)
         elif name not in reasons:
             reasons[name] = Refusal(name, "dense_in_plan", f"{path.name} leaves it dense")
@@ -45,14 +47,17 @@ def adopt(program: Program, path: Path) -> Program:
     return program.with_(facts=program.facts.having(replace(plan, choices=choices, reasons=reasons)))
 
 
-def check(site: Site, choice: Candidate) -> Decomposition:
+def check(site: Site, choice: Candidate, kept: Mapping[str, Refusal]) -> Decomposition:
     """The decomposition of a choice, made sure that it fits the layer.
 
+    Args:
+        kept: see ``kept_dense``.
+
     Raises:
-        InputError: it refuses the layer, or the ranks are not ranks of it.
+        InputError: the layer is to stay as it is, it refuses the layer, or the ranks are not ranks of it.
     """
     form = make(Decomposition, choice.decomposition)
-    refusal = form.refuse(site.layer)
+    refusal = kept.get(site.name) or form.refuse(site.layer)
     if refusal is not None:
         raise InputError(f"the plan wants {choice.decomposition} for '{site.name}': {refusal.reason}")
     full = form.exact_ranks(site.layer)

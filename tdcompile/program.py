@@ -16,7 +16,7 @@ from tdcompile.errors import InputError, first_line
 from tdcompile.facts import Facts
 from tdcompile.layer import Layer, Refusal
 from tdcompile.signature import Axis
-from tdcompile.surgery import input_of, separate_attention
+from tdcompile.surgery import attribute, called_differently, input_of, separate_attention
 from tdcompile.target import Budget, Target
 from tdcompile.task import Task
 
@@ -162,6 +162,36 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
         name: Site(name, modules[name], tuple(layers), None if name in called else _leaf(name, called))
         for name, layers in calls.items()
     }
+
+
+def kept_dense(program: Program, found: Mapping[str, Site]) -> dict[str, Refusal]:
+    """The layers that no form may replace, and why: kept by the user, with a hook, or on a weight of others or of none.
+
+    Every pass that chooses layers asks this first; ``factorize`` refuses a plan that has not.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in program.graph.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for node in program.graph.graph.nodes:
+        if node.op == "get_attr":
+            reader = next((user.name for user in node.users), node.name)
+            weight = attribute(program.graph, str(node.target))
+            owners.setdefault(id(weight), []).append(f"the operator '{reader}'")
+    kept: dict[str, Refusal] = {}
+    for name, site in found.items():
+        sharing = [other for other in owners.get(id(site.module.weight), ()) if other != name]
+        if name in program.keep_dense:
+            kept[name] = Refusal(name, "excluded_by_user", program.keep_dense[name])
+        elif called_differently(site.module):
+            lost = "it has a forward hook or a forward of its own, which factors would lose"
+            kept[name] = Refusal(name, "hooked", lost)
+        elif sharing:
+            kept[name] = Refusal(name, "tied_parameter", f"its weight also belongs to {', '.join(sharing)}")
+        elif site.weight.is_meta or not site.weight.is_floating_point():
+            what = f"its weight is {site.weight.dtype} on {site.weight.device}"
+            kept[name] = Refusal(name, "no_float_weight", what)
+    return kept
 
 
 def _extent(module: nn.Module, x: Tensor, repeats: int) -> tuple[int, ...]:

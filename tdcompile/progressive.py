@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdcompile.decomposition import Decomposition
-from tdcompile.layer import Layer
+from tdcompile.layer import Layer, owner
 from tdcompile.linalg import unfold
 from tdcompile.ranks import Ranks
 from tdcompile.registry import make
@@ -40,9 +39,10 @@ class Parallel(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.form, self.ranks, self.share = layer, form, ranks, 1.0
-        self.shell = layer.build()  # knows strides and padding; the weight is computed
-        self.shell.register_parameter("weight", None)
-        self.shell.register_parameter("bias", None)
+        self.shell = layer.build()  # knows strides and padding; the weight is computed, and there while it is needed
+        for name in ("weight", "bias"):
+            del owner(self.shell)._parameters[name]
+            owner(self.shell).__dict__[name] = None
         self.factors = nn.ParameterList(nn.Parameter(factor.detach().clone()) for factor in factors)
         if zero:
             with torch.no_grad():
@@ -68,22 +68,43 @@ class Parallel(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the layer's, which is called by that name too."""
-        if isinstance(self.shell, nn.Linear):
-            return F.linear(input, self.effective(), self.bias)
-        out: Tensor = self.shell._conv_forward(input, self.effective(), self.bias)  # type: ignore[operator]
-        return out
+        held = owner(self.shell).__dict__  # past ``Module.__setattr__``, which would take the bias for the shell's own
+        held["weight"], held["bias"] = self.effective(), self.bias
+        try:
+            for part in self.shell if isinstance(self.shell, nn.Sequential) else (self.shell,):
+                input = part.forward(input)  # not called: hooks find no layer of the network here
+        finally:
+            held["weight"] = held["bias"] = None
+        return input
 
     @torch.no_grad()
     def shrink(self, ranks: Ranks) -> None:
         """Truncate the adapter in place: its own best approximation at fewer ranks, so that nothing else is lost.
 
-        The parameters stay the same objects with less in them. What is cut off does not go into the dense part.
+        The parameters keep their shapes, with zeros behind the ranks that are left: there both neighbours of every zero
+        are zero, and no gradient reaches it. What is cut off does not go into the dense part.
         """
-        adapter = self.adapter()
-        factors = self.decomposition.factorize(self.layer, adapter, ranks, None)
+        factors = self.decomposition.factorize(self.layer, self.adapter(), ranks, None)
         for parameter, factor in zip(self.factors.parameters(), factors, strict=True):
-            parameter.grad, parameter.data = None, factor.to(parameter)
+            parameter.grad = None
+            parameter.zero_()
+            parameter[_corner(factor.shape)] = factor.to(parameter)
         self.ranks = ranks
+
+    def truncated(self) -> list[Tensor]:
+        """θ at the ranks that are left, detached."""
+        parts = self.decomposition.blueprint(self.layer, self.ranks)
+        pairs = zip(self.factors.parameters(), parts, strict=True)
+        return [factor.detach()[_corner(part.weight_shape)].clone() for factor, part in pairs]
+
+    def get_extra_state(self) -> Tensor:
+        """The share and the ranks, so that training can go on from a state dict."""
+        return torch.tensor([self.share, *self.ranks], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Share and ranks as they were."""
+        share, *ranks = state.tolist()
+        self.share, self.ranks = share, tuple(map(int, ranks))
 
     def energies(self) -> tuple[Tensor, ...]:
         """For each rank the energy in the leading singular values of the effective weight's unfolding, cumulated."""
@@ -93,6 +114,10 @@ class Parallel(nn.Module):
             squares = torch.linalg.eigvalsh(matrix @ matrix.T).flip(0).clamp_min(0)
             found.append(squares.cumsum(0) / squares.sum().clamp_min(1e-300))
         return tuple(found)
+
+
+def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in shape)
 
 
 def parallels(module: nn.Module) -> Mapping[str, Parallel]:

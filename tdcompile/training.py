@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +72,7 @@ class Trainer:
         purpose: names the generators.
         saved: written after each epoch, cleared at the end.
         schedule: called before each step, with its number from 0, the number of steps and the optimizer.
+        only: the parameters to train; none trains all that are floating point.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Trainer:
         purpose: str,
         saved: Saved,
         schedule: Callable[[int, int, torch.optim.Optimizer], None] | None = None,
+        only: Iterable[nn.Parameter] | None = None,
     ) -> None:
         self._schedule = schedule
         self._graph, self._heldout, self._settings, self._saved = graph, heldout, settings, saved
@@ -106,7 +108,12 @@ class Trainer:
         )
         self._steps = max(1, round(settings.epochs * len(loader)))
         self._epochs = math.ceil(self._steps / len(loader))
-        trained = [p.requires_grad_() for p in graph.parameters() if p.is_floating_point()]
+        trained = [p for p in (graph.parameters() if only is None else only) if p.is_floating_point()]
+        moving = set(map(id, trained))
+        self._still = [p for p in graph.parameters() if p.requires_grad and id(p) not in moving]
+        for parameters, move in ((trained, True), (self._still, False)):
+            for parameter in parameters:
+                parameter.requires_grad_(move)
         optimizer = torch.optim.SGD(trained, settings.lr, settings.momentum, nesterov=settings.momentum > 0)
         rate = partial(_rate, warm=round(settings.warmup * self._steps), total=self._steps)
         self._model, self._optimizer, self._loader, self._scheduler = accelerator.prepare(
@@ -166,6 +173,8 @@ class Trainer:
         same_in_all(weights.values())
         self._graph.load_state_dict(weights)
         self._graph.zero_grad(set_to_none=True)
+        for parameter in self._still:
+            parameter.requires_grad_()
         self._graph.eval().to(self._home)
         lay_out(self._graph, torch.contiguous_format)
         if self._accelerator.is_main_process:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -69,6 +71,38 @@ def test_the_function_is_the_dense_one_at_the_start(init: str) -> None:
     assert told == {"5": "depthwise"}
 
 
+class Awkward(nn.Module):
+    """Layers that need more than a convolution of torch's own, one with a hook and one whose weight is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.even = nn.Conv2d(8, 12, 4, padding="same")
+        self.up = nn.ConvTranspose2d(12, 10, 3, stride=2, padding=1)
+        self.watched = nn.Conv2d(10, 10, 3, padding=1)
+        self.watched.register_forward_hook(lambda module, arguments, output: 2 * output)
+        self.embedding, self.head = nn.Linear(10, 16, bias=False), nn.Linear(10, 16, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.watched(self.up(self.even(x))).mean((2, 3))
+        return self.embedding(x) + self.head(x.relu())
+
+
+@pytest.mark.parametrize("passes", ["attach-adapters", "attach-adapters,anneal,detach-dense"])
+def test_awkward_layers_have_adapters_too_and_hooked_or_tied_ones_have_none(passes: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 6, 6)
+    before = tdcompile.trace(Awkward().eval(), (x,)).with_(budget=tdcompile.Budget(macs=0.7))
+    after = Pipeline.parse(passes).run(before)
+    codes = {entry.layer: entry.code for entry in after.history if isinstance(entry, Refusal) and entry.layer}
+    assert codes == {"watched": "hooked", "embedding": "tied_parameter", "head": "tied_parameter"}
+    if passes == "attach-adapters":
+        assert set(parallels(after.graph)) == {"even", "up"}
+        torch.testing.assert_close(after.graph(x), before.graph(x), atol=1e-4, rtol=1e-4)
+    else:
+        assert {n for n, c in after.facts[RankPlan].choices.items() if c.decomposition != DENSE} == {"even", "up"}
+
+
 @pytest.fixture(scope="module")
 def annealed() -> Program:
     return Pipeline.parse(f"attach-adapters,{ANNEAL}").run(program())
@@ -89,6 +123,54 @@ def test_only_adapters_norms_and_biases_have_moved(annealed: Program) -> None:
     for name, part in parallels(annealed.graph).items():
         assert torch.equal(part.gap, parallels(start)[name].gap)
     assert not torch.equal(annealed.graph.get_submodule("1").weight, start.get_submodule("1").weight)
+    kept, was = annealed.graph.get_submodule("5"), start.get_submodule("5")  # a depthwise layer, which has no adapter
+    assert torch.equal(kept.weight, was.weight)
+    assert not torch.equal(kept.bias, was.bias)
+    assert all(p.requires_grad for p in annealed.graph.parameters())
+
+
+def test_an_interrupted_anneal_goes_on_and_ends_as_one_that_was_not(
+    annealed: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attached = Pipeline.parse("attach-adapters").run(program()).with_(workspace=tmp_path)
+    steps: list[int] = []
+
+    def stop(done: int, of: int, note: str = "") -> None:
+        steps.append(done)
+        if done == 7:  # five steps an epoch: in the second
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tdcompile.training, "tick", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline.parse(ANNEAL).run(attached)
+    del steps[:]
+    monkeypatch.setattr(tdcompile.training, "tick", lambda done, of, note="": steps.append(done))
+    resumed = Pipeline.parse(ANNEAL).run(attached)
+    assert steps == [6, 7, 8, 9, 10]
+    assert {n: p.ranks for n, p in parallels(resumed.graph).items()} == {
+        n: p.ranks for n, p in parallels(annealed.graph).items()
+    }
+    whole = annealed.graph.state_dict()
+    for name, value in resumed.graph.state_dict().items():
+        assert torch.equal(value, whole[name]), name
+
+
+def _one_of_two(rank: int, port: int, out: str) -> None:
+    import os
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    after = Pipeline.parse(f"attach-adapters,{ANNEAL},detach-dense").run(program())
+    torch.save(after.graph.state_dict(), f"{out}/{rank}.pt")
+
+
+def test_two_processes_anneal_to_the_same_ranks_and_weights(tmp_path: Path, free_port: int) -> None:
+    torch.multiprocessing.spawn(_one_of_two, (free_port, str(tmp_path)), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value)
 
 
 def test_no_dense_branch_is_left_and_the_plan_is_what_the_graph_is(annealed: Program) -> None:
@@ -121,6 +203,25 @@ def test_shrinking_is_the_adapters_own_best_approximation() -> None:
     wanted = form.reconstruct(layer, form.factorize(layer, weight, (4, 3), None))
     torch.testing.assert_close(part.adapter(), wanted, atol=1e-4, rtol=1e-4)
     assert [id(p) for p in part.factors.parameters()] == identities
+
+
+def test_ranks_that_were_cut_stay_cut_while_the_rest_trains() -> None:
+    layer = tdcompile.layer.Layer.of(nn.Conv2d(6, 8, 3), (5, 5))
+    assert layer is not None
+    weight = torch.randn(8, 6, 3, 3)
+    form = tdcompile.registry.make(tdcompile.decomposition.Decomposition, "tucker2")
+    part = Parallel(layer, "tucker2", (8, 6), weight, form.factorize(layer, weight, (8, 6), None), None)
+    part.shrink((4, 3))
+    part.share = 0.0
+    optimizer = torch.optim.SGD(part.factors.parameters(), 0.1, momentum=0.9)
+    before = part.adapter().detach()
+    for _ in range(3):
+        optimizer.zero_grad()
+        part(torch.randn(4, 6, 5, 5)).square().mean().backward()
+        optimizer.step()
+    assert not torch.allclose(part.adapter(), before)
+    torch.testing.assert_close(form.reconstruct(layer, part.truncated()), part.adapter())
+    assert [tuple(f.shape) for f in part.truncated()] == [p.weight_shape for p in form.blueprint(layer, (4, 3))]
 
 
 def test_energy_ranks_are_the_smallest_that_hold_the_share() -> None:

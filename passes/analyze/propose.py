@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from tdcompile.calibration import Baseline, Calibration
 from tdcompile.decomposition import Decomposition
@@ -16,10 +16,9 @@ from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Layer, Moments, Refusal
 from tdcompile.linalg import gram
-from tdcompile.program import Program, Site, parameters_of, sites
+from tdcompile.program import Program, Site, kept_dense, parameters_of, sites
 from tdcompile.ranks import DENSE, Candidate, Candidates, Ranks, Spectrum
 from tdcompile.registry import find, make
-from tdcompile.surgery import attribute, called_differently
 from tdcompile.target import Cost, CostModel, total
 from tdcompile.workers import side_by_side
 
@@ -63,7 +62,7 @@ class Propose(AnalysisPass):
         """Prices from the cost models, then errors, from one spectrum a layer where the form has one."""
         forms = [make(Decomposition, text) for text in self.decompose or find(Decomposition)]
         found = sites(program)
-        refusals = dict(_kept_dense(program, found))
+        refusals = kept_dense(program, found)
         spaces = {name: {} if name in refusals else self._spaces(program, site, forms) for name, site in found.items()}
         prices = self._prices(program, found, spaces)
         options: dict[str, tuple[Candidate, ...]] = {}
@@ -187,36 +186,6 @@ def _cost(chain: Sequence[Layer], prices: Mapping[Layer, Cost], site: Site) -> C
     """The price of a chain over all calls; its parameters are there once."""
     cost = total([prices[part] for part in chain])
     return replace(cost, params=cost.params / len(site.calls))
-
-
-def _kept_dense(program: Program, found: Mapping[str, Site]) -> Iterable[tuple[str, Refusal]]:
-    """Layers that no decomposition is asked about."""
-    owners: dict[int, list[str]] = {}
-    for name, module in program.graph.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    for node in program.graph.graph.nodes:
-        if node.op == "get_attr":
-            owners.setdefault(id(attribute(program.graph, str(node.target))), []).append(
-                f"the operator '{_reader(node)}'"
-            )
-    for name, site in found.items():
-        sharing = [other for other in owners.get(id(site.module.weight), ()) if other != name]
-        if name in program.keep_dense:
-            yield name, Refusal(name, "excluded_by_user", program.keep_dense[name])
-        elif called_differently(site.module):
-            yield (
-                name,
-                Refusal(name, "hooked", "it has a forward hook or a forward of its own, which factors would lose"),
-            )
-        elif sharing:
-            yield name, Refusal(name, "tied_parameter", f"its weight also belongs to {', '.join(sharing)}")
-        elif site.weight.is_meta or not site.weight.is_floating_point():
-            yield name, Refusal(name, "no_float_weight", f"its weight is {site.weight.dtype} on {site.weight.device}")
-
-
-def _reader(node: fx.Node) -> str:
-    return next((user.name for user in node.users), node.name)
 
 
 def _refused(name: str, site: Site, forms: Sequence[Decomposition]) -> Refusal:

@@ -17,7 +17,7 @@ from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Refusal
-from tdcompile.program import Program, Site, sites
+from tdcompile.program import Program, Site, kept_dense, sites
 from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.registry import make
 from tdcompile.relaxation import Interval, Multiplier, Relaxed, intervals, rank_loss
@@ -92,7 +92,8 @@ class Rene(AnalysisPass):
             TdcompileError: the search diverged.
         """
         found = sites(program)
-        forms = {name: form for name, site in found.items() if (form := self._form(program, site)) is not None}
+        kept = kept_dense(program, found)
+        forms = {n: form for n, site in found.items() if n not in kept and (form := self._form(site)) is not None}
         prices = SingleRanks(program, forms)
         most = {name: prices.most(name) for name in forms}
         grids = {name: intervals(top, self.step) for name, top in most.items() if top > 1}
@@ -109,9 +110,7 @@ class Rene(AnalysisPass):
             rounds += 1
         return self._plan(program, prices, prices.fitted(chosen) if self.budget else chosen)
 
-    def _form(self, program: Program, site: Site) -> Decomposition | None:
-        if site.name in program.keep_dense:
-            return None
+    def _form(self, site: Site) -> Decomposition | None:
         for text in (_CONVOLUTIONS[self.form], "svd"):
             form = make(Decomposition, text)
             if form.refuse(site.layer) is None:
@@ -193,12 +192,13 @@ class Rene(AnalysisPass):
         return _Batches(program, list(train.shuffled(generator).batches(self.batch, limit=self.samples)))
 
     def _plan(self, program: Program, prices: SingleRanks, ranks: Mapping[str, int]) -> RankPlan:
-        choices, reasons = {}, {}
-        for name in sites(program):
+        found = sites(program)
+        choices, reasons = {}, kept_dense(program, found)
+        for name in found:
             choices[name] = Candidate(DENSE, (), 0.0, prices.layers[name])
-            if name in program.keep_dense:
-                reasons[name] = Refusal(name, "excluded_by_user", program.keep_dense[name])
-            elif name not in ranks:
+            if name in reasons:
+                continue
+            if name not in ranks:
                 reasons[name] = Refusal(name, "refused", "neither the search's form nor svd applies to it")
             elif prices.share(name, rank := ranks[name]) >= 1:
                 reasons[name] = Refusal(name, "not_cheaper", f"at the rank found, {rank}, it costs more than dense")

@@ -11,7 +11,7 @@ from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError
 from tdcompile.kinds import RewritePass, Rewritten, tick
 from tdcompile.layer import Refusal
-from tdcompile.program import Change, Program, Site, sites
+from tdcompile.program import Change, Program, Site, kept_dense, sites
 from tdcompile.progressive import Parallel
 from tdcompile.registry import make
 from tdcompile.surgery import replace_module
@@ -43,10 +43,11 @@ class AttachAdapters(RewritePass):
     def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
         """Put a parallel layer in the place of every layer that one of the forms applies to."""
         found = sites(program)
+        kept = kept_dense(program, found)
         history: list[Change | Refusal] = []
         for done, (name, site) in enumerate(found.items(), start=1):
             tick(done, len(found), name)
-            made = self._adapted(program, site)
+            made = kept.get(name) or self._adapted(site)
             if isinstance(made, Parallel):
                 replace_module(graph, name, made)
                 history.append(Change(name, self.name, f"{made.form}{list(made.ranks)} beside the dense weight"))
@@ -54,9 +55,7 @@ class AttachAdapters(RewritePass):
                 history.append(made)
         return Rewritten(graph, history)
 
-    def _adapted(self, program: Program, site: Site) -> Parallel | Refusal:
-        if site.name in program.keep_dense:
-            return Refusal(site.name, "excluded_by_user", program.keep_dense[site.name])
+    def _adapted(self, site: Site) -> Parallel | Refusal:
         forms = [make(Decomposition, name) for name in FORMS]
         form = next((form for form in forms if form.refuse(site.layer) is None), None)
         if form is None:

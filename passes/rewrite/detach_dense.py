@@ -44,8 +44,8 @@ class DetachDense(RewritePass):
                 )
         before = outputs_of(graph, program.inputs)
         for name, layer in layers.items():
-            factors = [factor.detach() for factor in layer.factors.parameters()]
-            replace_module(graph, name, layer.decomposition.build(layer.layer, layer.ranks, factors, layer.bias))
+            new = layer.decomposition.build(layer.layer, layer.ranks, layer.truncated(), layer.bias)
+            replace_module(graph, name, new)
             history.append(Change(name, self.name, f"{layer.form}{list(layer.ranks)}"))
         graph.recompile()
         _same(before, outputs_of(graph, program.inputs))

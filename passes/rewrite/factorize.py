@@ -14,7 +14,7 @@ from tdcompile.facts import Fact
 from tdcompile.kinds import RewritePass, Rewritten, tick
 from tdcompile.layer import Layer, Moments
 from tdcompile.planfile import check
-from tdcompile.program import Change, Program, sites
+from tdcompile.program import Change, Program, kept_dense, sites
 from tdcompile.ranks import DENSE, RankPlan, Ranks
 from tdcompile.surgery import replace_module
 from tdcompile.workers import side_by_side
@@ -41,7 +41,7 @@ class Factorize(RewritePass):
         """Factorise each layer's weight, output-error optimal where there are moments.
 
         Raises:
-            InputError: the plan names a layer, form or rank that this network does not have.
+            InputError: the plan names a layer, form or rank that this network does not have, or one that is to stay.
         """
         found, chosen = sites(program), program.facts[RankPlan].choices
         calibration = program.facts.get(Calibration)
@@ -50,7 +50,8 @@ class Factorize(RewritePass):
             if name not in found:
                 raise InputError(f"the plan is for another network: it has no layer '{name}'; {nearest(name, found)}")
         replaced = {name: choice for name, choice in chosen.items() if choice.decomposition != DENSE}
-        forms = {name: check(found[name], choice) for name, choice in replaced.items()}
+        kept = kept_dense(program, found)
+        forms = {name: check(found[name], choice, kept) for name, choice in replaced.items()}
         work = (
             (forms[name], found[name].layer, found[name].weight, choice.ranks, moments.get(name))
             for name, choice in replaced.items()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx
+from torch import fx, nn
 from torch.optim import Optimizer
 
 from tdcompile.amp import Precision
@@ -24,7 +24,7 @@ from tdcompile.ranks import Ranks, within
 from tdcompile.surgery import copy_weights
 from tdcompile.target import Cost
 from tdcompile.training import Settings, Trainer
-from tdcompile.tuning import Saved
+from tdcompile.tuning import Saved, key_of
 
 _BISECTIONS = 40
 
@@ -75,8 +75,10 @@ class Anneal(TunePass):
             return Rewritten(
                 graph, [Refusal("", "no_adapters", "anneal: no layer has an adapter; attach-adapters first")]
             )
-        schedule = _Schedule(layers, Prices(program), self.decay, self.selections)
+        folder = program.workspace / self.name if program.workspace else None
         train = program.task.train
+        key = key_of([graph, program.dense], self, program.seed, program.task.source) if folder else ""
+        schedule = _Schedule(layers, Prices(program), self.decay, self.selections)
         if train is None or len(train) < 2:
             schedule.finish()
             return Rewritten(graph, [Refusal("", "no_data", "anneal: no training samples; the dense share is cut off")])
@@ -95,17 +97,29 @@ class Anneal(TunePass):
         labels = self.labels if train.classes else 0.0
         loss = Distillation(teacher, self.temperature, labels, precision=self.precision)
         # Nothing is held out: an epoch that still has a dense share must not be taken for the best one.
-        Trainer(graph, loss, train, None, settings, program, self.name, Saved(None, ""), schedule).run()
+        Trainer(
+            graph, loss, train, None, settings, program, self.name, Saved(folder, key), schedule, _moving(graph)
+        ).run()
         schedule.finish()
         return Rewritten(graph, [Change(name, self.name, f"ranks {list(p.ranks)}") for name, p in layers.items()])
 
 
+def _moving(graph: fx.GraphModule) -> list[nn.Parameter]:
+    """Adapters, norms and biases: what has one axis at most, but for factors."""
+    factors = {id(p) for layer in parallels(graph).values() for p in layer.factors.parameters()}
+    return [p for p in graph.parameters() if id(p) in factors or p.ndim <= 1]
+
+
 class _Schedule:
-    """Called before every step: sets the dense share, and selects ranks when it is time to."""
+    """Called before every step: sets the dense share, and selects ranks when it is time to.
+
+    A run that goes on from a saved epoch begins at that step, with the ranks that had been selected by then.
+    """
 
     def __init__(self, layers: Mapping[str, Parallel], prices: Prices, decay: float, selections: int) -> None:
         self._layers = dict(layers)
-        self._prices, self._decay, self._selections, self._done = prices, decay, selections, 0
+        self._prices, self._decay, self._selections = prices, decay, selections
+        self._done: int | None = None
         start = prices.network(self._costs({name: layer.ranks for name, layer in self._layers.items()}))
         self._start = {f: max(getattr(start, f), limit) for f, limit in prices.limits.items()}
         least = prices.network(self._costs({name: (1,) * len(p.ranks) for name, p in self._layers.items()}))
@@ -113,18 +127,26 @@ class _Schedule:
             raise BudgetError("anneal: not even adapters of rank 1 keep to the budget; raise it")
 
     def __call__(self, step: int, of: int, optimizer: Optimizer) -> None:
-        progress = min(step / max(self._decay * of, 1.0), 1.0)
+        progress = self._progress(step, of)
+        if self._done is None:
+            self._done = sum(self._due(count, self._progress(step - 1, of)) for count in range(self._selections))
         for layer in self._layers.values():
             layer.share = 0.5 * (1 + math.cos(math.pi * progress)) if progress < 1 else 0.0
-        while self._done < self._selections and progress >= (self._done + 1) / self._selections:
+        while self._done < self._selections and self._due(self._done, progress):
             self._select((self._done + 1) / self._selections, optimizer)
             self._done += 1
+
+    def _progress(self, step: int, of: int) -> float:
+        return min(step / max(self._decay * of, 1.0), 1.0)
+
+    def _due(self, done: int, progress: float) -> bool:
+        return progress >= (done + 1) / self._selections
 
     def finish(self) -> None:
         """The end of the schedule, whatever has been trained."""
         for layer in self._layers.values():
             layer.share = 0.0
-        if self._done < self._selections:
+        if (self._done or 0) < self._selections:
             self._select(1.0, None)
             self._done = self._selections
 
