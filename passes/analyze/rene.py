@@ -25,6 +25,7 @@ from tdcompile.single_rank import SingleRanks
 from tdcompile.task import Batch, logits
 
 _CLIP = 5.0  # without it a search over CP diverges
+_TIE = 4e-3  # of the rank loss under a budget: of two ranks that do as well the smaller one
 _CONVOLUTIONS = {"tt": "tucker2", "cp": "cp", "cp4": "cp4"}
 
 
@@ -50,12 +51,13 @@ class Rene(AnalysisPass):
         reach: how far a finer interval reaches to either side, in steps; the paper's is 0.5.
         steps: pairs of steps in each refinement, after ``warmup`` weight steps.
         alternate: false takes both steps from one loss at once, for comparison.
-        gamma, beta: of the rank loss.
+        lr_weights, lr_coefficients: of the two kinds of step; the paper's are 1e-3 for both.
+        gamma, beta: of the rank loss; in the paper's product γ is a factor of the whole and moves no minimum.
         single: weight of Σ p_r ‖W − W^(r)‖² beside the mixture's error.
         tolerance: squared relative error of a layer below which more rank gains little; without it the search without a
             budget fits a weight's noise, as the product of an error that can vanish and a price always asks for.
         budget: false searches as the paper does, without one.
-        samples: of the training part, half of them for each kind of step where there are data.
+        samples: of the training part, which coefficient steps look at with ``mode=data``; weight steps need none.
     """
 
     name: ClassVar[str] = "rene"
@@ -98,15 +100,17 @@ class Rene(AnalysisPass):
         most = {name: prices.most(name) for name in forms}
         grids = {name: intervals(top, self.step) for name, top in most.items() if top > 1}
         chosen: dict[str, int] = {}
-        limit = Multiplier()
+        limit, settled = Multiplier(), _Settled({}, {})
         generator, rounds = program.generator(self.name), 0
         while grids:
             relaxed = [self._relaxed(found[name], prices, grid) for name, grid in grids.items()]
-            settled = {name: prices.share(name, rank) for name, rank in chosen.items() if name not in grids}
             self._search(program, relaxed, prices, settled, limit, generator, rounds)
             chosen |= {layer.site.name: layer.chosen() for layer in relaxed}
             finer = {n: grid.around(chosen[n], self.factor, most[n], self.reach) for n, grid in grids.items()}
             grids = {name: grid for name, grid in finer.items() if grid is not None}
+            for layer in relaxed:
+                if (name := layer.site.name) not in grids:
+                    settled.take(layer, prices.share(name, chosen[name]))
             rounds += 1
         return self._plan(program, prices, prices.fitted(chosen) if self.budget else chosen)
 
@@ -130,7 +134,7 @@ class Rene(AnalysisPass):
         program: Program,
         layers: Sequence[Relaxed],
         prices: SingleRanks,
-        settled: Mapping[str, float],
+        settled: _Settled,
         limit: Multiplier,
         generator: torch.Generator,
         rounds: int,
@@ -165,7 +169,7 @@ class Rene(AnalysisPass):
         self,
         layers: Sequence[Relaxed],
         prices: SingleRanks,
-        settled: Mapping[str, float],
+        settled: _Settled,
         limit: Multiplier,
         data: _Batches | None,
     ) -> Tensor:
@@ -174,16 +178,17 @@ class Rene(AnalysisPass):
         if self.single:
             error = error + self.single * torch.stack([layer.single() for layer in layers]).sum()
         if data is not None:
-            error = data.loss({f"{layer.site.name}.weight": w for layer, w in zip(layers, mixed, strict=True)})
+            moving = {f"{layer.site.name}.weight": w for layer, w in zip(layers, mixed, strict=True)}
+            error = data.loss({**settled.weights, **moving})
         shares = [layer.share() for layer in layers]
         price = rank_loss(shares, self.gamma, self.beta)
         if not self.budget:
             return (error + len(layers) * self.tolerance).log() + price.log()  # the product's minima at any scale
-        return error + self.gamma * 1e-2 * price + limit.price(self._excess(layers, prices, settled))
+        return error + _TIE * price + limit.price(self._excess(layers, prices, settled))
 
-    def _excess(self, layers: Sequence[Relaxed], prices: SingleRanks, settled: Mapping[str, float]) -> Tensor:
+    def _excess(self, layers: Sequence[Relaxed], prices: SingleRanks, settled: _Settled) -> Tensor:
         """What the plan costs over the limit, as a share of it."""
-        return prices.load({layer.site.name: layer.share() for layer in layers}, settled) - 1
+        return prices.load({layer.site.name: layer.share() for layer in layers}, settled.shares) - 1
 
     def _data(self, program: Program, generator: torch.Generator) -> _Batches:
         train = program.task.train
@@ -209,6 +214,21 @@ class Rene(AnalysisPass):
                 )
         spent = prices.network({name: choice.cost for name, choice in choices.items()})
         return RankPlan(choices, spent, prices.dense, selector=str(self.spec()), reasons=reasons)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """Layers whose search is over: what each costs, as a share of the dense one, and the weights of those not dense."""
+
+    shares: dict[str, float]
+    weights: dict[str, Tensor]
+
+    def take(self, layer: Relaxed, share: float) -> None:
+        """A layer at the rank it has chosen."""
+        self.shares[layer.site.name] = share
+        if share < 1:
+            weight = layer.branches()[layer.candidates.index(layer.chosen())]
+            self.weights[f"{layer.site.name}.weight"] = weight.detach()
 
 
 class _Batches:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 import tdcompile
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import BudgetError, InputError, TdcompileError
+from tdcompile.passes.analyze import rene
 from tdcompile.passes.analyze.rene import Rene
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program, sites
@@ -87,6 +90,53 @@ def test_the_budget_is_kept_and_the_layer_that_needs_rank_gets_it() -> None:
     assert plan.reasons["4"].code == "refused"
     spent = sum(call.macs for site in sites(after).values() for call in site.calls)
     assert spent == plan.predicted.macs
+
+
+class Linked(nn.Module):
+    """A head on the first layer's weight, and a layer with a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.watched, self.free = nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 24)
+        self.head = nn.Linear(24, 24)
+        self.head.weight = self.first.weight
+        self.watched.register_forward_hook(lambda module, arguments, output: 2 * output)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.free(self.watched(self.first(x).relu())))
+
+
+def test_tied_and_hooked_layers_are_left_alone_and_a_plan_that_does_not_is_refused() -> None:
+    torch.manual_seed(0)
+    given = tdcompile.trace(Linked().eval(), (torch.randn(2, 24),)).with_(budget=tdcompile.Budget(params=0.9))
+    after = Pipeline.parse("rene{step=8,factor=8,steps=5},factorize").run(given)
+    plan = after.facts[RankPlan]
+    assert {name: reason.code for name, reason in plan.reasons.items()} == {
+        "first": "tied_parameter",
+        "head": "tied_parameter",
+        "watched": "hooked",
+    }
+    assert plan.choices["free"].decomposition == "svd"
+    assert sum(p.numel() for p in after.graph.parameters()) == plan.predicted.params <= 0.9 * plan.dense.params
+    wrong = replace(plan, choices={**plan.choices, "head": plan.choices["free"]})
+    with pytest.raises(InputError, match="svd for 'head': its weight also belongs to first"):
+        Pipeline.parse("factorize").run(given.with_(facts=given.facts.having(wrong)))
+
+
+def test_with_data_settled_layers_run_at_their_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    # the grid of the narrow layer ends a refinement before that of the wide one
+    layers = (nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 48, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    train, seen = Tensors(torch.randn(64, 2, 6, 6), torch.arange(64) % 48), set()
+    real = rene._Batches.loss
+
+    def loss(self: object, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.add(tuple(sorted(weights)))
+        return real(self, weights)
+
+    monkeypatch.setattr(rene._Batches, "loss", loss)
+    Rene(mode="data", step=8, factor=2, steps=2, samples=32).analyze(program(*layers, train=train))
+    assert seen == {("0.weight", "1.weight")}
 
 
 def test_cp_is_searched_too() -> None:
