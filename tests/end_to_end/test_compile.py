@@ -222,3 +222,23 @@ def test_a_fixed_batch_is_exported_verified_and_timed():
 def test_an_unknown_option_names_the_nearest():
     with pytest.raises(InputError, match="did you mean 'budget'"):
         tdcompile.compile(network(), X, budgets={"macs": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "form"),
+    [
+        ("lwiq", ["score", "propose", "choose", "factorize", "recalibrate", "finetune"], {"tt", "svd"}),
+        ("rene", ["rene", "factorize", "recalibrate", "finetune"], {"tucker2", "svd"}),
+        ("progressive-tucker", ["attach-adapters", "anneal", "detach-dense"], {"tucker2", "svd"}),
+        ("tucker-vbmf", ["propose", "score", "choose", "factorize", "recalibrate", "finetune"], {"tucker2", "svd"}),
+    ],
+)
+def test_each_published_system_ends_in_a_verified_model(name, steps, form):
+    """From plain weights, as their authors do: nothing calibrates or refits."""
+    watch = Steps()
+    made = tdcompile.compile(network(), X, data=(points(), points(seed=1)), recipe=name, tune="epochs=1", watch=watch)
+    assert watch.names == [*steps, "fold-batchnorm", "drop-dead"]
+    chosen = {layer.decomposition for layer in made.report.layers} - {"dense"}
+    assert chosen
+    assert chosen <= form
+    assert made.report.parity.max_rel < 1e-3
