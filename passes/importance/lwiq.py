@@ -24,7 +24,15 @@ _BEHIND = (
     *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.Sigmoid),
     *(nn.Dropout, nn.Dropout2d, nn.Identity),
 )
-_BEHIND_CALLS = (F.relu, torch.relu, F.gelu, F.silu, F.leaky_relu, torch.tanh, torch.sigmoid, "relu", "relu_", "tanh")
+_ATEN = (
+    *("relu", "relu_", "gelu", "silu", "silu_", "leaky_relu", "leaky_relu_", "hardswish", "hardswish_", "hardtanh"),
+    *("hardtanh_", "elu", "elu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "layer_norm", "group_norm"),
+)
+_BEHIND_CALLS = (
+    *(F.relu, torch.relu, F.gelu, F.silu, F.leaky_relu, torch.tanh, torch.sigmoid, "relu", "relu_", "tanh"),
+    *(F.relu6, F.hardswish, F.elu, F.layer_norm, F.group_norm),
+    *(getattr(torch.ops.aten, name).default for name in _ATEN),
+)
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,10 @@ class Lwiq(Importance):
     """Layer-wise imprinting: the gain in proxy accuracy over each layer, from one pass without gradients.
 
     Behind every layer's activation a classifier is imprinted: activations are averaged over a d x d grid,
-    d = round(√(embedding / channels)), and the weight of a class is the normalised mean of its samples (Elkerdawy et
-    al. 2020). Its accuracy, on samples that were not imprinted, less that of what the layer reads is the layer's gain;
-    in a residual network a block's first layer reads the sum of the block before (our completion). The score is
+    d = round(√(embedding / channels)) (of other numbers of axes that root; tokens are averaged), and the weight of a
+    class is the normalised mean of its samples (Elkerdawy et al. 2020). Its accuracy, on samples that were not
+    imprinted, less that of what the layer reads is the layer's gain; in a residual network a block's first layer reads
+    the sum of the block before (our completion). The score is
     eps + gain / largest gain, with negative gains as zero, brought to mean 1.
 
     Attributes:
@@ -70,7 +79,8 @@ class Lwiq(Importance):
         imprinted, others = self._split(program)
         found = sites(program)
         points = {name: _points(program.graph, site) for name, site in found.items()}
-        proxies = {node: _Proxy(self.embedding, self.cosine) for pair in points.values() for node in pair if node}
+        axes = {node: len(found[name].layer.kernel) for name, pair in points.items() for node in pair if node}
+        proxies = {node: _Proxy(count, self.embedding, self.cosine) for node, count in axes.items()}
         total, done = len(imprinted) + len(others), 0
         for samples, imprint in ((imprinted, True), (others, False)):
             for batch in samples.batches(self.batch):
@@ -82,11 +92,14 @@ class Lwiq(Importance):
         chance = 1 / (imprinted.classes or 1)
         gains = {}
         for name, (before, behind) in points.items():
-            after = proxies[behind].accuracy if behind else chance
+            if behind is None or not proxies[behind].seen or (before is not None and not proxies[before].seen):
+                continue  # no tensor that goes by sample: nothing is known of the layer
             level = proxies[before].accuracy if before else chance
+            after = proxies[behind].accuracy
             gains[name] = after if self.reading == "accuracy" else max(after - level, 0.0)
         most = max(gains.values(), default=0.0) or 1.0
-        return normalised({name: self.eps + gain / most for name, gain in gains.items()})
+        known = normalised({name: self.eps + gain / most for name, gain in gains.items()})
+        return {name: known.get(name, 1.0) for name in found}
 
     def _split(self, program: Program) -> tuple[Samples, Samples]:
         """Samples to imprint and others to judge by, both of the training part."""
@@ -103,8 +116,14 @@ class Lwiq(Importance):
 
 @dataclass
 class _Proxy:
-    """An imprinted classifier."""
+    """An imprinted classifier.
 
+    Attributes:
+        axes: what it looks at has behind samples and channels, as a convolution has it; 0 is a linear layer's, whose
+            features come last.
+    """
+
+    axes: int
     embedding: int
     cosine: bool
     sums: dict[int, Tensor] = field(default_factory=dict)
@@ -119,17 +138,22 @@ class _Proxy:
 
     def take(self, x: Tensor, labels: Tensor) -> None:
         """Add activations to their classes, or judge them once the weights are settled."""
-        z = self._embedded(x)
+        z = self._embedded(x, len(labels))
+        if z is None:
+            return
         if self.weights is None:
             for label in set(labels.tolist()):
                 here = z[labels == label].double().sum(0)
                 self.sums[label] = self.sums[label] + here if label in self.sums else here
-        else:
+        elif self.weights.numel():
             self.right += int(((z @ self.weights.T).argmax(1) == labels).sum())
             self.seen += len(labels)
 
     def settle(self, classes: int) -> None:
         """Class means, normalised, are the weights: sums do as well."""
+        if not self.sums:
+            self.weights = torch.empty(0)  # nothing to look at has come: nothing will
+            return
         missing = [label for label in range(classes) if label not in self.sums]
         if missing:
             raise InputError(
@@ -139,14 +163,18 @@ class _Proxy:
         self.weights = F.normalize(torch.stack([self.sums[label] for label in range(classes)]), dim=1).float()
         self.sums = {}
 
-    def _embedded(self, x: Tensor) -> Tensor:
-        """``(N, at most about embedding)``."""
-        if x.ndim == 4:
-            side = max(1, round(math.sqrt(self.embedding / x.shape[1])))
-            x = F.adaptive_avg_pool2d(x, (min(side, x.shape[2]), min(side, x.shape[3])))
-        elif x.ndim == 3:  # tokens
-            x = x.mean(1)
+    def _embedded(self, x: Tensor, count: int) -> Tensor | None:
+        """``(N, at most about embedding)``; tokens, and what a network has folded into the batch, are averaged."""
+        if x.ndim < 2 or len(x) % count or (self.axes and x.ndim != self.axes + 2):
+            return None
+        if self.axes:
+            side = max(1, round((self.embedding / x.shape[1]) ** (1 / self.axes)))
+            pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[self.axes - 1]
+            x = pool(x, [min(side, size) for size in x.shape[2:]])  # type: ignore[arg-type]  # a size for each axis
+        elif x.ndim > 2:
+            x = x.flatten(1, -2).mean(1)
         z = x.flatten(1).float()
+        z = z.view(count, -1, z.shape[1]).mean(1)
         return F.normalize(z, dim=1) if self.cosine else z
 
 

@@ -206,7 +206,7 @@ class Drawn(Samples):
         return 10
 
 
-@pytest.mark.parametrize("score", [name for name in find(Importance) if name != "lwiq"])
+@pytest.mark.parametrize("score", find(Importance))
 @pytest.mark.parametrize("closed", [False, True])
 def test_every_score_and_repair_works_on_layers_called_by_name(closed: bool, score: str) -> None:
     torch.manual_seed(0)

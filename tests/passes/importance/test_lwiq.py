@@ -9,11 +9,12 @@ from torch import nn
 import tdcompile
 from tdcompile.errors import InputError
 from tdcompile.importance import Importance
+from tdcompile.passes.importance.lwiq import _Proxy
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program
 from tdcompile.ranks import RankPlan
 from tdcompile.registry import make
-from tdcompile.task import Batch, Samples, Task
+from tdcompile.task import Batch, Samples, Task, Tensors
 
 
 class Hidden(Samples):
@@ -97,3 +98,60 @@ def test_a_class_that_is_not_seen_is_told() -> None:
     samples.y[0] = 1
     with pytest.raises(InputError, match="no sample of class 1"):
         make(Importance, "lwiq{samples=5}").score(program(samples))
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "length"),
+    [
+        (2, (4, 32, 20, 20), 32 * 4 * 4),
+        (1, (4, 32, 100), 32 * 16),
+        (3, (4, 16, 8, 8, 8), 16 * 3**3),
+        (2, (4, 600, 5, 5), 600),
+        (0, (4, 7, 24), 24),  # tokens
+        (0, (4, 5, 6, 24), 24),
+        (0, (12, 24), 24),  # three to a sample, folded into the batch
+        (2, (8, 16, 2, 2), 16 * 4),
+    ],
+)
+def test_an_embedding_is_of_about_the_length_asked_for(axes: int, shape: tuple[int, ...], length: int) -> None:
+    z = _Proxy(axes, 512, False)._embedded(torch.randn(shape), 4)
+    assert z is not None
+    assert z.shape == (4, length)
+
+
+def test_a_signal_is_pooled_along_its_length_and_its_channels_are_kept() -> None:
+    x = torch.arange(4.0).view(1, 4, 1).expand(2, 4, 100)
+    z = _Proxy(1, 4, False)._embedded(x, 2)
+    assert z is not None
+    assert z[0].tolist() == [0, 1, 2, 3]
+
+
+def test_what_does_not_go_by_sample_is_left_out() -> None:
+    assert _Proxy(0, 512, False)._embedded(torch.randn(5, 8), 4) is None
+    assert _Proxy(2, 512, False)._embedded(torch.randn(4, 8), 4) is None
+
+
+class Signals(nn.Module):
+    """Told apart by which of two channels is loud; a layer inside an attention gives no tensor alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu = nn.Conv1d(2, 8, 5, padding=2), nn.ReLU()
+        self.attention, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.conv(x)).transpose(1, 2)
+        return self.fc((x + self.attention(x, x, x)[0]).mean(1))
+
+
+@pytest.mark.parametrize("frontend", ["fx", "export"])
+def test_signals_and_attention_have_scores(frontend: str) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 2
+    x = torch.randn(300, 2, 20) * torch.stack([1 + 2.0 * labels, 3 - 2.0 * labels], 1)[:, :, None]
+    made = tdcompile.trace(Signals().eval(), (x[:2],), frontend=frontend)
+    made = made.with_(task=Task(Tensors(x, labels), calibrate=200))
+    scores = make(Importance, "lwiq").score(made)
+    assert set(scores) == set(tdcompile.sites(made))
+    assert all(0 < score < 10 for score in scores.values())
+    assert scores["conv"] > scores["fc"]
