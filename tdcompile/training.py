@@ -27,6 +27,9 @@ from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, logits
 from tdcompile.tuning import Epoch, Saved, Tuning
 
+# Steps in a row that fp16 may leave out: its scale starts at 2^16 and is halved each time.
+_SKIPS = 20
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -120,6 +123,7 @@ class Trainer:
             graph, optimizer, loader, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         )
         self._average = Average(graph, settings.average) if settings.average else None
+        self._skipped = 0  # steps in a row whose gradient was not finite
 
     def run(self) -> Tuning:
         """Train to the end, from the saved epoch on where there is one.
@@ -147,6 +151,7 @@ class Trainer:
                 "model": self._graph.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
                 "scheduler": self._scheduler.state_dict(),
+                "scaler": self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else {},
             }
             if self._accelerator.is_main_process:
                 self._saved.write(state)
@@ -165,6 +170,8 @@ class Trainer:
         self._graph.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
         if self._average:
             self._average.state = state["average"]
         return state
@@ -207,8 +214,11 @@ class Trainer:
         loss = self._loss(logits(self._model(*batch.inputs)), batch)
         self._accelerator.backward(loss)
         norm = self._accelerator.clip_grad_norm_(self._graph.parameters(), self._settings.clip)
-        if not math.isfinite(norm):  # NaN in one process's loss is NaN here in all
-            if step == 1:
+        # NaN in one process's loss is NaN here in all. In fp16 the scaler leaves such a step out and lowers its scale,
+        # which it raises until that happens.
+        self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
+        if self._skipped > (_SKIPS if self._accelerator.scaler is not None else 0):
+            if step == self._skipped:
                 raise InputError(
                     f"{self._purpose}: the first loss is {loss.item()}: the data or the weights are not finite"
                 )
