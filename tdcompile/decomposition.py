@@ -65,6 +65,10 @@ class Decomposition(Plugin):
             for ranks in space
         ]
 
+    def caution(self, layer: Layer, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
+        """What is to be known of these factors before they are trained, in a sentence; None where there is nothing."""
+        return None
+
     def build(self, layer: Layer, ranks: Ranks, factors: Sequence[Tensor], bias: Tensor | None) -> nn.Module:
         """The module that computes the layer from its factors: by default the blueprint's layers in a row.
 

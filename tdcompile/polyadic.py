@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -29,8 +28,6 @@ from tdcompile.multilinear import (
     slice_start,
 )
 from tdcompile.ranks import Ranks
-
-log = logging.getLogger("tdcompile")
 
 # How many ranks are proposed, the exact one included, and how many of them at least are factorised for an estimate.
 MEMBERS, ANCHORS = 12, 4
@@ -97,7 +94,6 @@ class Polyadic(Decomposition):
             last, *others = cp_exact(tensor, ranks[0])
         else:
             last, *others = self._factors(tensor, ranks[0], OutputMetric(weight, moments.second) if moments else None)
-            self._tell(tensor, [last, *others])
         found = [*(factor.T for factor in others), last]
         parts = self.blueprint(layer, ranks)
         return tuple(f.reshape(part.weight_shape).to(weight.dtype) for f, part in zip(found, parts, strict=True))
@@ -106,6 +102,19 @@ class Polyadic(Decomposition):
         """The sum of the components."""
         *others, last = (factor.flatten(1) for factor in factors)
         return cp_compose([last, *(factor.T for factor in others)]).reshape(layer.weight_shape)
+
+    @torch.no_grad()
+    def caution(self, layer: Layer, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
+        """Where the components still cancel, after the ridges of ``cp_als`` and the correction."""
+        *others, last = (factor.detach().double().flatten(1) for factor in factors)
+        size, times = float(weight.norm()), component_norm([last, *(factor.T for factor in others)])
+        if times <= DEGENERATE * size:
+            return None
+        times /= max(size, torch.finfo(weight.dtype).tiny)
+        return (
+            f"its {self.name} of rank {last.shape[1]} is degenerate: components {times:.0f} times the weight cancel; "
+            "training may diverge, and another rank or form may suit it"
+        )
 
     @torch.no_grad()
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
@@ -150,17 +159,6 @@ class Polyadic(Decomposition):
             affordable = int(FACTORIZE / (4 * _operations(tensor, found[0].shape[1])))
             found = correct(tensor, found, bound, min(max(affordable, 1), CYCLES))
         return found
-
-    def _tell(self, tensor: Tensor, factors: Sequence[Tensor]) -> None:
-        """Log where the components still cancel, after the ridges of ``cp_als`` and the correction."""
-        size, times = float(tensor.norm()), component_norm(factors)
-        if times > DEGENERATE * size:
-            shape, times = "x".join(map(str, tensor.shape)), times / max(size, torch.finfo(tensor.dtype).tiny)
-            log.info(
-                "%s: the CP of rank %d of a %s weight stays degenerate: its components are %.0f times the weight, so "
-                "training may diverge; another rank or form may suit it",
-                *(self.name, factors[0].shape[1], shape, times),
-            )
 
     @torch.no_grad()
     def _fit_output(self, tensor: Tensor, rank: int, metric: OutputMetric) -> list[Tensor]:

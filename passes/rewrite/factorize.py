@@ -12,7 +12,7 @@ from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError, nearest
 from tdcompile.facts import Fact
 from tdcompile.kinds import RewritePass, Rewritten, tick
-from tdcompile.layer import Layer, Moments
+from tdcompile.layer import Layer, Moments, Refusal
 from tdcompile.planfile import check
 from tdcompile.program import Change, Program, kept_dense, sites
 from tdcompile.ranks import DENSE, RankPlan, Ranks
@@ -56,7 +56,7 @@ class Factorize(RewritePass):
             (forms[name], found[name].layer, found[name].weight, choice.ranks, moments.get(name))
             for name, choice in replaced.items()
         )
-        history = []
+        history: list[Change | Refusal] = []
         made = zip(replaced.items(), side_by_side(_factors, work, self.jobs), strict=True)
         for done, ((name, choice), factors) in enumerate(made, start=1):
             form, site = forms[name], found[name]
@@ -64,6 +64,8 @@ class Factorize(RewritePass):
             assert bias is None or isinstance(bias, Tensor)  # what convolutions and linear layers have
             replace_module(graph, name, form.build(site.layer, choice.ranks, factors, bias))
             history.append(Change(name, self.name, f"{choice.decomposition}{list(choice.ranks)}"))
+            if (caution := form.caution(site.layer, site.weight, factors)) is not None:
+                history.append(Refusal("", "caution", f"'{name}': {caution}"))
             tick(done, len(replaced), name)
         return Rewritten(graph, history)
 

@@ -1,18 +1,21 @@
 """``cp``: the three-layer CP of a convolution."""
 
-import logging
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
+import tdcompile
 from tdcompile import polyadic
 from tdcompile.decomposition import relative_error
 from tdcompile.degeneracy import sensitivity
 from tdcompile.errors import InputError
-from tdcompile.layer import Layer, Moments
+from tdcompile.layer import Layer, Moments, Refusal
 from tdcompile.passes.decompose.cp import CP
+from tdcompile.pipeline import Pipeline
+from tdcompile.ranks import Candidate, RankPlan
+from tdcompile.target import Cost
 
 
 def layer_of(*channels: int, kernel: tuple[int, ...] = (3, 3), bias: bool = True) -> Layer:
@@ -136,13 +139,22 @@ def test_correction_lowers_the_sensitivity_for_a_bounded_error(aware: bool) -> N
     assert sensitivities[1] < 0.8 * sensitivities[0]
 
 
-def test_a_cp_that_stays_degenerate_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    layer = layer_of(16, 12)
+def test_a_cp_that_stays_degenerate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tdcompile.trace(nn.Sequential(nn.Conv2d(16, 12, 3)).eval(), (torch.randn(2, 16, 6, 6),))
+    choice = Candidate("cp", (20,), 0.0, Cost())
+    given = given.with_(facts=given.facts.having(RankPlan({"0": choice}, Cost(), Cost())))
     for limit, told in ((10.0, False), (0.1, True)):
         monkeypatch.setattr(polyadic, "DEGENERATE", limit)
-        with caplog.at_level(logging.INFO, "tdcompile"):
-            CP().factorize(layer, weight_of(layer), (20,), None)
-        assert ("rank 20 of a 12x16x9 weight stays degenerate" in caplog.text) == told
+        after = Pipeline.parse("factorize").run(given)
+        reasons = [entry.reason for entry in after.history if isinstance(entry, Refusal)]
+        assert len(reasons) == told
+        assert all("'0': its cp of rank 20 is degenerate: components" in reason for reason in reasons)
+    direct = torch.randn(4, 30), torch.randn(5, 30), torch.randn(9, 30)  # ten thousand times what they add up to
+    layer = layer_of(5, 4)
+    huge = [direct[1].T, direct[2].T * 1e4, direct[0]]
+    shapes = [part.weight_shape for part in CP().blueprint(layer, (30,))]
+    factors = [f.reshape(shape) for f, shape in zip(huge, shapes, strict=True)]
+    assert "rank 30" in str(CP().caution(layer, torch.randn(layer.weight_shape), factors))
 
 
 @pytest.mark.parametrize("growth", ["0.9", "inf", "nan"])
