@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from tdcompile.anchors import anchored, spread
 from tdcompile.decomposition import Decomposition
 from tdcompile.layer import Layer, Moments, Refusal, in_groups
-from tdcompile.linalg import energy
+from tdcompile.linalg import cholesky, energy, ridge
 from tdcompile.metric import OutputMetric
 from tdcompile.multilinear import precise, share_bond, tail, tt_compose, tt_svd
 from tdcompile.ranks import Ranks
+from tdcompile.sketch import Sketch
 
 # How many ranks are proposed beside the exact ones, and how many of them are factorised for an estimate.
 MEMBERS, ANCHORS = 12, 4
@@ -87,11 +88,17 @@ class TTLinear(Decomposition):
 
     @torch.no_grad()
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
-        """TT-SVD, every bond's scale shared by its two cores; with moments all of it scaled to fit the output best."""
-        cores = tt_svd(self._tensor(layer, weight), ranks)
-        if moments is not None:
-            scale, _ = OutputMetric(weight, moments.metric).scale(self._rows(layer, cores))
-            cores[0] = cores[0] * scale
+        """TT-SVD, every bond's scale shared by its two cores; with moments that or the whitened one, scaled.
+
+        A chain stays one where each input mode is whitened by itself: by the root of the mean over the other modes of
+        S's diagonal blocks, as if S were their Kronecker product (this project's completion; not of a sketch).
+        """
+        if moments is None:
+            cores = tt_svd(self._tensor(layer, weight), ranks)
+        else:
+            metric = OutputMetric(weight, moments.metric)
+            roots = self._roots(layer, metric)
+            cores, _ = self._fit_output(layer, self._starts(layer, weight, roots), ranks, metric, roots)
         for k in reversed(range(self.cores - 1)):
             cores[k], cores[k + 1] = share_bond(cores[k], cores[k + 1])
         parts = self.blueprint(layer, ranks)
@@ -108,19 +115,20 @@ class TTLinear(Decomposition):
     @torch.no_grad()
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
         """The energy that the unfoldings leave: the error itself with two cores and no moments, else corrected."""
-        tensor = self._tensor(layer, weight)
+        metric = OutputMetric(weight, moments.metric) if moments is not None else None
+        roots = self._roots(layer, metric) if metric is not None else []
+        starts = self._starts(layer, weight, roots)
+        tensor = starts[-1]
         total = energy(tensor.flatten(1)) + torch.finfo(tensor.dtype).tiny
         inner = sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})
         most = [max(ranks) for ranks in zip(*inner, strict=True)]
         tails = [tail(tensor.flatten(0, i).flatten(1), rank) for i, rank in enumerate(most)]
         bounds = [math.sqrt(sum(float(t[r]) for t, r in zip(tails, ranks, strict=True)) / total) for ranks in inner]
-        metric = OutputMetric(weight, moments.metric) if moments is not None else None
 
         def truth(index: int) -> float:
-            cores = tt_svd(tensor, inner[index])
             if metric is not None:
-                return metric.scale(self._rows(layer, cores))[1]
-            return math.sqrt(max(1 - energy(cores[-1].flatten(1)) / total, 0.0))
+                return self._fit_output(layer, starts, inner[index], metric, roots)[1]
+            return math.sqrt(max(1 - energy(tt_svd(tensor, inner[index])[-1].flatten(1)) / total, 0.0))
 
         anchors = spread([1.0] * len(inner), 0.0, ANCHORS) if metric is not None or self.cores > 2 else []
         found = anchored([sum(ranks) for ranks in inner], bounds, anchors, truth)
@@ -130,6 +138,45 @@ class TTLinear(Decomposition):
     def build(self, layer: Layer, ranks: Ranks, factors: Sequence[Tensor], bias: Tensor | None) -> nn.Module:
         """A module of matrix products and reshapes, for any axes before the features."""
         return TTChain([c for _, c in self._modes(layer)], [1, *ranks], factors, bias)
+
+    def _fit_output(
+        self, layer: Layer, starts: Sequence[Tensor], ranks: Ranks, metric: OutputMetric, roots: Sequence[Tensor]
+    ) -> tuple[list[Tensor], float]:
+        """The better of the plain chain and that of the whitened weight, each scaled; cores and relative error."""
+        found: list[tuple[list[Tensor], float]] = []
+        for tensor, turned in zip(starts, ([], roots), strict=False):
+            cores = tt_svd(tensor, ranks)
+            for k, root in enumerate(turned):
+                t, c = self._modes(layer)[k]
+                paired = cores[k].reshape(-1, t, c, cores[k].shape[2]).movedim(2, -1)
+                back = torch.linalg.solve_triangular(root, paired.reshape(-1, c), upper=False, left=False)
+                cores[k] = back.reshape(paired.shape).movedim(-1, 2).reshape(cores[k].shape)
+            scale, error = metric.scale(self._rows(layer, cores))
+            found.append(([cores[0] * scale, *cores[1:]], error))
+        return min(found, key=lambda fit: fit[1])
+
+    def _roots(self, layer: Layer, metric: OutputMetric) -> list[Tensor]:
+        """Lower triangular L_k, ``(c_k, c_k)``, with L_k L_kᵀ the second moment of an input mode; none of a sketch."""
+        if isinstance(metric.second, Sketch):
+            return []
+        sizes, roots = [c for _, c in self._modes(layer)], []
+        for k, size in enumerate(sizes):
+            ahead, behind = math.prod(sizes[:k]), math.prod(sizes[k + 1 :])
+            parts = metric.second.reshape(ahead, size, behind, ahead, size, behind)
+            block = parts.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).mean((-1, -2))
+            roots.append(cholesky(block, ridge(block)))
+        return roots
+
+    def _starts(self, layer: Layer, weight: Tensor, roots: Sequence[Tensor]) -> list[Tensor]:
+        """The weight by pairs of modes, and where there are roots the same times L_k along each input mode."""
+        tensor = self._tensor(layer, weight)
+        if not roots:
+            return [tensor]
+        whitened = tensor
+        for k, ((t, c), root) in enumerate(zip(self._modes(layer), roots, strict=True)):
+            paired = whitened.reshape(math.prod(tensor.shape[:k]), t, c, -1)
+            whitened = torch.einsum("atcb,cd->atdb", paired, root.to(tensor.dtype)).reshape(tensor.shape)
+        return [tensor, whitened]
 
     def _modes(self, layer: Layer) -> list[tuple[int, int]]:
         """(t_k, c_k): output modes falling and input modes rising, which keeps what is in flight small."""

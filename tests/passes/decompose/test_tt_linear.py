@@ -108,7 +108,26 @@ def test_a_kronecker_product_has_rank_one() -> None:
 
 
 @pytest.mark.parametrize("cores", [2, 3])
-def test_data_only_scales_and_the_errors_are_told(cores: int) -> None:
+def test_where_the_input_is_loud_the_weight_is_kept(cores: int) -> None:
+    form, layer = TTLinear(cores), Layer("linear", 256, 512)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 256, generator=generator)
+    modes = modes_of(256, cores)
+    spread = [torch.logspace(0, -1.5, size, dtype=torch.float64).diag() for size in modes]
+    turned = [torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0] for size in modes]
+    second = torch.ones(1, 1, dtype=torch.float64)
+    for values, vectors in zip(spread, turned, strict=True):
+        second = torch.kron(second, vectors @ values @ vectors.T)
+    moments = Moments(second, 1000)
+    ranks = form.rank_space(layer, 1)[len(form.rank_space(layer, 1)) // 2]
+    plain, aware = (form.reconstruct(layer, form.factorize(layer, weight, ranks, seen)) for seen in (None, moments))
+    kept, more = (1 - relative_error(weight, found, moments) ** 2 for found in (plain, aware))
+    assert more > 2 * kept  # of the output's energy, of a weight that has no order of its own
+    assert relative_error(weight, aware, None) > relative_error(weight, plain, None)
+
+
+@pytest.mark.parametrize("cores", [2, 3])
+def test_data_never_harm_and_the_errors_are_told(cores: int) -> None:
     form, layer = TTLinear(cores), Layer("linear", 256, 512)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 256, generator=generator)
