@@ -117,26 +117,6 @@ class Relaxed(nn.Module):
         return self.candidates[int(self.gates.argmax())]
 
 
-class Multiplier:
-    """The price λ of an inequality c ≤ 0 by the method of multipliers (Hestenes 1969; Powell 1969).
-
-    A penalty of one weight is either nothing or outweighs every layer's error; λ settles where the errors that are
-    given up balance what is saved.
-    """
-
-    def __init__(self, stiffness: float = 0.2) -> None:
-        self.value, self._stiffness = 0.0, stiffness
-
-    def price(self, excess: Tensor) -> Tensor:
-        """(max(0, λ + ρ c)² − λ²) / 2ρ: what the excess c costs."""
-        rho = self._stiffness
-        return ((self.value + rho * excess).clamp_min(0).square() - self.value**2) / (2 * rho)
-
-    def follow(self, excess: float) -> None:
-        """λ rises by ρ c, or falls where there is room."""
-        self.value = max(0.0, self.value + self._stiffness * excess)
-
-
 def rank_loss(shares: Sequence[Tensor], gamma: float, beta: float) -> Tensor:
     """γ · Σ_i (Σ_r p_r · share_r)^β (the paper's equation 5 where a share is r / max R)."""
     return gamma * torch.stack([share.clamp_min(1e-12) ** beta for share in shares]).sum()

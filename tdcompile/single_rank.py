@@ -75,6 +75,10 @@ class SingleRanks(Prices):
             loads.append((float(getattr(self.dense, f)) - sum(each.values()) + fixed + moving) / limit)
         return torch.stack(loads).max()
 
+    def part(self, name: str) -> float:
+        """What the dense layer costs, as a part of the limit that it takes most of."""
+        return max(float(getattr(self.layers[name], f)) / limit for f, limit in self.limits.items())
+
     def spent(self, ranks: Mapping[str, int]) -> Cost:
         """Of the network, with each layer at its rank where that is cheaper than dense."""
         return self.network({n: self.cost(n, rank) for n, rank in ranks.items() if self.share(n, rank) < 1})

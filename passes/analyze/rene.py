@@ -20,11 +20,12 @@ from tdcompile.layer import Refusal
 from tdcompile.program import Program, Site, kept_dense, sites
 from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.registry import make
-from tdcompile.relaxation import Interval, Multiplier, Relaxed, intervals, rank_loss
+from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
 from tdcompile.single_rank import SingleRanks
 from tdcompile.task import Batch, logits
 
 _CLIP = 5.0  # without it a search over CP diverges
+_STEEPEST, _HALVINGS = 1e6, 30  # of the projection: the largest multiplier, and bisections
 _TIE = 4e-3  # of the rank loss under a budget: of two ranks that do as well the smaller one
 _CONVOLUTIONS = {"tt": "tucker2", "cp": "cp", "cp4": "cp4"}
 
@@ -41,8 +42,8 @@ class Rene(AnalysisPass):
     The paper's ``tt`` of a convolution, 1x1, k x k, 1x1 at one rank, has the graph of Tucker-2 at tied ranks, which is
     what is registered here as ``tucker2`` and fits better at equal ranks; linear layers and 1x1 convolutions become
     ``svd``. Ours are: errors relative to each layer's weight; ``single``, which makes branches good on their own; and
-    ``budget``, where a share is a layer's cost, the budget is kept by a multiplier that rises and falls with the excess
-    over it, and the plan is made to fit.
+    ``budget``, where a share is a layer's cost, mixtures are projected to the budget after each step, and the plan is
+    made to fit.
 
     Attributes:
         form: ``tt``, ``cp`` or ``cp4`` for convolutions.
@@ -51,7 +52,8 @@ class Rene(AnalysisPass):
         reach: how far a finer interval reaches to either side, in steps; the paper's is 0.5.
         steps: pairs of steps in each refinement, after ``warmup`` weight steps.
         alternate: false takes both steps from one loss at once, for comparison.
-        lr_weights, lr_coefficients: of the two kinds of step; the paper's are 1e-3 for both.
+        lr_weights, lr_coefficients: of the two kinds of step; none is 1 under the budget and 0.1 without it. The
+            paper's are 1e-3 for both.
         gamma, beta: of the rank loss; in the paper's product γ is a factor of the whole and moves no minimum.
         single: weight of Σ p_r ‖W − W^(r)‖² beside the mixture's error.
         tolerance: squared relative error of a layer below which more rank gains little; without it the search without a
@@ -71,7 +73,7 @@ class Rene(AnalysisPass):
     warmup: int = 20
     alternate: bool = True
     lr_weights: float = 1e-3
-    lr_coefficients: float = 0.1
+    lr_coefficients: float | None = None
     gamma: float = 0.4
     beta: float = 0.8
     single: float = 1.0
@@ -100,11 +102,11 @@ class Rene(AnalysisPass):
         most = {name: prices.most(name) for name in forms}
         grids = {name: intervals(top, self.step) for name, top in most.items() if top > 1}
         chosen: dict[str, int] = {}
-        limit, settled = Multiplier(), _Settled({}, {})
+        settled = _Settled({}, {})
         generator, rounds = program.generator(self.name), 0
         while grids:
             relaxed = [self._relaxed(found[name], prices, grid) for name, grid in grids.items()]
-            self._search(program, relaxed, prices, settled, limit, generator, rounds)
+            self._search(program, relaxed, prices, settled, generator, rounds)
             chosen |= {layer.site.name: layer.chosen() for layer in relaxed}
             finer = {n: grid.around(chosen[n], self.factor, most[n], self.reach) for n, grid in grids.items()}
             grids = {name: grid for name, grid in finer.items() if grid is not None}
@@ -124,7 +126,7 @@ class Rene(AnalysisPass):
     def _relaxed(self, site: Site, prices: SingleRanks, grid: Interval) -> Relaxed:
         candidates, name = grid.ranks(), site.name
         if self.budget:
-            shares = [prices.share(name, rank) for rank in candidates]
+            shares = [min(prices.share(name, rank), 1.0) for rank in candidates]  # at more the layer stays dense
         else:
             shares = [rank / max(candidates) for rank in candidates]
         return Relaxed(site, prices.forms[name], partial(prices.ranks, name), candidates, shares)
@@ -135,7 +137,6 @@ class Rene(AnalysisPass):
         layers: Sequence[Relaxed],
         prices: SingleRanks,
         settled: _Settled,
-        limit: Multiplier,
         generator: torch.Generator,
         rounds: int,
     ) -> None:
@@ -143,7 +144,7 @@ class Rene(AnalysisPass):
         coefficients = [layer.coefficients for layer in layers]
         one, other = (
             torch.optim.SGD(group, rate, momentum=0.9, nesterov=True)
-            for group, rate in ((weights, self.lr_weights), (coefficients, self.lr_coefficients))
+            for group, rate in ((weights, self.lr_weights), (coefficients, self._rate))
         )
         data = self._data(program, generator) if self.mode == "data" else None
         for done in range(self.warmup + self.steps):
@@ -151,7 +152,7 @@ class Rene(AnalysisPass):
             for turn in turns:
                 for optimizer in (one, other):
                     optimizer.zero_grad()
-                loss = self._loss(layers, prices, settled, limit, None if turn is one else data)
+                loss = self._loss(layers, settled, None if turn is one else data)
                 if not bool(torch.isfinite(loss)):
                     raise TdcompileError(f"the rank search diverged: its loss is {loss.item()}; lower the rates")
                 torch.autograd.backward(loss)
@@ -159,20 +160,17 @@ class Rene(AnalysisPass):
                     if turn in (None, optimizer):
                         torch.nn.utils.clip_grad_norm_(group, _CLIP)
                         optimizer.step()
-            if self.budget and done >= self.warmup:
-                limit.follow(self._excess(layers, prices, settled).item())
+                if self.budget and turn is not one:
+                    self._project(layers, prices, settled)
             tick(done + 1, self.warmup + self.steps, f"refinement {rounds + 1}")
         for layer in layers:
             _ = layer.gates  # not finite is an error here, not the smallest rank
 
-    def _loss(
-        self,
-        layers: Sequence[Relaxed],
-        prices: SingleRanks,
-        settled: _Settled,
-        limit: Multiplier,
-        data: _Batches | None,
-    ) -> Tensor:
+    @property
+    def _rate(self) -> float:
+        return self.lr_coefficients or (1.0 if self.budget else 0.1)
+
+    def _loss(self, layers: Sequence[Relaxed], settled: _Settled, data: _Batches | None) -> Tensor:
         mixed, errors = zip(*(layer() for layer in layers), strict=True)
         error = torch.stack(errors).sum()
         if self.single:
@@ -184,11 +182,31 @@ class Rene(AnalysisPass):
         price = rank_loss(shares, self.gamma, self.beta)
         if not self.budget:
             return (error + len(layers) * self.tolerance).log() + price.log()  # the product's minima at any scale
-        return error + _TIE * price + limit.price(self._excess(layers, prices, settled))
+        return error + _TIE * price
 
-    def _excess(self, layers: Sequence[Relaxed], prices: SingleRanks, settled: _Settled) -> Tensor:
-        """What the plan costs over the limit, as a share of it."""
-        return prices.load({layer.site.name: layer.share() for layer in layers}, settled.shares) - 1
+    @torch.no_grad()
+    def _project(self, layers: Sequence[Relaxed], prices: SingleRanks, settled: _Settled) -> None:
+        """Bring the mixtures back to the budget: of all that keep to it the nearest by Kullback-Leibler divergence.
+
+        Those are p_r · exp(−λ · cost_r), so that one λ for all layers does it, which is bisected.
+        """
+        weights = [prices.part(layer.site.name) for layer in layers]
+        start = [layer.coefficients.clone() for layer in layers]
+
+        def keeps(price: float) -> bool:
+            for layer, weight, before in zip(layers, weights, start, strict=True):
+                layer.coefficients.copy_(before - price * weight * layer.shares)
+            return float(prices.load({layer.site.name: layer.share() for layer in layers}, settled.shares)) <= 1
+
+        low, high = 0.0, 1.0
+        if keeps(low):
+            return
+        while not keeps(high) and high < _STEEPEST:
+            low, high = high, 2 * high
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if keeps(middle) else (middle, high)
+        keeps(high)
 
     def _data(self, program: Program, generator: torch.Generator) -> _Batches:
         train = program.task.train

@@ -17,7 +17,8 @@ from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program, sites
 from tdcompile.ranks import DENSE, RankPlan
 from tdcompile.registry import make
-from tdcompile.relaxation import Interval, Multiplier, Relaxed, intervals, rank_loss
+from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
+from tdcompile.single_rank import SingleRanks
 from tdcompile.task import Samples, Task, Tensors
 
 
@@ -57,18 +58,29 @@ def program(*layers: nn.Module, share: float = 0.5, train: Samples | None = None
     return made.with_(budget=tdcompile.Budget(macs=share), task=Task(train))
 
 
-@pytest.mark.parametrize(("limit", "where", "price"), [(1.0, 1.0, 4.0), (5.0, 3.0, 0.0)])
-def test_a_multiplier_settles_at_the_limit_and_is_nothing_where_there_is_room(
-    limit: float, where: float, price: float
-) -> None:
-    x, multiplier = torch.tensor(0.0, requires_grad=True), Multiplier()
-    for _ in range(400):
-        loss = (x - 3).square() + multiplier.price(x - limit)
-        (slope,) = torch.autograd.grad(loss, x)
-        x.data -= 0.1 * slope
-        multiplier.follow(x.item() - limit)
-    assert x.item() == pytest.approx(where, abs=1e-2)
-    assert multiplier.value == pytest.approx(price, abs=0.1)  # minus the slope of (x - 3)²
+def test_mixtures_over_the_budget_are_brought_to_it_by_one_price_and_others_are_left() -> None:
+    given = program(low_rank(3), low_rank(5), share=0.5)
+    forms = dict.fromkeys(sites(given), make(Decomposition, "tucker2"))
+    prices, search = SingleRanks(given, forms), Rene()
+    layers = [search._relaxed(site, prices, Interval(2, 24, 2)) for site in sites(given).values()]
+    settled = rene._Settled({}, {})
+    start = [torch.randn(len(layer.candidates), generator=torch.Generator().manual_seed(1)) for layer in layers]
+    for lift, over in ((0.0, False), (3.0, True)):  # to the dearest ranks
+        for layer, values in zip(layers, start, strict=True):
+            layer.coefficients.data = values + lift * layer.shares - (3.0 * layer.shares if not over else 0.0)
+        before = [layer.gates.detach().clone() for layer in layers]
+        search._project(layers, prices, settled)
+        load = prices.load({layer.site.name: layer.share() for layer in layers}, {}).item()
+        moved = [(layer.gates / was).log().detach() for layer, was in zip(layers, before, strict=True)]
+        if not over:
+            assert load < 1
+            assert all(float(change.abs().max()) == 0 for change in moved)
+            continue
+        assert load == pytest.approx(1.0, abs=1e-4)
+        spans = [float(layer.shares[-1] - layer.shares[0]) for layer in layers]
+        slopes = [float(change[-1] - change[0]) / span for change, span in zip(moved, spans, strict=True)]
+        assert slopes[0] == pytest.approx(slopes[1], rel=1e-3)
+        assert slopes[0] < 0
 
 
 @pytest.mark.parametrize("rank", [2, 4, 7, 9])
