@@ -12,10 +12,9 @@ from common import network as random_network
 from common import publish
 
 import tdcompile
-from tdcompile.data import given
 from tdcompile.pipeline import Pipeline
 from tdcompile.target import Budget, Target
-from tdcompile.task import Task
+from tdcompile.task import Task, Tensors
 from tdcompile.tuning import Tuning
 
 
@@ -35,7 +34,7 @@ def main(
     for name in networks.split(","):
         module, example = random_network(name, seed)
         images = torch.randn(steps * batch, *example.shape[1:], generator=torch.Generator().manual_seed(seed))
-        train, _ = given((images, torch.arange(len(images)) % 10), tuple(example.shape[1:]))
+        train = Tensors(images, torch.arange(len(images)) % 10)
         program = tdcompile.trace(module, (torch.cat([example, example]),))
         program = program.with_(task=Task(train), budget=Budget(macs=macs), target=Target(device), seed=seed)
         program = Pipeline.parse("score{by=none},propose,choose,factorize").run(program)

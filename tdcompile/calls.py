@@ -1,4 +1,4 @@
-"""``Call``: a functional call of a layer, ``F.conv2d`` or ``aten.linear``, and the module that computes the same."""
+"""``LayerCall``: a functional call, ``F.conv2d`` or ``aten.linear``, and the module that computes the same."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CHANNEL_DROPOUTS: dict[object, type[nn.Dropout1d | nn.Dropout2d | nn.Dropout3d]
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """A functional call whose weight, and bias if any, are constants of the network."""
 
     node: fx.Node
@@ -58,7 +58,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def read(node: fx.Node, constants: Constants) -> Call | None:
+def read(node: fx.Node, constants: Constants) -> LayerCall | None:
     """A layer's call; None where weight or options are computed from an input, the input is not, or one is missing."""
     if node.op != "call_function" or node.target not in _BUILDERS:
         return None
@@ -80,14 +80,14 @@ def read(node: fx.Node, constants: Constants) -> Call | None:
     options = {key: _frozen(value) for key, value in given.items() if key not in (*TENSORS, "input")}
     computed: list[fx.Node] = []
     fx.map_arg((*options.values(),), computed.append)
-    return None if computed else Call(node, source, tensors, options)
+    return None if computed else LayerCall(node, source, tensors, options)
 
 
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
-def _linear(call: Call, constants: Constants) -> nn.Module | None:
+def _linear(call: LayerCall, constants: Constants) -> nn.Module | None:
     weight = call.tensors["weight"]
     if weight.dim() != 2:
         return None
@@ -95,7 +95,7 @@ def _linear(call: Call, constants: Constants) -> nn.Module | None:
     return _own(module, call)
 
 
-def _transposed_linear(call: Call, constants: Constants) -> nn.Module | None:
+def _transposed_linear(call: LayerCall, constants: Constants) -> nn.Module | None:
     """``x @ weight``, as ``addmm`` and ``matmul`` have it: the weight is ``(C, T)``."""
     weight, dims = call.tensors["weight"], _dims(call.input)
     if weight.dim() != 2 or any(call.options.get(scale, 1) != 1 for scale in ("beta", "alpha")):
@@ -106,18 +106,18 @@ def _transposed_linear(call: Call, constants: Constants) -> nn.Module | None:
         return None
     turned = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
     module = unset(nn.Linear, *weight.shape, bias="bias" in call.tensors)
-    return _own(module, Call(call.node, call.input, {**call.tensors, "weight": turned}, call.options))
+    return _own(module, LayerCall(call.node, call.input, {**call.tensors, "weight": turned}, call.options))
 
 
-def _conv(call: Call, constants: Constants) -> nn.Module | None:
+def _conv(call: LayerCall, constants: Constants) -> nn.Module | None:
     return _convolution(call, constants, _CONVS, call.options)
 
 
-def _transposed_conv(call: Call, constants: Constants) -> nn.Module | None:
+def _transposed_conv(call: LayerCall, constants: Constants) -> nn.Module | None:
     return _convolution(call, constants, TRANSPOSED_CONVS, call.options)
 
 
-def _either_conv(call: Call, constants: Constants) -> nn.Module | None:
+def _either_conv(call: LayerCall, constants: Constants) -> nn.Module | None:
     """``aten.convolution``, which has one option more."""
     options = dict(call.options)
     if options.pop("transposed"):
@@ -127,7 +127,7 @@ def _either_conv(call: Call, constants: Constants) -> nn.Module | None:
 
 
 def _convolution(
-    call: Call, constants: Constants, kinds: Sequence[type[nn.Module]], options: Mapping[str, Any]
+    call: LayerCall, constants: Constants, kinds: Sequence[type[nn.Module]], options: Mapping[str, Any]
 ) -> nn.Module | None:
     weight, dims = call.tensors["weight"], _dims(call.input)
     axes = weight.dim() - 2
@@ -150,7 +150,7 @@ def _each(value: Any, axes: int) -> Any:
     return values * axes if len(values) == 1 else values
 
 
-def _batch_norm(call: Call, constants: Constants) -> nn.Module | None:
+def _batch_norm(call: LayerCall, constants: Constants) -> nn.Module | None:
     dims, mean = _dims(call.input), call.tensors.get("running_mean")
     if call.options.get("training") or mean is None or dims not in _NORMS:
         return None
@@ -162,22 +162,22 @@ def _batch_norm(call: Call, constants: Constants) -> nn.Module | None:
     return _own(module, call) if affine else module
 
 
-def _dropout(call: Call, constants: Constants) -> nn.Module | None:
+def _dropout(call: LayerCall, constants: Constants) -> nn.Module | None:
     """In eval mode, in which a network is traced, it does nothing; as a module it comes back with training."""
     return nn.Dropout(call.options.get("p", 0.5))
 
 
-def _channel_dropout(call: Call, constants: Constants) -> nn.Module | None:
+def _channel_dropout(call: LayerCall, constants: Constants) -> nn.Module | None:
     """By what the network calls; ATen has one operator for all."""
     kind = _CHANNEL_DROPOUTS.get(call.node.target) or _CHANNEL_DROPOUTS.get(_dims(call.input))
     return kind(call.options.get("p", 0.5)) if kind is not None else None
 
 
-def _alpha_dropout(call: Call, constants: Constants) -> nn.Module | None:
+def _alpha_dropout(call: LayerCall, constants: Constants) -> nn.Module | None:
     return nn.AlphaDropout(call.options.get("p", 0.5))
 
 
-def _own(module: nn.Module, call: Call) -> nn.Module:
+def _own(module: nn.Module, call: LayerCall) -> nn.Module:
     module.weight, module.bias = call.tensors["weight"], call.tensors.get("bias")  # type: ignore[assignment]  # parameters
     return module
 
@@ -194,7 +194,7 @@ def traced_in(node: fx.Node) -> str:
     return str(next(reversed(stack.values()))[0]).partition("@")[0] if stack else ""
 
 
-_Builder = Callable[[Call, Constants], nn.Module | None]
+_Builder = Callable[[LayerCall, Constants], nn.Module | None]
 _TABLE: tuple[tuple[tuple[Any, ...], Sequence[str], _Builder], ...] = (
     ((F.linear, aten.linear.default), _LINEAR, _linear),
     ((torch.addmm, aten.addmm.default), _ADDMM, _transposed_linear),

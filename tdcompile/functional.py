@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx, nn
 
-from tdcompile.calls import TENSORS, TRANSPOSED_CONVS, Call, arguments, read, traced_in
+from tdcompile.calls import TENSORS, TRANSPOSED_CONVS, LayerCall, arguments, read, traced_in
 from tdcompile.constants import Constants
 from tdcompile.layer import TransposedConv
 from tdcompile.surgery import module_at
@@ -122,7 +122,7 @@ class _Names:
                 for end in range(1, len(parts)):
                     self._inside.setdefault(".".join(parts[:end]), set()).add(str(node.target))
 
-    def of(self, calls: Sequence[Call], constants: Constants) -> dict[tuple[object, ...], str]:
+    def of(self, calls: Sequence[LayerCall], constants: Constants) -> dict[tuple[object, ...], str]:
         """That of the part whose weight it is, ``fc`` for ``fc.weight``, if that part is nothing else.
 
         Otherwise, for a weight among others, ``blocks.0.w_layer`` after ``blocks.0.w``; for what has no weight the

@@ -21,11 +21,12 @@ from tdcompile.amp import Precision, strided_in_fp32
 from tdcompile.augment import Augment, Augmented
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.kinds import tick
+from tdcompile.plugin import Plugin
 from tdcompile.processes import devices, from_first, no_gpu, same_in_all
 from tdcompile.program import Program
 from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, logits
-from tdcompile.tuning import Epoch, Saved, Tuning
+from tdcompile.tuning import Epoch, Saved, Tuning, key_of
 
 # Steps in a row that fp16 may leave out: its scale starts at 2^16 and is halved each time.
 _SKIPS = 20
@@ -267,6 +268,14 @@ class Trainer:
 
     def _seed(self, what: str, epoch: int) -> int:
         return self._program.generator(f"{self._purpose}/{what}/{epoch}").initial_seed()
+
+
+def saved_of(step: Plugin, graph: fx.GraphModule, train: Samples, program: Program) -> Saved:
+    """Where a pass keeps its training, good for these weights, options, data and seed; nowhere without a workspace."""
+    if program.workspace is None:
+        return Saved(None, "")
+    key = key_of([graph, program.dense], step, program.seed, len(train), program.task.source)
+    return Saved(program.workspace / step.name, key)
 
 
 class Average:

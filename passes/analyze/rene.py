@@ -114,7 +114,7 @@ class Rene(AnalysisPass):
                 if (name := layer.site.name) not in grids:
                     settled.take(layer, prices.share(name, chosen[name]))
             rounds += 1
-        return self._plan(program, prices, prices.fitted(chosen) if self.budget else chosen)
+        return self._plan(kept, prices, prices.fitted(chosen) if self.budget else chosen)
 
     def _form(self, site: Site) -> Decomposition | None:
         for text in (_CONVOLUTIONS[self.form], "svd"):
@@ -214,10 +214,9 @@ class Rene(AnalysisPass):
             raise InputError("rene{mode=data} looks at labels: give labelled data, or take mode=recon")
         return _Batches(program, list(train.shuffled(generator).batches(self.batch, limit=self.samples)))
 
-    def _plan(self, program: Program, prices: SingleRanks, ranks: Mapping[str, int]) -> RankPlan:
-        found = sites(program)
-        choices, reasons = {}, kept_dense(program, found)
-        for name in found:
+    def _plan(self, kept: Mapping[str, Refusal], prices: SingleRanks, ranks: Mapping[str, int]) -> RankPlan:
+        choices, reasons = {}, dict(kept)
+        for name in prices.sites:
             choices[name] = Candidate(DENSE, (), 0.0, prices.layers[name])
             if name in reasons:
                 continue

@@ -23,8 +23,7 @@ from tdcompile.progressive import Parallel, energy_ranks, parallels
 from tdcompile.ranks import Ranks, within
 from tdcompile.surgery import copy_weights
 from tdcompile.target import Cost
-from tdcompile.training import Settings, Trainer
-from tdcompile.tuning import Saved, key_of
+from tdcompile.training import Settings, Trainer, saved_of
 
 _BISECTIONS = 40
 
@@ -75,9 +74,7 @@ class Anneal(TunePass):
             return Rewritten(
                 graph, [Refusal("", "no_adapters", "anneal: no layer has an adapter; attach-adapters first")]
             )
-        folder = program.workspace / self.name if program.workspace else None
         train = program.task.train
-        key = key_of([graph, program.dense], self, program.seed, program.task.source) if folder else ""
         schedule = _Schedule(layers, Prices(program), self.decay, self.selections)
         if train is None or len(train) < 2:
             schedule.finish()
@@ -97,9 +94,8 @@ class Anneal(TunePass):
         labels = self.labels if train.classes else 0.0
         loss = Distillation(teacher, self.temperature, labels, precision=self.precision)
         # Nothing is held out: an epoch that still has a dense share must not be taken for the best one.
-        Trainer(
-            graph, loss, train, None, settings, program, self.name, Saved(folder, key), schedule, _moving(graph)
-        ).run()
+        saved, moving = saved_of(self, graph, train, program), _moving(graph)
+        Trainer(graph, loss, train, None, settings, program, self.name, saved, schedule, moving).run()
         schedule.finish()
         return Rewritten(graph, [Change(name, self.name, f"ranks {list(p.ranks)}") for name, p in layers.items()])
 

@@ -22,8 +22,8 @@ from tdcompile.program import Change, Program, sites_of
 from tdcompile.ranks import RankPlan
 from tdcompile.surgery import copy_weights
 from tdcompile.task import Samples
-from tdcompile.training import Settings, Trainer
-from tdcompile.tuning import Saved, Tuning, key_of
+from tdcompile.training import Settings, Trainer, saved_of
+from tdcompile.tuning import Saved, Tuning
 
 _RATE = 0.03 / 128  # the highest rate that is tried for each sample of a batch; see ``lr``
 _SHARES = (1.0, 1 / 3, 1 / 10, 1 / 30, 1 / 100)  # of it: what a good start needs is far below what a bad one does
@@ -112,14 +112,13 @@ class Finetune(TunePass):
             reason = "finetune: there are no training samples"
             return Rewritten(graph, [Refusal("", "no_data", reason)], [Tuning()])
         fit, heldout = self._split(train, program)
-        folder = program.workspace / self.name if program.workspace else None
-        key = key_of([graph, program.dense], self, program.seed, len(train), program.task.source) if folder else ""
+        saved = saved_of(self, graph, train, program)
         settings = self._settings(program)
         watched = self.outputs or self.weights  # layer by layer, the dense network's own layers are looked at
         teacher = copy_weights(program.dense if watched else folded(program, program.dense))
         lesson = _Lesson(teacher, fit, heldout, program)
         settings = replace(settings, lr=self._rate(graph, lesson, settings))
-        tuning = self._trained(graph, lesson, settings, self.name, Saved(folder, key))
+        tuning = self._trained(graph, lesson, settings, self.name, saved)
         return Rewritten(graph, [Change("", self.name, f"{_told(tuning)}, rate {settings.lr:.3g}")], [tuning])
 
     def _trained(
