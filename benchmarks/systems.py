@@ -35,6 +35,7 @@ SYSTEMS = {
     ),
     "LWIQ": "score{{by=lwiq}},propose{{decompose=tt+svd}},choose{{by=lwiq}},factorize,recalibrate{tune}",
     "RENE (TT)": "rene,factorize,recalibrate{tune}",
+    "RENE (TT, coefficients by data)": "rene{{mode=data}},factorize,recalibrate{tune}",
     "RENE (CP)": "rene{{form=cp}},factorize,recalibrate{tune}",
     "progressive Tucker": "attach-adapters,anneal{{{training}}},detach-dense",
     "probe of every layer": (
