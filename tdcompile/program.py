@@ -116,7 +116,8 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
     """Like ``sites``, for a module that belongs to no program; a module under two names is listed under the first.
 
     Where a network folds another axis into the batch (tokens, windows, frames), a layer works so many times for each
-    sample: that axis is one of a linear layer's ``extent``, and a convolution counts as called so many times.
+    sample: that axis is one of a linear layer's ``extent``, and a convolution counts as called so many times. Where the
+    batch is not the first axis, as in torch's attention, what a linear layer does for one sample is told by its rows.
     """
     batch = next((len(x) for x in inputs if x.dim()), 1) or 1
     names = {module: name for name, module in graph.named_modules()}
@@ -135,7 +136,7 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
             if not isinstance(module, nn.Linear) and x.dim() != weight.dim():
                 return  # a convolution of one sample without a batch axis
             repeats = len(x) // batch if x.dim() and len(x) % batch == 0 else 1
-            layer = Layer.of(module, _extent(module, x, repeats))
+            layer = Layer.of(module, _extent(module, x, repeats, batch))
             assert layer is not None  # the loop has left the others out
             calls.setdefault(name, []).extend([layer] * (1 if layer.kind == "linear" else max(1, repeats)))
 
@@ -194,8 +195,11 @@ def kept_dense(program: Program, found: Mapping[str, Site]) -> dict[str, Refusal
     return kept
 
 
-def _extent(module: nn.Module, x: Tensor, repeats: int) -> tuple[int, ...]:
+def _extent(module: nn.Module, x: Tensor, repeats: int, batch: int) -> tuple[int, ...]:
     if isinstance(module, nn.Linear):
+        rows = math.prod(x.shape[:-1])
+        if x.dim() > 1 and len(x) % batch and rows % batch == 0:
+            return (rows // batch,)
         return (*((repeats,) if repeats > 1 else ()), *x.shape[1:-1])
     return tuple(x.shape[2:])
 

@@ -74,10 +74,10 @@ def test_the_function_is_the_dense_one_at_the_start(init: str) -> None:
 class Awkward(nn.Module):
     """Layers that need more than a convolution of torch's own, one with a hook and one whose weight is used twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: bool) -> None:
         super().__init__()
         self.even = nn.Conv2d(8, 12, 4, padding="same")
-        self.up = nn.ConvTranspose2d(12, 10, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(12, 10, 3, stride=2, padding=1, bias=bias)
         self.watched = nn.Conv2d(10, 10, 3, padding=1)
         self.watched.register_forward_hook(lambda module, arguments, output: 2 * output)
         self.embedding, self.head = nn.Linear(10, 16, bias=False), nn.Linear(10, 16, bias=False)
@@ -88,11 +88,12 @@ class Awkward(nn.Module):
         return self.embedding(x) + self.head(x.relu())
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("passes", ["attach-adapters", "attach-adapters,anneal,detach-dense"])
-def test_awkward_layers_have_adapters_too_and_hooked_or_tied_ones_have_none(passes: str) -> None:
+def test_awkward_layers_have_adapters_too_and_hooked_or_tied_ones_have_none(passes: str, bias: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 8, 6, 6)
-    before = tdcompile.trace(Awkward().eval(), (x,)).with_(budget=tdcompile.Budget(macs=0.7))
+    before = tdcompile.trace(Awkward(bias).eval(), (x,)).with_(budget=tdcompile.Budget(macs=0.7))
     after = Pipeline.parse(passes).run(before)
     codes = {entry.layer: entry.code for entry in after.history if isinstance(entry, Refusal) and entry.layer}
     assert codes == {"watched": "hooked", "embedding": "tied_parameter", "head": "tied_parameter"}

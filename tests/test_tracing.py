@@ -679,6 +679,25 @@ def test_macs_are_those_of_a_sample_whatever_is_folded_into_the_batch(size):
     assert [call.macs for call in found["token"].calls] == [5 * 16 * 4 * 6]
 
 
+class SequenceFirst(nn.Module):
+    """Attention as torch computes it by default: the tokens before the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.attention = nn.Linear(6, 8), nn.MultiheadAttention(8, 2)
+
+    def forward(self, x):
+        x = self.into(x.transpose(0, 1))
+        return self.attention(x, x, x, need_weights=False)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_macs_are_those_of_a_sample_where_the_batch_is_not_the_first_axis(size):
+    found = tdcompile.sites(tdcompile.trace(SequenceFirst().eval(), torch.randn(size, 7, 6)))
+    shapes = [(6, 8), (8, 8), (8, 8), (8, 8), (8, 8)]
+    assert sum(call.macs for site in found.values() for call in site.calls) == 7 * sum(a * b for a, b in shapes)
+
+
 class Lost(nn.Module):
     """Works in place on what it is given, and on a value whose result it does not take."""
 

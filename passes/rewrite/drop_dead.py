@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from tdcompile.kinds import RewritePass, Rewritten
 from tdcompile.program import Change, Program
-from tdcompile.surgery import drop_node, module_at
+from tdcompile.surgery import called_differently, drop_node, module_at
 
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
@@ -24,7 +24,8 @@ class DropDead(RewritePass):
         """The function in eval mode stays the same."""
         history = []
         for node in list(graph.graph.nodes):
-            if isinstance(module_at(graph, node), _IDLE):
+            module = module_at(graph, node)
+            if isinstance(module, _IDLE) and not called_differently(module):
                 history.append(Change(str(node.target), self.name, "does nothing in inference"))
                 drop_node(graph, node)
         graph.graph.eliminate_dead_code()

@@ -6,13 +6,14 @@ import copy
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
+import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights, fuse_linear_bn_eval
 
 from tdcompile.kinds import RewritePass, Rewritten
 from tdcompile.layer import TransposedConv
 from tdcompile.program import Change, Program, sites
-from tdcompile.surgery import calls_of, drop_node, module_at, only_user, parent_of
+from tdcompile.surgery import called_differently, calls_of, drop_node, module_at, only_user, parent_of
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -37,6 +38,8 @@ class FoldBatchnorm(RewritePass):
                 continue
             if len(calls_of(graph, str(source.target))) > 1 or len(calls_of(graph, str(node.target))) > 1:
                 continue  # shared: another call may not be followed by this normalisation
+            if called_differently(layer) or called_differently(norm):
+                continue  # a hook sees, and may change, what is between the two
             if isinstance(layer, nn.Linear) and found[str(source.target)].layer.extent:
                 continue  # on (N, L, C) batch norm reads axis 1, which is not the features
             parent, leaf = parent_of(graph, str(source.target))
@@ -49,7 +52,7 @@ class FoldBatchnorm(RewritePass):
 def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
     norm = cast(nn.BatchNorm2d, norm)  # any number of axes will do
     if isinstance(layer, nn.Linear):
-        return fuse_linear_bn_eval(layer, norm)
+        return fuse_linear_bn_eval(layer, _affine(norm))
     if isinstance(layer, TransposedConv):
         fused = copy.copy(layer)
         mean, var = norm.running_mean, norm.running_var
@@ -59,3 +62,14 @@ def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
         fused._parameters = {"weight": weight, "bias": bias}
         return fused
     return fuse_conv_bn_eval(cast(nn.Conv2d, layer), norm)
+
+
+def _affine(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """With a scale and a shift of its own, which torch's fusion into linear layers asks for where that into others does not."""
+    if norm.affine:
+        return norm
+    full = copy.copy(norm)
+    mean = norm.running_mean
+    assert mean is not None  # the caller has looked
+    full._parameters = {"weight": nn.Parameter(torch.ones_like(mean)), "bias": nn.Parameter(torch.zeros_like(mean))}
+    return full

@@ -15,8 +15,9 @@ def trained(*modules):
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
+            if module.affine:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
     return network.eval()
 
 
@@ -34,6 +35,8 @@ def folded(network, x):
         ((nn.Conv2d(4, 8, 3, groups=2, padding=1), nn.BatchNorm2d(8)), (2, 4, 6, 6)),
         ((nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5)), (2, 3, 9)),
         ((nn.Linear(6, 4), nn.BatchNorm1d(4)), (3, 6)),
+        ((nn.Linear(6, 4), nn.BatchNorm1d(4, affine=False)), (3, 6)),
+        ((nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5, affine=False)), (2, 3, 6, 6)),
     ],
 )
 def test_batch_norm_goes_into_the_layer_before_it(modules, shape):
@@ -53,6 +56,15 @@ def test_batch_norm_goes_into_the_layer_before_it(modules, shape):
 def test_batch_norm_stays_where_it_is_not_the_layers_own(modules, shape):
     _, left = folded(trained(*modules), torch.randn(shape))
     assert left == 1
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_a_hook_changes_is_neither_folded_nor_dropped(place):
+    network = trained(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
+    network[place].register_forward_hook(lambda module, inputs, output: 2 * output + 1)
+    after, left = folded(network, torch.randn(2, 3, 6, 6))
+    assert left == (place < 2)
+    assert any(isinstance(m, nn.Dropout) for m in after.graph.modules()) == (place == 2)
 
 
 class Read(nn.Module):
