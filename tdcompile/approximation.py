@@ -64,7 +64,7 @@ def feature_errors(graph: nn.Module, site: Site, approximation: Tensor, batches:
     hook = site.module.register_forward_hook(tap, with_kwargs=True)
     try:
         for batch in batches:
-            graph(*batch.inputs)
+            graph(*batch.copies())
     finally:
         hook.remove()
     if not lost:

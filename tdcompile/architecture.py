@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
 from tdcompile.errors import InputError
+from tdcompile.layer import Layer
 from tdcompile.vocabulary import function, module_class, name_of, readable
 
 FORMAT = 1
@@ -153,6 +155,8 @@ class _Writer:
             return {"node": value.name}
         if isinstance(value, Tensor):
             return {"tensor": self.tensor(value, where)}
+        if type(value) is Layer:
+            return {"layer": self.value({f.name: getattr(value, f.name) for f in fields(value)}, where, kind)}
         if isinstance(value, slice):
             return {"slice": [self.value(part, where, kind) for part in (value.start, value.stop, value.step)]}
         if isinstance(value, dict):
@@ -247,6 +251,7 @@ class _Reader:
             "float": lambda: float(content),
             "node": lambda: nodes[content],
             "tensor": lambda: self.tensors[content],
+            "layer": lambda: Layer(**self.value(content, nodes)),
             "slice": lambda: slice(*self.value(content, nodes)),
             "dict": lambda: {self.value(k, nodes): self.value(v, nodes) for k, v in content},
             "function": lambda: function(content, self.trusted),

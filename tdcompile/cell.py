@@ -24,7 +24,7 @@ from tdcompile.ranks import Ranks
 from tdcompile.registry import make
 from tdcompile.surgery import copy_graph, copy_weights, replace_module
 from tdcompile.target import Target
-from tdcompile.task import Batch, Samples, Task, accuracy
+from tdcompile.task import Batch, Task, accuracy
 from tdcompile.tracing import trace
 from tdcompile.tuning import key_of
 
@@ -104,7 +104,7 @@ class Bench:
 
     def digest(self) -> str:
         """What all cells of this bench have in common: weights, data, settings."""
-        parts = [_fingerprint(part) for part in (self.task.train, self.task.test) if part is not None]
+        parts = [part.fingerprint() for part in (self.task.train, self.task.test) if part is not None]
         settings = (self.task.calibrate, self.task.evaluate, self.task.source, self.tune)
         return key_of([self.program.dense], *settings, *parts)
 
@@ -230,12 +230,3 @@ def _placed(program: Program, target: Target) -> Program:
     return program.with_(
         graph=graph, dense=graph, inputs=tuple(x.to(target.device) for x in program.inputs), target=target
     )
-
-
-def _fingerprint(samples: Samples) -> tuple[int, str]:
-    """How many there are, and a digest of the first of them as the network sees them, normalised."""
-    first = next(samples.batches(8, limit=8))
-    content = hashlib.sha256(repr(None if first.labels is None else first.labels.tolist()).encode())
-    for x in first.inputs:
-        content.update(x.contiguous().cpu().numpy().tobytes())
-    return len(samples), content.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import shutil
 import tempfile
@@ -341,6 +340,9 @@ def _stamp(program: Program) -> str:
 
 
 def _key(program: Program, recipe: Recipe) -> str:
-    """What makes two compilations the same one: recipe, network, weights, data source."""
-    text = f"{recipe.model_dump_json()}|{program.dense.code}|{key_of([program.dense])}|{program.task.source}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    """What makes two compilations the same one: recipe, network, weights, example inputs, data."""
+    task = program.task
+    inputs = [(tuple(x.shape), str(x.dtype)) for x in program.inputs]
+    data = [samples.fingerprint() for samples in (task.train, task.test) if samples is not None and len(samples)]
+    facts = [recipe.model_dump_json(), program.dense.code, inputs, str(program.axes), task.source, data]
+    return key_of([program.dense], *facts)

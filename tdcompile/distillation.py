@@ -16,11 +16,11 @@ from tdcompile.errors import InputError
 from tdcompile.layer import Layer
 from tdcompile.ranks import DENSE, RankPlan, Ranks
 from tdcompile.registry import make
-from tdcompile.task import Batch, logits
+from tdcompile.task import Batch, classified, logits
 
 
 class Distillation(nn.Module):
-    """The loss: maps the compressed network's scores ``(N, classes, ...)`` and their batch to a scalar.
+    """The loss: maps the compressed network's scores ``(N, classes)``, or other answers, and their batch to a scalar.
 
     The dense network computes in the precision that the compressed one trains in; the loss itself is fp32.
     """
@@ -39,15 +39,16 @@ class Distillation(nn.Module):
         self._computed_in = AUTOCAST[precision]
 
     def forward(self, scores: Tensor, batch: Batch) -> Tensor:
-        """(1 - labels) · T² · KL + labels · cross-entropy, mean squares where there are no classes, and the layers'."""
+        """(1 - labels) · T² · KL + labels · cross-entropy, and the layers'; squares over the energy without classes."""
         with torch.no_grad(), torch.autocast(scores.device.type, self._computed_in, self._computed_in is not None):
             wanted = logits(self.teacher(*batch.inputs)).to(scores.dtype)
         loss = self._of_answers(scores, wanted, batch.labels)
         return loss if self.layers is None else loss + self.layers.take()
 
     def _of_answers(self, scores: Tensor, wanted: Tensor, labels: Tensor | None) -> Tensor:
-        if scores.ndim < 2 or scores.shape[1] < 2:
-            return F.mse_loss(scores, wanted)
+        if not classified(scores):
+            energy = wanted.square().mean().clamp_min(torch.finfo(wanted.dtype).tiny)
+            return F.mse_loss(scores, wanted) / energy
         soft, target = ((x / self.temperature).log_softmax(1) for x in (scores, wanted))
         loss = F.kl_div(soft, target, reduction="batchmean", log_target=True) * self.temperature**2
         if self.labels and labels is not None:
@@ -117,7 +118,8 @@ class Layerwise:
                 raise InputError(
                     f"the layer '{name}' is not as {choice.decomposition} left it: tune it without its layers"
                 )
-            last = [*new.children()][-1] if isinstance(new, nn.Sequential) else new
+            chain = type(form).build is Decomposition.build  # of whatever class: a container restored has lost its own
+            last = [*new.children()][-1] if chain else new
             self._pairs.append(_Pair(layer, form, choice.ranks, factors, dense, last))
         self._seen: dict[nn.Module, list[Tensor]] = {}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tdcompile.errors import InputError
 from tdcompile.program import Program
-from tdcompile.task import Batch, logits
+from tdcompile.task import Batch, classified, logits
 
 
 def drawn(program: Program, samples: int | None, purpose: str, who: str, batch: int = 128) -> list[Batch]:
@@ -30,7 +30,7 @@ def drawn(program: Program, samples: int | None, purpose: str, who: str, batch: 
 def answers(module: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
     """The scores of a network in eval mode, ``(N, classes)`` or of another shape, for each batch."""
     module.eval()
-    return [logits(module(*batch.inputs)) for batch in batches]
+    return [logits(module(*batch.copies())) for batch in batches]
 
 
 def divergence(wanted: Sequence[Tensor], given: Sequence[Tensor]) -> float:
@@ -43,7 +43,7 @@ def divergence(wanted: Sequence[Tensor], given: Sequence[Tensor]) -> float:
     for a, b in zip(wanted, given, strict=True):
         if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise InputError("NaN or Inf appears in the network's output on the training samples")
-        if a.dim() == 2 and a.shape[1] > 1:
+        if classified(a):
             lost += float(
                 F.kl_div(b.double().log_softmax(1), a.double().log_softmax(1), reduction="sum", log_target=True)
             )

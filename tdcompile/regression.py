@@ -10,8 +10,13 @@ from torch import Tensor
 
 @dataclass
 class Sums:
-    """Running sums of inputs z, ``(n, d)``, and targets t, ``(n, m)``, in float64."""
+    """Running sums of inputs z, ``(n, d)``, and targets t, ``(n, m)``, in float64.
 
+    Attributes:
+        affine: false fits a map without an intercept: moments are then about the origin, not about the means.
+    """
+
+    affine: bool = True
     count: int = 0
     inner: Tensor = field(default_factory=lambda: torch.zeros(()))
     cross: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -33,8 +38,10 @@ class Sums:
         return max(self.energy / self.count - float((self.t / self.count).square().sum()), 1e-30)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Covariance of z, ``(d, d)``, and of t with z, ``(m, d)``."""
+        """Covariance of z, ``(d, d)``, and of t with z, ``(m, d)``; without an intercept their second moments."""
         n = self.count
+        if not self.affine:
+            return self.inner / n, self.cross / n
         return self.inner / n - self.z.outer(self.z) / n**2, self.cross / n - self.t.outer(self.z) / n**2
 
     def fit(self, prior: Tensor, ridge: float) -> Tensor:
@@ -46,7 +53,9 @@ class Sums:
         return found
 
     def intercept(self, slope: Tensor) -> Tensor:
-        """b, ``(m,)``, with which M z + b has the targets' mean."""
+        """b, ``(m,)``, with which M z + b has the targets' mean; 0 without an intercept."""
+        if not self.affine:
+            return torch.zeros_like(self.t)
         b: Tensor = (self.t - slope.double() @ self.z) / self.count
         return b
 

@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
+_IN_PLACE = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv}
+
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     """A new graph and module tree over the same tensors: a network of many gigabytes is not duplicated."""
@@ -127,6 +129,22 @@ def not_finite(module: nn.Module) -> tuple[str, int] | None:
         if bad.any():
             return name, int(bad.sum())
     return None
+
+
+def works_in_place(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node of a graph may change a tensor that it reads.
+
+    Args:
+        module: what holds the modules that the graph calls.
+    """
+    if node.op == "call_module":
+        parts = module.get_submodule(str(node.target)).modules()
+        return any(bool(getattr(part, "inplace", False)) for part in parts)
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    written = name.endswith("_") and not name.endswith("__")
+    return node.target in _IN_PLACE or written or bool(node.kwargs.get("inplace", False))
 
 
 def called_differently(module: nn.Module) -> bool:

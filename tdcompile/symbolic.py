@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from tdcompile.errors import UntraceableError, first_line
 from tdcompile.signature import Call
+from tdcompile.surgery import works_in_place
 
 
 class _Tracer(fx.Tracer):
@@ -83,7 +84,7 @@ def _settle(graph: fx.Graph, call: Call, module: nn.Module) -> None:
             raise UntraceableError(f"the argument '{name.removeprefix('*')}', which has no example, is used")
         graph.erase_node(node)
     for node in graph.nodes:
-        if not node.users and _in_place(node, module):
+        if not node.users and works_in_place(node, module):
             raise UntraceableError(f"'{node.name}' works in place, which symbolic tracing loses")
     end = next(node for node in graph.nodes if node.op == "output")
     end.args = (_plain(end.args[0]),)
@@ -114,22 +115,6 @@ def _with(arguments: Any, node: fx.Node, value: Any) -> Any:
         return value if other is node else other
 
     return fx.map_arg(arguments, put)
-
-
-def _in_place(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a node may change a tensor that others read."""
-    if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    return (
-        node.target is operator.setitem
-        or bool(node.kwargs.get("inplace"))
-        or (name.endswith("_") and not name.endswith("__"))
-    )
 
 
 def _plain(value: Any) -> Any:

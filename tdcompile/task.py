@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ class Batch(NamedTuple):
 
     inputs: tuple[Tensor, ...]
     labels: Tensor | None
+
+    def copies(self) -> tuple[Tensor, ...]:
+        """The inputs for a network that may work in place, where the batch is needed again afterwards."""
+        return tuple(x.clone() for x in self.inputs)
 
 
 class Samples(Dataset[Batch], ABC):
@@ -52,6 +57,14 @@ class Samples(Dataset[Batch], ABC):
         count = len(self) if limit is None else min(limit, len(self))
         for start in range(0, count, size):
             yield self.batch(range(start, min(start + size, count)))
+
+    def fingerprint(self) -> tuple[int, str]:
+        """How many there are, and a digest of the first of them as the network sees them, normalised.
+
+        No digest of samples that are drawn anew at each reading, which it would call others each time.
+        """
+        once, again = (_digest(next(self.batches(8, limit=8))) for _ in range(2))
+        return len(self), once if once == again else ""
 
     def shuffled(self, generator: torch.Generator) -> Samples:
         """All samples in a random order drawn from the generator."""
@@ -136,6 +149,14 @@ class Task:
     source: str = "none"
 
 
+def _digest(batch: Batch) -> str:
+    content = hashlib.sha256(repr(None if batch.labels is None else batch.labels.tolist()).encode())
+    for x in batch.inputs:
+        content.update(f"{x.dtype}{tuple(x.shape)}".encode())
+        content.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
 @torch.no_grad()
 def accuracy(module: nn.Module, samples: Samples | None, limit: int | None = None) -> float | None:
     """Top-1 accuracy in [0, 1] in eval mode; None without samples or labels. The module's mode is put back."""
@@ -160,3 +181,8 @@ def logits(output: object) -> Tensor:
     values = output.values() if isinstance(output, Mapping) else output
     assert isinstance(values, Iterable)  # a network returns tensors, or a nesting of them
     return logits(next(iter(values)))
+
+
+def classified(output: Tensor) -> bool:
+    """Whether an output reads as class scores, ``(N, classes)``; what has more axes has no axis known to be classes."""
+    return output.dim() == 2 and output.shape[1] > 1

@@ -212,7 +212,7 @@ class Trainer:
 
     def _step(self, batch: Batch, step: int) -> float:
         batch = batch._replace(inputs=tuple(map(_channels_last, batch.inputs)))
-        loss = self._loss(logits(self._model(*batch.inputs)), batch)
+        loss = self._loss(logits(self._model(*batch.copies())), batch)
         self._accelerator.backward(loss)
         norm = self._accelerator.clip_grad_norm_(self._graph.parameters(), self._settings.clip)
         # NaN in one process's loss is NaN here in all. In fp16 the scaler leaves such a step out and lowers its scale,
@@ -260,7 +260,7 @@ class Trainer:
         for cpu in self._heldout.batches():
             labels = None if cpu.labels is None else cpu.labels.to(device)
             batch = Batch(tuple(x.to(device) for x in cpu.inputs), labels)
-            scores = logits(self._graph(*batch.inputs))
+            scores = logits(self._graph(*batch.copies()))
             loss += float(self._loss(scores, batch)) * len(scores)
             right += 0 if labels is None else int((scores.argmax(1) == labels).sum())
         count = len(self._heldout)
@@ -274,7 +274,7 @@ def saved_of(step: Plugin, graph: fx.GraphModule, train: Samples, program: Progr
     """Where a pass keeps its training, good for these weights, options, data and seed; nowhere without a workspace."""
     if program.workspace is None:
         return Saved(None, "")
-    key = key_of([graph, program.dense], step, program.seed, len(train), program.task.source)
+    key = key_of([graph, program.dense], step, program.seed, train.fingerprint(), program.task.source)
     return Saved(program.workspace / step.name, key)
 
 

@@ -31,6 +31,20 @@ def test_the_fit_without_a_ridge_is_least_squares_with_an_intercept(d: int, m: i
     assert sums.spread == pytest.approx(float((t - t.mean(0)).square().sum(1).mean()), rel=1e-6)
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
+def test_without_an_intercept_it_is_least_squares_through_the_origin(d: int, m: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z, t = torch.randn(60, d, generator=generator).double() + 3, torch.randn(60, m, generator=generator).double() - 1
+    sums = Sums(affine=False)
+    sums.add(z, t)
+    slope = sums.fit(torch.zeros(m, d), 0.0)
+    expected, *_ = np.linalg.lstsq(z.numpy(), t.numpy(), rcond=None)
+    np.testing.assert_allclose(slope.T, expected, atol=1e-8)
+    assert torch.equal(sums.intercept(slope), torch.zeros(m, dtype=torch.float64))
+    assert sums.loss(slope, sums.intercept(slope)) == pytest.approx(float((t - z @ slope.T).square().sum(1).mean()))
+
+
 def test_a_large_ridge_holds_on_to_the_prior() -> None:
     sums, prior = Sums(), torch.randn(2, 3)
     sums.add(torch.randn(50, 3), torch.randn(50, 2))

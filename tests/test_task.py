@@ -43,6 +43,22 @@ def test_what_does_not_fit_is_refused(inputs, labels, classes, told):
         Tensors(inputs, labels, classes)
 
 
+class Drawn(Tensors):
+    """Samples that differ from one reading to the next, as augmented ones do."""
+
+    def batch(self, indices):
+        found = super().batch(indices)
+        return found._replace(inputs=tuple(x + torch.randn_like(x) for x in found.inputs))
+
+
+def test_a_fingerprint_tells_samples_apart_but_not_two_readings():
+    x, y = torch.randn(9, 2), torch.zeros(9, dtype=torch.int64)
+    assert Tensors(x, y).fingerprint() == Tensors(x.clone(), y).fingerprint()
+    others = [Tensors(x[:8], y[:8]), Tensors(x + 1, y), Tensors(x), Tensors(x, y + 1), Tensors(x.double(), y)]
+    assert len({samples.fingerprint() for samples in (Tensors(x, y), *others)}) == 6
+    assert Drawn(x).fingerprint() == (9, "")
+
+
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()

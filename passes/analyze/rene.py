@@ -258,6 +258,6 @@ class _Batches:
         """Of the next batch."""
         batch = self._batches[self._next % len(self._batches)]
         self._next += 1
-        scores = logits(functional_call(self._graph, dict(weights), batch.inputs))
+        scores = logits(functional_call(self._graph, dict(weights), batch.copies()))
         assert batch.labels is not None  # ``_data`` has looked
         return F.cross_entropy(scores, batch.labels)

@@ -65,7 +65,7 @@ def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
 
 
 def _affine(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    """With a scale and a shift of its own, which torch's fusion into linear layers asks for where that into others does not."""
+    """With a scale and a shift of its own, which torch's fusion into linear layers cannot do without."""
     if norm.affine:
         return norm
     full = copy.copy(norm)

@@ -2,10 +2,11 @@
 
 A factorisation is best for the inputs that the dense network gives a layer. In the compressed network a layer sees what
 the layers before have left. In forward order, the linear map from that to what the dense network has there is found by
-least squares with an intercept, over unlabelled samples, and factorised again in the metric of those inputs; a layer
-that was left dense becomes the map itself. What the dense network "has there" is its value behind the layer, its batch
-norm and the addition of a shortcut, so that a block also mends what arrives through its shortcut (this project's
-completion; reconstructing one layer's output from approximated layers before it: Zhang et al. 2016, arXiv 1505.06798).
+least squares over unlabelled samples, with an intercept where the layer has a bias or a batch norm behind it, and
+factorised again in the metric of those inputs; a layer that was left dense becomes the map itself. What the dense
+network "has there" is its value behind the layer, its batch norm and the addition of a shortcut, so that a block also
+mends what arrives through its shortcut (this project's completion; reconstructing one layer's output from approximated
+layers before it: Zhang et al. 2016, arXiv 1505.06798).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from tdcompile.errors import InputError
 from tdcompile.kinds import Rewritten, TunePass, tick
 from tdcompile.layer import Layer, Moments, Refusal, owner
 from tdcompile.patches import patches_at, positions, values_at
-from tdcompile.program import Change, Program, Site, sites_of
+from tdcompile.program import Change, Program, Site, kept_dense, sites_of
 from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.registry import make
 from tdcompile.regression import Sums
-from tdcompile.streams import Stream
+from tdcompile.streams import Stream, follows
 from tdcompile.surgery import called_differently, calls_of, module_at, only_user, parent_of, tensors_in
 from tdcompile.target import Cost
 
@@ -83,6 +84,9 @@ class Refit(TunePass):
         count = min(self.samples, len(train), _fitting(graph, program, self.memory))
         chosen = train.shuffled(program.generator(self.name)).subset(range(count))
         graph.eval()
+        if not (follows(graph, program.inputs) and follows(program.dense.eval(), program.inputs)):
+            why = "refit: the network changes values in place in a way that cannot be followed layer by layer"
+            return Rewritten(graph, [Refusal("", "in_place", why)])
         batches = [batch.inputs for batch in chosen.batches(self.batch)]
         streams = Stream(graph, batches), Stream(program.dense.eval(), batches)
         plan = program.facts.get(RankPlan)
@@ -102,12 +106,13 @@ class Refit(TunePass):
         return Rewritten(graph, history)
 
     def _sites(self, program: Program) -> dict[str, Site]:
-        """The dense network's layers in the order of their calls, but for what the user wants left alone."""
+        """The dense network's layers in the order of their calls, but for those that nothing may replace."""
         found = sites_of(program.dense, program.inputs)
-        return {name: site for name, site in found.items() if name not in program.keep_dense}
+        kept = kept_dense(program.with_(graph=program.dense), found)
+        return {name: site for name, site in found.items() if name not in kept}
 
     def _fit(self, aim: _Aim, choice: Candidate, program: Program, streams: tuple[Stream, Stream]) -> str:
-        layer, sums = aim.site.layer, Sums()
+        layer, sums = aim.site.layer, Sums(affine=aim.site.layer.bias or aim.norm is not None)
         places = positions(layer, self.places, program.generator(f"refit/{aim.site.name}"))
         for source, target in aim.read(*streams):
             x = patches_at(layer, source, places).flatten(0, 1)
@@ -128,6 +133,7 @@ class _Aim:
         site: the layer in the dense network.
         chain: its nodes in the compressed graph.
         source: the node in the compressed graph whose value it reads.
+        ours: the node in the compressed graph that is to have the value of ``end``.
         end: the node in the dense graph whose value is to be met.
         norm: the batch norm between the two, if there is one.
         other: the shortcut's node in the compressed graph, if there is one.
@@ -137,6 +143,7 @@ class _Aim:
     graph: fx.GraphModule
     chain: Sequence[fx.Node]
     source: fx.Node
+    ours: fx.Node
     end: fx.Node
     norm: _BatchNorm | None
     other: fx.Node | None
@@ -161,12 +168,14 @@ class _Aim:
             return Refusal(name, "not_refitted", "refit: what follows it is not what follows it in the dense network")
         norm, source = module_at(graph, ours[1]), chain[0].args[0]
         assert isinstance(source, fx.Node)  # a call_module of one argument
-        return cls(site, graph, chain, source, theirs[0], norm if isinstance(norm, _BatchNorm) else None, ours[2])
+        behind = norm if isinstance(norm, _BatchNorm) else None
+        return cls(site, graph, chain, source, ours[0], theirs[0], behind, ours[2])
 
     def read(self, ours: Stream, theirs: Stream) -> Iterator[tuple[Tensor, Tensor]]:
         """What the layer sees, and what it is to give: the dense network's value, brought back through batch norm."""
-        others = ours.values(self.other) if self.other is not None else repeat(None)
-        for source, target, other in zip(ours.values(self.source), theirs.values(self.end), others, strict=False):
+        others = repeat(None) if self.other is None else ours.read(self.ours, self.other)
+        sources = ours.read(self.chain[0], self.source)
+        for source, target, other in zip(sources, theirs.values(self.end), others, strict=False):
             assert isinstance(source, Tensor)  # what a convolution or linear layer reads and gives
             assert isinstance(target, Tensor)
             wanted = target - other if isinstance(other, Tensor) else target
@@ -179,18 +188,19 @@ class _Aim:
     def write(self, sums: Sums, choice: Candidate, ridge: float) -> str:
         """Put the fit in the layer's place where it is better; what became of the layer's relative error."""
         name, dtype = self.site.name, self.site.weight.dtype
-        layer = replace(self.site.layer, bias=True)
+        layer = replace(self.site.layer, bias=sums.affine)
         slope = sums.fit(self.site.weight.flatten(1), ridge)
         weight = slope.reshape(layer.weight_shape).to(dtype)
         form = None if choice.decomposition == DENSE else make(Decomposition, choice.decomposition)
         if form is None:
             new = layer.build()
             owner(new).weight = nn.Parameter(weight)
-            owner(new).bias = nn.Parameter(sums.intercept(slope).to(dtype))
+            if sums.affine:
+                owner(new).bias = nn.Parameter(sums.intercept(slope).to(dtype))
         else:
             factors = form.factorize(layer, weight, choice.ranks, Moments(sums.moments()[0], sums.count))
             slope = form.reconstruct(layer, factors).flatten(1).double()
-            new = form.build(layer, choice.ranks, factors, sums.intercept(slope).to(dtype))
+            new = form.build(layer, choice.ranks, factors, sums.intercept(slope).to(dtype) if sums.affine else None)
         parent, leaf = parent_of(self.graph, name)
         old = getattr(parent, leaf)
         before, after = (sums.loss(*_effective(form, layer, module)) / sums.spread for module in (old, new))

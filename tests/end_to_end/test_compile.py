@@ -133,6 +133,43 @@ def test_the_state_of_another_compilation_is_not_taken(tmp_path):
     assert steps.names[0] == "calibrate"
 
 
+@pytest.mark.parametrize("other", ["inputs", "data", "nothing"])
+def test_nor_is_that_of_other_inputs_or_of_other_data(tmp_path, other):
+    x, data = torch.randn(2, 3, 8, 8), [tdcompile.Tensors(torch.randn(16, 3, 8, 8)) for _ in range(2)]
+    options = {"budget": {"macs": 0.6}, "workspace": tmp_path, "decompose": ("svd", "channel"), "tune": "none"}
+    with pytest.raises(KeyboardInterrupt):
+        tdcompile.compile(network(), x, data=data[0], watch=Steps(stop="factorize"), **options)
+    x, data = {
+        "inputs": (torch.randn(2, 3, 12, 12), tdcompile.Tensors(torch.randn(16, 3, 12, 12))),
+        "data": (x, data[1]),
+        "nothing": (x, data[0]),
+    }[other]
+    steps = Steps()
+    tdcompile.compile(network(), x, data=data, watch=steps, resume=True, **options)
+    assert steps.names[0] == ("factorize" if other == "nothing" else "calibrate")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "stop"),
+    [
+        ("attach-adapters,anneal{epochs=2,batch=16},detach-dense", "detach-dense"),
+        (
+            "propose{decompose=svd+channel},score{by=none},choose,factorize,finetune{epochs=1,batch=16,outputs=1.0}",
+            "finetune",
+        ),
+    ],
+)
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path, pipeline, stop):
+    options = {"data": points(), "budget": {"macs": 0.6}, "pipeline": pipeline}
+    whole = tdcompile.compile(network(), X, **options)
+    with pytest.raises(KeyboardInterrupt):
+        tdcompile.compile(network(), X, workspace=tmp_path, watch=Steps(stop=stop), **options)
+    steps = Steps()
+    resumed = tdcompile.compile(network(), X, workspace=tmp_path, watch=steps, resume=True, **options)
+    assert steps.names[0] == stop
+    assert resumed.onnx.read_bytes() == whole.onnx.read_bytes()
+
+
 def test_a_plan_edited_by_hand_is_followed(tmp_path):
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"layers": {"3": {"decomposition": "tucker2", "ranks": [8, 6]}}}))

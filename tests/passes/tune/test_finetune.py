@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+import tdcompile
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.kinds import progress
 from tdcompile.layer import Refusal
@@ -304,13 +305,6 @@ def test_in_bf16_the_dense_network_computes_in_bf16_and_the_loss_in_fp32() -> No
     torch.testing.assert_close(half, whole, rtol=0.02, atol=0.0)
 
 
-def test_outputs_that_are_no_classes_are_matched_by_squares() -> None:
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
-    batch = data(labelled=False).batch(range(8))
-    scores = torch.zeros(8, 1)
-    torch.testing.assert_close(Distillation(teacher, 4.0, 0.1)(scores, batch), teacher(*batch.inputs).square().mean())
-
-
 @pytest.mark.parametrize(
     ("shape", "augmented"),
     [((2, 3, 16, 16), "shift-flip"), ((2, 1, 32, 32), "shift"), ((2, 3, 8, 8), "none"), ((2, 32), "none")],
@@ -499,3 +493,35 @@ def test_trials_leave_the_start_alone_and_repeat_themselves() -> None:
 def test_a_rate_that_is_given_is_taken_untried() -> None:
     tuned = Finetune(epochs=1, batch=32, holdout=0.2, lr=0.004).run(program(data()))
     assert tuned.history[-1].what.endswith("rate 0.004")  # type: ignore[union-attr]
+
+
+class InPlace(nn.Module):
+    """A network that normalises what it is given in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.sub_(0.5).div_(0.25).flatten(1))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_dense_network_is_shown_what_the_compressed_one_saw(labelled: bool) -> None:
+    torch.manual_seed(0)
+    traced = tdcompile.trace(InPlace().eval(), (torch.zeros(2, 1, 8, 8),))
+    start = traced.with_(task=Task(data(labelled=labelled)))
+    after = replace(FAST, labels=0.0, lr=0.1, augment="none").run(start)
+    assert after.facts[Tuning].curve[-1].train_loss < 1e-6  # it learns from itself: there is nothing to learn
+    x = data().batch(range(8))
+    torch.testing.assert_close(after.graph(*x.copies()), start.graph(*x.copies()), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 4, 4), (6, 5, 7), (6, 1), (6,)])
+def test_answers_that_are_no_class_scores_are_brought_near_by_squares_over_their_energy(shape: tuple[int, ...]) -> None:
+    wanted = torch.randn(shape)
+    loss = Distillation(nn.Identity(), 4.0, 0.0)
+    given = wanted + 100.0  # a softmax over any axis with the same everywhere would not see it
+    expected = 1e4 / wanted.square().mean()
+    torch.testing.assert_close(loss(given, Batch((wanted,), None)), expected)
+    torch.testing.assert_close(loss(10 * given, Batch((10 * wanted,), None)), expected)

@@ -10,7 +10,8 @@ import tdcompile
 from tdcompile.errors import InputError
 from tdcompile.layer import Refusal
 from tdcompile.pipeline import Pipeline
-from tdcompile.program import Change, Program
+from tdcompile.program import Change, Program, parameters_of
+from tdcompile.ranks import RankPlan
 from tdcompile.surgery import outputs_of
 from tdcompile.task import Samples, Task, Tensors
 
@@ -135,3 +136,88 @@ def test_a_small_memory_reads_fewer_samples() -> None:
     assert distance(before, Pipeline.parse("refit{memory=1}").run(before)) < distance(before, before) * 2
     with pytest.raises(InputError, match="at least 1"):
         Pipeline.parse("refit{samples=0}")
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding, between layers without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(60, 24), nn.Linear(24, 60, bias=False)
+        self.head.weight = self.embedding.weight
+        self.wide, self.narrow = nn.Linear(24, 96, bias=False), nn.Linear(96, 24, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        return self.head(x + self.narrow(self.wide(x).relu()))
+
+
+def test_what_is_tied_stays_tied_and_no_parameter_is_added() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(60, (128, 7))
+    before = tdcompile.trace(Tied().eval(), (tokens[:2],)).with_(
+        budget=tdcompile.Budget(params=0.8), task=Task(Tensors(tokens))
+    )
+    before = Pipeline.parse(FACTORS.format("svd")).run(before)
+    after = Pipeline.parse("refit").run(before)
+    assert {e.layer for e in after.history if isinstance(e, Change) and e.step == "refit"} == {"wide", "narrow"}
+    assert parameters_of(after.graph) == parameters_of(before.graph) == before.facts[RankPlan].predicted.params
+    assert after.graph.get_submodule("head").weight is after.graph.get_submodule("embedding").weight
+    dense, ours, mended = (outputs_of(g, (tokens,))[0] for g in (before.dense, before.graph, after.graph))
+    assert (mended - dense).norm() < (ours - dense).norm()
+
+
+class ReadAgain(nn.Module):
+    """The input of an in-place activation is read again: what the shortcut carries has been through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.again, self.fc = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 5)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = self.body(self.relu(x))
+        y = x + y
+        return self.fc((y + self.again(self.relu(y))).mean((2, 3)))
+
+
+class ThroughAView(ReadAgain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = self.relu(x.flatten(2)).reshape(x.shape)
+        return self.fc((x + self.again(self.body(y))).mean((2, 3)))
+
+
+def test_a_value_that_is_read_after_it_was_changed_in_place() -> None:
+    torch.manual_seed(0)
+    before = program(ReadAgain(), "channel")
+    after = Pipeline.parse("refit{samples=200}").run(before)
+    assert distance(before, after) < 0.9 * distance(before, before)
+    torch.manual_seed(0)
+    before = program(ThroughAView(), "channel")
+    after = Pipeline.parse("refit{samples=200}").run(before)
+    assert [e.code for e in after.history if isinstance(e, Refusal) and "refit" in e.reason] == ["in_place"]
+    assert all(torch.equal(a, b) for a, b in zip(after.graph.parameters(), before.graph.parameters(), strict=True))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(x)[:, 0])
+
+
+def test_layers_that_see_the_tokens_first_are_fitted_to_any_number_of_samples() -> None:
+    torch.manual_seed(0)
+    before = tdcompile.trace(Encoder().eval(), (torch.randn(2, 17, 32),)).with_(
+        budget=tdcompile.Budget(macs=0.6), task=Task(Tensors(torch.randn(129, 17, 32)))
+    )
+    before = Pipeline.parse(FACTORS.format("svd")).run(before)
+    after = Pipeline.parse("refit").run(before)  # a last batch of one sample
+    x = torch.randn(64, 17, 32)
+    dense, ours, mended = (outputs_of(g, (x,))[0] for g in (before.dense, before.graph, after.graph))
+    assert (mended - dense).norm() < (ours - dense).norm()
