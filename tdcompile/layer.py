@@ -233,6 +233,7 @@ class TransposedConv(nn.Module):
         self.kernel_size, self.stride, self.dilation = layer.kernel, layer.stride, layer.dilation
         self.padding, self.output_padding = tuple(before for before, _ in layer.padding), layer.output_padding
         self.weight = nn.Parameter(torch.empty(layer.weight_shape))
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.empty(layer.out_channels)) if layer.bias else None)
 
     @property

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
 from tdcompile.attribution import layer_seconds
 from tdcompile.calibration import Baseline
+from tdcompile.decomposition import Decomposition
 from tdcompile.export import Exported, export_onnx, restamp
 from tdcompile.inference import folded, timing_inputs
-from tdcompile.program import Program, sites_of
-from tdcompile.ranks import RankPlan
+from tdcompile.layer import Layer
+from tdcompile.program import Program, Site, parameters_of, sites_of
+from tdcompile.ranks import DENSE, RankPlan
+from tdcompile.registry import make
 from tdcompile.runtime import Timing, time_models
 from tdcompile.surgery import outputs_of
 from tdcompile.task import accuracy
 from tdcompile.validate import Parity, check_parity
+
+
+class Part(NamedTuple):
+    """What one module computes: the layer of each of its calls, and its parameters."""
+
+    calls: Sequence[Layer]
+    params: int
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,8 @@ class MeasuredNetwork:
     """One of the two networks, measured.
 
     Attributes:
-        macs: of one sample, in convolutions and linear layers.
+        parts: the convolutions and linear layers that compute it, by the names of their modules.
+        macs: of one sample, in those.
         layer_seconds: of each layer of the dense network, inside this model's graph.
         accuracy: on the test samples; None without labels.
     """
@@ -34,6 +46,7 @@ class MeasuredNetwork:
     module: fx.GraphModule
     exported: Exported
     params: int
+    parts: Mapping[str, Part]
     macs: int
     parity: Parity
     timing: Timing
@@ -87,22 +100,42 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
     ]
     timings = time_models(paths, inputs, program.target, seconds=seconds)
     task = program.task
+    dense_parts = _parts(sites_of(dense_graph, program.inputs))
+    parts = _compiled_parts(program, compiled_graph, dense_parts)
     networks = [
         MeasuredNetwork(
             module=graph,
             exported=exported,
             params=sum(p.numel() for p in graph.parameters()),
-            macs=sum(call.macs for site in sites_of(graph, program.inputs).values() for call in site.calls),
+            parts=layers,
+            macs=sum(call.macs for part in layers.values() for call in part.calls),
             parity=parity,
             timing=timing,
             layer_seconds=layer_seconds(exported.path, names, inputs, program.target) if names else {},
             accuracy=accuracy(graph, task.test, task.evaluate),
         )
-        for graph, exported, parity, timing in zip(
-            (dense_graph, compiled_graph), exports, parities, timings, strict=True
+        for graph, layers, exported, parity, timing in zip(
+            (dense_graph, compiled_graph), (dense_parts, parts), exports, parities, timings, strict=True
         )
     ]
     return Outcome(networks[0], networks[1], _approximation(dense_graph, compiled_graph, program))
+
+
+def _parts(found: Mapping[str, Site]) -> dict[str, Part]:
+    return {name: Part(site.calls, site.layer.params) for name, site in found.items()}
+
+
+def _compiled_parts(program: Program, graph: fx.GraphModule, before: Mapping[str, Part]) -> dict[str, Part]:
+    """With those inside forms that compute by a module of their own, ``tt-linear`` for one, as their blueprints say."""
+    known, plan = _parts(sites_of(graph, program.inputs)), program.facts.get(RankPlan)
+    found: dict[str, Part] = {}
+    for name, choice in (plan.choices if plan else {}).items():
+        seen = any(own == name or own.startswith(f"{name}.") for own in known)
+        if choice.decomposition != DENSE and not seen:
+            form = make(Decomposition, choice.decomposition)
+            calls = [part for call in before[name].calls for part in form.blueprint(call, choice.ranks)]
+            found[name] = Part(calls, parameters_of(graph.get_submodule(name)))
+    return {**known, **found}
 
 
 def _known(program: Program, path: Path, stamp: Mapping[str, str]) -> Exported | None:

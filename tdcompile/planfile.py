@@ -9,6 +9,7 @@ from pathlib import Path
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError, nearest
 from tdcompile.layer import Refusal
+from tdcompile.pricing import Prices
 from tdcompile.program import Program, Site, kept_dense, sites
 from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.registry import make
@@ -17,6 +18,9 @@ from tdcompile.target import Cost
 
 def adopt(program: Program, path: Path) -> Program:
     """The program with the plan of a file as a fact; layers that it does not mention stay dense.
+
+    Costs are counted anew. The error of a choice is the file's where its cost is the file's too, as then the ranks are;
+    else, as where the file gives neither, that of the weight alone.
 
     Raises:
         InputError: no such file, no plan in it, or the plan is for another network: it names a layer that is not
@@ -27,24 +31,42 @@ def adopt(program: Program, path: Path) -> Program:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the plan {path} cannot be read: {error}") from error
     plan, found = RankPlan.from_json(text, str(path)), sites(program)
-    kept = kept_dense(program, found)
+    kept, prices = kept_dense(program, found), Prices(program)
     for name in plan.choices:
         if name not in found:
             raise InputError(f"{path} is for another network: it has no layer '{name}'; {nearest(name, found)}")
     reasons = dict(plan.reasons)
     choices = {}
     for name, site in found.items():
-        choice = plan.choices.get(name, Candidate(DENSE, (), 0.0, Cost()))
+        dense = Candidate(DENSE, (), 0.0, prices.layers[name])
+        choice = plan.choices.get(name, dense)
         if name in program.keep_dense:
-            choice = replace(choice, decomposition=DENSE, ranks=())
+            choice = dense
             reasons[name] = Refusal(name, "excluded_by_user", program.keep_dense[name])
         elif choice.decomposition != DENSE:
-            check(site, choice, kept)
+            choice = _counted(site, choice, check(site, choice, kept), prices)
             reasons.pop(name, None)
-        elif name not in reasons:
-            reasons[name] = Refusal(name, "dense_in_plan", f"{path.name} leaves it dense")
+        else:
+            choice = dense
+            reasons.setdefault(name, Refusal(name, "dense_in_plan", f"{path.name} leaves it dense"))
         choices[name] = choice
+    spent = prices.network({name: choice.cost for name, choice in choices.items()})
+    if not _same(spent, plan.predicted):  # what was measured of another plan says nothing of this one
+        plan = replace(plan, predicted=spent, dense=prices.dense)
     return program.with_(facts=program.facts.having(replace(plan, choices=choices, reasons=reasons)))
+
+
+def _counted(site: Site, choice: Candidate, form: Decomposition, prices: Prices) -> Candidate:
+    """The choice with the cost and the error of its own ranks."""
+    cost = prices.at(site.name, form, choice.ranks)
+    if _same(cost, choice.cost):
+        return choice
+    (error,) = form.errors(site.layer, site.weight, [choice.ranks], None)
+    return replace(choice, error=error, cost=cost, modes=form.modes)
+
+
+def _same(cost: Cost, other: Cost) -> bool:
+    return (cost.macs, cost.params) == (other.macs, other.params)
 
 
 def check(site: Site, choice: Candidate, kept: Mapping[str, Refusal]) -> Decomposition:

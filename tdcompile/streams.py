@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -117,7 +118,7 @@ def follows(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:
     """
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
     stream = Stream(graph, [tuple(x.clone() for x in inputs)])
-    values = {node: stream.read(output, node)[0] for node in output.all_input_nodes}
+    values: dict[fx.Node, Any] = {node: stream.read(output, node)[0] for node in output.all_input_nodes}
     given = tensors_in(fx.node.map_arg(output.args[0], values.__getitem__))
     return all(
         torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()), equal_nan=True)

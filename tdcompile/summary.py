@@ -8,8 +8,8 @@ from typing import Any
 
 from tdcompile.calibration import Rehearsal
 from tdcompile.layer import Refusal
-from tdcompile.outcome import MeasuredNetwork, Outcome
-from tdcompile.program import Program, Site, sites_of
+from tdcompile.outcome import MeasuredNetwork, Outcome, Part
+from tdcompile.program import Program, sites_of
 from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.recipes import Recipe
 from tdcompile.report import (
@@ -121,29 +121,27 @@ def _predicted(plan: RankPlan | None, dense: MeasuredNetwork) -> float | None:
 
 def _rows(program: Program, plan: RankPlan | None, outcome: Outcome) -> Iterator[LayerRow]:
     """One row a layer of the dense network, in the order of its first call."""
-    before = sites_of(outcome.dense.module, program.inputs)
-    after = sites_of(outcome.compiled.module, program.inputs)
-    for name, site in before.items():
+    for name, whole in outcome.dense.parts.items():
         choice = plan.choices.get(name) if plan else None
-        parts = [part for found, part in after.items() if found == name or found.startswith(f"{name}.")]
+        parts = [part for own, part in outcome.compiled.parts.items() if own == name or own.startswith(f"{name}.")]
         known = plan.reasons.get(name) if plan else None
         yield LayerRow(
             name=name,
             decomposition=choice.decomposition if choice else DENSE,
             ranks=choice.ranks if choice else (),
             error=choice.error if choice else 0.0,
-            macs_before=_macs([site]),
+            macs_before=_macs([whole]),
             macs_after=_macs(parts),
-            params_before=site.layer.params,
-            params_after=sum(part.layer.params for part in parts),
+            params_before=whole.params,
+            params_after=sum(part.params for part in parts),
             ms_before=_milliseconds(outcome.dense, name),
             ms_after=_milliseconds(outcome.compiled, name),
             refusal=_reason(choice, known),
         )
 
 
-def _macs(sites: Sequence[Site]) -> int:
-    return sum(call.macs for site in sites for call in site.calls)
+def _macs(parts: Sequence[Part]) -> int:
+    return sum(call.macs for part in parts for call in part.calls)
 
 
 def _milliseconds(network: MeasuredNetwork, name: str) -> float | None:

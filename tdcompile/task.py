@@ -153,7 +153,7 @@ def _digest(batch: Batch) -> str:
     content = hashlib.sha256(repr(None if batch.labels is None else batch.labels.tolist()).encode())
     for x in batch.inputs:
         content.update(f"{x.dtype}{tuple(x.shape)}".encode())
-        content.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return content.hexdigest()
 
 

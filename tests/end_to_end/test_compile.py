@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import tdcompile
 from tdcompile.compiler import Compiled
@@ -176,6 +177,41 @@ def test_a_plan_edited_by_hand_is_followed(tmp_path):
     made = tdcompile.compile(network(), X, plan=str(plan), budget={"macs": 1.0})
     assert made.module.get_submodule("3.1").weight.shape == (8, 6, 3, 3)
     assert [layer.refusal.code for layer in made.report.layers if layer.refusal] == ["dense_in_plan"] * 2
+    assert made.plan.predicted.macs == made.report.compiled.macs < made.plan.dense.macs == made.report.dense.macs
+    first, core, last = (made.module.get_submodule(f"3.{place}").weight.flatten(1) for place in range(3))
+    weight, core = network()[3].weight.flatten(1), core.reshape(8, 6, 9)
+    found = torch.einsum("to,oik,ic->tck", last, core, first).flatten(1)
+    error = float((found - weight).detach().norm() / weight.detach().norm())
+    assert made.report.layers[1].error == pytest.approx(error, rel=0.05)  # what proposing it would have estimated
+
+
+def test_the_figures_of_a_plan_are_those_of_the_ranks_it_has_now(tmp_path):
+    options = {"data": points(), "budget": {"macs": 0.5}, "tune": "none"}
+    made, plan = tdcompile.compile(network(), X, **options), tmp_path / "plan.json"
+    plan.write_text(made.plan.to_json())
+    again = tdcompile.compile(network(), X, **options, plan=str(plan))
+    assert (again.plan.choices, again.plan.predicted) == (made.plan.choices, made.plan.predicted)
+    document = json.loads(made.plan.to_json())
+    name = next(name for name, entry in document["layers"].items() if entry["decomposition"] != "dense")
+    document["layers"][name]["ranks"] = [1 for _ in document["layers"][name]["ranks"]]
+    plan.write_text(json.dumps(document))
+    edited = tdcompile.compile(network(), X, **options, plan=str(plan))
+    assert edited.plan.choices[name].error > made.plan.choices[name].error
+    assert edited.plan.predicted.macs == edited.report.compiled.macs < made.plan.predicted.macs
+
+
+def test_the_cores_of_a_tensor_train_are_counted(tmp_path):
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    made = tdcompile.compile(wide, torch.randn(2, 64), budget={"macs": 0.5}, decompose=("tt-linear",), tune="none")
+    report = made.report
+    assert {layer.decomposition for layer in report.layers} == {"tt-linear"}
+    assert report.compiled.macs == sum(layer.macs_after for layer in report.layers) == made.plan.predicted.macs
+    assert report.compiled.params == sum(layer.params_after for layer in report.layers) == made.plan.predicted.params
+    counter = FlopCounterMode(display=False)
+    with counter:
+        made.module(torch.randn(3, 64))
+    assert counter.get_total_flops() == 3 * 2 * report.compiled.macs
 
 
 @pytest.mark.parametrize(

@@ -511,8 +511,8 @@ def test_the_dense_network_is_shown_what_the_compressed_one_saw(labelled: bool) 
     torch.manual_seed(0)
     traced = tdcompile.trace(InPlace().eval(), (torch.zeros(2, 1, 8, 8),))
     start = traced.with_(task=Task(data(labelled=labelled)))
-    after = replace(FAST, labels=0.0, lr=0.1, augment="none").run(start)
-    assert after.facts[Tuning].curve[-1].train_loss < 1e-6  # it learns from itself: there is nothing to learn
+    after = replace(FAST, labels=0.0, lr=0.001, augment="none").run(start)
+    assert abs(after.facts[Tuning].curve[-1].train_loss) < 1e-6  # it learns from itself: there is nothing to learn
     x = data().batch(range(8))
     torch.testing.assert_close(after.graph(*x.copies()), start.graph(*x.copies()), atol=1e-4, rtol=1e-4)
 
