@@ -75,12 +75,17 @@ class Checkpoint:
         state = {"key": self.key, "done": done, "facts": facts, "history": history, "seconds": seconds}
         state["before_tuning"] = before_tuning
         (draft / "state.json").write_text(json.dumps(state))
-        shutil.rmtree(self.folder / "state", ignore_errors=True)
-        draft.rename(self.folder / "state")
+        state_folder, former = self.folder / "state", self.folder / "state.former"
+        shutil.rmtree(former, ignore_errors=True)
+        if state_folder.exists():
+            state_folder.rename(former)
+        draft.rename(state_folder)  # until here ``restore`` finds the former one
+        shutil.rmtree(former, ignore_errors=True)
 
     def restore(self, program: Program) -> tuple[Program, int, dict[str, float], float | None] | None:
         """The program as it was saved, the steps done, and the rest; None where there is no state of this run."""
         folder = self.folder / "state"
+        folder = folder if folder.exists() else self.folder / "state.former"
         try:
             state = json.loads((folder / "state.json").read_text())
             if state["key"] != self.key:

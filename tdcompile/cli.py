@@ -196,4 +196,5 @@ def _failure(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ImportError):
         return UNAVAILABLE, f"error: {error}; 'tdcompile doctor' looks the installation over"
     said = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    said += "".join(f", {note}" for note in getattr(error, "__notes__", ()))
     return TdcompileError.exit_code, f"error: {said}; run again with -v for the traceback"

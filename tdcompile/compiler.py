@@ -34,9 +34,10 @@ from tdcompile.ranks import RankPlan
 from tdcompile.recipes import Recipe, known_beside, load_recipe
 from tdcompile.report import Report, render_html
 from tdcompile.runtime import open_session
+from tdcompile.spec import split
 from tdcompile.summary import Run, summarise
 from tdcompile.surgery import evaluating, outputs_of
-from tdcompile.target import Target
+from tdcompile.target import Budget, Target
 from tdcompile.task import Task, accuracy
 from tdcompile.tracing import trace
 from tdcompile.tuning import key_of
@@ -105,8 +106,8 @@ def compile(  # the field's word, as in torch.compile
     inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
     *,
     data: Task | Given = None,
-    recipe: str | Recipe | None = None,
-    workspace: Path | None = None,
+    recipe: str | Path | Recipe | None = None,
+    workspace: str | Path | None = None,
     resume: bool = False,
     watch: Watch | None = None,
     **options: Any,
@@ -117,8 +118,8 @@ def compile(  # the field's word, as in torch.compile
         module: the network; it is not changed.
         inputs: example inputs: a tensor, ``forward``'s arguments in order, or a mapping of them by name.
         data: training samples, or a pair of (training, test) samples: as a torch ``Dataset`` or ``DataLoader``, arrays
-            ``(x, y)``, ``Samples``, or a text as of ``--data`` (see ``data.given``); or a ``Task``. Everything runs
-            without.
+            ``(x, y)``, ``Samples``, or a text as of ``--data`` (see ``data.given``); or a ``Task``. None takes what the
+            recipe names; everything but training runs without.
         recipe: a shipped recipe's name, a TOML file, or a ``Recipe``; ``options`` override it.
         workspace: a folder that keeps the state between passes, until the result is saved; none by default.
         resume: go on from the state in the workspace where it is of this very compilation.
@@ -133,13 +134,19 @@ def compile(  # the field's word, as in torch.compile
     """
     start = time.perf_counter()
     chosen = resolve(recipe, options)
+    if not isinstance(recipe, Recipe) and (lost := [name for name in ("weights", "input") if getattr(chosen, name)]):
+        raise InputError(
+            f"'{lost[0]}' is for the command: here the network and its example inputs are given themselves"
+        )
     pipeline = chosen.steps()
     with evaluating(module):  # a network that cannot be copied is traced itself
-        program = prepare(module, inputs, data, chosen)
+        program = prepare(module, inputs, chosen.data if data is None else data, chosen)
         pipeline.check(program.facts)
+        _check_trainable(pipeline, program)
         folder = Path(tempfile.mkdtemp(prefix="tdcompile-"))
         try:
-            compiled = _compiled(program, chosen, pipeline, folder, workspace, resume, watch or Silent(), start)
+            home = None if workspace is None else Path(workspace)
+            compiled = _compiled(program, chosen, pipeline, folder, home, resume, watch or Silent(), start)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -186,16 +193,29 @@ def _compiled(
     return Compiled(module, report, program.facts[RankPlan], where, driver.checkpoint)
 
 
-def resolve(recipe: str | Recipe | None, options: Mapping[str, Any]) -> Recipe:
+def resolve(recipe: str | Path | Recipe | None, options: Mapping[str, Any]) -> Recipe:
     """One recipe out of a recipe and the options that override it.
 
     Raises:
         InputError: an unknown recipe or option, or a value of the wrong kind.
     """
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    given = {key: _plain(key, value) for key, value in options.items()}
     if isinstance(recipe, Recipe):
         return load_recipe(None, {**known_beside(recipe.model_dump(), given), **given})
-    return load_recipe(recipe, given)
+    return load_recipe(None if recipe is None else str(recipe), given)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An option as a recipe holds it: a text for a list is one as of the flag, a path and a budget are taken too."""
+    if isinstance(value, Budget):
+        return value.shares
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str) and name == "budget":
+        return Budget.parse([value]).shares
+    if isinstance(value, str) and name in ("decompose", "keep_dense", "dynamic"):
+        return tuple(split(value))
+    return tuple(value) if isinstance(value, list) else value
 
 
 def prepare(
@@ -221,6 +241,7 @@ def prepare(
     task = replace(task, train=train, test=test)
     program = program.with_(task=task, target=target, budget=budget, seed=recipe.seed)
     program = program.with_(keep_dense=_kept(program, recipe.keep_dense))
+    _check_samples(program)
     _check_labels(program)
     return adopt(program, Path(recipe.plan)) if recipe.plan else program
 
@@ -303,6 +324,32 @@ def _kept(program: Program, patterns: Sequence[str]) -> dict[str, str]:
     return kept
 
 
+def _check_trainable(pipeline: Pipeline, program: Program) -> None:
+    """Who asks for training is to have something to train on.
+
+    Raises:
+        InputError: there is a pass that trains, and there are no training samples.
+    """
+    trains = next((step.name for step in pipeline.steps if isinstance(step, TunePass) and step.trains), None)
+    if trains and program.task.train is None:
+        raise InputError(f"'{trains}' trains, and there is nothing to train on: give data")
+
+
+def _check_samples(program: Program) -> None:
+    """A sample is to have as many parts as the network has example inputs.
+
+    Raises:
+        InputError: it has fewer or more.
+    """
+    for samples, what in ((program.task.train, "training"), (program.task.test, "test")):
+        if samples is not None and len(samples):
+            count = len(next(samples.batches(1, limit=1)).inputs)
+            if count != len(program.inputs):
+                raise InputError(
+                    f"a {what} sample has {count} input(s), and the network was given {len(program.inputs)}"
+                )
+
+
 def _check_labels(program: Program) -> None:
     """Labels must be classes that the network has.
 
@@ -340,9 +387,10 @@ def _stamp(program: Program) -> str:
 
 
 def _key(program: Program, recipe: Recipe) -> str:
-    """What makes two compilations the same one: recipe, network, weights, example inputs, data."""
-    task = program.task
+    """What makes two compilations the same one: recipe, network, weights, example inputs, data, a given plan."""
+    task, plan = program.task, program.facts.get(RankPlan)
     inputs = [(tuple(x.shape), str(x.dtype)) for x in program.inputs]
     data = [samples.fingerprint() for samples in (task.train, task.test) if samples is not None and len(samples)]
-    facts = [recipe.model_dump_json(), program.dense.code, inputs, str(program.axes), task.source, data]
+    facts: list[object] = [recipe.model_dump_json(), program.dense.code, inputs, str(program.axes), task.source, data]
+    facts.append(plan.to_json() if plan else None)
     return key_of([program.dense], *facts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -43,6 +44,16 @@ class UnavailableError(TdcompileError):
     """This environment cannot do what was asked: a provider or a package is missing."""
 
     exit_code: ClassVar[int] = 5
+
+
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Notes on any failure inside where it happened: a plug-in's own error names neither the plug-in nor the layer."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(what)
+        raise
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tdcompile.cell import Bench, Load, Point, Subject
 from tdcompile.correlation import taus
 from tdcompile.crew import Outcomes, Work, in_turn, over_processes, over_ray
+from tdcompile.data import Given
+from tdcompile.data import given as samples_of
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError, TdcompileError, nearest
 from tdcompile.findings import Cell, Failure, Findings, Omission
@@ -102,7 +104,7 @@ class Grid:
 def study(
     module: nn.Module,
     inputs: Sequence[Tensor] | Tensor,
-    data: Task,
+    data: Task | Given,
     *,
     methods: Sequence[str] = METHODS,
     compressions: Sequence[float] = COMPRESSIONS,
@@ -127,7 +129,8 @@ def study(
     Args:
         module: the network; it is not changed.
         inputs: example inputs in the order of ``forward``'s arguments.
-        data: training samples and labelled test samples; ``calibrate`` and ``evaluate`` say how many are read.
+        data: training samples and labelled test samples, as ``compile`` takes them; a ``Task`` whose ``calibrate`` and
+            ``evaluate`` say how many are read, or a pair or a text of which 1,024 and all are.
         methods: decompositions by name.
         compressions: shares of a layer's weights to remove.
         layers: patterns of layer names; by default all but the first and the last.
@@ -144,6 +147,9 @@ def study(
         UnavailableError: Ray is not installed.
     """
     given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    if not isinstance(data, Task):
+        name = data if isinstance(data, str) else "given"
+        data = Task(*samples_of(data, tuple(given[0].shape[1:])), source=name)
     grid = Grid(tuple(methods), tuple(compressions), tuple(layers), seeds, seed, tune)
     load = partial(_given, Subject(module, given, data))
     return run(load, grid, source=type(module).__name__, out=out, jobs=jobs, ray=ray, resume=resume, told=told)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from tdcompile.errors import InputError
+from tdcompile.errors import InputError, during
 from tdcompile.facts import Facts
 from tdcompile.kinds import Pass, progress
 from tdcompile.program import Program
@@ -110,7 +110,7 @@ def run_step(step: Pass, program: Program, watch: Watch, position: int = 0, of: 
     token = progress.set(lambda done, total, note: watch.advanced(step, done, total, note))
     start = time.perf_counter()
     try:
-        with separate_attention():
+        with separate_attention(), during(f"in the pass '{step.name}'"):
             program = step.run(program)
     finally:
         progress.reset(token)

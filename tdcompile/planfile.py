@@ -31,11 +31,11 @@ def adopt(program: Program, path: Path) -> Program:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the plan {path} cannot be read: {error}") from error
     plan, found = RankPlan.from_json(text, str(path)), sites(program)
-    kept, prices = kept_dense(program, found), Prices(program)
+    kept = kept_dense(program, found)
     for name in plan.choices:
         if name not in found:
             raise InputError(f"{path} is for another network: it has no layer '{name}'; {nearest(name, found)}")
-    reasons = dict(plan.reasons)
+    prices, reasons = Prices(program), dict(plan.reasons)
     choices = {}
     for name, site in found.items():
         dense = Candidate(DENSE, (), 0.0, prices.layers[name])

@@ -24,6 +24,11 @@ class Plugin:
     """
 
     name: ClassVar[str] = ""
+    defined: ClassVar[int] = 0  # classes so far: what has been listed is out of date once there are more
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Plugin.defined += 1
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> Self:
@@ -54,6 +59,10 @@ class Plugin:
             if value != default:
                 options[field.name] = _text(value)
         return Spec(self.name, options)
+
+    def told(self) -> str:
+        """Its text form and where it comes from, for messages."""
+        return f"'{self.spec()}' of {type(self).__module__}"
 
     @classmethod
     def summary(cls) -> str:

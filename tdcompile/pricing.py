@@ -18,7 +18,6 @@ class Prices:
 
     Attributes:
         dense: what the dense network costs.
-        limits: the most that a plan may cost, by field.
     """
 
     def __init__(self, program: Program) -> None:
@@ -31,7 +30,16 @@ class Prices:
         known = total(list(self.layers.values()))
         self.dense = replace(known, params=float(parameters_of(program.dense)))
         self._rest = self.dense - known
-        self.limits = program.budget.limits(self.dense)
+        self._budget = program.budget
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The most that a plan may cost, by field.
+
+        Raises:
+            InputError: the budget limits nothing.
+        """
+        return self._budget.limits(self.dense)
 
     def of(self, chain: Sequence[Layer]) -> Cost:
         """Of layers in a row."""

@@ -142,10 +142,16 @@ class RankPlan(Fact):
             ) from error
 
 
+def _ranks(value: Any) -> Ranks:
+    if not isinstance(value, list | tuple) or not all(type(rank) is int for rank in value):
+        raise TypeError(f"'ranks' is a list of whole numbers, not {value!r}")
+    return tuple(value)
+
+
 def _candidate(entry: Mapping[str, Any]) -> Candidate:
     return Candidate(
         decomposition=str(entry["decomposition"]),
-        ranks=tuple(int(rank) for rank in entry.get("ranks", ())),
+        ranks=_ranks(entry.get("ranks", ())),
         error=float(entry.get("error", 0.0)),
         cost=Cost(**entry.get("cost", {})),
         modes=tuple(entry.get("modes", ())),

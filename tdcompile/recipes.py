@@ -27,7 +27,7 @@ class Recipe(BaseModel):
     """All options of a compilation; the names are those of the command's flags.
 
     Attributes:
-        budget: shares of the dense cost that may be kept, by name.
+        budget: shares of the dense cost that may be kept, by name; beside a plan the default is none.
         decompose: decompositions to consider; ``("auto",)`` is all of them.
         tune: ``none``, or options of the pass ``finetune``, e.g. ``epochs=5,lr=0.02``; of a pipeline of one's own those
             of the passes that train. None leaves such a pipeline as it is, and is ``none`` without one.
@@ -68,6 +68,8 @@ class Recipe(BaseModel):
         Raises:
             InputError: it limits nothing, or a share is outside (0, 1].
         """
+        if self.plan is not None and not self.budget:
+            return Budget()
         return Budget.parse([f"{name}={share}" for name, share in self.budget.items()])
 
     def device(self) -> Target:
@@ -171,6 +173,8 @@ def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
     """
     options = {**known_beside(_read(name) if name else {}, overrides), **overrides}
     options.pop("description", None)
+    if options.get("plan") is not None:
+        options.setdefault("budget", {})
     for key in options:
         if key not in Recipe.model_fields:
             raise InputError(f"a recipe has no option '{key}': {nearest(key, Recipe.model_fields)}")

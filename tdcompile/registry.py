@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import TypeVar
@@ -24,7 +24,8 @@ P = TypeVar("P", bound=Plugin)
 def find(kind: type[P]) -> dict[str, type[P]]:
     """Every registered plug-in of a kind, by name, sorted; ``find(Decomposition)["tucker2"]``.
 
-    A score and a selector may share a name; two plug-ins of one kind may not.
+    A class counts from its definition on; one that is defined again, in the same module by the same name, takes the
+    former one's place. A score and a selector may share a name; two plug-ins of one kind may not.
 
     Raises:
         TdcompileError: two classes of this kind have one name.
@@ -33,10 +34,10 @@ def find(kind: type[P]) -> dict[str, type[P]]:
     for plugin in _all():
         if not issubclass(plugin, kind):
             continue
-        if plugin.name in found:
-            raise TdcompileError(
-                f"two plug-ins are called '{plugin.name}': {found[plugin.name].__module__} and {plugin.__module__}"
-            )
+        known = found.get(plugin.name)
+        again = known is not None and _place(known) == _place(plugin)  # a cell of a notebook that was run again
+        if known is not None and not again:
+            raise TdcompileError(f"two plug-ins are called '{plugin.name}': {known.__module__} and {plugin.__module__}")
         found[plugin.name] = plugin
     return dict(sorted(found.items()))
 
@@ -69,15 +70,28 @@ def _called(kind: type[Plugin]) -> str:
     )
 
 
-@cache
 def _all() -> tuple[type[Plugin], ...]:
-    """Every concrete plug-in class: those with a ``name`` of their own."""
+    """Every concrete plug-in class, in the order of their definition: those with a ``name`` of their own."""
+    _import_all()
+    return _listed(Plugin.defined)
+
+
+@lru_cache(maxsize=1)
+def _listed(defined: int) -> tuple[type[Plugin], ...]:
+    return tuple(plugin for plugin in _subclasses(Plugin) if vars(plugin).get("name"))
+
+
+def _place(plugin: type[Plugin]) -> tuple[str, str]:
+    return plugin.__module__, plugin.__qualname__
+
+
+@cache
+def _import_all() -> None:
     for package in PACKAGES:
         for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
             importlib.import_module(module.name)
     for point in entry_points(group=ENTRY_POINTS):
         _import_foreign(point.value, point.dist.name if point.dist else point.name)
-    return tuple(plugin for plugin in _subclasses(Plugin) if vars(plugin).get("name"))
 
 
 def _import_foreign(target: str, distribution: str) -> ModuleType | None:
@@ -90,8 +104,9 @@ def _import_foreign(target: str, distribution: str) -> ModuleType | None:
 
 
 def refresh() -> None:
-    """Look again: a plug-in class was defined after the first look."""
-    _all.cache_clear()
+    """Look for packages of plug-ins again: one was installed after the first look."""
+    _import_all.cache_clear()
+    _listed.cache_clear()
 
 
 def _subclasses(kind: type[Plugin]) -> list[type[Plugin]]:

@@ -56,6 +56,10 @@ class Call:
         Raises:
             InputError: ``forward`` does not take such arguments, or there is no tensor in them.
         """
+        if inputs is None:
+            raise InputError(
+                "give example inputs: a tensor, forward's arguments in order, or a mapping of them by name"
+            )
         signature = inspect.signature(module.forward)
         given: tuple[Any, ...] = ()
         named: dict[str, Any] = {}

@@ -72,20 +72,21 @@ LIMITED = {"latency": "seconds", "macs": "macs", "params": "params"}
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be kept of the dense network, each a share in (0, 1]; None does not limit."""
+    """What may be kept of the dense network, each a share in (0, 1]; None does not limit.
+
+    One without any share is that of a plan which is given: nothing is chosen under it.
+    """
 
     latency: float | None = None
     macs: float | None = None
     params: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError where nothing is limited or a share is outside (0, 1]."""
+        """Raises InputError where a share is outside (0, 1]."""
         for name in LIMITED:
             share = getattr(self, name)
             if share is not None and not 0.0 < share <= 1.0:
                 raise InputError(f"budget {name}={share} is not a share in (0, 1]: 0.5 keeps half of the dense {name}")
-        if not self.shares:
-            raise InputError(f"the budget limits nothing: give at least one of {', '.join(LIMITED)}, e.g. latency=0.5")
 
     @classmethod
     def parse(cls, parts: Sequence[str]) -> Budget:
@@ -113,7 +114,13 @@ class Budget:
         return {name: share for name in LIMITED if (share := getattr(self, name)) is not None}
 
     def limits(self, dense: Cost) -> dict[str, float]:
-        """The most that each field of ``Cost`` may reach, given what the dense network costs."""
+        """The most that each field of ``Cost`` may reach, given what the dense network costs.
+
+        Raises:
+            InputError: nothing is limited.
+        """
+        if not self.shares:
+            raise InputError(f"the budget limits nothing: give at least one of {', '.join(LIMITED)}, e.g. latency=0.5")
         return {LIMITED[name]: share * getattr(dense, LIMITED[name]) for name, share in self.shares.items()}
 
     def __str__(self) -> str:

@@ -114,3 +114,24 @@ def test_a_place_that_cannot_be_written_is_one_sentence(programs: tuple[Program,
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be kept in"):
         Checkpoint(tmp_path / "file" / "state", "key").save(programs[1], 1, {}, None)
+
+
+def test_a_state_is_there_at_every_moment_of_a_save(
+    programs: tuple[Program, Program], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, rename, removed = Checkpoint(tmp_path, "key"), Path.rename, []
+    checkpoint.save(programs[0], 1, {}, None)
+
+    def renamed(self: Path, to: Path) -> Path:
+        found = checkpoint.restore(programs[0])
+        assert found is not None
+        removed.append(found[1])
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    checkpoint.save(programs[0], 2, {}, None)
+    assert removed == [1, 1]
+    restored = checkpoint.restore(programs[0])
+    assert restored is not None
+    assert restored[1] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]

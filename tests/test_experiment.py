@@ -135,6 +135,16 @@ def test_layers_that_are_named_may_be_the_first_and_the_last(subject: tuple[nn.S
     assert [(cell.layer, cell.method) for cell in found.cells] == [("0", "tucker2"), ("9", "svd")]
 
 
+def test_data_may_be_a_pair_or_a_text(subject: tuple[nn.Sequential, Tensor, Task], trained: Path) -> None:
+    net, inputs, task = subject
+    text, pair = (
+        tdcompile.study(net, inputs, data, methods=("tt",), compressions=(0.5,), layers=("2",)).cells
+        for data in (f"npz:{trained / 'd.npz'}", (task.train, task.test))
+    )
+    (one,), (other,) = timeless(text), timeless(pair)
+    assert one | {"key": other["key"]} == other  # the key knows where the data came from
+
+
 def test_tuning_repairs_and_its_seed_counts(subject: tuple[nn.Sequential, Tensor, Task]) -> None:
     found = tdcompile.study(
         *subject, methods=("tt",), compressions=(0.9,), layers=("2",), seeds=2, tune="epochs=8,lr=0.05,batch=32"

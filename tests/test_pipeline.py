@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,11 +11,18 @@ import torch
 from torch import fx, nn
 
 import tdcompile
+from tdcompile.cli import _failure
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Aspect, Fact, Facts
+from tdcompile.importance import Importance
 from tdcompile.kinds import AnalysisPass, Pass, RewritePass, Rewritten, TunePass, tick
+from tdcompile.passes.analyze import choose as choose_pass
+from tdcompile.passes.analyze import score as score_pass
 from tdcompile.pipeline import Pipeline, Silent
 from tdcompile.program import Change, Program
+from tdcompile.ranks import Candidates, RankPlan, RankSelector
+from tdcompile.registry import make
+from tdcompile.target import Budget
 
 
 @dataclass(frozen=True)
@@ -172,3 +179,38 @@ def test_a_watcher_is_told_everything_and_steps_can_be_skipped(program: Program)
     told.clear()
     pipeline.run(program, Watch(), skip=1)
     assert [entry[1] for entry in told] == ["Scale", "Scale"]
+
+
+def test_a_failure_inside_a_plugin_names_it_and_where_it_was(monkeypatch: pytest.MonkeyPatch, program: Program) -> None:
+    class Faulty(Importance):
+        """Raises."""
+
+        def score(self, program: Program) -> Mapping[str, float]:
+            raise ValueError("too bad")
+
+    class Lost(Importance):
+        """Of another network."""
+
+        def score(self, program: Program) -> Mapping[str, float]:
+            return {"elsewhere": 1.0}
+
+    class Empty(RankSelector):
+        """Gives nothing."""
+
+        def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
+            return None  # type: ignore[return-value]
+
+    made = {"faulty": Faulty(), "lost": Lost(), "empty": Empty()}
+    for home in (score_pass, choose_pass):
+        monkeypatch.setattr(home, "make", lambda kind, text: made.get(text) or make(kind, text))
+    program = program.with_(budget=Budget(macs=0.9))
+    with pytest.raises(ValueError, match="too bad") as failure:
+        Pipeline.parse("score{by=faulty}").run(program)
+    assert failure.value.__notes__ == [f"in the score '' of {__name__}", "in the pass 'score'"]
+    assert _failure(failure.value)[1].startswith(
+        f"error: ValueError: too bad, in the score '' of {__name__}, in the pass"
+    )
+    with pytest.raises(TdcompileError, match="names none of the network's layers: elsewhere"):
+        Pipeline.parse("score{by=lost}").run(program)
+    with pytest.raises(TdcompileError, match="gave NoneType, expected a RankPlan"):
+        Pipeline.parse("score{by=none},propose{decompose=svd},choose{by=empty}").run(program)

@@ -58,6 +58,8 @@ class Thing(Plugin):
 
 
 def test_a_new_plugin_is_found_and_two_of_one_name_are_refused(fresh: None) -> None:
+    assert registry.find(Thing) == {}
+
     @dataclass(frozen=True)
     class First(Thing):
         """First."""
@@ -75,11 +77,25 @@ def test_a_new_plugin_is_found_and_two_of_one_name_are_refused(fresh: None) -> N
 
         name: ClassVar[str] = "one"
 
-    assert registry.find(Thing) == {"one": First}  # looked up once
-    registry.refresh()
     with pytest.raises(TdcompileError, match="two plug-ins are called 'one'"):
         registry.find(Thing)
     del First.name, Second.name  # the classes live on in their base
+
+
+def test_a_plugin_that_is_defined_again_takes_the_place_of_the_former(fresh: None) -> None:
+    def define() -> type[Thing]:
+        @dataclass(frozen=True)
+        class Cell(Thing):
+            """As a notebook's cell that is run twice."""
+
+            name: ClassVar[str] = "cell"
+
+        return Cell
+
+    first, second = define(), define()
+    assert first is not second
+    assert registry.find(Thing) == {"cell": second}
+    del first.name, second.name
 
 
 class Point:

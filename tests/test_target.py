@@ -57,7 +57,7 @@ def test_a_malformed_budget_is_refused(parts: list[str], said: str) -> None:
 
 def test_a_budget_of_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="limits nothing"):
-        Budget()
+        Budget().limits(Cost(macs=1.0))
 
 
 @given(st.lists(st.builds(Cost, *[st.integers(0, 10**6).map(float)] * 4), max_size=5))

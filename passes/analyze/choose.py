@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from tdcompile.errors import TdcompileError, during
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass
 from tdcompile.program import Program
@@ -30,8 +31,13 @@ class Choose(AnalysisPass):
 
         Raises:
             BudgetError: no plan meets the budget.
+            TdcompileError: the selector gives something else than a plan.
         """
         candidates = program.facts[Candidates]
-        plan = make(RankSelector, self.by).select(candidates, program.facts[Importances].scores, program.budget)
+        selector = make(RankSelector, self.by)
+        with during(f"in the rank selector {selector.told()}"):
+            plan = selector.select(candidates, program.facts[Importances].scores, program.budget)
+        if not isinstance(plan, RankPlan):
+            raise TdcompileError(f"the rank selector {selector.told()} gave {type(plan).__name__}, expected a RankPlan")
         refused = {refusal.layer: refusal for refusal in candidates.refusals}
         return replace(plan, reasons={**plan.reasons, **refused})

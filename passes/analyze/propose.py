@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdcompile.calibration import Baseline, Calibration
 from tdcompile.decomposition import Decomposition
-from tdcompile.errors import InputError
+from tdcompile.errors import InputError, during
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Layer, Moments, Refusal
@@ -92,7 +92,11 @@ class Propose(AnalysisPass):
     def _spaces(self, program: Program, site: Site, forms: Sequence[Decomposition]) -> dict[Decomposition, list[Ranks]]:
         """The ranks of every form that applies."""
         grain = self.grain or (program.target.rank_grain if program.budget.latency is not None else 1)
-        spaces = {form: list(form.rank_space(site.layer, grain)) for form in forms if form.refuse(site.layer) is None}
+        spaces: dict[Decomposition, list[Ranks]] = {}
+        for form in forms:
+            with during(f"in the decomposition {form.told()} on the layer '{site.name}'"):
+                if form.refuse(site.layer) is None:
+                    spaces[form] = [tuple(ranks) for ranks in form.rank_space(site.layer, grain)]
         return {form: space for form, space in spaces.items() if space}
 
     def _drafts(
@@ -169,7 +173,8 @@ class Propose(AnalysisPass):
 
 def _errors(work: _Work) -> Sequence[float]:
     form, layer, weight, space, moments = work
-    return form.errors(layer, weight, space, moments)
+    with during(f"in the decomposition {form.told()}, the errors of a layer {layer.weight_shape}"):
+        return form.errors(layer, weight, space, moments)
 
 
 def _chain(site: Site, form: Decomposition, ranks: Ranks) -> tuple[Layer, ...]:

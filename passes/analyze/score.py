@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tdcompile.errors import TdcompileError
+from tdcompile.errors import TdcompileError, during
 from tdcompile.facts import Fact
 from tdcompile.importance import Importance
 from tdcompile.kinds import AnalysisPass
-from tdcompile.program import Program
+from tdcompile.program import Program, sites
 from tdcompile.ranks import Importances
 from tdcompile.registry import make
 
@@ -31,9 +31,13 @@ class Score(AnalysisPass):
         """The named score's values.
 
         Raises:
-            TdcompileError: a value is negative or not finite.
+            TdcompileError: a value is negative or not finite, or none is of a layer.
         """
-        scores = dict(make(Importance, self.by).score(program))
+        score = make(Importance, self.by)
+        with during(f"in the score {score.told()}"):
+            scores = dict(score.score(program))
+        if scores and not scores.keys() & sites(program).keys():
+            raise TdcompileError(f"the score '{self.by}' names none of the network's layers: {', '.join(scores)}")
         for layer, value in scores.items():
             if not math.isfinite(value) or value < 0:
                 raise TdcompileError(f"the score '{self.by}' gave {value} for '{layer}': expected a finite value >= 0")

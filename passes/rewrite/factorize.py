@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from tdcompile.calibration import Calibration
 from tdcompile.decomposition import Decomposition
-from tdcompile.errors import InputError, nearest
+from tdcompile.errors import InputError, during, nearest
 from tdcompile.facts import Fact
 from tdcompile.kinds import RewritePass, Rewritten, tick
 from tdcompile.layer import Layer, Moments, Refusal
@@ -62,7 +62,8 @@ class Factorize(RewritePass):
             form, site = forms[name], found[name]
             bias = site.module.bias
             assert bias is None or isinstance(bias, Tensor)  # what convolutions and linear layers have
-            replace_module(graph, name, form.build(site.layer, choice.ranks, factors, bias))
+            with during(f"in the decomposition {form.told()} on the layer '{name}'"):
+                replace_module(graph, name, form.build(site.layer, choice.ranks, factors, bias))
             history.append(Change(name, self.name, f"{choice.decomposition}{list(choice.ranks)}"))
             if (caution := form.caution(site.layer, site.weight, factors)) is not None:
                 history.append(Refusal("", "caution", f"'{name}': {caution}"))
@@ -72,4 +73,5 @@ class Factorize(RewritePass):
 
 def _factors(work: tuple[Decomposition, Layer, Tensor, Ranks, Moments | None]) -> tuple[Tensor, ...]:
     form, layer, weight, ranks, moments = work
-    return form.factorize(layer, weight, ranks, moments)
+    with during(f"in the decomposition {form.told()} of a layer {layer.weight_shape}"):
+        return form.factorize(layer, weight, ranks, moments)

@@ -200,6 +200,68 @@ def test_the_figures_of_a_plan_are_those_of_the_ranks_it_has_now(tmp_path):
     assert edited.plan.predicted.macs == edited.report.compiled.macs < made.plan.predicted.macs
 
 
+def test_a_plan_needs_no_budget_and_is_held_to_one_that_is_given(tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"layers": {"3": {"decomposition": "tucker2", "ranks": [8, 6]}}}))
+    alone = tdcompile.compile(network(), X, plan=plan)
+    assert alone.report.budget == {}
+    assert not alone.report.gates
+    assert "baseline" not in alone.report.pipeline
+    held = tdcompile.compile(network(), X, plan=plan, budget="params=0.1").report
+    assert [(gate.name, gate.passed) for gate in held.gates] == [("params", False)]
+
+
+def test_the_state_of_a_plan_that_was_edited_since_is_not_taken(tmp_path):
+    plan, work = tmp_path / "plan.json", tmp_path / "work"
+    for ranks, first, stop in (
+        ([8, 6], "calibrate", "recalibrate"),
+        ([4, 4], "calibrate", "recalibrate"),
+        ([4, 4], "recalibrate", "fold-batchnorm"),
+    ):
+        plan.write_text(json.dumps({"layers": {"3": {"decomposition": "tucker2", "ranks": ranks}}}))
+        steps = Steps(stop=stop)
+        with pytest.raises(KeyboardInterrupt):
+            tdcompile.compile(network(), X, plan=plan, workspace=str(work), resume=True, watch=steps)
+        assert steps.names[0] == first
+
+
+def test_options_may_be_given_as_flags_have_them():
+    flags = tdcompile.compile(
+        network(), X, budget=tdcompile.Budget(macs=0.6), decompose="svd,channel", keep_dense="8", tune="none"
+    )
+    lists = tdcompile.compile(
+        network(), X, budget={"macs": 0.6}, decompose=["svd", "channel"], keep_dense=["8"], tune="none"
+    )
+    assert flags.plan.to_json() == lists.plan.to_json()
+
+
+def test_the_data_of_a_recipe_are_read(tmp_path):
+    recipe = tmp_path / "own.toml"
+    recipe.write_text('data = "digits"\nimportance = "none"\nbudget = { macs = 0.6 }\ncalibrate = 64\neval = 50\n')
+    x = torch.randn(2, 1, 8, 8)
+    net = nn.Sequential(nn.Conv2d(1, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3), nn.Flatten(), nn.Linear(384, 10)).eval()
+    assert tdcompile.compile(net, x, recipe=recipe).report.compiled.accuracy is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"weights": "some.safetensors"}, "'weights' is for the command"),
+        ({"input": ["1x3x12x12"]}, "'input' is for the command"),
+        ({"tune": "epochs=1"}, "'finetune' trains, and there is nothing to train on"),
+        (
+            {"data": Tensors((torch.zeros(4, 3, 12, 12), torch.zeros(4)))},
+            "has 2 input\\(s\\), and the network was given 1",
+        ),
+    ],
+)
+def test_what_would_be_left_out_in_silence_is_refused(options, told):
+    with pytest.raises(InputError, match=told):
+        tdcompile.compile(network(), X, budget={"macs": 0.6}, **options)
+    with pytest.raises(InputError, match="give example inputs"):
+        tdcompile.compile(network(), None)
+
+
 def test_the_cores_of_a_tensor_train_are_counted(tmp_path):
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
