@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+from pydantic_core import PydanticSerializationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tdcompile.artifact import load_graph, save_weights
 from tdcompile.calibration import Calibration
-from tdcompile.errors import InputError, TdcompileError
+from tdcompile.errors import InputError, TdcompileError, first_line
 from tdcompile.facts import Fact, Facts
 from tdcompile.layer import Moments, Refusal
 from tdcompile.program import Change, Program
+from tdcompile.registry import foreign_packages
 from tdcompile.sketch import Sketch
 
 log = logging.getLogger("tdcompile")
@@ -68,7 +71,7 @@ class Checkpoint:
                     "patches": {name: m.samples for name, m in fact.moments.items()},
                 }
             else:
-                facts[type(fact).__name__] = TypeAdapter(type(fact)).dump_python(fact, mode="json")
+                facts[type(fact).__name__] = _plain(fact)
         if program.graph is not program.dense:
             save_weights(program.graph, draft / "graph.safetensors", {})
         history = _HISTORY.dump_python(program.history, mode="json")
@@ -109,9 +112,24 @@ class Checkpoint:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _plain(fact: Fact) -> Any:
+    """JSON for a fact.
+
+    Raises:
+        TdcompileError: it holds what has no text form.
+    """
+    try:
+        return TypeAdapter(type(fact)).dump_python(fact, mode="json")
+    except (PydanticSchemaGenerationError, PydanticSerializationError) as error:
+        raise TdcompileError(
+            f"the fact {type(fact).__name__} cannot be kept between passes: it is to hold numbers, texts, and lists "
+            f"and mappings of them ({first_line(error)})"
+        ) from error
+
+
 def _packages(program: Program) -> tuple[str, ...]:
-    """The packages of the user's own classes: they are imported already, so the state may name them."""
-    return tuple({type(module).__module__ for module in program.dense.modules()})
+    """The packages of the user's own classes and plug-ins: they are imported already, so the state may name them."""
+    return (*{type(module).__module__ for module in program.dense.modules()}, *foreign_packages())
 
 
 def _tensors(calibration: Calibration) -> dict[str, Tensor]:

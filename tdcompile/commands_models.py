@@ -15,6 +15,7 @@ from tdcompile.console import Answer
 from tdcompile.errors import InputError
 from tdcompile.examples import model_inputs
 from tdcompile.job import load_module, load_network, recipe_of
+from tdcompile.registry import foreign_packages
 from tdcompile.report import milliseconds, times
 from tdcompile.runtime import Timing, time_models
 from tdcompile.tracing import trace
@@ -46,7 +47,9 @@ def validate(given: Mapping[str, Any]) -> Answer:
         parity = check_parity(model, program.graph, program.inputs, target, axes=program.axes, **how)
     else:
         inputs = model_inputs(model, TRACED, seed, recipe.input)
-        parity = check_parity(model, load_module(recipe) if network else load(other), inputs, target, **how)
+        parity = check_parity(
+            model, load_module(recipe) if network else load(other, foreign_packages()), inputs, target, **how
+        )
     if given["json"]:
         return Answer((json.dumps(dataclasses.asdict(parity), indent=1),))
     table = Table(title=f"{model} against {against} on {parity.provider}", title_justify="left")

@@ -103,6 +103,11 @@ def _import_foreign(target: str, distribution: str) -> ModuleType | None:
         return None
 
 
+def foreign_packages() -> tuple[str, ...]:
+    """The packages of plug-ins that are not the project's own: imported already, so that a file may name them."""
+    return tuple(sorted({plugin.__module__.partition(".")[0] for plugin in _all()} - {"tdcompile"}))
+
+
 def refresh() -> None:
     """Look for packages of plug-ins again: one was installed after the first look."""
     _import_all.cache_clear()

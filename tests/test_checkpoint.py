@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 import tdcompile
 from tdcompile.calibration import Calibration
 from tdcompile.checkpoint import Checkpoint
-from tdcompile.errors import InputError
+from tdcompile.errors import InputError, TdcompileError
+from tdcompile.facts import Fact
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program
 from tdcompile.ranks import RankPlan
@@ -135,3 +137,16 @@ def test_a_state_is_there_at_every_moment_of_a_save(
     assert restored is not None
     assert restored[1] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+@dataclass(frozen=True)
+class Weights(Fact):
+    """A fact that holds a tensor."""
+
+    value: torch.Tensor
+
+
+def test_a_fact_that_has_no_text_form_is_named(programs: tuple[Program, Program], tmp_path: Path) -> None:
+    program = programs[0].with_(facts=programs[0].facts.having(Weights(torch.zeros(2))))
+    with pytest.raises(TdcompileError, match="the fact Weights cannot be kept between passes: it is to hold numbers"):
+        Checkpoint(tmp_path, "key").save(program, 1, {}, None)

@@ -10,6 +10,8 @@ import tdcompile
 from tdcompile import registry
 from tdcompile.decomposition import Decomposition, relative_error
 from tdcompile.layer import Layer
+from tdcompile.network import Network
+from tdcompile.ranks import RankPlan
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -55,6 +57,34 @@ def test_the_decomposition_example_is_exact_at_full_rank_and_is_found():
         assert report.layers[0].decomposition == "interpolative"
     finally:
         type(form).name = ""
+        registry.refresh()
+
+
+OWN = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "plugins.md").read_text(), re.DOTALL)
+
+
+def test_the_plugins_of_the_docs_are_found_and_work_together():
+    made = {}
+    for block in OWN:
+        made |= run(block)
+    kinds = [made[n] for n in ("GradientFree", "LargestFirst", "Roofline", "Perceptron", "MeasureNorms")]
+    try:
+        network = registry.make(Network, "perceptron{width=96}").build()
+        text = (
+            "measure-norms,score{by=gradient-free{power=2}},propose{cost=roofline},choose{by=largest-first},factorize"
+        )
+        x = torch.randn(2, 1, 8, 8)
+        report = tdcompile.compile(network, x, pipeline=text, budget={"params": 0.6}).report
+        assert report.met
+        program = tdcompile.trace(network, (x,)).with_(budget=tdcompile.Budget(params=0.6))
+        after = tdcompile.Pipeline.parse(text).run(program)
+        assert after.facts[RankPlan].selector == "largest-first"
+        norms = tdcompile.Pipeline.parse("measure-norms").run(program).facts[made["Norms"]]
+        assert norms.values.keys() == {"1", "3"}
+        assert set(registry.foreign_packages()) == {kind.__module__ for kind in kinds}
+    finally:
+        for kind in kinds:
+            kind.name = ""
         registry.refresh()
 
 
