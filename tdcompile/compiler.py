@@ -330,9 +330,8 @@ def _check_trainable(pipeline: Pipeline, program: Program) -> None:
     Raises:
         InputError: there is a pass that trains, and there are no training samples.
     """
-    trains = next((step.name for step in pipeline.steps if isinstance(step, TunePass) and step.trains), None)
-    if trains and program.task.train is None:
-        raise InputError(f"'{trains}' trains, and there is nothing to train on: give data")
+    if pipeline.trainer and program.task.train is None:
+        raise InputError(f"'{pipeline.trainer}' trains, and there is nothing to train on: give data")
 
 
 def _check_samples(program: Program) -> None:

@@ -19,7 +19,6 @@ from tdcompile.errors import InputError
 from tdcompile.examples import draw_arguments, parse_example
 from tdcompile.facts import Facts
 from tdcompile.importance import Importance
-from tdcompile.kinds import TunePass
 from tdcompile.network import Network
 from tdcompile.ranks import RankPlan, RankSelector
 from tdcompile.recipes import Recipe, load_recipe
@@ -137,9 +136,8 @@ def _check(recipe: Recipe) -> None:
             raise InputError(f"{name}={count} is below 1")
     pipeline = recipe.steps()
     pipeline.check(Facts(RankPlan({}, Cost(), Cost())) if recipe.plan else None)
-    trains = next((step.name for step in pipeline.steps if isinstance(step, TunePass) and step.trains), None)
-    if trains and recipe.source and recipe.data is None:
-        raise InputError(f"'{trains}' trains, and there is nothing to train on: give --data")
+    if pipeline.trainer and recipe.source and recipe.data is None:
+        raise InputError(f"'{pipeline.trainer}' trains, and there is nothing to train on: give --data")
 
 
 def _frozen(value: Any) -> Any:

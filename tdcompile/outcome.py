@@ -121,6 +121,11 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
     return Outcome(networks[0], networks[1], _approximation(dense_graph, compiled_graph, program))
 
 
+def parts_of(parts: Mapping[str, Part], name: str) -> list[Part]:
+    """Those of one layer of the dense network: the layer itself, or what stands in its place."""
+    return [part for own, part in parts.items() if own == name or own.startswith(f"{name}.")]
+
+
 def _parts(found: Mapping[str, Site]) -> dict[str, Part]:
     return {name: Part(site.calls, site.layer.params) for name, site in found.items()}
 
@@ -130,8 +135,7 @@ def _compiled_parts(program: Program, graph: fx.GraphModule, before: Mapping[str
     known, plan = _parts(sites_of(graph, program.inputs)), program.facts.get(RankPlan)
     found: dict[str, Part] = {}
     for name, choice in (plan.choices if plan else {}).items():
-        seen = any(own == name or own.startswith(f"{name}.") for own in known)
-        if choice.decomposition != DENSE and not seen:
+        if choice.decomposition != DENSE and not parts_of(known, name):
             form = make(Decomposition, choice.decomposition)
             calls = [part for call in before[name].calls for part in form.blueprint(call, choice.ranks)]
             found[name] = Part(calls, parameters_of(graph.get_submodule(name)))

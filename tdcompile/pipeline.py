@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tdcompile.errors import InputError, during
 from tdcompile.facts import Facts
-from tdcompile.kinds import Pass, progress
+from tdcompile.kinds import Pass, TunePass, progress
 from tdcompile.program import Program
 from tdcompile.registry import find, make
 from tdcompile.spec import Spec, parse_specs
@@ -86,6 +86,11 @@ class Pipeline:
 
     def _givers(self, need: type) -> str:
         return ", ".join(name for name, kind in find(Pass).items() if need in kind.gives)
+
+    @property
+    def trainer(self) -> str | None:
+        """The name of the first pass that trains."""
+        return next((step.name for step in self.steps if isinstance(step, TunePass) and step.trains), None)
 
     def run(self, program: Program, watch: Watch | None = None, skip: int = 0) -> Program:
         """Run the steps on a program.

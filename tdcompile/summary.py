@@ -8,7 +8,7 @@ from typing import Any
 
 from tdcompile.calibration import Rehearsal
 from tdcompile.layer import Refusal
-from tdcompile.outcome import MeasuredNetwork, Outcome, Part
+from tdcompile.outcome import MeasuredNetwork, Outcome, Part, parts_of
 from tdcompile.program import Program, sites_of
 from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.recipes import Recipe
@@ -123,7 +123,7 @@ def _rows(program: Program, plan: RankPlan | None, outcome: Outcome) -> Iterator
     """One row a layer of the dense network, in the order of its first call."""
     for name, whole in outcome.dense.parts.items():
         choice = plan.choices.get(name) if plan else None
-        parts = [part for own, part in outcome.compiled.parts.items() if own == name or own.startswith(f"{name}.")]
+        parts = parts_of(outcome.compiled.parts, name)
         known = plan.reasons.get(name) if plan else None
         yield LayerRow(
             name=name,

@@ -31,7 +31,7 @@ from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.registry import make
 from tdcompile.regression import Sums
 from tdcompile.streams import Stream, follows
-from tdcompile.surgery import called_differently, calls_of, module_at, only_user, parent_of, tensors_in
+from tdcompile.surgery import calls_of, module_at, only_user, parent_of, tensors_in
 from tdcompile.target import Cost
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -156,8 +156,6 @@ class _Aim:
         if len(site.calls) > 1 or site.inner is not None or not chain:
             where = "called more than once" if len(site.calls) > 1 else "inside a module that could not be traced"
             return Refusal(name, "not_refitted", f"refit: it is {where}")
-        if called_differently(site.module):
-            return Refusal(name, "not_refitted", "refit: it has a forward hook or a forward of its own")
         if site.layer.groups > 1 or width > _WIDEST:
             what = f"has {site.layer.groups} groups" if site.layer.groups > 1 else f"has {width} inputs"
             return Refusal(
