@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
-from tdcompile.errors import InputError
+from tdcompile.errors import InputError, nearest
 from tdcompile.facts import Aspect, Fact
 from tdcompile.layer import Refusal
 from tdcompile.plugin import Plugin
@@ -18,6 +18,8 @@ from tdcompile.target import Budget, Cost, total
 
 Ranks = tuple[int, ...]
 DENSE = "dense"
+FORMAT = 1  # of plan files
+_KEYS = ("format", "selector", "gap", "dense", "predicted", "layers", "reasons")
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class RankPlan(Fact):
     def to_json(self) -> str:
         """Text that ``from_json`` reads and a person can edit: change ``decomposition`` or ``ranks`` of a layer."""
         document = {
-            "format": 1,
+            "format": FORMAT,
             "selector": self.selector,
             "gap": self.gap,
             "dense": asdict(self.dense),
@@ -122,10 +124,15 @@ class RankPlan(Fact):
         """Read a plan; only ``decomposition`` and ``ranks`` of each layer are needed.
 
         Raises:
-            InputError: it is not JSON or has another form.
+            InputError: it is not JSON, is of another format, or has a key that no plan has.
         """
         try:
             document = json.loads(text)
+            _check_keys(document, _KEYS, source)
+            if (written := document.get("format", FORMAT)) != FORMAT:
+                raise InputError(f"{source} is a plan of format {written!r}: this version reads {FORMAT}")
+            for name, entry in document["layers"].items():
+                _check_keys(entry, Candidate.__dataclass_fields__, f"{source}, layer '{name}',")
             choices = {name: _candidate(entry) for name, entry in document["layers"].items()}
             return cls(
                 choices,
@@ -140,6 +147,11 @@ class RankPlan(Fact):
                 f'{source} is not a plan: {error!r}; expected {{"layers": {{NAME: {{"decomposition": "tucker2", '
                 '"ranks": [32, 16]}}}}'
             ) from error
+
+
+def _check_keys(entry: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    for key in sorted(entry.keys() - set(known)):
+        raise InputError(f"{where} has a key '{key}' that no plan has: {nearest(key, known)}")
 
 
 def _ranks(value: Any) -> Ranks:

@@ -14,8 +14,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,8 +175,19 @@ def infer(session: ort.InferenceSession, inputs: Sequence[Tensor]) -> list[NDArr
     wanted = session.get_inputs()
     _count(wanted, inputs)
     feed = {value.name: x.detach().cpu().numpy() for value, x in zip(wanted, inputs, strict=True)}
-    try:
+    with _fitting(wanted, inputs):
         return list(session.run(None, feed))
+
+
+@contextmanager
+def _fitting(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> Iterator[None]:
+    """A run that fails is blamed on what it was given.
+
+    Raises:
+        InputError: the inputs do not fit the model.
+    """
+    try:
+        yield
     except Exception as error:  # onnxruntime's errors share no root of their own
         given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
         expected = ", ".join(f"{value.shape} {value.type}" for value in wanted)
@@ -203,9 +214,12 @@ def time_models(
         target: where to run.
         seconds: how long the rounds go on, all models together.
         min_runs: fewest rounds, however long they take.
+
+    Raises:
+        InputError: the inputs do not fit a model, or see ``open_session``.
     """
     runs = [_bind(open_session(model, target), inputs, target) for model in models]
-    for _ in range(_WARM_UP[target.device]):
+    for _ in range(_WARM_UP[target.device] - 1):  # the first was made above
         for run in runs:
             run()
     taken: list[list[float]] = [[] for _ in runs]
@@ -221,7 +235,11 @@ def time_models(
 
 
 def _bind(session: ort.InferenceSession, inputs: Sequence[Tensor], target: Target) -> Callable[[], None]:
-    """One synchronised run over values that already lie on the device."""
+    """One synchronised run over values that already lie on the device; the first one is made here.
+
+    Raises:
+        InputError: the inputs do not fit the model.
+    """
     _count(session.get_inputs(), inputs)
     binding = session.io_binding()
     for value, x in zip(session.get_inputs(), inputs, strict=True):
@@ -234,6 +252,8 @@ def _bind(session: ort.InferenceSession, inputs: Sequence[Tensor], target: Targe
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
+    with _fitting(session.get_inputs(), inputs):
+        run()
     return run
 
 
@@ -249,7 +269,7 @@ def node_seconds(model: Model, inputs: Sequence[Tensor], target: Target, runs: i
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
         session = open_session(model, target, profile=Path(folder) / "profile")
         run = _bind(session, inputs, target)
-        for _ in range(warm_up + runs):
+        for _ in range(warm_up - 1 + runs):  # the first was made above
             run()
         events = json.loads(Path(session.end_profiling()).read_bytes())
     taken: dict[tuple[str, str, str], list[float]] = defaultdict(list)

@@ -642,3 +642,4 @@ def test_bench_refuses_what_does_not_compare(tdc: Any, folder: Path, home: Path)
     fixed = export_onnx(torch.nn.ReLU(), [torch.zeros(2, 5)], home / "fixed.onnx", dynamic_batch=False).path
     assert "fixes its batch at 2" in tdc("bench", fixed, "--batch", "7").sentence
     assert "other inputs" in tdc("bench", folder / "model.onnx", fixed).sentence
+    assert "cannot run on (1, 3, 7, 7)" in tdc("bench", folder / "model.onnx", "--input", "1x3x7x7").sentence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -89,6 +90,22 @@ def test_a_plan_written_by_hand_needs_only_form_and_ranks() -> None:
 )
 def test_what_is_no_plan_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(InputError, match=r"mine is not a plan.*expected"):
+        RankPlan.from_json(text, "mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"format": 2, "layers": {}}', "mine is a plan of format 2: this version reads 1"),
+        ('{"layers": {}, "resons": {}}', "mine has a key 'resons' that no plan has: did you mean 'reasons'"),
+        (
+            '{"layers": {"a": {"decomposition": "svd", "rank": [3]}}}',
+            "mine, layer 'a', has a key 'rank' that no plan has: did you mean 'ranks'",
+        ),
+    ],
+)
+def test_a_misspelt_key_or_another_format_is_named(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
         RankPlan.from_json(text, "mine")
 
 
