@@ -124,7 +124,8 @@ def compile(  # the field's word, as in torch.compile
         workspace: a folder that keeps the state between passes, until the result is saved; none by default.
         resume: go on from the state in the workspace where it is of this very compilation.
         watch: told of every pass.
-        **options: fields of ``Recipe``: ``budget={"latency": 0.5}``, ``target="cpu"``, ``tune="epochs=5"``, ...
+        **options: fields of ``Recipe``: ``budget={"latency": 0.5}``, ``target="cpu"``, ``tune="epochs=5"``, ...; a
+            ``Budget``, a ``Pipeline`` and a ``RankPlan`` (that of another ``Compiled``) are taken as they are.
 
     Raises:
         InputError: something given cannot be used.
@@ -206,10 +207,12 @@ def resolve(recipe: str | Path | Recipe | None, options: Mapping[str, Any]) -> R
 
 
 def _plain(name: str, value: Any) -> Any:
-    """An option as a recipe holds it: a text for a list is one as of the flag, a path and a budget are taken too."""
+    """An option as a recipe holds it: a text for a list is one as of the flag, and our own objects are taken too."""
     if isinstance(value, Budget):
         return value.shares
-    if isinstance(value, Path):
+    if isinstance(value, RankPlan):
+        return value.to_json()
+    if isinstance(value, Path | Pipeline):
         return str(value)
     if isinstance(value, str) and name == "budget":
         return Budget.parse([value]).shares
@@ -243,7 +246,7 @@ def prepare(
     program = program.with_(keep_dense=_kept(program, recipe.keep_dense))
     _check_samples(program)
     _check_labels(program)
-    return adopt(program, Path(recipe.plan)) if recipe.plan else program
+    return adopt(program, recipe.plan) if recipe.plan else program
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""``adopt``: take a plan from a file, edited by hand or not, for the network at hand."""
+"""``adopt``: take a plan that is given, from a file edited by hand or not, for the network at hand."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from tdcompile.registry import make
 from tdcompile.target import Cost
 
 
-def adopt(program: Program, path: Path) -> Program:
-    """The program with the plan of a file as a fact; layers that it does not mention stay dense.
+def adopt(program: Program, given: str) -> Program:
+    """The program with a given plan as a fact; layers that it does not mention stay dense.
 
-    Costs are counted anew. The error of a choice is the file's where its cost is the file's too, as then the ranks are;
-    else, as where the file gives neither, that of the weight alone.
+    Costs are counted anew. The error of a choice is the plan's where its cost is the plan's too, as then the ranks are;
+    else, as where the plan gives neither, that of the weight alone.
+
+    Args:
+        given: a file, or the text of a plan, which begins with a brace.
 
     Raises:
         InputError: no such file, no plan in it, or the plan is for another network: it names a layer that is not
             there, a form that refuses its layer, or ranks that the layer does not have.
     """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the plan {path} cannot be read: {error}") from error
-    plan, found = RankPlan.from_json(text, str(path)), sites(program)
+    written = given.startswith("{")
+    source = "the plan" if written else given
+    plan, found = RankPlan.from_json(given if written else _read(Path(given)), source), sites(program)
     kept = kept_dense(program, found)
     for name in plan.choices:
         if name not in found:
-            raise InputError(f"{path} is for another network: it has no layer '{name}'; {nearest(name, found)}")
+            raise InputError(f"{source} is for another network: it has no layer '{name}'; {nearest(name, found)}")
     prices, reasons = Prices(program), dict(plan.reasons)
     choices = {}
     for name, site in found.items():
@@ -48,12 +49,19 @@ def adopt(program: Program, path: Path) -> Program:
             reasons.pop(name, None)
         else:
             choice = dense
-            reasons.setdefault(name, Refusal(name, "dense_in_plan", f"{path.name} leaves it dense"))
+            reasons.setdefault(name, Refusal(name, "dense_in_plan", f"{Path(source).name} leaves it dense"))
         choices[name] = choice
     spent = prices.network({name: choice.cost for name, choice in choices.items()})
     if not _same(spent, plan.predicted):  # what was measured of another plan says nothing of this one
         plan = replace(plan, predicted=spent, dense=prices.dense)
     return program.with_(facts=program.facts.having(replace(plan, choices=choices, reasons=reasons)))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the plan {path} cannot be read: {error}") from error
 
 
 def _counted(site: Site, choice: Candidate, form: Decomposition, prices: Prices) -> Candidate:

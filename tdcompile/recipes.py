@@ -29,6 +29,7 @@ class Recipe(BaseModel):
     Attributes:
         budget: shares of the dense cost that may be kept, by name; beside a plan the default is none.
         decompose: decompositions to consider; ``("auto",)`` is all of them.
+        plan: a file with a plan, or its text.
         tune: ``none``, or options of the pass ``finetune``, e.g. ``epochs=5,lr=0.02``; of a pipeline of one's own those
             of the passes that train. None leaves such a pipeline as it is, and is ``none`` without one.
         pipeline: a pipeline of one's own in text form, in place of the one made of the options above.

@@ -159,7 +159,7 @@ def _in_single(
         cases_of(own, call, axes, dynamic_batch)  # says so where it does not run at all
         raise InputError(
             f"its weights are {half_kinds(own)}, it is compiled in float32, and its own code makes other numbers of "
-            f"what it computes: build it in float32, and ask for half precision in the target; it says: {error}"
+            f"what it computes: build it in float32; it says: {error}"
         ) from error
 
 

@@ -211,6 +211,19 @@ def test_a_plan_needs_no_budget_and_is_held_to_one_that_is_given(tmp_path):
     assert [(gate.name, gate.passed) for gate in held.gates] == [("params", False)]
 
 
+def test_a_plan_and_a_pipeline_are_taken_as_they_are():
+    options = {"budget": {"macs": 0.6}, "tune": "none"}
+    made = tdcompile.compile(network(), X, **options)
+    again = tdcompile.compile(network(), X, **options, plan=made.plan)
+    assert again.plan == made.plan
+    assert again.onnx.read_bytes() == made.onnx.read_bytes()
+    steps = tdcompile.Pipeline.parse("score{by=none},propose,choose{by=greedy},factorize")
+    assert tdcompile.compile(network(), X, **options, pipeline=steps).report.pipeline == str(steps)
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(X[0].numel(), 4))
+    with pytest.raises(InputError, match=r"^the plan is for another network: it has no layer '0'"):
+        tdcompile.compile(other, X, plan=made.plan)
+
+
 def test_the_state_of_a_plan_that_was_edited_since_is_not_taken(tmp_path):
     plan, work = tmp_path / "plan.json", tmp_path / "work"
     for ranks, first, stop in (
