@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tdcompile.errors import FixedAxisError, InputError, first_line
-from tdcompile.signature import Axis, Call, batch_of, resized, shares_batch
+from tdcompile.signature import Axis, Call, as_long, batch_of, resized, shares_batch
 from tdcompile.surgery import register_trees, tensors_in
 
 # How far a graph's outputs may be from the network's, of the largest: the same operators in the same order leave
@@ -56,13 +56,13 @@ def cases_of(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch:
     except Exception as error:  # whatever the network's own code raises
         raise InputError(f"the network does not run on an input of {shapes(call)}: {first_line(error)}") from error
     first = _values(module)
-    others = []
+    others, longer = [], resized(call.tensors, axes, 1)
     if dynamic_batch and any(shares_batch(call.tensors)):
         size = next(len(x) for x, batched in zip(call.tensors, shares_batch(call.tensors), strict=True) if batched)
         others.append((f"at a batch of {size + 1}", batch_of(call.tensors, size + 1), "--no-dynamic-batch"))
     if axes:
         names = ", ".join(dict.fromkeys(axis.name for axis in axes))
-        others.append((f"with {names} one longer", resized(call.tensors, axes, 1), "no --dynamic for it"))
+        others.append((f"with {names} one longer", longer, "no --dynamic for it"))
     if call.tensors[0].is_meta:
         return cases, []
     for what, tensors, instead in others:
@@ -70,9 +70,11 @@ def cases_of(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch:
         try:
             cases.append(Case(what, other, answer(module, other)))
         except Exception as error:
+            missing = _going_along(module, call, axes) if tensors is longer else ""
             raise FixedAxisError(
-                f"the network runs on an input of {shapes(call)} and not {what}, so that axis cannot stay open: "
-                f"give {instead}; it says: {first_line(error)}"
+                f"the network runs on an input of {shapes(call)} and not {what}, so that axis cannot stay open"
+                + (f" by itself: open {missing} too" if missing else f": give {instead}")
+                + f"; it says: {first_line(error)}"
             ) from error
     again = [answer(module, call)]
     kept, changed = _changed(start, first), _changed(first, _values(module))
@@ -89,6 +91,15 @@ def cases_of(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch:
         )
     held = {f"{path}.{key}" if path else key for path, part in module.named_modules() for key in _tensors_of(part)}
     return cases, [name for name in changed if name not in held]
+
+
+def _going_along(module: nn.Module, call: Call, axes: Sequence[Axis]) -> str:
+    """The axes that must be open beside these, as of ``--dynamic``; empty where that does not help either."""
+    others = as_long(call.tensors, axes)
+    with suppress(Exception):  # whatever the network's own code raises
+        answer(module, call.having(resized(call.tensors, (*axes, *others), 1)))
+        return ", ".join(f"{call.names[axis.input]}:{axis.axis}" for axis in others)
+    return ""
 
 
 def _tensors_of(part: nn.Module) -> list[str]:

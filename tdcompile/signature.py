@@ -178,6 +178,19 @@ def open_axes(texts: Sequence[str], names: Sequence[str], inputs: Sequence[Tenso
     return tuple(found)
 
 
+def as_long(inputs: Sequence[Tensor], axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The closed axes, the batch aside, that are as long as an open one, by whose name they go."""
+    names = {inputs[axis.input].shape[axis.axis]: axis.name for axis in axes}
+    known = {(axis.input, axis.axis) for axis in axes}
+    batched = shares_batch(inputs)
+    return tuple(
+        Axis(place, axis, names[size])
+        for place, x in enumerate(inputs)
+        for axis, size in enumerate(x.shape)
+        if size in names and (place, axis) not in known and not (axis == 0 and batched[place])
+    )
+
+
 def sized(inputs: Sequence[Tensor], axes: Sequence[Axis], size: int) -> tuple[Tensor, ...]:
     """The inputs with these axes so long, their entries repeated or cut."""
     made = list(inputs)

@@ -483,6 +483,28 @@ def test_axes_of_two_names_that_are_one_to_the_network_are_refused() -> None:
     assert program.graph(torch.randn(3, 3, 20, 20)).shape == (3, 4, 18, 18)
 
 
+class Masked(nn.Module):
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.words, self.by = nn.Linear(4, 8), by
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.by == "place" and x.shape[1] > 6:
+            raise ValueError("six places are known")
+        return (self.words(x) * mask[..., None]).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("by", "said"), [("mask", "by itself: open mask:1 too; it says"), ("place", "give no --dynamic for it; it says")]
+)
+def test_an_axis_that_cannot_be_open_alone_names_its_companions(by: str, said: str) -> None:
+    inputs = {"x": torch.randn(2, 6, 4), "mask": torch.ones(2, 6)}
+    with pytest.raises(InputError, match=said):
+        tdcompile.trace(Masked(by).eval(), inputs, dynamic=["x:1"])
+    if by == "mask":
+        tdcompile.trace(Masked(by).eval(), inputs, dynamic=["x:1", "mask:1"])
+
+
 def test_sizes_that_take_too_much_memory_are_not_tried_and_told() -> None:
     program = tdcompile.trace(At(lambda n, rows: n > 10**6).eval(), torch.randn(2, 6, 16), frontend="export")
     told = [entry.reason for entry in program.history if isinstance(entry, Refusal) and entry.code == "untried"]
