@@ -56,7 +56,8 @@ def rebuild(text: str, trusted: Sequence[str] = (), tensors: Mapping[str, Tensor
 
     Args:
         text: what ``describe`` gave.
-        trusted: packages or modules, besides torch.nn and tdcompile, whose classes and functions may be used.
+        trusted: packages, modules or ``.py`` files, besides torch.nn and tdcompile, whose classes and functions may be
+            used.
         tensors: the weights by name; they are used as they are, not copied. None leaves them uninitialised.
 
     Raises:

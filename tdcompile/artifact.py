@@ -114,7 +114,8 @@ def load(folder: Path | str, trusted: Sequence[str] = ()) -> nn.Module:
 
     Args:
         folder: what ``tdcompile compile -o`` wrote.
-        trusted: packages of your own whose modules the network still contains; nothing else is imported.
+        trusted: packages, or ``.py`` files, of your own whose modules the network still contains; nothing else is
+            imported.
 
     Raises:
         InputError: there is no such folder, it has changed, or the network needs what is not trusted.

@@ -12,6 +12,8 @@ from typing import Any
 
 from tdcompile.errors import InputError, TdcompileError, nearest
 
+# What a user's file is called as a module, before its stem: it must not hide a module of the same name.
+FROM_FILE = "tdcompile_user_"
 _FORMS = "path/to/file.py:callable or package.module:callable"
 
 
@@ -24,7 +26,7 @@ def load_callable(text: str) -> Callable[..., Any]:
     place, colon, name = text.rpartition(":")
     if not colon or not place or not name.isidentifier():
         raise InputError(f"'{text}' is not of the form {_FORMS}")
-    module = _from_file(Path(place)) if is_file(place) else _from_name(place)
+    module = from_file(Path(place)) if is_file(place) else _from_name(place)
     if not hasattr(module, name):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise InputError(f"'{place}' has no '{name}': {nearest(name, known)}")
@@ -63,10 +65,15 @@ def is_module(place: str) -> bool:
         return False
 
 
-def _from_file(path: Path) -> ModuleType:
+def from_file(path: Path) -> ModuleType:
+    """Import a user's file.
+
+    Raises:
+        InputError: there is no such file, or importing it fails.
+    """
     if not path.is_file():
         raise InputError(f"there is no file '{path}'")
-    spec = importlib.util.spec_from_file_location(f"tdcompile_user_{path.stem}", path.resolve())
+    spec = importlib.util.spec_from_file_location(f"{FROM_FILE}{path.stem}", path.resolve())
     if spec is None or spec.loader is None:
         raise InputError(f"'{path}' is not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)

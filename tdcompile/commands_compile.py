@@ -23,6 +23,7 @@ from tdcompile.console import Answer, watching
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.interruption import was_interrupted
 from tdcompile.job import load_job, recipe_of, to_toml
+from tdcompile.kinds import AnalysisPass, TunePass
 from tdcompile.pipeline import Pipeline
 from tdcompile.processes import from_first, is_first, no_gpu
 from tdcompile.ranks import RankPlan
@@ -30,8 +31,6 @@ from tdcompile.recipes import Recipe
 from tdcompile.report import count, milliseconds, percent, tables
 
 log = logging.getLogger("tdcompile")
-
-LAST_OF_PLAN = "factorize"  # the first pass that changes the network: planning ends before it
 
 
 def compile_network(given: Mapping[str, Any]) -> Answer:
@@ -59,15 +58,31 @@ def plan(given: Mapping[str, Any]) -> Answer:
     """Run the passes that only look, and write the plan they end in."""
     recipe, out = recipe_of(given), given["out"]
     _check_file(out)
+    steps = _up_to_the_plan(recipe.steps(), planned=recipe.plan is not None)
     job = load_job(recipe)
     program = prepare(job.module, job.inputs, job.task, recipe)
-    steps = recipe.steps().steps
-    end = next((place for place, step in enumerate(steps) if step.name == LAST_OF_PLAN), len(steps))
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder, watching(quiet=given["quiet"]) as watch:
-        program = Pipeline(steps[:end]).run(program.with_(workspace=Path(folder)), watch)
+        program = steps.run(program.with_(workspace=Path(folder)), watch)
     made = program.facts[RankPlan]
     _write(out, made.to_json())
     return Answer((made.to_json(),)) if out is None or given["json"] else Answer((_choices(made), f"plan: {out}"))
+
+
+def _up_to_the_plan(pipeline: Pipeline, *, planned: bool) -> Pipeline:
+    """The passes up to the first that takes a plan's word for what it changes.
+
+    Raises:
+        InputError: the pipeline trains before there is a plan, or makes none.
+    """
+    for place, step in enumerate(pipeline.steps):
+        if planned and not isinstance(step, AnalysisPass):
+            return Pipeline(pipeline.steps[:place])
+        if isinstance(step, TunePass) and step.trains:
+            raise InputError(f"the pipeline '{pipeline}' has no plan before '{step.name}' has trained: compile it")
+        planned = planned or RankPlan in step.gives
+    if not planned:
+        raise InputError(f"the pipeline '{pipeline}' makes no plan: it needs a pass such as 'choose'")
+    return pipeline
 
 
 def name_of(source: str) -> str:

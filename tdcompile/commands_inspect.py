@@ -19,7 +19,7 @@ from tdcompile.importance import Importance
 from tdcompile.job import load_network, recipe_of
 from tdcompile.kinds import Pass
 from tdcompile.network import Network
-from tdcompile.plugin import Plugin
+from tdcompile.plugin import Plugin, text_of
 from tdcompile.ranks import RankSelector
 from tdcompile.recipes import recipes
 from tdcompile.registry import find
@@ -88,7 +88,7 @@ def _listing(kind: str, entries: Listed) -> Table:
     table.add_column("what it is", ratio=2)
     table.add_column("options and their defaults", ratio=1)
     for name, entry in entries.items():
-        options = ", ".join(f"{option}={value}" for option, value in entry["options"].items())
+        options = ", ".join(f"{option}={text_of(value)}" for option, value in entry["options"].items())
         table.add_row(*map(Text, (name, entry["summary"], options)))
     return table
 

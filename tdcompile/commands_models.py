@@ -15,6 +15,7 @@ from tdcompile.console import Answer
 from tdcompile.errors import InputError
 from tdcompile.examples import model_inputs
 from tdcompile.job import load_module, load_network, recipe_of
+from tdcompile.recipes import Recipe
 from tdcompile.registry import foreign_packages
 from tdcompile.report import milliseconds, times
 from tdcompile.runtime import Timing, time_models
@@ -64,16 +65,14 @@ def bench(given: Mapping[str, Any]) -> Answer:
     """Latencies, and how many times as fast as the first each one is.
 
     Raises:
-        InputError: a model is missing, or they take other inputs.
+        InputError: a model is missing, they take other inputs, or another batch than was asked for.
     """
     recipe = recipe_of(given)
-    target = dataclasses.replace(recipe.device(), batch=given["batch"])
+    target = dataclasses.replace(recipe.device(), batch=_batch(given["models"][0], given["batch"], recipe))
     each = [model_inputs(model, target.batch, recipe.seed, recipe.input) for model in given["models"]]
     for model, inputs in zip(given["models"], each, strict=True):
         if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in each[0]]:
             raise InputError(f"{model} takes other inputs than {given['models'][0]}, so their times do not compare")
-    if not recipe.input and any(x.dim() and len(x) != target.batch for x in each[0]):
-        raise InputError(f"{given['models'][0]} fixes its batch at {len(each[0][0])}: --batch {target.batch} cannot be")
     timings = time_models(given["models"], each[0], target, seconds=given["seconds"])
     ratios = [timings[0].median / timing.median for timing in timings]
     measured = list(zip(map(str, given["models"]), timings, ratios, strict=True))
@@ -89,6 +88,22 @@ def bench(given: Mapping[str, Any]) -> Answer:
         figures = [milliseconds(seconds * 1e3) for seconds in (timing.median, timing.p10, timing.p90)]
         table.add_row(model, *figures, times(ratio))
     return Answer((table,))
+
+
+def _batch(model: Path, asked: int | None, recipe: Recipe) -> int:
+    """Samples in one timed run: those asked for where the model leaves its batch open, else those that it takes.
+
+    Raises:
+        InputError: the model fixes another, or ``--input`` gives the batch already.
+    """
+    two, three = (model_inputs(model, size, recipe.seed, recipe.input) for size in (2, 3))
+    if not recipe.input and any(x.shape != y.shape for x, y in zip(two, three, strict=True)):
+        return asked or 1
+    fixed = next((len(x) for x in two if x.dim()), 1)
+    if asked not in (None, fixed):
+        by = f"--input {' '.join(recipe.input)}" if recipe.input else str(model)
+        raise InputError(f"{by} fixes the batch at {fixed}: --batch {asked} cannot be")
+    return fixed
 
 
 def _milliseconds(timing: Timing) -> dict[str, float]:

@@ -51,7 +51,7 @@ def study(given: Mapping[str, Any]) -> Answer:
             source=recipe.source,
             target=recipe.device(),
             out=out,
-            jobs=given["jobs"],
+            jobs=recipe.jobs,
             ray=given["ray"],
             resume=given["resume"],
             told=None if given["quiet"] else _told,

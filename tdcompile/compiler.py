@@ -119,7 +119,7 @@ def compile(  # the field's word, as in torch.compile
         inputs: example inputs: a tensor, ``forward``'s arguments in order, or a mapping of them by name.
         data: training samples, or a pair of (training, test) samples: as a torch ``Dataset`` or ``DataLoader``, arrays
             ``(x, y)``, ``Samples``, or a text as of ``--data`` (see ``data.given``); or a ``Task``. None takes what the
-            recipe names; everything but training runs without.
+            recipe names; all but training and the scores that read samples runs without.
         recipe: a shipped recipe's name, a TOML file, or a ``Recipe``; ``options`` override it.
         workspace: a folder that keeps the state between passes, until the result is saved; none by default.
         resume: go on from the state in the workspace where it is of this very compilation.
@@ -147,7 +147,8 @@ def compile(  # the field's word, as in torch.compile
         folder = Path(tempfile.mkdtemp(prefix="tdcompile-"))
         try:
             home = None if workspace is None else Path(workspace)
-            compiled = _compiled(program, chosen, pipeline, folder, home, resume, watch or Silent(), start)
+            named = chosen.source or type(module).__name__
+            compiled = _compiled(program, named, chosen, pipeline, folder, home, resume, watch or Silent(), start)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -157,6 +158,7 @@ def compile(  # the field's word, as in torch.compile
 
 def _compiled(
     program: Program,
+    named: str,
     chosen: Recipe,
     pipeline: Pipeline,
     folder: Path,
@@ -179,13 +181,13 @@ def _compiled(
         began = time.perf_counter()
         stamp = {
             "producer": f"tdcompile {version('tdcompile')}",
-            "source": chosen.source or "",
+            "source": named,
             "plan": _stamp(program),
         }
         outcome = measure(program, folder, stamp=stamp)
         seconds = {**driver.seconds, "verify": time.perf_counter() - began}
         before = outcome.compiled.accuracy if driver.before_tuning is None else driver.before_tuning
-        run = Run(str(pipeline), seconds, time.perf_counter() - start, before)
+        run = Run(named, str(pipeline), seconds, time.perf_counter() - start, before)
         made.append(outcome.compiled.module)
         return summarise(program, chosen, outcome, run), folder
 
@@ -202,7 +204,7 @@ def resolve(recipe: str | Path | Recipe | None, options: Mapping[str, Any]) -> R
     """
     given = {key: _plain(key, value) for key, value in options.items()}
     if isinstance(recipe, Recipe):
-        return load_recipe(None, {**known_beside(recipe.model_dump(), given), **given})
+        return load_recipe(None, {**known_beside(recipe.model_dump(exclude_unset=True), given), **given})
     return load_recipe(None if recipe is None else str(recipe), given)
 
 
@@ -304,8 +306,9 @@ def _task(data: Task | Given, recipe: Recipe, shape: tuple[int, ...]) -> Task:
     if isinstance(data, Task):
         return data
     train, test = given(data, shape, recipe.normalize, recipe.seed)
-    known = data if isinstance(data, str) else recipe.data or ("given" if train else "none")
-    return Task(train, test, recipe.calibrate, recipe.eval, known)
+    return Task(
+        train, test, recipe.calibrate, recipe.eval, data if isinstance(data, str) else "given" if train else "none"
+    )
 
 
 def _kept(program: Program, patterns: Sequence[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +24,9 @@ from tdcompile.console import Answer
 from tdcompile.errors import InputError, TdcompileError, UnavailableError, nearest
 
 _DEVICES = ("cpu", "cuda")
-_NEEDED = ("torch", "onnx", "onnxsim", "onnxscript", "tensorly", "scipy", "safetensors", "accelerate")
 _WORTH = 1.2  # times as fast, below which bf16 is nothing to advise
-_EXTRAS = {"data": ("datasets", "pyarrow", "PIL", "sklearn")}
+# What an extra is for, and what is imported of it.
+_EXTRAS = {"data": ("to read such data", ("datasets", "pyarrow", "PIL", "sklearn")), "ray": ("for --ray", ("ray",))}
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,18 @@ def _packages() -> str:
 
 
 def _versions() -> Iterator[tuple[str, str | None]]:
-    for name in _NEEDED:
+    for name in _needed():
         try:
             yield name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             yield name, None
+
+
+def _needed() -> list[str]:
+    """The names of what the installed package asks for, but for onnxruntime, which has a check of its own."""
+    asked = [text for text in importlib.metadata.requires("tdcompile") or () if "extra ==" not in text]
+    names = dict.fromkeys(match[0] for text in asked if (match := re.match(r"[\w.-]+", text)))
+    return [name for name in names if not name.startswith("onnxruntime")]
 
 
 def _one_onnxruntime() -> str:
@@ -162,7 +170,8 @@ def _cache() -> str:
 
 
 def _extra(name: str) -> str:
-    missing = [package for package in _EXTRAS[name] if importlib.util.find_spec(package) is None]
+    purpose, packages = _EXTRAS[name]
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise UnavailableError(f"{', '.join(missing)} not installed: pip install 'tdcompile[{name}]' to read such data")
-    return ", ".join(_EXTRAS[name])
+        raise UnavailableError(f"{', '.join(missing)} not installed: pip install 'tdcompile[{name}]' {purpose}")
+    return ", ".join(packages)

@@ -23,7 +23,7 @@ _PAD = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something was not done: a code for machines (``grouped``, ``shared``) and a sentence for people."""
+    """Why something was not done: a code for machines (``grouped``, ``tied_parameter``) and a sentence for people."""
 
     layer: str
     code: str

@@ -68,7 +68,7 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
     "target": _option(str | None, "cpu or cuda; default cpu.", panel=_TARGET),
     "threads": _option(int | None, "Threads of onnxruntime; default 1.", panel=_TARGET, metavar="N", min=1),
     "grain": _option(int | None, "Ranks are multiples of it.", panel=_TARGET, metavar="N", min=1),
-    "batch": _option(int, "Samples in one timed run.", panel=_TARGET, default=1, metavar="N", min=1),
+    "batch": _option(int | None, "Samples in one timed run; default 1.", panel=_TARGET, metavar="N", min=1),
     "budget": _option(
         list[str] | None,
         "What may be kept of the dense network: latency=0.5, macs=0.5, params=0.3; repeatable; default latency=0.5.",
@@ -81,7 +81,7 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
     "plan": _option(str | None, "Apply this plan, edited by hand or not.", panel=_CHOICE, metavar="plan.json"),
     "tune": _option(
         str | None,
-        "none, or e.g. epochs=5,lr=0.02; default none, or what the recipe says.",
+        "none, or e.g. epochs=5,lr=0.02; default none, or what the recipe says; in demo one epoch.",
         panel=_CHOICE,
         metavar="OPTIONS",
     ),
@@ -110,7 +110,10 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
         float | None, "Exit with 4 if not so many times as fast.", "--min-speedup", panel=_CHOICE, metavar="X"
     ),
     "pipeline": _option(
-        str | None, "Passes of your own choice, in place of all of the above.", panel=_CHOICE, metavar="PASS,..."
+        str | None,
+        "Passes of your own choice, in place of those that the flags describe; budget, gates and keep-dense hold.",
+        panel=_CHOICE,
+        metavar="PASS,...",
     ),
     "recipe": _option(
         str | None, "All of the above from a shipped recipe or a TOML file; flags override it.", panel=_RUN
@@ -120,7 +123,7 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
     "seconds": _option(float, "How long to measure, all models together.", panel=_RUN, default=5.0, min=0.0),
     "seed": _option(int | None, "Of every random draw; default 0.", panel=_RUN, metavar="N"),
     "jobs": _option(
-        int, "Layers, or cells of a study, side by side; default 1.", panel=_RUN, default=1, metavar="N", min=1
+        int | None, "Layers, or cells of a study, side by side; default 1.", panel=_RUN, metavar="N", min=1
     ),
     "ray": _option(
         bool,

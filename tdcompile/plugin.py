@@ -57,7 +57,7 @@ class Plugin:
             value = getattr(self, field.name)
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             if value != default:
-                options[field.name] = _text(value)
+                options[field.name] = text_of(value)
         return Spec(self.name, options)
 
     def told(self) -> str:
@@ -70,7 +70,8 @@ class Plugin:
         return (cls.__doc__ or "").strip().partition("\n")[0]
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
+    """An option's value as a spec has it; ``from_options`` reads it back."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -10,7 +10,13 @@ from tdcompile.layer import Layer
 from tdcompile.program import Program, Site, parameters_of, sites_of
 from tdcompile.ranks import Ranks
 from tdcompile.registry import make
-from tdcompile.target import Cost, CostModel, total
+from tdcompile.target import Cost, CostModel, Target, total
+
+
+def price(layer: Layer, target: Target, counter: CostModel, timer: CostModel | None) -> Cost:
+    """What one model counts; the seconds are those of the other, where there is one."""
+    counted = counter.price(layer, target)
+    return counted if timer is None else replace(counted, seconds=timer.price(layer, target).seconds)
 
 
 class Prices:
@@ -22,9 +28,8 @@ class Prices:
 
     def __init__(self, program: Program) -> None:
         self._target = program.target
-        self._models = [make(CostModel, "analytic")]
-        if program.budget.latency is not None:
-            self._models.append(make(CostModel, "measured"))
+        self._counter = make(CostModel, "analytic")
+        self._timer = make(CostModel, "measured") if program.budget.latency is not None else None
         self.sites: Mapping[str, Site] = sites_of(program.dense, program.inputs)
         self.layers = {name: self._once(name, self.of(site.calls)) for name, site in self.sites.items()}
         known = total(list(self.layers.values()))
@@ -43,7 +48,7 @@ class Prices:
 
     def of(self, chain: Sequence[Layer]) -> Cost:
         """Of layers in a row."""
-        return total([model.price(part, self._target) for model in self._models for part in chain])
+        return total([price(part, self._target, self._counter, self._timer) for part in chain])
 
     def at(self, name: str, form: Decomposition, ranks: Ranks) -> Cost:
         """Of a layer in a form, over all its calls; its parameters are there once."""

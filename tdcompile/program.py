@@ -63,7 +63,7 @@ class Program:
     """A network under compilation; every pass returns a new one.
 
     Attributes:
-        graph: the network; its example ``inputs`` have a batch of at least 2.
+        graph: the network; its example ``inputs`` have a batch of at least 2 where that axis stays open.
         dense: the traced network as it came; the teacher of tuning and the reference of every figure.
         keep_dense: layer names the user wants left alone, with the reason to report.
         seed: where every random draw comes from, through ``generator``.

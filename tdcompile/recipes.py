@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,12 @@ from tdcompile.pipeline import Pipeline
 from tdcompile.ranks import RankPlan, RankSelector
 from tdcompile.registry import get
 from tdcompile.spec import Spec, parse_options, parse_spec, parse_specs
-from tdcompile.target import Budget, Target
+from tdcompile.target import UNLIMITED, Budget, Target
 
 SHIPPED = "recipes.toml"
 _OF_PIPELINE = ("decompose", "ranks", "importance", "tune", "plan", "grain")  # what a pipeline is made of
+_OF_MACHINE = ("grain", "jobs")  # what a pass is told of where it works, and what for
+_OF_PLAN = ("decompose", "ranks", "importance", "grain")  # what a plan is made by
 
 
 class Recipe(BaseModel):
@@ -67,10 +69,10 @@ class Recipe(BaseModel):
         """The budget, checked.
 
         Raises:
-            InputError: it limits nothing, or a share is outside (0, 1].
+            InputError: it limits nothing and a plan is to be made, or a share is outside (0, 1].
         """
-        if self.plan is not None and not self.budget:
-            return Budget()
+        if not self.budget and any(RankPlan in step.gives for step in self.steps().steps):
+            raise InputError(UNLIMITED)
         return Budget.parse([f"{name}={share}" for name, share in self.budget.items()])
 
     def device(self) -> Target:
@@ -88,18 +90,16 @@ class Recipe(BaseModel):
         """The pipeline that the options describe.
 
         Raises:
-            InputError: an unknown pass, plug-in or option.
+            InputError: an unknown pass, plug-in or option, or one that has no say beside another.
         """
         if self.pipeline is not None:
-            return Pipeline.of(self._own(parse_specs(self.pipeline)))
+            return Pipeline.of(map(self._here, self._own(parse_specs(self.pipeline))))
         latency = "latency" in self.budget
         parts = ["baseline"] if latency else []
         if self.plan is None:
             chosen = "" if "auto" in self.decompose else "+".join(self.decompose)
             options = {"decompose": chosen} if chosen else {}
             options |= {"spectra": "true"} if get(RankSelector, parse_spec(self.ranks).name).needs_spectra else {}
-            options |= {"grain": str(self.grain)} if self.grain else {}
-            options |= {"jobs": str(self.jobs)} if self.jobs > 1 else {}
             written = ",".join(f"{key}={value}" for key, value in options.items())
             parts += [
                 "calibrate",
@@ -109,13 +109,15 @@ class Recipe(BaseModel):
             ]
             parts += ["rehearse"] if latency else []
         else:
+            if idle := [name for name in _OF_PLAN if self._asked(name)]:
+                raise InputError(f"'{idle[0]}' has no say beside a plan, which is made already: leave it out")
             parts += ["calibrate"]
-        parts += [f"factorize{{jobs={self.jobs}}}" if self.jobs > 1 else "factorize", "recalibrate", "refit"]
+        parts += ["factorize", "recalibrate", "refit"]
         if self.tune not in (None, "none"):
             parse_options(self.tune)
             parts += [f"finetune{{{self.tune}}}"]
         parts += ["fold-batchnorm", "drop-dead"]
-        return Pipeline.parse(",".join(parts))
+        return Pipeline.of(map(self._here, parse_specs(",".join(parts))))
 
     def _own(self, steps: list[Spec]) -> list[Spec]:
         """A pipeline of one's own with the options that have a say in it.
@@ -130,7 +132,7 @@ class Recipe(BaseModel):
             ("importance", "score{by=…}"),
             ("ranks", "choose{by=…}"),
         ):
-            if getattr(self, name) != Recipe.model_fields[name].default:
+            if self._asked(name):
                 raise InputError(
                     f"'{name}' has no say beside the pipeline '{self.pipeline}', which names its passes: "
                     f"leave it out, or write it into a pipeline of your own as {step}"
@@ -155,6 +157,15 @@ class Recipe(BaseModel):
             )
         options = parse_options(self.tune)
         return [replace(step, options={**step.options, **options}) if step in trainers else step for step in steps]
+
+    def _here(self, step: Spec) -> Spec:
+        """The step with the grain and the jobs asked for, where it takes them and does not name its own."""
+        taken = {field.name for field in fields(get(Pass, step.name))} - set(step.options)
+        asked = {name: str(getattr(self, name)) for name in _OF_MACHINE if self._asked(name)}
+        return replace(step, options={**step.options, **{key: asked[key] for key in asked if key in taken}})
+
+    def _asked(self, name: str) -> bool:
+        return bool(getattr(self, name) != Recipe.model_fields[name].default)
 
 
 def recipes() -> dict[str, dict[str, Any]]:
@@ -189,7 +200,8 @@ def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
 
 def known_beside(known: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe says beside overrides: a pipeline takes the place of all that the recipe would make one of."""
-    return {key: value for key, value in known.items() if not (overrides.get("pipeline") and key in _OF_PIPELINE)}
+    replaced = (*(_OF_PIPELINE if overrides.get("pipeline") else ()), *(_OF_PLAN if overrides.get("plan") else ()))
+    return {key: value for key, value in known.items() if key not in replaced}
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def total(costs: Sequence[Cost]) -> Cost:
 
 # What a budget may name, and the field of ``Cost`` that it limits.
 LIMITED = {"latency": "seconds", "macs": "macs", "params": "params"}
+UNLIMITED = f"the budget limits nothing: give at least one of {', '.join(LIMITED)}, e.g. latency=0.5"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Budget:
             InputError: nothing is limited.
         """
         if not self.shares:
-            raise InputError(f"the budget limits nothing: give at least one of {', '.join(LIMITED)}, e.g. latency=0.5")
+            raise InputError(UNLIMITED)
         return {LIMITED[name]: share * getattr(dense, LIMITED[name]) for name, share in self.shares.items()}
 
     def __str__(self) -> str:

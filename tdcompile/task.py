@@ -139,7 +139,7 @@ class Task:
         test: gives the final figure and nothing else.
         calibrate: how many training samples calibration reads.
         evaluate: how many test samples the final figure uses; None is all.
-        source: where the data came from, for the report.
+        source: where the data came from, in words.
     """
 
     train: Samples | None = None

@@ -8,6 +8,7 @@ import importlib
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
+from tdcompile.callables import FROM_FILE, from_file, is_file
 from tdcompile.errors import InputError
 
 CLASSES = ("torch.nn", "tdcompile")
@@ -86,10 +88,14 @@ def readable(name: str) -> bool:
 def _imported(name: str, allowed: Sequence[str]) -> Any:
     """What a qualified ``module:name`` stands for, if the module is allowed."""
     module, _, inner = name.partition(":")
+    stem = module.removeprefix(FROM_FILE)
+    if stem != module and (files := [Path(place) for place in allowed if is_file(place) and Path(place).stem == stem]):
+        return _inside(from_file(files[0]), inner)
     if not any(module == package or module.startswith(f"{package}.") for package in allowed):
+        owner = module.partition(".")[0] if stem == module else f"path/to/{stem}.py"
         raise InputError(
-            f"the network needs {name.replace(':', '.')}, which is not part of torch.nn or tdcompile; if you trust "
-            f"whoever made the file, load it with trusted=({module.partition('.')[0]!r},)"
+            f"the network needs {name.replace(':', '.').removeprefix(FROM_FILE)}, which is not part of torch.nn or "
+            f"tdcompile; if you trust whoever made the file, load it with trusted=({owner!r},)"
         )
     return _inside(importlib.import_module(module), inner)
 

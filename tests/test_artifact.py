@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 from tdcompile.artifact import check_out, load, load_graph, read_manifest, save_weights, verify, write_folder
+from tdcompile.callables import load_callable
 from tdcompile.errors import InputError
 
 
@@ -206,6 +207,22 @@ def test_a_class_of_ones_own_needs_trust(tmp_path: Path) -> None:
         load(out)
     x = -torch.ones(1, 4)
     assert torch.equal(load(out, trusted=(Own.__module__,))(x), graph(x))
+
+
+def test_a_class_of_ones_own_file_is_loaded_by_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from torch import nn\nclass Own(nn.Module):\n    def forward(self, x): return 2 * x\n")
+    graph = traced(nn.Sequential(nn.Linear(4, 4), load_callable(f"{file}:Own")()))
+    out = folder_of(graph, tmp_path)
+    with pytest.raises(InputError, match=r"needs mine.Own.*trusted=\('path/to/mine.py',\)"):
+        load(out)
+    code = (
+        "import sys, tdcompile, torch; out, file = sys.argv[1:]\n"
+        "print(tdcompile.load(out, trusted=(file,))(torch.ones(1, 4)).tolist())"
+    )
+    command = [sys.executable, "-c", code, str(out), str(file)]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert json.loads(ran.stdout) == graph(torch.ones(1, 4)).tolist()
 
 
 def test_a_network_without_a_text_form_is_saved_and_says_why_it_cannot_load(tmp_path: Path) -> None:

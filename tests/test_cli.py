@@ -214,6 +214,14 @@ def test_a_plan_is_made_edited_and_applied(tdc: Any, home: Path, monkeypatch: py
     assert "propose" not in str(seen[0].steps())
 
 
+def test_a_plan_that_only_training_finds_is_not_looked_for(tdc: Any, home: Path) -> None:
+    ran = tdc("plan", "net.py:build", "--input", "1x3x8x8", "--data", "digits", "--recipe", "progressive-tucker")
+    assert ran.code == 2
+    assert "has no plan before 'anneal' has trained: compile it" in ran.sentence
+    (home / "own.toml").write_text('pipeline = "fold-batchnorm,drop-dead"\n')
+    assert "makes no plan" in tdc("plan", "net.py:build", "--input", "1x3x8x8", "--recipe", "own.toml").sentence
+
+
 def stopped() -> NoReturn:
     raise KeyboardInterrupt
 
@@ -332,6 +340,12 @@ def test_weights_that_are_given_or_another_shape_leave_the_shipped_ones_and_thei
     assert recipe_of({"source": "digits_net{num_classes=5}"}).weights is None
     assert recipe_of({"source": "digits_net", "data": "npz:x.npz"}).data == "npz:x.npz"
     assert recipe_of({"source": "digits_net", "input": ["4x1x16x16"]}).input == ("4x1x16x16",)
+
+
+def test_every_flag_is_none_where_it_is_not_given_so_that_a_recipe_holds(home: Path) -> None:
+    assert {OPTIONS[name][1] for name in Recipe.model_fields} == {None}
+    (home / "own.toml").write_text("jobs = 3\n")
+    assert recipe_of({"recipe": "own.toml", "source": "digits_net"}).jobs == 3
 
 
 def test_a_recipe_with_odd_texts_is_toml() -> None:
@@ -638,8 +652,27 @@ def test_what_is_no_model_is_refused(tdc: Any, model: str, folder: Path) -> None
         assert tdc(*arguments).code == 2
 
 
+def test_bench_tells_the_batch_that_it_timed(tdc: Any, folder: Path, home: Path) -> None:
+    table = torch.nn.Bilinear(3, 3, 2)
+    fixed = export_onnx(torch.nn.ReLU(), [torch.zeros(2, 5)], home / "fixed.onnx", dynamic_batch=False).path
+    mixed = export_onnx(table, [torch.zeros(2, 3), torch.zeros(2, 3)], home / "mixed.onnx").path
+    for arguments, batch in (
+        ([folder / "model.onnx"], 1),
+        ([folder / "model.onnx", "--input", "4x3x8x8"], 4),
+        ([fixed], 2),
+        ([mixed, "--batch", "5"], 5),
+    ):
+        ran = tdc("bench", *arguments, "--seconds", "0.01", "--json")
+        assert ran.code == 0, ran.err
+        assert json.loads(ran.out)["batch"] == batch
+
+
 def test_bench_refuses_what_does_not_compare(tdc: Any, folder: Path, home: Path) -> None:
     fixed = export_onnx(torch.nn.ReLU(), [torch.zeros(2, 5)], home / "fixed.onnx", dynamic_batch=False).path
-    assert "fixes its batch at 2" in tdc("bench", fixed, "--batch", "7").sentence
+    assert "fixes the batch at 2" in tdc("bench", fixed, "--batch", "7").sentence
     assert "other inputs" in tdc("bench", folder / "model.onnx", fixed).sentence
+    assert (
+        "fixes the batch at 4: --batch 8 cannot be"
+        in tdc("bench", folder / "model.onnx", "--input", "4x3x8x8", "--batch", "8").sentence
+    )
     assert "cannot run on (1, 3, 7, 7)" in tdc("bench", folder / "model.onnx", "--input", "1x3x7x7").sentence

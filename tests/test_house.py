@@ -18,7 +18,6 @@ FLOORS = [
         "spec",
         "amp",
         "noise",
-        "vocabulary",
         "sketch",
         "linalg",
         "multilinear",
@@ -27,7 +26,7 @@ FLOORS = [
         "inputmap",
         "turns",
     ],
-    ["plugin", "facts", "layer", "callables", "extras", "processes", "workers"],
+    ["plugin", "facts", "layer", "callables", "vocabulary", "extras", "processes", "workers"],
     [
         "target",
         "task",

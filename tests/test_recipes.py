@@ -21,6 +21,10 @@ def names(recipe: Recipe) -> list[str]:
     return [step.name for step in recipe.steps().steps]
 
 
+def changed(recipe: Recipe) -> set[str]:
+    return {name for name, field in Recipe.model_fields.items() if getattr(recipe, name) != field.default}
+
+
 @pytest.mark.parametrize("name", recipes())
 def test_every_shipped_recipe_is_a_pipeline_whose_needs_are_met(name: str) -> None:
     recipe = load_recipe(name, {})
@@ -44,6 +48,12 @@ def test_every_shipped_recipe_is_a_pipeline_whose_needs_are_met(name: str) -> No
     )
 )
 def test_any_options_make_a_pipeline_that_reads_back(recipe: Recipe) -> None:
+    if recipe.plan is not None:
+        idle = [name for name in ("decompose", "ranks", "importance", "grain") if name in changed(recipe)]
+        if idle:
+            with pytest.raises(InputError, match=f"^'{idle[0]}' has no say beside a plan"):
+                recipe.steps()
+            return
     pipeline = recipe.steps()
     assert Pipeline.parse(str(pipeline)) == pipeline
     if recipe.plan is None:
@@ -56,6 +66,40 @@ def test_any_options_make_a_pipeline_that_reads_back(recipe: Recipe) -> None:
 
 def test_a_pipeline_of_ones_own_takes_the_place_of_all() -> None:
     assert names(Recipe(pipeline="score,drop-dead")) == ["score", "drop-dead"]
+
+
+def test_jobs_and_grain_reach_the_passes_of_any_pipeline_that_take_them() -> None:
+    steps = Recipe(pipeline="propose{grain=8},choose,factorize,drop-dead", jobs=3, grain=4).steps()
+    assert str(steps) == "propose{grain=8,jobs=3},choose,factorize{jobs=3},drop-dead"
+    assert str(Recipe(budget={"macs": 0.5}, jobs=2, grain=4).steps()).startswith(
+        "calibrate,score,propose{grain=4,jobs=2},choose,factorize{jobs=2}"
+    )
+    assert "propose{decompose=tucker2+svd,spectra=true,jobs=4}" in str(load_recipe("tucker-vbmf", {"jobs": 4}).steps())
+
+
+def test_a_budget_that_limits_nothing_is_refused_where_a_plan_is_to_be_made() -> None:
+    for recipe in (Recipe(budget={}), Recipe(budget={}, pipeline="rene,factorize")):
+        with pytest.raises(InputError, match="limits nothing"):
+            recipe.shares()
+    assert not Recipe(budget={}, plan="plan.json").shares().shares
+    assert not Recipe(budget={}, pipeline="fold-batchnorm").shares().shares
+
+
+def test_a_plan_takes_the_place_of_what_a_recipe_would_make_one_by(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('ranks = "greedy"\ntune = "epochs=1"\n')
+    recipe = load_recipe(str(own), {"plan": "plan.json"})
+    assert names(recipe) == [
+        "calibrate",
+        "factorize",
+        "recalibrate",
+        "refit",
+        "finetune",
+        "fold-batchnorm",
+        "drop-dead",
+    ]
+    with pytest.raises(InputError, match="'ranks' has no say beside a plan"):
+        load_recipe(str(own), {"plan": "plan.json", "ranks": "greedy"}).steps()
 
 
 def test_tuning_goes_to_the_pass_of_a_pipeline_that_trains() -> None:

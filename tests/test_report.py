@@ -3,6 +3,7 @@
 import json
 from html.parser import HTMLParser
 from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from tdcompile.report import Report, count, milliseconds, render_html, size, tables
+from tdcompile.runtime import Timing
+from tdcompile.summary import budget_gates
+from tdcompile.target import Budget
 
 VOID = {"meta", "line", "rect", "polyline"}
 FIGURES = {"params": 2000, "macs": 40_000, "latency_ms": 3.0, "onnx_bytes": 9000, "accuracy": 0.9}
@@ -301,3 +305,18 @@ def test_milliseconds_keep_three_digits(number: float) -> None:
 def test_what_was_not_measured_is_a_dash() -> None:
     assert milliseconds(None) == "–"
     assert milliseconds(0.0) == "0.00 ms"
+
+
+@pytest.mark.parametrize(
+    ("kept", "passed", "word"),
+    [(0.49, True, "keeps"), (0.5, True, "keeps"), (0.515, True, "comes near enough to"), (0.53, False, "was to keep")],
+)
+def test_a_latency_near_its_budget_counts_as_kept_and_is_told_as_it_is(kept: float, passed: bool, word: str) -> None:
+    networks = [
+        SimpleNamespace(params=10, macs=10, timing=Timing(seconds, seconds, seconds, 1)) for seconds in (1.0, kept)
+    ]
+    program: Any = SimpleNamespace(budget=Budget(latency=0.5))
+    outcome: Any = SimpleNamespace(dense=networks[0], compiled=networks[1])
+    (gate,) = budget_gates(program, outcome)
+    assert (gate.passed, gate.value) == (passed, kept)
+    assert gate.sentence == f"latency {word} 0.5 of the dense network's: {kept:.3f} measured"

@@ -16,6 +16,7 @@ from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Layer, Moments, Refusal
 from tdcompile.linalg import gram
+from tdcompile.pricing import price
 from tdcompile.program import Program, Site, kept_dense, parameters_of, sites
 from tdcompile.ranks import DENSE, Candidate, Candidates, Ranks, Spectrum
 from tdcompile.registry import find, make
@@ -39,7 +40,7 @@ class Propose(AnalysisPass):
         decompose: names of decompositions to consider; empty is all of them.
         grain: ranks are multiples of it; none takes the target's grain under a latency budget and 1 otherwise.
         cost: the cost model that counts.
-        timer: the cost model that measures, asked under a latency budget alone.
+        timer: the cost model whose seconds count, asked under a latency budget alone.
         jobs: layers whose errors are computed side by side, each in a process.
         spectra: also give the singular values of every weight, for the selectors that ask for them.
     """
@@ -142,9 +143,8 @@ class Propose(AnalysisPass):
         spaces: Mapping[str, Mapping[Decomposition, Sequence[Ranks]]],
     ) -> dict[Layer, Cost]:
         """What every layer of every chain costs; what is measured is measured together."""
-        models = [make(CostModel, self.cost)]
-        if program.budget.latency is not None:
-            models.append(make(CostModel, self.timer))
+        counter = make(CostModel, self.cost)
+        timer = make(CostModel, self.timer) if program.budget.latency is not None else None
         chains = (
             _chain(site, form, ranks)
             for name, site in found.items()
@@ -153,12 +153,9 @@ class Propose(AnalysisPass):
         )
         dense = (call for site in found.values() for call in site.calls)
         parts = list(dict.fromkeys([*dense, *(part for chain in chains for part in chain)]))
-        prices: dict[Layer, Cost] = {part: Cost() for part in parts}
-        for model in models:
+        for model in filter(None, (counter, timer)):
             model.prepare(parts, program.target)
-            for part in parts:
-                prices[part] += model.price(part, program.target)
-        return prices
+        return {part: price(part, program.target, counter, timer) for part in parts}
 
     def _whole(self, program: Program, dense: Cost) -> Cost:
         """What the dense network costs: all its parameters, its measured latency where there is one."""

@@ -52,13 +52,14 @@ class Rene(AnalysisPass):
         reach: how far a finer interval reaches to either side, in steps; the paper's is 0.5.
         steps: pairs of steps in each refinement, after ``warmup`` weight steps.
         alternate: false takes both steps from one loss at once, for comparison.
-        lr_weights, lr_coefficients: of the two kinds of step; none is 1 under the budget and 0.1 without it. The
-            paper's are 1e-3 for both.
+        lr_weights, lr_coefficients: of the two kinds of step; the paper's are 1e-3 for both. ``lr_coefficients=none``
+            is 1 under the budget and 0.1 without it.
         gamma, beta: of the rank loss; in the paper's product γ is a factor of the whole and moves no minimum.
         single: weight of Σ p_r ‖W − W^(r)‖² beside the mixture's error.
         tolerance: squared relative error of a layer below which more rank gains little; without it the search without a
             budget fits a weight's noise, as the product of an error that can vanish and a price always asks for.
-        budget: false searches as the paper does, without one.
+        budget: false searches as the paper does, without one; the program's still says which costs count, and is what
+            ``compile`` holds the result to.
         samples: of the training part, which coefficient steps look at with ``mode=data``; weight steps need none.
     """
 

@@ -54,6 +54,8 @@ class Taylor(Importance):
         """Raises InputError where an option is out of its range."""
         if self.order not in (1, 2):
             raise InputError(f"taylor{{order={self.order}}} is 1 or 2")
+        if self.batch < 1 or (self.samples is not None and self.samples < 1):
+            raise InputError(f"'{self.spec()}': samples and batch are at least 1")
 
     def score(self, program: Program) -> Mapping[str, float]:
         """See ``Importance.score``."""

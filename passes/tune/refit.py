@@ -41,12 +41,12 @@ _FAINT = 1e-2  # a channel that batch norm scales by less than this share of the
 
 @dataclass(frozen=True)
 class Refit(TunePass):
-    """Fit each layer's last factors to the dense network's outputs, given the compressed layers before it; no labels.
+    """Fit each layer anew to the dense network's outputs, given the compressed layers before it; no labels.
 
     Attributes:
         samples: how many training samples are read.
         places: output positions of each sample that count.
-        ridge: how much the factors hold on to what they are, in units of the inputs' mean variance.
+        ridge: how much a fitted map holds on to the dense weight, in units of the inputs' mean variance.
         dense: also fit the layers that were left dense to their new inputs.
         blocks: aim at what follows the addition of a shortcut, not at the layer's own output.
         sweeps: how often to go through all layers.

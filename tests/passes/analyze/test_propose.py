@@ -1,0 +1,46 @@
+"""Candidates are priced by the models that are asked for: counts by one, seconds by the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+import tdcompile
+from tdcompile.layer import Layer
+from tdcompile.pipeline import Pipeline
+from tdcompile.ranks import DENSE, Candidates
+from tdcompile.target import Cost, CostModel, Target
+
+
+@dataclass(frozen=True)
+class PerWeight(CostModel):
+    """Everything by the number of weights."""
+
+    name: ClassVar[str] = "per-weight"
+    params: float = 1.0
+    macs: float = 1.0
+    seconds: float = 1.0
+
+    def price(self, layer: Layer, target: Target) -> Cost:
+        """The same number three times."""
+        size = float(torch.Size(layer.weight_shape).numel())
+        return Cost(params=self.params * size, macs=self.macs * size, seconds=self.seconds * size)
+
+
+def candidates(budget: tdcompile.Budget) -> Candidates:
+    network = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 4, 5)).eval()
+    program = tdcompile.trace(network, (torch.randn(2, 4, 4, 4),)).with_(budget=budget)
+    pipeline = Pipeline.parse("propose{cost=per-weight{macs=7},timer=per-weight{macs=99,seconds=3}}")
+    return pipeline.run(program).facts[Candidates]
+
+
+def test_counts_are_those_of_one_model_and_seconds_those_of_the_other() -> None:
+    for budget, seconds in ((tdcompile.Budget(latency=0.5), 3), (tdcompile.Budget(macs=0.5), 1)):
+        table = candidates(budget)
+        for options in table.layers.values():
+            assert options[0].decomposition == DENSE
+            for option in options:
+                assert (option.cost.macs, option.cost.seconds) == (7 * option.cost.params, seconds * option.cost.params)
