@@ -37,8 +37,10 @@ def main(
     evaluate: Annotated[int, typer.Option(help="test images of each measurement")] = 10_000,
     seed: int = 0,
     kept: Annotated[
-        Path | None, typer.Option(help="a file of what was measured so far, from which an interrupted run goes on")
+        Path | None,
+        typer.Option(help="a file of what was measured so far, from which an interrupted run goes on; two may share it"),
     ] = None,
+    backwards: Annotated[bool, typer.Option(help="begin with the last plan, to meet another run half-way")] = False,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
     """Accuracy here judges predictions, and chooses nothing.
@@ -57,9 +59,10 @@ def main(
     known = _known(kept, settings := f"{network}, seed {seed}, {after}, {tune}, {evaluate} images")
     found: list[dict[str, Any]] = []
     for share in map(float, shares.split(",")):
-        for number in range(plans):
+        for number in reversed(range(plans)) if backwards else range(plans):
             plan = _random_plan(program, share, program.generator(f"plan/{share}/{number}"))
             key = f"{settings}, {share:g}, {number}, {_digest(plan)}"
+            known |= _known(kept, settings) if key not in known else {}
             if key not in known:
                 made = program.with_(facts=program.facts.having(plan))
                 made = Pipeline.parse(f"factorize,{after}").run(made)
