@@ -38,7 +38,9 @@ def main(
     seed: int = 0,
     kept: Annotated[
         Path | None,
-        typer.Option(help="a file of what was measured so far, from which an interrupted run goes on; two may share it"),
+        typer.Option(
+            help="a file of what was measured so far, from which an interrupted run goes on; two may share it"
+        ),
     ] = None,
     backwards: Annotated[bool, typer.Option(help="begin with the last plan, to meet another run half-way")] = False,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
