@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from json import dumps, loads
@@ -84,18 +85,21 @@ def main(
 
 
 def _known(kept: Path | None, settings: str) -> dict[str, dict[str, float | None]]:
-    """What an earlier run with the same settings measured."""
+    """What another run with the same settings has measured; a line that it did not finish is not there."""
     if kept is None or not kept.exists():
         return {}
-    lines = [loads(line) for line in kept.read_text().splitlines()]
+    lines = []
+    for text in kept.read_text().splitlines():
+        with suppress(ValueError):
+            lines.append(loads(text))
     return {line["key"]: line["measured"] for line in lines if line["key"].startswith(settings)}
 
 
 def _keep(kept: Path | None, key: str, measured: dict[str, float | None]) -> None:
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with kept.open("a") as file:
-            file.write(dumps({"key": key, "measured": measured}) + "\n")
+        with kept.open("a") as file:  # a line of its own, whatever was interrupted before
+            file.write("\n" + dumps({"key": key, "measured": measured}) + "\n")
 
 
 def _digest(plan: RankPlan) -> str:

@@ -52,7 +52,13 @@ VERBS = (
         (*_PLAN, *_COMPILE, *_COMMON),
         "A network in, a smaller, faster, verified ONNX model out, with a report on every layer.",
     ),
-    Verb("analyze", "commands_inspect", "analyze", (*_NETWORK, *_COMMON), "Every layer, and what could be done to it."),
+    Verb(
+        "analyze",
+        "commands_inspect",
+        "analyze",
+        (*_NETWORK, "dynamic_batch", *_COMMON),
+        "Every layer, and what could be done to it.",
+    ),
     Verb(
         "study",
         "commands_study",
@@ -66,7 +72,8 @@ VERBS = (
         "commands_models",
         "validate",
         (
-            *("model", "against", "weights", "input", "frontend", "dynamic", "target", "threads", "rtol", "atol"),
+            *("model", "against", "weights", "input", "frontend", "dynamic_batch", "dynamic", "target", "threads"),
+            *("rtol", "atol"),
             *_COMMON,
         ),
         "Run a model against another one, or against the PyTorch network it came from; exit 3 if they differ.",

@@ -33,7 +33,7 @@ Listed = dict[str, dict[str, Any]]
 def analyze(given: Mapping[str, Any]) -> Answer:
     """A table of the layers."""
     recipe = recipe_of(given)
-    program = trace(*load_network(recipe), frontend=recipe.frontend)
+    program = trace(*load_network(recipe), frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch)
     layers = anatomy(program)
     if given["json"]:
         return Answer((json.dumps([dataclasses.asdict(layer) for layer in layers], indent=1),))

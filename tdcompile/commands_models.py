@@ -44,7 +44,8 @@ def validate(given: Mapping[str, Any]) -> Answer:
         inputs = model_inputs(model, TRACED, seed, recipe.input) if recipe.input else None
         parity = compare_models(model, other, target, inputs=inputs, **how)
     elif network and recipe.input:
-        program = trace(*load_network(recipe), frontend=recipe.frontend, dynamic=recipe.dynamic)
+        how_open = {"dynamic_batch": recipe.dynamic_batch, "dynamic": recipe.dynamic}
+        program = trace(*load_network(recipe), frontend=recipe.frontend, **how_open)
         parity = check_parity(model, program.graph, program.inputs, target, axes=program.axes, **how)
     else:
         inputs = model_inputs(model, TRACED, seed, recipe.input)

@@ -178,7 +178,7 @@ def _gates(program: Program, recipe: Recipe, outcome: Outcome) -> Iterator[Gate]
             sentence=f"{speedup:.2f} times as fast as dense, {recipe.min_speedup:g} wanted",
         )
     if recipe.max_drop is not None:
-        yield _drop_gate(recipe.max_drop, dense.accuracy, compiled.accuracy)
+        yield drop_gate(recipe.max_drop, dense.accuracy, compiled.accuracy)
 
 
 def budget_gates(program: Program, outcome: Outcome) -> Iterator[Gate]:
@@ -193,7 +193,8 @@ def budget_gates(program: Program, outcome: Outcome) -> Iterator[Gate]:
         yield Gate(name=name, limit=share, value=kept, passed=passed, sentence=sentence)
 
 
-def _drop_gate(limit: float, dense: float | None, compiled: float | None) -> Gate:
+def drop_gate(limit: float, dense: float | None, compiled: float | None) -> Gate:
+    """Whether accuracy, in [0, 1], falls by at most so many points; unknown accuracies do not pass."""
     if dense is None or compiled is None:
         sentence = f"accuracy may drop by {limit:g} points, and there are no labelled test samples to tell"
         return Gate(name="max-drop", limit=limit, value=None, passed=False, sentence=sentence)

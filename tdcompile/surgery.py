@@ -142,7 +142,8 @@ def works_in_place(node: fx.Node, module: nn.Module) -> bool:
         return any(bool(getattr(part, "inplace", False)) for part in parts)
     if node.op not in ("call_function", "call_method"):
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    called = getattr(node.target, "overloadpacket", node.target)  # of an ATen operator: "relu_", not "relu_.default"
+    name = called if isinstance(called, str) else getattr(called, "__name__", "")
     written = name.endswith("_") and not name.endswith("__")
     return node.target in _IN_PLACE or written or bool(node.kwargs.get("inplace", False))
 

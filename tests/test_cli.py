@@ -44,6 +44,13 @@ def build():
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
     )
 
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x): return self.fc(x.reshape(2, 4))
+
 def number(): return 3
 def infinite():
     net = build()
@@ -412,6 +419,16 @@ def test_bench_compares_with_the_first(tdc: Any, folder: Path) -> None:
     assert second["ratio"] == pytest.approx(first["median_ms"] / second["median_ms"])
     assert first["p10_ms"] <= first["median_ms"] <= first["p90_ms"]
     assert "model.onnx" in tdc("bench", *models, "--seconds", "0.01").out
+
+
+def test_a_network_of_one_batch_is_analysed_and_validated_where_it_is_said(tdc: Any, home: Path) -> None:
+    given = ["--input", "2x4"]
+    assert "--no-dynamic-batch" in tdc("analyze", "net.py:Fixed", *given).sentence
+    assert tdc("analyze", "net.py:Fixed", *given, "--no-dynamic-batch").code == 0
+    ran = tdc("compile", "net.py:Fixed", *given, "--no-dynamic-batch", "--budget", "macs=1.0", "-o", "fixed", "-q")
+    assert ran.code == 0, ran.err
+    ran = tdc("validate", "fixed/dense.onnx", "--against", "net.py:Fixed", *given, "--no-dynamic-batch")
+    assert ran.code == 0, ran.err
 
 
 def test_list_tells_everything_that_is_registered(tdc: Any) -> None:

@@ -108,6 +108,8 @@ def imports(file):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
+            if node.module == "tdcompile":
+                yield from (f"tdcompile.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 

@@ -257,7 +257,13 @@ def test_the_whole_of_it_compiles_by_its_recipe(tmp_path: object) -> None:
     assert [entry for entry in made.report.layers if entry.decomposition == "tucker2"]
 
 
-@pytest.mark.parametrize("text", ["attach-adapters{rank=0}", "anneal{decay=1}", "anneal{epochs=0}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("attach-adapters{rank=0}", "anneal{decay=1}", "anneal{epochs=0}"),
+        *("anneal{clip=0}", "anneal{temperature=0}", "anneal{labels=2}"),
+    ],
+)
 def test_options_out_of_range_are_refused(text: str) -> None:
     with pytest.raises(InputError):
         Pipeline.parse(text)

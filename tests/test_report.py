@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tdcompile.report import Report, count, milliseconds, render_html, size, tables
 from tdcompile.runtime import Timing
-from tdcompile.summary import budget_gates
+from tdcompile.summary import budget_gates, drop_gate
 from tdcompile.target import Budget
 
 VOID = {"meta", "line", "rect", "polyline"}
@@ -320,3 +320,12 @@ def test_a_latency_near_its_budget_counts_as_kept_and_is_told_as_it_is(kept: flo
     (gate,) = budget_gates(program, outcome)
     assert (gate.passed, gate.value) == (passed, kept)
     assert gate.sentence == f"latency {word} 0.5 of the dense network's: {kept:.3f} measured"
+
+
+def test_accuracy_may_fall_by_the_points_allowed_and_rise_by_any() -> None:
+    for limit, dense, compiled, passed in ((1.0, 0.9, 0.895, True), (1.0, 0.9, 0.85, False), (0.0, 0.8, 0.9, True)):
+        gate = drop_gate(limit, dense, compiled)
+        assert gate.passed == passed
+        assert gate.value == pytest.approx((dense - compiled) * 100)
+    unknown = drop_gate(1.0, None, None)
+    assert (unknown.passed, unknown.value) == (False, None)

@@ -42,6 +42,11 @@ class Error(Importance):
     samples: int = 256
     forms: tuple[str, ...] = FORMS
 
+    def __post_init__(self) -> None:
+        """Raises InputError where no sample is asked for."""
+        if self.samples < 1:
+            raise InputError(f"'{self.spec()}': samples is at least 1")
+
     @torch.no_grad()
     def score(self, program: Program) -> Mapping[str, float]:
         """See ``Importance.score``.

@@ -65,8 +65,9 @@ class Fisher(Importance):
                     scores = logits(graph(*(x.to(device) for x in batch.inputs)))
                     loss = _loss(scores, batch.labels, generator)
                 probes = [probe for meter in meters.values() for probe in meter.take()]
-                # Gradients of probes alone: no tensor of the program gets a ``grad``.
-                torch.autograd.grad(loss, probes, allow_unused=True)
+                if loss.requires_grad:  # a network may detach what it returns
+                    # Gradients of probes alone: no tensor of the program gets a ``grad``.
+                    torch.autograd.grad(loss, probes, allow_unused=True)
                 done += len(scores)
                 tick(done, count)
         finally:
@@ -104,8 +105,10 @@ class _Meter:
         self.energy += float(y.double().square().sum())
         self.elements += y.numel()
         probe = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        self._probes.append(probe)
         watched = output + probe
+        if not watched.requires_grad:  # the network's own code computes without gradients here
+            return output
+        self._probes.append(probe)
         watched.register_hook(self._add)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return watched
 

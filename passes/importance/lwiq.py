@@ -66,8 +66,9 @@ class Lwiq(Importance):
 
     def __post_init__(self) -> None:
         """Raises InputError where an option is out of its range."""
-        if self.embedding < 1 or not self.judged > 0 or self.eps < 0 or self.batch < 1:
-            raise InputError(f"'{self.spec()}': embedding and batch at least 1, judged above 0, eps at least 0")
+        least = min(self.embedding, self.batch, 1 if self.samples is None else self.samples)
+        if least < 1 or not self.judged > 0 or self.eps < 0:
+            raise InputError(f"'{self.spec()}': embedding, batch, samples at least 1, judged above 0, eps at least 0")
 
     @torch.no_grad()
     def score(self, program: Program) -> Mapping[str, float]:

@@ -11,12 +11,11 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights, fuse_linear_bn_eval
 
 from tdcompile.kinds import RewritePass, Rewritten
-from tdcompile.layer import TransposedConv
+from tdcompile.layer import Layer, TransposedConv
 from tdcompile.program import Change, Program, sites
 from tdcompile.surgery import called_differently, calls_of, drop_node, module_at, only_user, parent_of
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class FoldBatchnorm(RewritePass):
                 continue
             source = cast(fx.Node, node.args[0])  # what a module is called on is a node
             layer = module_at(graph, source)
-            if not isinstance(layer, (*_CONVS, nn.Linear, TransposedConv)) or only_user(source) != node:
+            if layer is None or Layer.of(layer, ()) is None or only_user(source) != node:
                 continue
             if len(calls_of(graph, str(source.target))) > 1 or len(calls_of(graph, str(node.target))) > 1:
                 continue  # shared: another call may not be followed by this normalisation

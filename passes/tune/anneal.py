@@ -62,6 +62,8 @@ class Anneal(TunePass):
         """Raises InputError where an option is out of its range."""
         if not (self.epochs > 0 and self.lr > 0 and self.batch >= 1 and self.selections >= 1 and 0 < self.decay < 1):
             raise InputError(f"'{self.spec()}': epochs, lr, batch, selections above 0, decay a share in (0, 1)")
+        if not (self.clip > 0 and self.temperature > 0 and 0 <= self.labels <= 1):
+            raise InputError(f"'{self.spec()}': clip and temperature above 0, labels a share in [0, 1]")
 
     def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
         """Anneal, and leave every parallel layer without its dense share, within the budget.

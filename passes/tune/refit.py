@@ -34,7 +34,8 @@ from tdcompile.streams import Stream, follows
 from tdcompile.surgery import calls_of, module_at, only_user, parent_of, tensors_in
 from tdcompile.target import Cost
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_ATEN = torch.ops.aten
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_", _ATEN.add.Tensor, _ATEN.add_.Tensor)
 _WIDEST = 5000  # inputs of a layer (C·K): their covariance has that many rows and columns
 _FAINT = 1e-2  # a channel that batch norm scales by less than this share of the largest is not aimed at the block
 

@@ -106,6 +106,13 @@ def test_auto_takes_any_network(kind: str) -> None:
     assert (len(set(scores.values())) > 1) == (kind == "crops")
 
 
+@pytest.mark.parametrize("name", ["fisher", "taylor"])
+def test_gradients_that_do_not_come_count_nothing(name: str) -> None:
+    torch.manual_seed(0)
+    made = tdcompile.trace(Odd("detached").eval(), (torch.randn(2, 3, 8, 8),)).with_(task=Task(bright(), calibrate=64))
+    assert set(scored(name, made).values()) == {1.0}
+
+
 @pytest.mark.parametrize("name", SCORES)
 def test_scoring_leaves_the_network_alone(name: str) -> None:
     given = program(bright())

@@ -2,6 +2,7 @@
 
 import json
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -169,6 +170,20 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path, pipeline, 
     resumed = tdcompile.compile(network(), X, workspace=tmp_path, watch=steps, resume=True, **options)
     assert steps.names[0] == stop
     assert resumed.onnx.read_bytes() == whole.onnx.read_bytes()
+
+
+def test_layers_worked_on_side_by_side_give_what_they_give_in_turn():
+    options = {"data": points(), "budget": {"macs": 0.5}, "tune": "none"}
+    one, two = (tdcompile.compile(network(), X, **options, jobs=jobs) for jobs in (1, 2))
+    assert "propose{jobs=2}" in two.report.pipeline
+    assert "factorize{jobs=2}" in two.report.pipeline
+    assert one.plan.choices.keys() == two.plan.choices.keys()
+    for name, choice in one.plan.choices.items():
+        other = two.plan.choices[name]
+        assert (other.decomposition, other.ranks, other.cost) == (choice.decomposition, choice.ranks, choice.cost)
+        assert other.error == pytest.approx(choice.error, rel=1e-5)
+    for name, value in one.module.state_dict().items():
+        torch.testing.assert_close(two.module.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_a_plan_edited_by_hand_is_followed(tmp_path):
@@ -363,8 +378,11 @@ def test_a_budget_outside_its_range_is_refused(budget):
 
 
 def test_a_fixed_batch_is_exported_verified_and_timed():
-    report = tdcompile.compile(network(), X, budget={"macs": 0.7}, dynamic_batch=False).report
-    assert report.parity.cases >= 1
+    made = tdcompile.compile(network(), X, budget={"macs": 0.7}, dynamic_batch=False)
+    (given,) = onnx.load(made.onnx).graph.input
+    assert [axis.dim_value for axis in given.type.tensor_type.shape.dim] == list(X.shape)
+    assert made.report.compiled.latency_ms > 0
+    assert made.report.parity.cases == 3  # draws, all at the one batch
 
 
 def test_an_unknown_option_names_the_nearest():

@@ -45,6 +45,21 @@ def test_batch_norm_goes_into_the_layer_before_it(modules, shape):
     assert any("took in" in change.what for change in after.history)
 
 
+class Squared(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) ** 2 if x.sum() > -1e9 else x
+
+
+def test_a_layer_that_only_derives_from_a_convolution_takes_in_nothing():
+    x = torch.randn(2, 3, 6, 6)
+    network = trained(Squared(3, 4, 3), nn.BatchNorm2d(4))
+    program = tdcompile.trace(network, (x,), frontend="fx")
+    assert type(program.graph.get_submodule("0")) is Squared
+    after = tdcompile.Pipeline.parse("fold-batchnorm,drop-dead").run(program)
+    torch.testing.assert_close(after.graph(x), network(x))
+    assert isinstance(after.graph.get_submodule("1"), nn.BatchNorm2d)
+
+
 @pytest.mark.parametrize(
     ("modules", "shape"),
     [

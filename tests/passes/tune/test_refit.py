@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
 
 import tdcompile
 from tdcompile.errors import InputError
+from tdcompile.fronts import Frontend
 from tdcompile.layer import Refusal
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Change, Program, parameters_of
-from tdcompile.ranks import RankPlan
-from tdcompile.surgery import outputs_of
-from tdcompile.task import Samples, Task, Tensors
+from tdcompile.ranks import DENSE, RankPlan
+from tdcompile.surgery import outputs_of, works_in_place
+from tdcompile.task import Batch, Samples, Task, Tensors
 
 
 def images(count: int = 200, seed: int = 0) -> Tensors:
     """Unlabelled, with neighbouring pixels alike."""
     noise = torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
     return Tensors(nn.functional.avg_pool2d(noise, 3, 1, 1) * 3)
+
+
+class Watched(Tensors):
+    """Knows which samples were read."""
+
+    read: set[int]
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        self.read |= set(indices)
+        return super().batch(indices)
 
 
 class Residual(nn.Module):
@@ -41,9 +54,11 @@ FACTORS = "calibrate,score,propose{{decompose={}}},choose,factorize"
 X = torch.randn(2, 3, 12, 12)
 
 
-def program(network: nn.Module, form: str = "auto", samples: Samples | None = None) -> Program:
+def program(
+    network: nn.Module, form: str = "auto", samples: Samples | None = None, frontend: Frontend = "auto"
+) -> Program:
     torch.manual_seed(0)
-    made = tdcompile.trace(network.eval(), (X,)).with_(
+    made = tdcompile.trace(network.eval(), (X,), frontend=frontend).with_(
         budget=tdcompile.Budget(macs=0.35), task=Task(samples or images())
     )
     return Pipeline.parse(FACTORS.format("" if form == "auto" else form)).run(made)
@@ -74,18 +89,23 @@ def test_the_outputs_come_nearer_to_the_dense_ones(form: str) -> None:
     assert [entry.layer for entry in fitted] == ["stem", "conv1", "conv2", "fc"]
 
 
-def test_the_shortcut_is_part_of_the_aim() -> None:
-    before = program(residual(), "channel").with_(keep_dense={"fc": "so that it cannot mend anything"})
+@pytest.mark.parametrize("frontend", ["fx", "export"])
+def test_the_shortcut_is_part_of_the_aim(frontend: Frontend) -> None:
+    before = program(residual(), "channel", frontend=frontend).with_(
+        keep_dense={"fc": "so that it cannot mend anything"}
+    )
     alone, whole = (Pipeline.parse(f"refit{{samples=200,blocks={b}}}").run(before) for b in ("false", "true"))
     assert distance(before, whole) < 0.9 * distance(before, alone)
 
 
 def test_layers_that_were_left_dense_are_fitted_only_if_asked() -> None:
-    before = program(residual(), "channel").with_(keep_dense={"fc": "as asked"})
-    plain = Pipeline.parse("refit{dense=false}").run(before)
-    assert torch.equal(plain.graph.get_submodule("fc").weight, before.graph.get_submodule("fc").weight)
-    fitted = Pipeline.parse("refit").run(before)
-    assert torch.equal(fitted.graph.get_submodule("fc").weight, before.graph.get_submodule("fc").weight), "kept dense"
+    before = program(residual(), "channel")
+    assert before.facts[RankPlan].choices["fc"].decomposition == DENSE
+    weight = before.graph.get_submodule("fc").weight
+    for options, kept, same in (("{dense=false}", {}, True), ("", {}, False), ("", {"fc": "as asked"}, True)):
+        after = Pipeline.parse(f"refit{options}").run(before.with_(keep_dense=kept))
+        assert torch.equal(after.graph.get_submodule("fc").weight, weight) == same
+        assert ("fc" in [entry.layer for entry in after.history if isinstance(entry, Change)]) != same
 
 
 def test_an_uncompressed_network_is_left_as_it_is() -> None:
@@ -133,7 +153,14 @@ def test_damaged_data_are_refused() -> None:
 
 def test_a_small_memory_reads_fewer_samples() -> None:
     before = program(residual(), "channel")
-    assert distance(before, Pipeline.parse("refit{memory=1}").run(before)) < distance(before, before) * 2
+    train = Watched(images().inputs)
+    few, all_ = (f"refit{{samples=200,memory={megabytes}}}" for megabytes in (1, 2000))
+    read = {}
+    for text in (few, all_):
+        train.read = set()
+        Pipeline.parse(text).run(before.with_(task=Task(train)))
+        read[text] = len(train.read)
+    assert 0 < read[few] < read[all_] == 200
     with pytest.raises(InputError, match="at least 1"):
         Pipeline.parse("refit{samples=0}")
 
@@ -221,3 +248,11 @@ def test_layers_that_see_the_tokens_first_are_fitted_to_any_number_of_samples() 
     x = torch.randn(64, 17, 32)
     dense, ours, mended = (outputs_of(g, (x,))[0] for g in (before.dense, before.graph, after.graph))
     assert (mended - dense).norm() < (ours - dense).norm()
+
+
+@pytest.mark.parametrize(("frontend", "written"), [("fx", ["relu"]), ("export", ["add_", "relu_"])])
+def test_in_place_operators_of_either_front_end_are_known(frontend: Frontend, written: list[str]) -> None:
+    graph = tdcompile.trace(residual(), (X,), frontend=frontend).graph
+    found = {str(node.target) for node in graph.graph.nodes if works_in_place(node, graph)}
+    assert all(any(word in name for name in found) for word in written), found
+    assert not any("mean" in name for name in found)
