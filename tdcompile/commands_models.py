@@ -44,8 +44,12 @@ def validate(given: Mapping[str, Any]) -> Answer:
         inputs = model_inputs(model, TRACED, seed, recipe.input) if recipe.input else None
         parity = compare_models(model, other, target, inputs=inputs, **how)
     elif network and recipe.input:
-        how_open = {"dynamic_batch": recipe.dynamic_batch, "dynamic": recipe.dynamic}
-        program = trace(*load_network(recipe), frontend=recipe.frontend, **how_open)
+        program = trace(
+            *load_network(recipe),
+            frontend=recipe.frontend,
+            dynamic_batch=recipe.dynamic_batch,
+            dynamic=recipe.dynamic,
+        )
         parity = check_parity(model, program.graph, program.inputs, target, axes=program.axes, **how)
     else:
         inputs = model_inputs(model, TRACED, seed, recipe.input)
