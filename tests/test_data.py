@@ -35,6 +35,20 @@ def png(pixels: NDArray[Any]) -> bytes:
     return stream.getvalue()
 
 
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes | Path]:
+    """The images that were decoded."""
+    seen: list[bytes | Path] = []
+    real = readers.decode
+
+    def decode(image: bytes | Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        seen.append(image)
+        return real(image, shape)
+
+    monkeypatch.setattr(readers, "decode", decode)
+    return seen
+
+
 def everything(samples: Samples) -> Batch:
     return samples.batch(range(len(samples)))
 
@@ -188,9 +202,8 @@ def test_parquet_columns_are_found_by_type(tmp_path: Path, form: str) -> None:
     train, test = load_data(spec, RGB)
     assert test is not None
     assert (len(train), len(test), train.classes) == (10, 5, 3)
-    first, again = train.batch([6, 0]), train.batch([6, 0])
+    first = train.batch([6, 0])
     assert torch.equal(first.inputs[0], torch.from_numpy(x[[1, 0]]).permute(0, 3, 1, 2) / 255)
-    assert torch.equal(first.inputs[0], again.inputs[0])  # kept, not decoded anew
     assert first.labels is not None
     assert first.labels.tolist() == [0, 2]
 
@@ -235,12 +248,18 @@ def test_parquet_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     assert "cannot be read as parquet" in refused(spec)
 
 
-def test_a_set_too_large_to_keep_is_decoded_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = parquet(tmp_path, "train", {"image": [png(pixels) for pixels in pictures(3)]})
-    kept, _ = load_data(spec, RGB)
-    monkeypatch.setattr(readers, "_KEEP", 0)
-    anew, _ = load_data(spec, RGB)
-    assert torch.equal(everything(kept).inputs[0], everything(anew).inputs[0])
+@pytest.mark.parametrize(("room", "times"), [(3 * 3 * 8 * 8, 1), (3 * 3 * 8 * 8 - 1, 2), (0, 2)])
+def test_images_are_decoded_once_where_all_of_them_can_be_kept_and_else_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[bytes | Path], room: int, times: int
+) -> None:
+    x = pictures(3)
+    images = [png(pixels) for pixels in x]
+    monkeypatch.setattr(readers, "_KEEP", room)
+    train, _ = load_data(parquet(tmp_path, "train", {"image": images}), RGB)
+    decoded.clear()  # the first was read to see whether it fits
+    for _ in range(2):
+        assert torch.equal(train.batch([2, 1]).inputs[0], torch.from_numpy(x[[2, 1]]).permute(0, 3, 1, 2) / 255)
+    assert decoded == [images[2], images[1]] * times
 
 
 # Folders

@@ -9,6 +9,7 @@ from torch import nn
 import tdcompile
 from tdcompile import Tensors
 from tdcompile.errors import InputError
+from tdcompile.task import accuracy
 
 
 def test_several_inputs_are_read_by_place():
@@ -59,6 +60,37 @@ def test_a_fingerprint_tells_samples_apart_but_not_two_readings():
     assert Drawn(x).fingerprint() == (9, "")
 
 
+class Recording(Tensors):
+    """Samples that remember which of them were read."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.read = []
+
+    def batch(self, indices):
+        self.read += list(indices)
+        return super().batch(indices)
+
+
+def recording(count=600):
+    """Scores as samples: the first ten are of the class they name, and no others."""
+    labels = torch.arange(count) % 3
+    right = (torch.arange(count) < 10).long()
+    return Recording(nn.functional.one_hot((labels + 1 - right) % 3, 3).float(), labels)
+
+
+def test_accuracy_reads_as_many_samples_as_it_is_allowed_and_all_without_a_limit():
+    samples = recording()
+    assert accuracy(nn.Identity(), samples, limit=10) == 1.0
+    assert samples.read == list(range(10))
+    samples.read.clear()
+    assert accuracy(nn.Identity(), samples, limit=400) == 10 / 400  # more than a batch
+    assert samples.read == list(range(400))
+    samples.read.clear()
+    assert accuracy(nn.Identity(), samples) == accuracy(nn.Identity(), samples, limit=1000) == 10 / 600
+    assert samples.read == 2 * list(range(600))
+
+
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()
@@ -76,3 +108,16 @@ def test_a_network_of_two_inputs_is_compiled_with_them():
     compiled = tdcompile.compile(Gated().eval(), (x[:1], gate[:1]), data=(samples, samples), budget={"macs": 0.6})
     assert compiled.report.compiled.accuracy is not None
     assert compiled.report.ratio.macs >= 1 / 0.6
+
+
+def test_the_accuracy_of_a_compilation_is_of_as_many_test_samples_as_were_asked_for():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    x = torch.randn(60, 6)
+    labels = network(x).argmax(1)
+    labels[11:] = (labels[11:] + 1) % 3
+    steps = "propose{decompose=svd},score{by=none},choose,factorize"
+    compiled = tdcompile.compile(
+        network, (x[:1],), data=(Tensors(x), Tensors(x, labels)), budget={"macs": 0.9}, pipeline=steps, eval=12
+    )
+    assert compiled.report.dense.accuracy == pytest.approx(11 / 12)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from tdcompile import validate
 from tdcompile.errors import InputError, ParityError
+from tdcompile.runtime import open_session
 from tdcompile.target import Target
 from tdcompile.validate import _draw, check_parity, compare_models
 
@@ -130,7 +133,7 @@ def test_a_scale_of_nothing_is_no_division_by_zero(model):
 
 
 def masked(path: Path, by: Sequence[float]) -> Path:
-    """The model of ``Shifted`` with minus infinity as bias of some outputs."""
+    """The model of ``Shifted`` with something added to its bias."""
     write(path)
     proto = onnx.load(path)
     bias = next(weight for weight in proto.graph.initializer if weight.name == "b")
@@ -244,6 +247,20 @@ def test_rows_of_a_mask_are_drawn_whole(mask):
     assert drawn.shape == (40, 5)
     rows = {tuple(row) for row in mask.tolist()}
     assert {tuple(row) for row in drawn.tolist()} == rows
+
+
+@pytest.mark.parametrize("as_written", [0.0, 0.25])
+def test_what_onnxruntime_alone_computes_wrongly_is_told_from_a_wrong_model(model, tmp_path, monkeypatch, as_written):
+    wrong = {True: masked(tmp_path / "a.onnx", (0.0, 0.5, 0.0)), False: masked(tmp_path / "b.onnx", (as_written,) * 3)}
+
+    def opened(path: Path, target: Target, *, optimised: bool = True, **options: bool) -> ort.InferenceSession:
+        return open_session(wrong[optimised], target, optimised=optimised, **options)
+
+    monkeypatch.setattr(validate, "open_session", opened)
+    with pytest.raises(ParityError, match=r"'y0' by 0\.5 at \(\d, 1\)") as caught:
+        check_parity(model, Shifted(), INPUTS, CPU)
+    told = "without onnxruntime's own optimisations of the graph they agree: the model is right"
+    assert (told in str(caught.value)) == (as_written == 0.0)
 
 
 @pytest.mark.gpu

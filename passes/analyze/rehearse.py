@@ -240,7 +240,7 @@ def _ratios(
         else:
             table[name], profile[name] = price, measured[name]
     left = share * candidates.dense.seconds - kept
-    scale = _bounded(left / sum(profile.values())) if profile else 1.0
+    scale = max(left, 0.0) / sum(profile.values()) if profile else 1.0
     return {(name, plan.choices[name].decomposition): _bounded(scale * profile[name] / table[name]) for name in table}
 
 

@@ -11,12 +11,18 @@ from tdcompile.target import Cost, CostModel, Target
 
 MODELS = sorted(find(CostModel))
 CONV = Layer("conv", 16, 32, (14, 14), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+TRANSPOSED = replace(CONV, stride=(2, 2), transposed=True, output_padding=(1, 1))
 LAYERS = {
     "conv": CONV,
     "pointwise": replace(CONV, kernel=(1, 1), padding=((0, 0), (0, 0))),
     "strided": replace(CONV, stride=(2, 2)),
     "depthwise": replace(CONV, out_channels=16, groups=16),
     "asymmetric": replace(CONV, padding=((0, 1), (1, 2)), bias=False),
+    "grouped": replace(CONV, groups=4),
+    "one axis": Layer("conv", 16, 32, (40,), (5,), (1,), ((2, 2),), (1,)),
+    "three axes": Layer("conv", 8, 16, (4, 6, 5), (3, 3, 3), (1, 2, 1), ((1, 1),) * 3, (1, 1, 1)),
+    "transposed": TRANSPOSED,
+    "grouped transposed": replace(TRANSPOSED, groups=4),
     "linear": Layer("linear", 32, 64),
     "tokens": Layer("linear", 32, 64, (7,)),
 }

@@ -71,6 +71,31 @@ def test_a_plan_covers_every_layer_within_the_budget_or_there_is_none(name, cand
     assert plan.reasons["stem"] is candidates.refusals[0]
 
 
+def least(candidates: Candidates, field: str, *forms: str) -> float:
+    """The share of dense that is left where each layer takes the cheapest of some forms, or of all."""
+    rows = [[o for o in options if not forms or o.decomposition in forms] for options in candidates.layers.values()]
+    kept = sum(
+        min(getattr(o.cost, field) for o in options or candidates.layers[name][:1])
+        for name, options in zip(candidates.layers, rows, strict=True)
+    )
+    return (getattr(candidates.rest, field) + kept) / getattr(candidates.dense, field)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED - {"vbmf"}))  # which has ranks of its own, whatever the budget
+@SLOW
+@given(
+    candidates=tables,
+    limited=st.sampled_from(["latency", "macs", "params"]),
+    room=st.one_of(st.just(0.0), st.floats(0.0, 1.0)),
+)
+def test_a_budget_that_can_be_met_is_met(name, candidates, limited, room):
+    forms = ("svd",) if name == "lwiq" else ()  # of these forms the only one that it takes
+    share = least(candidates, {"latency": "seconds"}.get(limited, limited), *forms)
+    budget = Budget(**{limited: min(1.001 * share + room * (1 - share), 1.0)})
+    plan = make(RankSelector, name).select(candidates, {}, budget)
+    assert within(plan.predicted, budget.limits(plan.dense))
+
+
 @pytest.mark.parametrize("name", SELECTORS)
 @SLOW
 @given(candidates=tables, limited=st.sampled_from(["latency", "macs", "params"]))

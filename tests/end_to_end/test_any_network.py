@@ -20,7 +20,7 @@ from tdcompile.export import export_onnx
 from tdcompile.importance import Importance
 from tdcompile.layer import Refusal
 from tdcompile.pipeline import Pipeline
-from tdcompile.program import Change
+from tdcompile.program import Change, Program
 from tdcompile.registry import find
 from tdcompile.runtime import infer, open_session
 from tdcompile.spec import parse_spec
@@ -512,6 +512,19 @@ def test_sizes_that_take_too_much_memory_are_not_tried_and_told() -> None:
     assert "the batch is 1000001" in told[0]
 
 
+def right_at(program: Program, module: nn.Module, sizes: Sequence[tuple[int, int]]) -> None:
+    """The graph and its ONNX model compute what the network computes, of batches and rows of these sizes."""
+    with TemporaryDirectory() as folder:
+        done = export_onnx(program.graph, program.inputs, Path(folder) / "m.onnx", axes=program.axes)
+        session = open_session(done.path, Target())
+    for n, rows in sizes:
+        x = torch.randn(n, rows, 16)
+        with torch.no_grad():
+            expected = module(x)
+            torch.testing.assert_close(program.graph(x), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.from_numpy(infer(session, (x,))[0]), expected, rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     kind=st.sampled_from(["==", ">", "%", "product", "+"]),
@@ -531,13 +544,14 @@ def test_what_is_accepted_is_right_at_every_size(kind: str, number: int, fronten
         program = tdcompile.trace(module, torch.randn(2, 6, 16), frontend=frontend, dynamic=["x:1"])
     except InputError:
         return
-    with TemporaryDirectory() as folder:
-        done = export_onnx(program.graph, program.inputs, Path(folder) / "m.onnx", axes=program.axes)
-        session = open_session(done.path, Target())
-    for n, rows in [(1, 6), (number, 6), (2, 3 * number + 1), (2, number + 1), (2, number + 2), (9, 50)]:
-        x = torch.randn(n, rows, 16)
-        with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(infer(session, (x,))[0]), module(x), rtol=1e-4, atol=1e-4)
+    right_at(program, module, [(1, 6), (number, 6), (2, 3 * number + 1), (2, number + 1), (2, number + 2), (9, 50)])
+
+
+@pytest.mark.parametrize("frontend", ["auto", "fx", "export"])
+def test_what_never_forks_is_accepted_and_right_at_every_size(frontend: str) -> None:
+    module = At(lambda n, rows: False).eval()
+    program = tdcompile.trace(module, torch.randn(2, 6, 16), frontend=frontend, dynamic=["x:1"])
+    right_at(program, module, [(1, 6), (2, 1), (1, 1), (29, 31), (9, 50), (3, 151), (700, 2)])
 
 
 def test_a_layer_with_a_hook_or_a_forward_of_its_own_stays_what_it_is() -> None:
@@ -549,10 +563,11 @@ def test_a_layer_with_a_hook_or_a_forward_of_its_own_stays_what_it_is() -> None:
     x = torch.randn(2, 32)
     compiled = tdcompile.compile(module, x, budget={"macs": 0.9}, data=Drawn(16, 32), frontend="fx")
     rows = {row.name: row for row in compiled.report.layers}
+    assert set(rows) == {"0", "1", "2", "3"}
     for name in ("0", "1", "2"):
-        if name in rows:
-            assert rows[name].refusal is not None
-            assert rows[name].refusal.code == "hooked"
+        assert rows[name].decomposition == "dense"
+        assert rows[name].refusal is not None
+        assert rows[name].refusal.code == "hooked"
     assert rows["3"].decomposition != "dense"
 
 

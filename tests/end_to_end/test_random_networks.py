@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -214,7 +214,7 @@ def compiled(data: st.DataObject, exact: bool) -> tuple[nn.Module, Tensor, Progr
         with torch.no_grad():
             module(x)
     except RuntimeError:  # a kernel that is larger than what is left of its input
-        return module, x, None  # type: ignore[return-value]
+        reject()
     program = tdcompile.trace(module, x, frontend=data.draw(st.sampled_from(["auto", "auto", "fx", "export"])))
     program = program.with_(facts=program.facts.having(plan_of(program, data, exact)))
     return module, x, tdcompile.Pipeline.parse("factorize,fold-batchnorm,drop-dead").run(program)
@@ -223,8 +223,6 @@ def compiled(data: st.DataObject, exact: bool) -> tuple[nn.Module, Tensor, Progr
 def check_any_plan(data: st.DataObject) -> None:
     """The ONNX model of a compiled network computes what its PyTorch graph computes, at several batch sizes."""
     _, _, program = compiled(data, exact=False)
-    if program is None:
-        return
     with TemporaryDirectory() as folder:
         exported = export_onnx(program.graph, program.inputs, Path(folder) / "model.onnx")
         check_parity(exported.path, program.graph, program.inputs, Target(), batches=(1, 3), seeds=1)
@@ -233,14 +231,14 @@ def check_any_plan(data: st.DataObject) -> None:
 def check_exact_plan(data: st.DataObject) -> None:
     """At full ranks nothing changes."""
     module, x, program = compiled(data, exact=True)
-    if program is None:
-        return
     (expected,), (got,) = outputs_of(module, (x,)), outputs_of(program.graph, (x,))
     scale = max(float(expected.abs().max()), 1e-3)
     assert float((got - expected).abs().max()) <= 1e-4 * scale
 
 
-RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+# Networks that are rejected are not counted, and a generation that makes mostly such is an error.
+HEALTH = [check for check in HealthCheck if check is not HealthCheck.filter_too_much]
+RELAXED = {"deadline": None, "suppress_health_check": HEALTH, "derandomize": True}
 
 
 @settings(max_examples=12, **RELAXED)  # type: ignore[arg-type]  # hypothesis' own names

@@ -58,6 +58,28 @@ def test_only_so_many_patches_are_read_and_they_are_near_the_whole():
     assert float((some.second - whole.second).norm() / whole.second.norm()) < 0.2
 
 
+class Recording(Tensors):
+    """Samples that remember which of them were read."""
+
+    def __init__(self, inputs):
+        super().__init__(inputs)
+        self.read = []
+
+    def batch(self, indices):
+        self.read += list(indices)
+        return super().batch(indices)
+
+
+@pytest.mark.parametrize(("asked", "given", "read"), [(7, 20, 7), (30, 20, 20), (0, 20, 0)])
+def test_as_many_samples_are_read_as_calibrate_says_and_the_fact_says_so(asked, given, read):
+    samples = Recording(torch.randn(given, 6))
+    program = tdcompile.trace(nn.Linear(6, 3).eval(), (torch.randn(2, 6),))
+    program = program.with_(task=tdcompile.Task(samples, calibrate=asked))
+    found = Calibrate(batch=4).run(program).facts[Calibration]
+    assert len(samples.read) == len(set(samples.read)) == found.samples == read
+    assert [moments.samples for moments in found.moments.values()] == [read] * bool(read)
+
+
 @pytest.mark.parametrize("wide", [nn.Linear(40, 6), nn.Conv2d(40, 6, 1)], ids=["linear", "1x1"])
 def test_a_wide_layer_of_one_tap_gets_a_sketch(wide):
     samples = drawn(90, 40) if isinstance(wide, nn.Linear) else drawn(20, 40, 5, 5)

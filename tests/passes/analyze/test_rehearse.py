@@ -132,9 +132,8 @@ def test_all_of_the_dense_latency_is_kept_by_the_dense_network_itself(program, m
     assert facts[Rehearsal].rounds == ()
 
 
-@pytest.mark.parametrize("factor", [0.001, 30.0])
-def test_a_machine_that_is_busy_with_something_else_gives_a_plan_all_the_same(program, monkeypatch, factor):
-    pretend(monkeypatch, {"0": 1.5, "2": 1.5})
+def confuse(monkeypatch, factor):
+    """Profiles of plans, and of those alone, are off by a factor."""
     honest = rehearse.layer_seconds
 
     def confused(model, names, *rest):
@@ -142,5 +141,16 @@ def test_a_machine_that_is_busy_with_something_else_gives_a_plan_all_the_same(pr
         return times if model == Path("dense.onnx") else {name: factor * value for name, value in times.items()}
 
     monkeypatch.setattr(rehearse, "layer_seconds", confused)
-    plan = rehearse.Rehearse().run(program).facts[RankPlan]
-    assert plan.predicted.seconds > 0
+
+
+@pytest.mark.parametrize(("factor", "put_back"), [(0.001, ()), (0.5, ()), (30.0, ("0", "2"))])
+def test_where_a_busy_machine_confuses_profiles_the_run_of_the_whole_graph_leads_to_the_budget(
+    program, monkeypatch, factor, put_back
+):
+    pretend(monkeypatch, {"0": 1.5, "2": 1.5})
+    confuse(monkeypatch, factor)
+    facts = rehearse.Rehearse().run(program).facts
+    plan, rounds = facts[RankPlan], facts[Rehearsal].rounds
+    assert [(one.measured, one.put_back) for one in rounds] == [(14.0, put_back), (8.0, put_back)]
+    assert {name: choice.ranks for name, choice in plan.choices.items()} == {"0": (4,), "2": (4,)}
+    assert plan.predicted.seconds / plan.dense.seconds == pytest.approx(8 / 22)  # half was asked for

@@ -76,7 +76,10 @@ def test_real_layers_take_real_time(tmp_path, monkeypatch):
     assert all(0 < value < 1 for value in seconds)
 
 
-@pytest.mark.parametrize(("wall", "own", "told"), [(10.0, 5.0, True), (10.0, 9.5, False), (1.0, 0.1, False)])
+@pytest.mark.parametrize(
+    ("wall", "own", "told"), [(10.0, 5.0, "50 %"), (10.0, 7.5, "25 %"), (10.0, 9.5, ""), (1.0, 0.1, "")]
+)
 def test_a_busy_machine_is_told(caplog, wall, own, told):
     microbench.warn_if_busy(wall, own)
-    assert ("50 % of the time" in caplog.text) == told
+    assert bool(caplog.records) == bool(told)
+    assert not told or f"took {told} of the time" in caplog.text

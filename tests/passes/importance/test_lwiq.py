@@ -100,6 +100,67 @@ def test_a_class_that_is_not_seen_is_told() -> None:
         make(Importance, "lwiq{samples=5}").score(program(samples))
 
 
+def test_a_reading_of_accuracy_looks_behind_the_layer_alone() -> None:
+    scores = make(Importance, "lwiq{reading=accuracy,eps=0}").score(program(Hidden()))
+    assert scores["mix"] == pytest.approx(0.5 * scores["find"], rel=0.3)  # guessing, and knowing
+    gains = make(Importance, "lwiq{eps=0}").score(program(Hidden()))
+    assert gains["mix"] < 0.2 * gains["find"]
+    assert gains["fc"] == 0 < scores["fc"] <= scores["find"]
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1, 0.5])
+def test_eps_is_the_share_of_the_largest_gain_that_a_layer_without_any_has(eps: float) -> None:
+    scores = make(Importance, f"lwiq{{eps={eps}}}").score(program(Hidden()))
+    assert scores["fc"] / scores["find"] == pytest.approx(eps / (1 + eps))
+
+
+class Beside(nn.Module):
+    """Two layers that read the input; behind the second one outliers are no larger than the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.bounded, self.tanh = nn.Linear(2, 2), nn.Linear(2, 2), nn.Tanh()
+        for layer in (self.open, self.bounded):
+            layer.weight.data, layer.bias.data = torch.eye(2), torch.zeros(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.open(x) + self.tanh(self.bounded(x))
+
+
+@pytest.mark.parametrize(("cosine", "share"), [("true", 1.0), ("false", 0.6)])
+def test_normalised_activations_are_not_led_astray_by_large_ones(cosine: str, share: float) -> None:
+    labels = torch.arange(400) % 2
+    x = nn.functional.one_hot(labels, 2).float()
+    x[::20, 0] = -1000.0  # a tenth of class 0
+    made = tdcompile.trace(Beside().eval(), (x[:2],)).with_(task=Task(Tensors(x, labels), calibrate=200))
+    scores = make(Importance, f"lwiq{{reading=accuracy,eps=0,cosine={cosine}}}").score(made)
+    assert scores["open"] / scores["bounded"] == pytest.approx(share, abs=0.1)
+
+
+class Halves(nn.Module):
+    """What one half of an image holds less the other: from the image that the first layer passes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keep, self.tell = nn.Conv2d(1, 1, 1), nn.Linear(64, 2)
+        self.keep.weight.data, self.keep.bias.data = torch.ones(1, 1, 1, 1), torch.zeros(1)
+        left = (torch.arange(64) % 8 < 4).float()
+        self.tell.weight.data, self.tell.bias.data = torch.stack([left, 1 - left]), torch.zeros(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tell(self.keep(x).flatten(1))
+
+
+@pytest.mark.parametrize(("embedding", "share"), [(1, 0.5), (4, 1.0), (512, 1.0)])
+def test_a_longer_embedding_keeps_places_apart(embedding: int, share: float) -> None:
+    labels = torch.arange(400) % 2
+    sides = nn.functional.one_hot(labels, 2).float().repeat_interleave(4, 1)
+    x = sides.view(-1, 1, 1, 8).expand(-1, 1, 8, 8) + 0.1 * torch.rand(400, 1, 8, 8)
+    made = tdcompile.trace(Halves().eval(), (x[:2],)).with_(task=Task(Tensors(x, labels), calibrate=200))
+    scores = make(Importance, f"lwiq{{reading=accuracy,eps=0,embedding={embedding}}}").score(made)
+    assert scores["keep"] / scores["tell"] == pytest.approx(share, abs=0.15)
+
+
 @pytest.mark.parametrize(
     ("axes", "shape", "length"),
     [

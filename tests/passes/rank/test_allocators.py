@@ -81,6 +81,33 @@ def test_lwiq_scales_base_ranks_by_importance_to_the_power() -> None:
     assert ranks["l1"] == ranks["l2"] == ranks["l3"]
 
 
+def test_lwiq_of_power_zero_treats_layers_alike_whatever_their_importance() -> None:
+    same = {f"l{i}": table(1, 64, 3).layers["l0"] for i in range(4)}
+    candidates, budget = Candidates(same, Cost(macs=1.0, params=1.0)), Budget(macs=0.3)
+    scores = {"l0": 9.0, "l1": 4.0, "l2": 1.0, "l3": 0.1}
+    alike = make(RankSelector, "lwiq{fill=false,power=0}")
+    assert len({choice.ranks for choice in alike.select(candidates, scores, budget).choices.values()}) == 1
+    ranks = [
+        choice.ranks[0]
+        for choice in make(RankSelector, "lwiq{fill=false}").select(candidates, scores, budget).choices.values()
+    ]
+    assert ranks == sorted(set(ranks), reverse=True)
+
+
+@pytest.mark.parametrize(("error", "ranks"), [(0.3, (2, 10)), (0.05, (4, 8))])
+def test_lwiq_takes_as_base_the_smallest_ranks_of_an_error(error: float, ranks: tuple[int, int]) -> None:
+    falling = (0.5, 0.2, 0.1, 0.04, *(0.03 - 0.001 * i for i in range(12)))  # 0.3 at rank 2, 0.05 at rank 4
+    late = (*(0.9 - 0.01 * i for i in range(7)), *(0.03 - 0.001 * i for i in range(9)))  # either at rank 8
+    dense = Candidate(DENSE, (), 0.0, Cost(macs=20.0))
+    layers = {
+        name: (dense, *(Candidate("tt", (r,), e, Cost(macs=r)) for r, e in enumerate(errors, start=1)))
+        for name, errors in (("falling", falling), ("late", late))
+    }
+    selector = make(RankSelector, f"lwiq{{fill=false,error={error}}}")
+    plan = selector.select(Candidates(layers, Cost()), {}, Budget(macs=12 / 40))
+    assert (plan.choices["falling"].ranks, plan.choices["late"].ranks) == ((ranks[0],), (ranks[1],))
+
+
 def test_lwiq_prefers_the_tensor_train_and_takes_what_there_is() -> None:
     train, other = table(2, 8, 5), table(2, 8, 5, form="svd")
     both = Candidates({"a": (*train.layers["l0"], *other.layers["l0"][1:]), "b": other.layers["l1"]}, train.rest)

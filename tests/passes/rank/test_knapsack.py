@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.passes.rank.knapsack import Knapsack
-from tdcompile.ranks import DENSE, Candidate, Candidates, within
+from tdcompile.ranks import DENSE, Candidate, Candidates, RankSelector, within
+from tdcompile.registry import make
 from tdcompile.target import Budget, Cost
 
 
@@ -128,30 +129,31 @@ def test_the_order_of_layers_and_candidates_does_not_matter(table):
         assert dict(plans[0]) == dict(plans[1])
 
 
-def test_a_linear_and_a_squared_loss_choose_differently():
-    def layer(*figures):
-        dense = Candidate("dense", (), 0.0, Cost(macs=10.0))
-        return (dense, *(Candidate("svd", (i,), e, Cost(macs=m)) for i, (e, m) in enumerate(figures, start=1)))
+def two_alike(*figures):
+    """Two layers of 10 MACs with candidates of these errors and MACs."""
+    dense = Candidate("dense", (), 0.0, Cost(macs=10.0))
+    layer = (dense, *(Candidate("svd", (i,), e, Cost(macs=m)) for i, (e, m) in enumerate(figures, start=1)))
+    return Candidates({"a": layer, "b": layer}, Cost())
 
+
+def errors_of(selector, candidates, share):
+    plan = make(RankSelector, selector).select(candidates, {}, Budget(macs=share))
+    return sorted(choice.error for choice in plan.choices.values())
+
+
+@pytest.mark.parametrize("name", ["knapsack", "greedy", "lagrangian"])
+def test_a_linear_and_a_squared_loss_choose_differently(name):
     # Two errors of 0.3 add up to less than 0.7 squared, and to less than 0.55 in neither way of adding.
-    candidates = Candidates({"a": layer((0.3, 7.0), (0.5, 4.0)), "b": layer((0.3, 7.0), (0.5, 4.0))}, Cost())
-    squared = Knapsack(loss="squared").select(candidates, {}, Budget(macs=0.7))
-    linear = Knapsack(loss="linear").select(candidates, {}, Budget(macs=0.7))
-    assert sorted(c.error for c in squared.choices.values()) == [0.3, 0.3]
-    assert sorted(c.error for c in linear.choices.values()) == [0.0, 0.5]
+    candidates = two_alike((0.3, 7.0), (0.5, 4.0))
+    assert errors_of(f"{name}{{loss=squared}}", candidates, 0.7) == [0.3, 0.3]
+    assert errors_of(f"{name}{{loss=linear}}", candidates, 0.7) == [0.0, 0.5]
 
 
-def test_a_layer_that_would_be_as_good_as_gone_is_spared():
-    def layer(*figures):
-        dense = Candidate("dense", (), 0.0, Cost(macs=10.0))
-        return (dense, *(Candidate("svd", (i,), e, Cost(macs=m)) for i, (e, m) in enumerate(figures, start=1)))
-
-    candidates = Candidates({"a": layer((0.72, 5.0), (0.99, 0.0)), "b": layer((0.72, 5.0), (0.99, 0.0))}, Cost())
-    budget = Budget(macs=0.5)
-    spared = Knapsack().select(candidates, {}, budget)
-    squared = Knapsack(loss="squared").select(candidates, {}, budget)
-    assert sorted(c.error for c in spared.choices.values()) == [0.72, 0.72]
-    assert sorted(c.error for c in squared.choices.values()) == [0.0, 0.99]
+@pytest.mark.parametrize("name", ["knapsack", "greedy", "lagrangian"])
+def test_a_layer_that_would_be_as_good_as_gone_is_spared(name):
+    candidates = two_alike((0.72, 5.0), (0.99, 0.0))
+    assert errors_of(name, candidates, 0.5) == [0.72, 0.72]
+    assert errors_of(f"{name}{{loss=squared}}", candidates, 0.5) == [0.0, 0.99]
 
 
 def test_two_hundred_layers_with_three_hundred_candidates_take_seconds(capfd):
