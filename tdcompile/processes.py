@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -31,7 +33,21 @@ def is_first() -> bool:
 
 def devices(cpu: bool) -> PartialState:
     """The view that accelerate has of this process, and the bond between the processes, which the first call makes."""
-    return PartialState(cpu=cpu, **({"timeout": _PATIENCE} if count() > 1 else {}))
+    if count() == 1:
+        return PartialState(cpu=cpu)
+    _part_at_exit()
+    return PartialState(cpu=cpu, timeout=_PATIENCE)
+
+
+@functools.cache
+def _part_at_exit() -> None:
+    """A process that ends with the bond in place may be aborted: its threads still listen for the others."""
+    atexit.register(_part)
+
+
+def _part() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def from_first(work: Callable[[], T], cpu: bool) -> T:

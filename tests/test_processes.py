@@ -1,5 +1,6 @@
 """The whole command in two processes: one plan, one folder, and what is raised in the first is raised in both."""
 
+import atexit
 import json
 import os
 import subprocess
@@ -74,6 +75,8 @@ def test_alone_the_work_is_simply_done() -> None:
 def _waits(rank: int, port: int, out: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # registered first, so run last: the bond is to be undone before the process ends
+    atexit.register(lambda: Path(f"{out}/{rank}.bond").write_text(str(torch.distributed.is_initialized())))
     calls: list[int] = []
     found = from_first(lambda: calls.append(rank) or {"from": rank}, cpu=True)
 
@@ -83,6 +86,7 @@ def _waits(rank: int, port: int, out: str) -> None:
     with pytest.raises(BudgetError, match="no plan"):
         from_first(fail, cpu=True)
     torch.save({"found": found["from"], "calls": calls}, f"{out}/{rank}.pt")
+    assert torch.distributed.is_initialized()
 
 
 def test_of_two_processes_the_first_works_and_both_know(tmp_path: Path, free_port: int) -> None:
@@ -90,3 +94,4 @@ def test_of_two_processes_the_first_works_and_both_know(tmp_path: Path, free_por
     first, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first == {"found": 0, "calls": [0]}
     assert other == {"found": 0, "calls": []}
+    assert [(tmp_path / f"{rank}.bond").read_text() for rank in range(2)] == ["False", "False"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import pytest
 import torch
 from torch import nn
 
 import tdcompile
+from tdcompile import registry
 from tdcompile.layer import Layer
 from tdcompile.pipeline import Pipeline
 from tdcompile.ranks import DENSE, Candidates
@@ -19,7 +22,7 @@ from tdcompile.target import Cost, CostModel, Target
 class PerWeight(CostModel):
     """Everything by the number of weights."""
 
-    name: ClassVar[str] = "per-weight"
+    name: ClassVar[str] = ""
     params: float = 1.0
     macs: float = 1.0
     seconds: float = 1.0
@@ -30,6 +33,16 @@ class PerWeight(CostModel):
         return Cost(params=self.params * size, macs=self.macs * size, seconds=self.seconds * size)
 
 
+@pytest.fixture
+def priced() -> Iterator[None]:
+    """A cost model for one test alone: what is defined is listed from then on."""
+    PerWeight.name = "per-weight"
+    registry.refresh()
+    yield
+    PerWeight.name = ""
+    registry.refresh()
+
+
 def candidates(budget: tdcompile.Budget) -> Candidates:
     network = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 4, 5)).eval()
     program = tdcompile.trace(network, (torch.randn(2, 4, 4, 4),)).with_(budget=budget)
@@ -37,6 +50,7 @@ def candidates(budget: tdcompile.Budget) -> Candidates:
     return pipeline.run(program).facts[Candidates]
 
 
+@pytest.mark.usefixtures("priced")
 def test_counts_are_those_of_one_model_and_seconds_those_of_the_other() -> None:
     for budget, seconds in ((tdcompile.Budget(latency=0.5), 3), (tdcompile.Budget(macs=0.5), 1)):
         table = candidates(budget)
