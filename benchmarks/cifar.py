@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import publish, trained
+from common import percent, publish, trained
 
 import tdcompile
 from tdcompile.compiler import Compiled
@@ -58,18 +58,14 @@ def _row(title: str, compiled: Compiled) -> dict[str, Any]:
     report = compiled.report
     return {
         "how": title,
-        "dense %": _percent(report.dense.accuracy),
-        "before tuning %": _percent(report.compiled.accuracy_before_tuning),
-        "compiled %": _percent(report.compiled.accuracy),
+        "dense %": percent(report.dense.accuracy),
+        "before tuning %": percent(report.compiled.accuracy_before_tuning),
+        "compiled %": percent(report.compiled.accuracy),
         "MACs dense / compiled": report.ratio.macs,
         "params dense / compiled": report.ratio.params,
         "latency dense / compiled": report.ratio.latency,
         "seconds": report.seconds["total"],
     }
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share * 100:.2f}"
 
 
 if __name__ == "__main__":

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
+import tdcompile
 from tdcompile.data import load_data
 from tdcompile.network import Network
+from tdcompile.program import Program
 from tdcompile.registry import make
 from tdcompile.runtime import environment
 from tdcompile.source import load_weights
-from tdcompile.target import Target
-from tdcompile.task import Samples
+from tdcompile.target import Budget, Target
+from tdcompile.task import Samples, Task
 
 
 def network(name: str, seed: int) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -33,6 +35,20 @@ def trained(name: str, weights: Path, data: str, seed: int) -> tuple[torch.nn.Mo
     module = make(Network, name).build()
     load_weights(module, weights)
     return module, train, test
+
+
+def traced(
+    name: str, weights: Path, data: str, macs: float, seed: int
+) -> tuple[Program, Samples | None, Samples | None]:
+    """That network as a program under a budget of MACs, and the images to train and to test on."""
+    module, train, test = trained(name, weights, data, seed)
+    program = tdcompile.trace(module, (torch.randn(2, 3, 32, 32),))
+    return program.with_(task=Task(train, test, source=data), budget=Budget(macs=macs), seed=seed), train, test
+
+
+def percent(share: float | None) -> str | None:
+    """An accuracy in [0, 1] as a table has it."""
+    return None if share is None else f"{share * 100:.2f}"
 
 
 def publish(title: str, rows: Sequence[dict[str, Any]], seed: int, target: Target, file: Path | None) -> None:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
-import torch
 import typer
-from common import publish, trained
-from torch import Tensor
+from common import percent, publish, traced
 
-import tdcompile
 from tdcompile.decomposition import Decomposition, relative_error
 from tdcompile.degeneracy import sensitivity
 from tdcompile.pipeline import Pipeline
+from tdcompile.polyadic import mode_matrices
 from tdcompile.program import Program, sites
 from tdcompile.ranks import DENSE, RankPlan
 from tdcompile.registry import make
-from tdcompile.target import Budget, Target
-from tdcompile.task import Task, accuracy
+from tdcompile.target import Target
+from tdcompile.task import accuracy
 
 
 def main(
@@ -39,9 +36,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
     """The rows of a form have the same ranks, one fraction for all layers, and factors of the weights alone."""
-    module, train, test = trained(network, weights, data, seed)
-    program = tdcompile.trace(module, (torch.randn(2, 3, 32, 32),))
-    program = program.with_(task=Task(train, test, source=data), budget=Budget(macs=macs), seed=seed)
+    program, _, test = traced(network, weights, data, macs, seed)
     rows = []
     for form in forms.split(","):
         chosen = Pipeline.parse(f"propose{{decompose={form}{{correct=1}}}},score{{by=none}},choose{{by=uniform}}").run(
@@ -64,8 +59,8 @@ def main(
                     "correct": correction,
                     "error, of the first": _ratio(figures, first, 0),
                     "sensitivity, of the first": _ratio(figures, first, 1),
-                    "before tuning %": _percent(before),
-                    "after tuning %": _percent(after),
+                    "before tuning %": percent(before),
+                    "after tuning %": percent(after),
                 }
             )
             publish(f"{form}, correct {correction}", rows[-1:], seed, Target(), None)
@@ -88,22 +83,12 @@ def _figures(program: Program, plan: RankPlan) -> list[tuple[float, float]]:
             site, form = found[name], make(Decomposition, choice.decomposition)
             factors = form.factorize(site.layer, site.weight, choice.ranks, None)
             error = relative_error(site.weight, form.reconstruct(site.layer, factors), None)
-            figures.append((error, sensitivity(_matrices(factors))))
+            figures.append((error, sensitivity([matrix.double() for matrix in mode_matrices(factors)])))
     return figures
-
-
-def _matrices(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The factors ``(I_n, rank)`` of a CP from the weights of its chain: all but the last have the rank first."""
-    *others, last = (weight.detach().double().flatten(1) for weight in weights)
-    return [last, *(factor.T for factor in others)]
 
 
 def _ratio(figures: list[tuple[float, float]], first: list[tuple[float, float]], which: int) -> float:
     return fmean(figure[which] / other[which] for figure, other in zip(figures, first, strict=True))
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share * 100:.2f}"
 
 
 if __name__ == "__main__":

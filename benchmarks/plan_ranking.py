@@ -12,17 +12,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import publish, trained
+from common import publish, traced
 from scipy.stats import kendalltau
 
-import tdcompile
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program
 from tdcompile.ranks import DENSE, Candidates, Importances, RankPlan, RankSelector
 from tdcompile.registry import make
 from tdcompile.selection import LOSSES
 from tdcompile.target import Budget, Target
-from tdcompile.task import Task, accuracy
+from tdcompile.task import accuracy
 
 
 def main(
@@ -50,9 +49,7 @@ def main(
 
     A random plan is the knapsack's for random importances (log-normal, deviation 1.5) over a random half of the forms.
     """
-    module, train, test = trained(network, weights, data, seed)
-    program = tdcompile.trace(module, (torch.randn(2, 3, 32, 32),))
-    program = program.with_(task=Task(train, test, source=data), budget=Budget(macs=0.5), seed=seed)
+    program, _, test = traced(network, weights, data, 0.5, seed)
     program = Pipeline.parse("calibrate,propose").run(program)
     scored = {}
     for score in scores.split(";"):

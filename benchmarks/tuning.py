@@ -6,14 +6,12 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from common import publish, trained
+from common import percent, publish, traced
 
-import tdcompile
 from tdcompile.pipeline import Pipeline
-from tdcompile.target import Budget, Target
-from tdcompile.task import Task, accuracy
+from tdcompile.target import Target
+from tdcompile.task import accuracy
 from tdcompile.tuning import Tuning
 
 PLAN = "calibrate,score,propose,choose,factorize,recalibrate,refit"
@@ -29,9 +27,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
     """The plan, its factors and the repair are the same in every row; test accuracy is of all 10,000 images."""
-    module, train, test = trained(network, weights, data, seed)
-    program = tdcompile.trace(module, (torch.randn(2, 3, 32, 32),))
-    program = program.with_(task=Task(train, test, source=data), budget=Budget(macs=macs), seed=seed)
+    program, _, test = traced(network, weights, data, macs, seed)
     program = Pipeline.parse(PLAN).run(program)
     before, rows = accuracy(program.graph, test), list[dict[str, Any]]()
     for options in tune.split(";"):
@@ -43,19 +39,15 @@ def main(
             {
                 "finetune": options,
                 "rate": tuning.rate,
-                "held-out before %": _percent(tuning.start_accuracy),
-                "held-out after %": _percent(kept.heldout_accuracy) if kept else "no epoch was better",
-                "test before %": _percent(before),
-                "test after %": _percent(accuracy(after.graph, test)),
+                "held-out before %": percent(tuning.start_accuracy),
+                "held-out after %": percent(kept.heldout_accuracy) if kept else "no epoch was better",
+                "test before %": percent(before),
+                "test after %": percent(accuracy(after.graph, test)),
                 "seconds": time.perf_counter() - begun,
             }
         )
         publish(f"{network}: {options}", rows[-1:], seed, Target(), None)
     publish(f"finetune on {network} at {macs:g} of the MACs, CIFAR-10", rows, seed, Target(), json)
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share * 100:.2f}"
 
 
 if __name__ == "__main__":

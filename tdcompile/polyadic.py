@@ -100,20 +100,19 @@ class Polyadic(Decomposition):
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
         """The sum of the components."""
-        *others, last = (factor.flatten(1) for factor in factors)
-        return cp_compose([last, *(factor.T for factor in others)]).reshape(layer.weight_shape)
+        return cp_compose(mode_matrices(factors)).reshape(layer.weight_shape)
 
     @torch.no_grad()
     def caution(self, layer: Layer, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
         """Where the components still cancel, after the ridges of ``cp_als`` and the correction."""
-        *others, last = (factor.detach().double().flatten(1) for factor in factors)
-        size, times = float(weight.norm()), component_norm([last, *(factor.T for factor in others)])
+        found = [matrix.detach().double() for matrix in mode_matrices(factors)]
+        size, times = float(weight.norm()), component_norm(found)
         if times <= DEGENERATE * size:
             return None
         times /= max(size, torch.finfo(weight.dtype).tiny)
         return (
-            f"its {self.name} of rank {last.shape[1]} is degenerate: components {times:.0f} times the weight cancel; "
-            "training may diverge, and another rank or form may suit it"
+            f"its {self.name} of rank {found[0].shape[1]} is degenerate: components {times:.0f} times the weight "
+            "cancel; training may diverge, and another rank or form may suit it"
         )
 
     @torch.no_grad()
@@ -185,6 +184,12 @@ class Polyadic(Decomposition):
             return found
         calmer = balanced([last, *others])
         return calmer if sensitivity(calmer) < sensitivity(found) else found
+
+
+def mode_matrices(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors ``(I_n, rank)`` of a CP, that of the outputs first, from the weights of its chain of layers."""
+    *others, last = (factor.flatten(1) for factor in factors)
+    return [last, *(factor.T for factor in others)]
 
 
 def _fit(tensor: Tensor, start: Sequence[Tensor], rank: int, operations: float) -> list[Tensor]:
