@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 import tdcompile
+from tdcompile.backend.runtime import environment
 from tdcompile.data import load_data
 from tdcompile.network import Network
 from tdcompile.program import Program
 from tdcompile.registry import make
-from tdcompile.runtime import environment
 from tdcompile.source import load_weights
 from tdcompile.target import Budget, Target
 from tdcompile.task import Samples, Task

@@ -9,8 +9,8 @@ import typer
 from common import network, publish
 
 import tdcompile
+from tdcompile.backend.runtime import time_models
 from tdcompile.ranks import DENSE
-from tdcompile.runtime import time_models
 from tdcompile.target import Target
 
 

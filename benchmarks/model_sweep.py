@@ -21,13 +21,13 @@ from common import machine, publish
 from torch import nn
 
 import tdcompile
+from tdcompile.backend.runtime import environment
 from tdcompile.compiler import Compiled
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import BudgetError, InputError, TdcompileError
 from tdcompile.network import Network
 from tdcompile.ranks import Candidates, RankPlan
 from tdcompile.registry import find
-from tdcompile.runtime import environment
 from tdcompile.surgery import outputs_of
 from tdcompile.target import Budget, Cost, Target
 

@@ -16,7 +16,7 @@ from common import publish
 from torch import Tensor, nn
 
 import tdcompile
-from tdcompile.export import export_onnx
+from tdcompile.backend.export import export_onnx
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import parameters_of
 from tdcompile.source import load_weights

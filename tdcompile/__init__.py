@@ -13,25 +13,25 @@ if TYPE_CHECKING:
     from tdcompile.artifact import load
     from tdcompile.compiler import Compiled, compile  # the field's word, as in torch.compile
     from tdcompile.errors import TdcompileError
-    from tdcompile.experiment import study
+    from tdcompile.frontend.tracing import trace
     from tdcompile.kinds import AnalysisPass, RewritePass, Rewritten, TunePass
     from tdcompile.pipeline import Pipeline
     from tdcompile.program import Program, sites
+    from tdcompile.studies.experiment import study
     from tdcompile.target import Budget, Target
     from tdcompile.task import Batch, Samples, Task, Tensors
-    from tdcompile.tracing import trace
 
 _HOMES = {
     "artifact": ("load",),
     "compiler": ("Compiled", "compile"),
     "errors": ("TdcompileError",),
-    "experiment": ("study",),
+    "studies.experiment": ("study",),
     "kinds": ("AnalysisPass", "RewritePass", "Rewritten", "TunePass"),
     "pipeline": ("Pipeline",),
     "program": ("Program", "sites"),
     "target": ("Budget", "Target"),
     "task": ("Batch", "Samples", "Task", "Tensors"),
-    "tracing": ("trace",),
+    "frontend.tracing": ("trace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from tdcompile.console import Answer, messages, tell
+from tdcompile.commands.console import Answer, messages, tell
+from tdcompile.commands.interruption import terminable, was_interrupted
+from tdcompile.commands.options import signed
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.interruption import terminable, was_interrupted
 from tdcompile.noise import native_output_to_stderr
-from tdcompile.options import signed
 
 INTERRUPTED = 130
 UNAVAILABLE = 5
@@ -47,29 +47,29 @@ class Verb:
 VERBS = (
     Verb(
         "compile",
-        "commands_compile",
+        "commands.compile",
         "compile_network",
         (*_PLAN, *_COMPILE, *_COMMON),
         "A network in, a smaller, faster, verified ONNX model out, with a report on every layer.",
     ),
     Verb(
         "analyze",
-        "commands_inspect",
+        "commands.inspect",
         "analyze",
         (*_NETWORK, "dynamic_batch", *_COMMON),
         "Every layer, and what could be done to it.",
     ),
     Verb(
         "study",
-        "commands_study",
+        "commands.study",
         "study",
         (*(*_NETWORK, "data", "normalize", "calibrate", "eval", "target"), *_STUDY, *_COMMON),
         "How well approximation errors foretell accuracy, layer by layer and form by form (arXiv 2305.05318).",
     ),
-    Verb("plan", "commands_compile", "plan", (*_PLAN, *_COMMON), "Choose forms and ranks, and change nothing."),
+    Verb("plan", "commands.compile", "plan", (*_PLAN, *_COMMON), "Choose forms and ranks, and change nothing."),
     Verb(
         "validate",
-        "commands_models",
+        "commands.models",
         "validate",
         (
             *("model", "against", "weights", "input", "frontend", "dynamic_batch", "dynamic", "target", "threads"),
@@ -80,28 +80,28 @@ VERBS = (
     ),
     Verb(
         "bench",
-        "commands_models",
+        "commands.models",
         "bench",
         (*("models", "input", "target", "threads", "batch", "seconds"), *_COMMON),
         "Time models against each other, in turns.",
     ),
     Verb(
         "list",
-        "commands_inspect",
+        "commands.inspect",
         "list_plugins",
         ("kind", "schema", "json", "verbose", "quiet"),
         "passes, decompositions, selectors, scores, costs, models, data or recipes, with their options.",
     ),
     Verb(
         "doctor",
-        "doctor",
+        "commands.doctor",
         "doctor",
         ("target", "json", "verbose", "quiet"),
         "Whether this environment can do it; exit 5 if not.",
     ),
     Verb(
         "demo",
-        "commands_compile",
+        "commands.compile",
         "demo",
         (*("out", "budget", "tune", "target", "threads", "resume"), *_COMMON),
         "Compile a network that ships with its weights, on data that needs no download.",

@@ -18,28 +18,28 @@ from typing import Any, TypeVar
 from torch import Tensor, fx, nn
 
 from tdcompile.artifact import check_out, save_weights, write_folder
+from tdcompile.backend.runtime import open_session
 from tdcompile.checkpoint import Checkpoint
 from tdcompile.data import Given, given
 from tdcompile.errors import InputError, nearest
 from tdcompile.facts import Fact
+from tdcompile.frontend.precision import samples_like
+from tdcompile.frontend.tracing import trace
 from tdcompile.kinds import AnalysisPass, TunePass
 from tdcompile.layer import Refusal
 from tdcompile.outcome import measure
 from tdcompile.pipeline import Pipeline, Silent, Watch, run_step
 from tdcompile.planfile import adopt
-from tdcompile.precision import samples_like
 from tdcompile.processes import from_first, is_first, no_gpu
 from tdcompile.program import Program, sites
 from tdcompile.ranks import RankPlan
 from tdcompile.recipes import Recipe, known_beside, load_recipe
 from tdcompile.report import Report, render_html
-from tdcompile.runtime import open_session
 from tdcompile.spec import split
 from tdcompile.summary import Run, summarise
 from tdcompile.surgery import evaluating, outputs_of
 from tdcompile.target import Budget, Target
 from tdcompile.task import Task, accuracy
-from tdcompile.tracing import trace
 from tdcompile.tuning import key_of
 
 T = TypeVar("T")

@@ -10,19 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from tdcompile.attribution import layer_seconds
+from tdcompile.backend.attribution import layer_seconds
+from tdcompile.backend.export import Exported, export_onnx, restamp
+from tdcompile.backend.inference import folded, timing_inputs
+from tdcompile.backend.runtime import Timing, time_models
+from tdcompile.backend.validate import Parity, check_parity
 from tdcompile.calibration import Baseline
 from tdcompile.decomposition import Decomposition
-from tdcompile.export import Exported, export_onnx, restamp
-from tdcompile.inference import folded, timing_inputs
 from tdcompile.layer import Layer
 from tdcompile.program import Program, Site, parameters_of, sites_of
 from tdcompile.ranks import DENSE, RankPlan
 from tdcompile.registry import make
-from tdcompile.runtime import Timing, time_models
 from tdcompile.surgery import outputs_of
 from tdcompile.task import accuracy
-from tdcompile.validate import Parity, check_parity
 
 
 class Part(NamedTuple):

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tdcompile.backend.runtime import environment, peak_memory_mb
+from tdcompile.backend.validate import Parity
 from tdcompile.calibration import Rehearsal
 from tdcompile.layer import Refusal
 from tdcompile.outcome import MeasuredNetwork, Outcome, Part, parts_of
@@ -26,10 +28,8 @@ from tdcompile.report import (
     Report,
     Tuned,
 )
-from tdcompile.runtime import environment, peak_memory_mb
 from tdcompile.target import LIMITED, Cost
 from tdcompile.tuning import Tuning
-from tdcompile.validate import Parity
 
 # A measured latency may miss its budget by so much before the budget counts as missed: two runs of one model on an
 # idle machine differ by about as much.

@@ -9,8 +9,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from tdcompile.backend.runtime import open_session
 from tdcompile.errors import UnavailableError
-from tdcompile.runtime import open_session
 from tdcompile.target import Target
 
 

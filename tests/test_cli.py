@@ -20,14 +20,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import tdcompile.commands_compile as compile_command
+import tdcompile.commands.compile as compile_command
 import tdcompile.compiler
+from tdcompile.backend.export import export_onnx
 from tdcompile.cli import VERBS, main
-from tdcompile.commands_compile import name_of, workspace_of
+from tdcompile.commands.compile import name_of, workspace_of
+from tdcompile.commands.job import recipe_of, to_toml
+from tdcompile.commands.options import OPTIONS
 from tdcompile.errors import InputError
-from tdcompile.export import export_onnx
-from tdcompile.job import recipe_of, to_toml
-from tdcompile.options import OPTIONS
 from tdcompile.recipes import Recipe, load_recipe
 from tdcompile.report import Report
 

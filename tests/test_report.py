@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from rich.console import Console
 
+from tdcompile.backend.runtime import Timing
 from tdcompile.report import Report, count, milliseconds, render_html, size, tables
-from tdcompile.runtime import Timing
 from tdcompile.summary import budget_gates, drop_gate
 from tdcompile.target import Budget
 

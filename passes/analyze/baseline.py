@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from tdcompile.backend.inference import export_folded, timing_inputs
+from tdcompile.backend.runtime import time_models
 from tdcompile.calibration import Baseline
 from tdcompile.facts import Fact
-from tdcompile.inference import export_folded, timing_inputs
 from tdcompile.kinds import AnalysisPass
 from tdcompile.program import Program
-from tdcompile.runtime import time_models
 
 
 @dataclass(frozen=True)

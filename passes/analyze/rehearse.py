@@ -14,20 +14,20 @@ import numpy as np
 import torch
 from torch import fx
 
-from tdcompile.attribution import layer_seconds
+from tdcompile.backend.attribution import layer_seconds
+from tdcompile.backend.inference import export_folded, timing_inputs
+from tdcompile.backend.runtime import time_models
+from tdcompile.backend.transplant import Graft, transplant
 from tdcompile.calibration import Baseline, Rehearsal, Round
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import BudgetError
 from tdcompile.facts import Fact
-from tdcompile.inference import export_folded, timing_inputs
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Refusal
 from tdcompile.program import Program, sites
 from tdcompile.ranks import DENSE, Candidate, Candidates, Importances, RankPlan, RankSelector
 from tdcompile.registry import make
-from tdcompile.runtime import time_models
 from tdcompile.surgery import copy_graph, replace_module
-from tdcompile.transplant import Graft, transplant
 
 _FARTHEST = 2.0  # no form's price is corrected by more than this factor, or its inverse
 _CONFIRMED = 3  # plans that are measured a second time where none has stood

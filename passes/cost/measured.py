@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from tdcompile.backend.microbench import CostCache, measure
 from tdcompile.layer import Layer
-from tdcompile.microbench import CostCache, measure
 from tdcompile.target import Cost, CostModel, Target
 
 # Channels at which layers are measured: powers of two and half-way between them, where networks' own channels lie.

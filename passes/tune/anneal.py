@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from tdcompile.amp import Precision
 from tdcompile.augment import Asked, fitting
+from tdcompile.backend.inference import folded
 from tdcompile.distillation import Distillation
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.inference import folded
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
 from tdcompile.pricing import Prices

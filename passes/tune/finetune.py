@@ -12,10 +12,10 @@ from torch import fx, nn
 
 from tdcompile.amp import Precision
 from tdcompile.augment import Asked, fitting
+from tdcompile.backend.inference import folded
 from tdcompile.distillation import Distillation, Layerwise
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
-from tdcompile.inference import folded
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
 from tdcompile.program import Change, Program, sites_of

@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tdcompile
+from tdcompile.backend.export import export_onnx
+from tdcompile.backend.runtime import infer, open_session
+from tdcompile.backend.validate import check_parity
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.export import export_onnx
 from tdcompile.importance import Importance
 from tdcompile.layer import Refusal
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Change, Program
 from tdcompile.registry import find
-from tdcompile.runtime import infer, open_session
 from tdcompile.spec import parse_spec
 from tdcompile.surgery import outputs_of, tensors_in
 from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, Task
-from tdcompile.validate import check_parity
 
 
 @dataclass

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import tdcompile
+from tdcompile.backend.export import export_onnx
+from tdcompile.backend.validate import check_parity
 from tdcompile.decomposition import Decomposition
-from tdcompile.export import export_onnx
 from tdcompile.program import Program
 from tdcompile.ranks import DENSE, Candidate, RankPlan
 from tdcompile.registry import find, make
 from tdcompile.surgery import outputs_of
 from tdcompile.target import Cost, Target
-from tdcompile.validate import check_parity
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

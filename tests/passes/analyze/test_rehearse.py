@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import tdcompile
+from tdcompile.backend.runtime import Timing
 from tdcompile.calibration import Baseline, Rehearsal
 from tdcompile.passes.analyze import rehearse
 from tdcompile.ranks import DENSE, Candidate, Candidates, Importances, RankPlan
-from tdcompile.runtime import Timing
 from tdcompile.target import Cost
 
 

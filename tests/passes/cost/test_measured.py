@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdcompile import microbench
+from tdcompile.backend import microbench
 from tdcompile.layer import Layer
 from tdcompile.passes.cost import measured
 from tdcompile.passes.cost.measured import Measured, corners, rungs

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from tdcompile.frontend.tracing import trace
 from tdcompile.program import Program
 from tdcompile.task import Task, Tensors
-from tdcompile.tracing import trace
 
 
 class Net(nn.Module):

@@ -4,9 +4,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tdcompile.errors import InputError
+from tdcompile.frontend.tracing import trace
 from tdcompile.passes.importance.fisher import Fisher
 from tdcompile.task import Task, Tensors
-from tdcompile.tracing import trace
 
 
 def test_scores_are_finite_of_mean_one_and_zero_for_what_the_loss_ignores(program):

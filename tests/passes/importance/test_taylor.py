@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tdcompile.frontend.tracing import trace
 from tdcompile.importance import Importance
 from tdcompile.program import Program
 from tdcompile.registry import make
 from tdcompile.task import Task, Tensors
-from tdcompile.tracing import trace
 from tdcompile.trial import trials
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import tdcompile
 from tdcompile.errors import InputError
-from tdcompile.fronts import Frontend
+from tdcompile.frontend.fronts import Frontend
 from tdcompile.layer import Refusal
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Change, Program, parameters_of

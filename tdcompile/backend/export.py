@@ -1,0 +1,363 @@
+"""``export_onnx``: a PyTorch network to a checked, simplified ONNX file that is the same bytes every time."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor, fx, nn
+
+from tdcompile.errors import InputError, TdcompileError, first_line
+from tdcompile.frontend.turns import limits
+from tdcompile.noise import hushed
+from tdcompile.signature import BATCH, Axis, batch_of, shares_batch
+from tdcompile.surgery import evaluating, separate_attention
+
+# A protobuf message ends at 2 GiB; the graph itself, beside its weights, needs some of that.
+LARGEST_SINGLE_FILE = 2**31 - 2**26
+_OPERATOR = re.compile(r"OpOverload\(op='(?P<name>[^']+)'")
+_PLACE = re.compile(r"(?P<place>[\w./-]+\.py:\d+)")
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        bytes: size of the file, with its external data where it has any.
+        notes: what did not go the usual way, a sentence each.
+    """
+
+    path: Path
+    bytes: int
+    opset: int
+    nodes: int
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def export_onnx(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    path: Path,
+    *,
+    dynamic_batch: bool = True,
+    axes: Sequence[Axis] = (),
+    input_names: Sequence[str] | None = None,
+    simplify: bool = True,
+    metadata: Mapping[str, str] | None = None,
+) -> Exported:
+    """Write a network, in eval mode, as ONNX: whole or not at all.
+
+    A node is named ``<module>/<operator>``, so what it costs can be told by layer; the outputs are ``output``, or
+    ``output_0``, ``output_1``, ... in the order of ``surgery.tensors_in``. Over 2 GB the weights stand beside the file
+    in ``<name>.data``.
+
+    Args:
+        module: the network; its mode is put back.
+        inputs: example inputs, the tensors of ``forward``'s arguments in order; those whose first axis is as long
+            as that of the first input share the batch axis.
+        path: the file to write; its folder is made where there is none.
+        dynamic_batch: leave the batch axis open, under the name ``batch``.
+        axes: others to leave open, under their names.
+        input_names: names of the graph's inputs; the arguments of ``forward`` otherwise.
+        simplify: run onnxsim over what torch exports.
+        metadata: what to stamp into the model's ``metadata_props``.
+
+    Raises:
+        InputError: there is no batch axis to leave open, the network fixes it, or the names do not fit the inputs.
+        TdcompileError: torch cannot export the network, or the model is not valid ONNX.
+    """
+    if not inputs or (dynamic_batch and not any(x.dim() for x in inputs)):
+        raise InputError("the example inputs have no batch axis to leave open: give tensors (N, ...)")
+    if input_names is not None and len(input_names) != len(inputs):
+        raise InputError(f"{len(input_names)} input names are given for {len(inputs)} inputs: {', '.join(input_names)}")
+    if input_names is not None and len(set(input_names)) < len(input_names):
+        raise InputError(f"an input name is given twice: {', '.join(input_names)}")
+    opened: list[dict[int, str]] = [{} for _ in inputs]
+    for place, batched in enumerate(shares_batch(inputs)):
+        opened[place] |= {0: BATCH} if batched and dynamic_batch else {}
+    for axis in axes:
+        opened[axis.input][axis.axis] = axis.name
+    # torch takes a size of 1 for a constant
+    one = any(0 in open_ and len(x) == 1 for x, open_ in zip(inputs, opened, strict=True))
+    model = _capture(module, batch_of(inputs, 2) if one else tuple(inputs), opened)
+    _check_open(model.graph, opened)
+    _tidy(model, input_names or _arguments(module, len(inputs)))
+    model.metadata_props.update(sorted((metadata or {}).items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        return _write(model, Path(folder) / path.name, path, simplify)
+
+
+def restamp(model: Path, path: Path, metadata: Mapping[str, str], notes: Sequence[str] = ()) -> Exported | None:
+    """Write a model of ``export_onnx`` with other metadata; None where its weights stand in a file of their own.
+
+    Args:
+        model: the file it was written to; it may be the same as ``path``.
+        path: the file to write.
+        metadata: what to stamp into ``metadata_props``.
+        notes: those of the export.
+    """
+    proto = onnx.load(model, load_external_data=False)
+    if any(weight.external_data for weight in proto.graph.initializer):
+        return None
+    del proto.metadata_props[:]
+    helper.set_model_props(proto, dict(sorted(metadata.items())))
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        draft.write_bytes(proto.SerializeToString(deterministic=True))
+        os.replace(draft, path)
+    return _described(proto, path, path.stat().st_size, notes)
+
+
+def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[Mapping[int, str]]) -> ir.Model:
+    shapes = tuple(dict(each) or None for each in opened) if any(opened) else None
+    with evaluating(module), torch.no_grad(), separate_attention(), hushed() as said:
+        try:
+            program = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=shapes, verbose=False)
+        except Exception as error:  # noqa: BLE001  # the exporter and the network raise anything
+            cause = _root(error)
+            cause.add_note(said.getvalue())
+            if "inferred a static shape" in str(cause) or "Constraints violated" in str(cause):
+                raise InputError(
+                    "the network fixes its batch size, so the batch axis cannot stay open: pass dynamic_batch=False "
+                    f"(--no-dynamic-batch); torch says: {str(cause).strip().splitlines()[-1].lstrip('- ')}"
+                ) from cause
+            kind = InputError if "data-dependent" in str(cause) else TdcompileError
+            raise kind(f"torch cannot export the network to ONNX: {_explained(cause, module)}") from cause
+    assert program is not None  # torch.onnx.export returns one under dynamo=True
+    if program.exported_program is not None:
+        found = limits(program.exported_program, opened)
+        least, largest = found.get(BATCH, (1, None))
+        if largest is not None or least > 2:
+            raise InputError(
+                f"the network does something else where its batch is {largest + 1 if largest else least - 1}, so the "
+                "batch axis cannot stay open: pass dynamic_batch=False (--no-dynamic-batch)"
+            )
+    return program.model
+
+
+def _explained(cause: BaseException, module: nn.Module) -> str:
+    """What failed, in which part, and what can be done about it, as far as the exporter's words tell."""
+    said = str(cause).strip()
+    first = next(iter(said.splitlines()), type(cause).__name__)
+    if "torch.classes.quantized" in said:
+        return "its quantised layers have no ONNX form: quantise the compiled network instead"
+    operator = _OPERATOR.search(said)
+    if operator is not None and "No ONNX function" in said:
+        name = operator["name"]
+        where = _reader_of(module, name)
+        return (
+            f"the operator '{name}'{where} has no ONNX form: take another implementation of that part where the "
+            "network is built"
+        )
+    if "data-dependent" in said:
+        places = [match["place"] for match in _PLACE.finditer(said)]
+        own = [place for place in places if not place.startswith(("_export", "torch/", "fx/", "utils/"))]
+        where = f" at {own[0]}" if own else ""
+        return (
+            f"what it does depends on the values of its inputs{where}, and an ONNX graph is the same for all: {first}"
+        )
+    return first
+
+
+def _reader_of(module: nn.Module, operator: str) -> str:
+    """The part of a traced network that an operator was met in."""
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    for node in nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack and str(getattr(node.target, "name", lambda: "")()).replace("::", ".").startswith(operator):
+            return f" of '{next(reversed(stack.values()))[0]}'"
+    return ""
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _arguments(module: nn.Module, count: int) -> list[str] | None:
+    """The names of ``forward``'s arguments; torch renames what is also an output. None where they are not one each."""
+    names = list(inspect.signature(module.forward).parameters)
+    return names if len(names) == count else None
+
+
+def _check_open(graph: ir.Graph, opened: Sequence[Mapping[int, str]]) -> None:
+    for value, axes in zip(graph.inputs, opened, strict=True):
+        for axis, name in axes.items():
+            if value.shape is not None and not isinstance(value.shape[axis], int):
+                continue
+            if name == BATCH:
+                raise InputError(
+                    f"the network fixes the batch size of its input '{value.name}' ({value.shape}): "
+                    "pass dynamic_batch=False (--no-dynamic-batch)"
+                )
+            raise InputError(
+                f"the network fixes the axis '{name}' of its input '{value.name}' ({value.shape}): leave it out of "
+                "dynamic (--dynamic)"
+            )
+
+
+def _tidy(model: ir.Model, input_names: Sequence[str] | None) -> None:
+    """Name nodes by module and outputs by place; drop what names files and versions of the machine that exported."""
+    graph = model.graph
+    for node in graph.all_nodes():
+        module = _module_of(node)
+        name = (node.name or "").removeprefix("node_")
+        node.name = f"{module}/{name}" if module else name
+        node.doc_string = None
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+    for value, name in zip(graph.inputs, input_names or (), strict=bool(input_names)):
+        _rename(graph, value, name)
+    # the outputs' names are a promise: an input called ``output`` gives way
+    count = len(graph.outputs)
+    for place, value in enumerate(graph.outputs):
+        _rename(graph, value, "output" if count == 1 else f"output_{place}")
+
+
+def _module_of(node: ir.Node) -> str:
+    """``layer1.0.conv1`` from the exporter's ``['layer1', 'layer1.0', 'layer1.0.conv1', 'conv2d_1']``."""
+    scopes = [part.strip(" '\"") for part in node.metadata_props.get(_SCOPES, "").strip("[]").split(",")]
+    return scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_empty_nn_module_stack") else ""
+
+
+def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    taken = [*graph.inputs, *graph.initializers.values(), *(v for node in graph.all_nodes() for v in node.outputs)]
+    for other in taken:
+        if other.name == name and other is not value:
+            other.name = f"{name}_inner"
+    value.name = name
+
+
+def _write(model: ir.Model, draft: Path, path: Path, simplify: bool) -> Exported:
+    """Write and check a draft in a folder of its own, then move what is there to its place."""
+    notes: list[str] = []
+    if sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value) > (
+        LARGEST_SINGLE_FILE
+    ):
+        notes.append("the weights are over 2 GB: they stand in external data, and the model is not simplified")
+        ir.save(model, draft, external_data=f"{path.name}.data")
+        proto = onnx.load(draft, load_external_data=False)
+        _check(str(draft))
+    else:
+        proto = ir.to_proto(model)
+        if simplify:
+            proto, refused = _simplify(proto)
+            notes += refused
+        _keep_pads(proto.graph)
+        _check(proto)
+        draft.write_bytes(proto.SerializeToString(deterministic=True))
+    written = sorted(draft.parent.iterdir(), key=lambda file: file.name == path.name)  # the model itself comes last
+    size = sum(file.stat().st_size for file in written)
+    for file in written:
+        os.replace(file, path.parent / file.name)
+    return _described(proto, path, size, notes)
+
+
+def _described(proto: onnx.ModelProto, path: Path, size: int, notes: Sequence[str]) -> Exported:
+    return Exported(
+        path=path,
+        bytes=size,
+        opset=next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
+        nodes=len(proto.graph.node),
+        input_names=tuple(value.name for value in proto.graph.input),
+        output_names=tuple(value.name for value in proto.graph.output),
+        notes=tuple(notes),
+    )
+
+
+def _check(model: onnx.ModelProto | str) -> None:
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise TdcompileError(f"the exported model is not valid ONNX: {first_line(error)}") from error
+
+
+def _simplify(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    """The simplified model, or the model itself and a note where onnxsim fails or changes what goes in or out."""
+    import onnxsim  # slow to import, and not every caller simplifies
+
+    with hushed():
+        try:
+            simple, right = onnxsim.simplify(proto)
+            onnx.checker.check_model(simple)
+        except Exception as error:  # noqa: BLE001  # simplifying is a convenience: whatever fails, the model is kept
+            first = first_line(error)
+            return proto, [f"onnxsim failed ({first}): the model is not simplified"]
+    if not right or _interface(simple) != _interface(proto):
+        return proto, ["onnxsim changed the model's inputs or outputs: the model is not simplified"]
+    del simple.metadata_props[:]  # onnxsim's own log
+    simple.metadata_props.extend(proto.metadata_props)
+    _rehome(simple.graph, proto.graph)
+    return simple, []
+
+
+def _rehome(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
+    """Name a node that onnxsim made (Gemm of MatMul + Add) by the one module that read the same weights before."""
+    readers: dict[str, set[str]] = {weight.name: set() for weight in old.initializer}
+    for node in old.node:
+        for value in readers.keys() & set(node.input):
+            readers[value].add(node.name.rpartition("/")[0])
+    known = {node.name for node in old.node}
+    for node in new.node:
+        if node.name not in known:
+            modules = set[str]().union(*(readers.get(value, ()) for value in node.input)) - {""}
+            node.name = "/".join([*(modules if len(modules) == 1 else ()), node.name])
+
+
+def _interface(proto: onnx.ModelProto) -> list[bytes]:
+    return [value.SerializeToString(deterministic=True) for value in (*proto.graph.input, *proto.graph.output)]
+
+
+def _keep_pads(graph: onnx.GraphProto) -> None:
+    """Let a max-pool's padding with zeros pad with the least number above zero instead.
+
+    onnxruntime (seen in 1.31) takes such a pad into the pool, where padding counts as minus infinity: right behind a
+    rectifier, and wrong where what is pooled may be negative.
+    """
+    made = {output: node for node in graph.node for output in node.output}
+    stored = {weight.name: weight for weight in graph.initializer}
+    for pool in graph.node:
+        pad = made.get(pool.input[0]) if pool.op_type == "MaxPool" else None
+        if pad is None or pad.op_type != "Pad" or _mode(pad) != "constant":
+            continue
+        given = stored.get(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else None
+        if given is not None:
+            value = numpy_helper.to_array(given)
+            if value.any():
+                continue
+            kind = value.dtype
+            if not np.issubdtype(kind, np.floating):
+                continue  # of whole numbers none is next to zero
+        else:
+            kind = np.dtype(np.float32)
+        name = f"{pad.output[0]}_least"
+        graph.initializer.append(numpy_helper.from_array(np.array(np.finfo(kind).tiny, kind), name))
+        del pad.input[2:3]
+        pad.input.insert(2, name)
+
+
+def _mode(pad: onnx.NodeProto) -> str:
+    """How a Pad node pads."""
+    found = next((helper.get_attribute_value(a) for a in pad.attribute if a.name == "mode"), b"constant")
+    return str(found.decode())

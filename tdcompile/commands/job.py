@@ -1,0 +1,150 @@
+"""From flags to what is compiled: the recipe they make, and the network, inputs and data that it names."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdcompile.commands.examples import draw_arguments, parse_example
+from tdcompile.data import load_data
+from tdcompile.decomposition import Decomposition
+from tdcompile.errors import InputError
+from tdcompile.facts import Facts
+from tdcompile.importance import Importance
+from tdcompile.network import Network
+from tdcompile.ranks import RankPlan, RankSelector
+from tdcompile.recipes import Recipe, load_recipe
+from tdcompile.registry import make
+from tdcompile.source import load_source, load_weights
+from tdcompile.spec import split
+from tdcompile.target import Budget, Cost
+from tdcompile.task import Task
+
+log = logging.getLogger("tdcompile")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a recipe names, loaded."""
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...] | dict[str, Tensor]
+    task: Task
+
+
+def recipe_of(given: Mapping[str, Any]) -> Recipe:
+    """The recipe that flags make: those that were given, over the one they name, over the defaults; checked.
+
+    Raises:
+        InputError: an option, plug-in or recipe is unknown, or a value cannot be used.
+    """
+    flags = {name: value for name in Recipe.model_fields if (value := given.get(name)) not in (None, [])}
+    if "budget" in flags:
+        flags["budget"] = Budget.parse(flags["budget"]).shares
+    if "decompose" in flags:
+        flags["decompose"] = tuple(split(flags["decompose"]))
+    recipe = _completed(load_recipe(given.get("recipe"), {k: _frozen(v) for k, v in flags.items()}))
+    _check(recipe)
+    return recipe
+
+
+def load_module(recipe: Recipe) -> nn.Module:
+    """The network with its weights.
+
+    Raises:
+        InputError: no source, or it or the weights cannot be used.
+    """
+    if recipe.source is None:
+        raise InputError("give a SOURCE: file.py:callable, package.module:callable, or one of 'tdcompile list models'")
+    torch.manual_seed(recipe.seed)  # the user's callable may draw its weights: one seed, one network
+    module, _ = load_source(recipe.source)
+    if recipe.weights is not None:
+        load_weights(module, Path(recipe.weights))
+    elif any(parameter.is_meta for parameter in module.parameters()):
+        raise InputError(f"'{recipe.source}' makes a network without weights, on the meta device: give --weights")
+    return module
+
+
+def load_network(recipe: Recipe) -> tuple[nn.Module, tuple[Tensor, ...] | dict[str, Tensor]]:
+    """The network with its weights, and example inputs: in the order of its arguments, or by name where they have one.
+
+    Raises:
+        InputError: no source, or it, the weights or the inputs cannot be used.
+    """
+    module = load_module(recipe)
+    return module, draw_arguments(recipe.input, module, recipe.seed)
+
+
+def load_job(recipe: Recipe) -> Job:
+    """The network, its inputs, and the data.
+
+    Raises:
+        InputError: one of them cannot be used, or the data do not fit the first input.
+        UnavailableError: a package that reads the data is missing.
+    """
+    module, inputs = load_network(recipe)
+    if recipe.weights is None and ":" not in str(recipe.source):
+        log.warning("%s has random weights: give --weights", recipe.source)
+    if recipe.data is None:
+        return Job(module, inputs, Task(calibrate=recipe.calibrate, evaluate=recipe.eval))
+    first = next(iter(inputs.values() if isinstance(inputs, dict) else inputs))
+    train, test = load_data(recipe.data, tuple(first.shape[1:]), recipe.normalize, recipe.seed)
+    return Job(module, inputs, Task(train, test, recipe.calibrate, recipe.eval, recipe.data))
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as a file that ``--recipe`` reads; what is not set is left out."""
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items())
+
+
+def _completed(recipe: Recipe) -> Recipe:
+    """With what a registered network knows of itself: its input, and the weights that ship with it and their data."""
+    if recipe.source is None or ":" in recipe.source or "/" in recipe.source or recipe.source.endswith(".py"):
+        return recipe
+    network, known = make(Network, recipe.source), dict[str, Any]()
+    if not recipe.input:
+        known["input"] = tuple("x".join(map(str, (1, *shape))) for shape in network.input_shapes)
+    if recipe.weights is None and network.checkpoint is not None and not network.spec().options:
+        known["weights"] = str(Path(inspect.getfile(type(network))).with_name(network.checkpoint))
+        if recipe.data is None:
+            known["data"] = network.data
+    return recipe.model_copy(update=known)
+
+
+def _check(recipe: Recipe) -> None:
+    """Find what is wrong with a recipe in milliseconds, before a network is loaded or a layer measured."""
+    recipe.device()
+    recipe.shares()
+    for text in recipe.input:
+        parse_example(text)
+    make(RankSelector, recipe.ranks)
+    make(Importance, recipe.importance)
+    for text in recipe.decompose:
+        if text != "auto":
+            make(Decomposition, text)
+    for name, count in (("calibrate", recipe.calibrate), ("eval", recipe.eval)):
+        if count is not None and count < 1:
+            raise InputError(f"{name}={count} is below 1")
+    pipeline = recipe.steps()
+    pipeline.check(Facts(RankPlan({}, Cost(), Cost())) if recipe.plan else None)
+    if pipeline.trainer and recipe.source and recipe.data is None:
+        raise InputError(f"'{pipeline.trainer}' trains, and there is nothing to train on: give --data")
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_toml(item)}' for key, item in value.items())} }}"
+    return json.dumps(value, ensure_ascii=False)  # of texts, numbers, truths and lists, JSON is TOML too

@@ -1,0 +1,232 @@
+"""One cell of an approximation-error study: a layer compressed alone, its six errors, the network's accuracies."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tdcompile.approximation import feature_errors, weight_errors
+from tdcompile.decomposition import Decomposition
+from tdcompile.errors import InputError, TdcompileError, UnavailableError
+from tdcompile.fractions import ranks_for, weights_of
+from tdcompile.frontend.fronts import Frontend
+from tdcompile.frontend.tracing import trace
+from tdcompile.kinds import Pass
+from tdcompile.program import Program, sites
+from tdcompile.ranks import Ranks
+from tdcompile.registry import make
+from tdcompile.studies.findings import Cell, Failure
+from tdcompile.surgery import copy_graph, copy_weights, replace_module
+from tdcompile.target import Target
+from tdcompile.task import Batch, Task, accuracy
+from tdcompile.tuning import key_of
+
+_DIGITS = 12  # of 1 - compression, so that 1 - 0.9 is 0.1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is studied: a network, example inputs (see ``trace``), the data, and the front end that traces it."""
+
+    module: nn.Module
+    inputs: Sequence[Any] | Mapping[str, Any]
+    task: Task
+    frontend: Frontend = "auto"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where in the grid a cell lies.
+
+    Attributes:
+        compression: share of the layer's weights to remove.
+    """
+
+    layer: str
+    method: str
+    compression: float
+    seed: int
+
+    @property
+    def kept(self) -> float:
+        """The share of the layer's weights to keep."""
+        return round(1 - self.compression, _DIGITS)
+
+
+@dataclass(frozen=True)
+class _Compressed:
+    """The network with one layer compressed; shared by all seeds, for nothing in it is random."""
+
+    of: tuple[str, str, float]
+    ranks: Ranks
+    approximation: Tensor
+    graph: fx.GraphModule
+    accuracy: float
+
+
+class Bench:
+    """Measures cells of one network, one after another, each as if it were the first.
+
+    Args:
+        subject: the network, which is not changed, and its data.
+        tune: options of the pass ``finetune``, or ``none``.
+        device: where it runs, ``cpu`` or ``cuda``.
+
+    Raises:
+        InputError: there is no training data or no labelled test data, or something does not fit.
+    """
+
+    def __init__(self, subject: Subject, tune: str, target: Target) -> None:
+        self.task = _labelled(subject.task)
+        self.program: Program = _placed(trace(subject.module, subject.inputs, frontend=subject.frontend), target).with_(
+            task=self.task
+        )
+        self.sites = sites(self.program)
+        self.tuning = None if tune == "none" else make(Pass, f"finetune{{{tune}}}")
+        self._last: _Compressed | None = None
+
+    @property
+    def tune(self) -> str:
+        """The fine-tuning pass in text, or ``none``."""
+        return "none" if self.tuning is None else str(self.tuning.spec())
+
+    @property
+    def dense_accuracy(self) -> float:
+        """Of the network as it is."""
+        return self._accuracy(self.program.graph)
+
+    def digest(self) -> str:
+        """What all cells of this bench have in common: weights, data, settings."""
+        parts = [part.fingerprint() for part in (self.task.train, self.task.test) if part is not None]
+        settings = (self.task.calibrate, self.task.evaluate, self.task.source, self.tune)
+        return key_of([self.program.dense], *settings, *parts)
+
+    def ranks(self, point: Point) -> Ranks:
+        """The ranks of a cell."""
+        return ranks_for(make(Decomposition, point.method), self.sites[point.layer].layer, point.kept)
+
+    def key(self, point: Point, digest: str) -> str:
+        """A digest of all that decides a cell."""
+        text = repr((digest, point, self.ranks(point)))
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def measure(self, point: Point, key: str) -> Cell:
+        """The cell.
+
+        Raises:
+            TdcompileError: an error is not finite, or fine-tuning diverged.
+        """
+        start, site = time.perf_counter(), self.sites[point.layer]
+        layer, form = site.layer, make(Decomposition, point.method)
+        made = self._compressed(point)
+        program = self.program.with_(seed=point.seed)
+        weights = weight_errors(site.weight, made.approximation)
+        features = feature_errors(self.program.graph, site, made.approximation, self._calibration(program))
+        if not all(map(math.isfinite, (*weights, *features))):
+            raise TdcompileError(f"{point.method} of '{point.layer}' left factors that are not finite")
+        after = None
+        if self.tuning is not None:
+            after = self._accuracy(self.tuning.run(program.with_(graph=made.graph)).graph)
+        return Cell(
+            key=key,
+            layer=point.layer,
+            method=point.method,
+            ranks=made.ranks,
+            compression=point.compression,
+            kept=weights_of(form, layer, made.ranks) / math.prod(layer.weight_shape),
+            seed=point.seed,
+            weights_absolute=weights.absolute,
+            weights_relative=weights.relative,
+            weights_scaled=weights.scaled,
+            features_absolute=features.absolute,
+            features_relative=features.relative,
+            features_scaled=features.scaled,
+            accuracy_before=made.accuracy,
+            accuracy_after=after,
+            seconds=time.perf_counter() - start,
+        )
+
+    def attempt(self, point: Point, key: str) -> Cell | Failure:
+        """The cell, or why it could not be measured: one that diverges must not cost the others.
+
+        Raises:
+            InputError: something given cannot be used, which the other cells would meet as well.
+        """
+        try:
+            return self.measure(point, key)
+        except InputError:
+            raise
+        except TdcompileError as error:
+            return Failure(
+                layer=point.layer,
+                method=point.method,
+                compression=point.compression,
+                seed=point.seed,
+                reason=str(error),
+            )
+
+    def _compressed(self, point: Point) -> _Compressed:
+        of = (point.layer, point.method, point.compression)
+        if self._last is None or self._last.of != of:
+            site, form, ranks = self.sites[point.layer], make(Decomposition, point.method), self.ranks(point)
+            weight, bias = site.weight.cpu(), site.module.bias
+            factors = form.factorize(site.layer, weight, ranks, None)
+            assert bias is None or isinstance(bias, Tensor)  # what convolutions and linear layers have
+            graph = copy_graph(self.program.graph)
+            replace_module(graph, point.layer, form.build(site.layer, ranks, factors, bias).to(site.weight.device))
+            graph.graph.lint()
+            graph.recompile()
+            approximation = form.reconstruct(site.layer, factors)
+            self._last = _Compressed(of, ranks, approximation, graph.eval(), self._accuracy(graph))
+        return self._last
+
+    def _calibration(self, program: Program) -> Sequence[Batch]:
+        assert self.task.train is not None  # ``_labelled`` has looked
+        chosen = self.task.train.shuffled(program.generator("study/calibrate"))
+        device = self.program.inputs[0].device
+        batches = chosen.batches(limit=self.task.calibrate)
+        return [Batch(tuple(x.to(device) for x in batch.inputs), batch.labels) for batch in batches]
+
+    def _accuracy(self, graph: nn.Module) -> float:
+        share = accuracy(graph, self.task.test, self.task.evaluate)
+        assert share is not None  # ``_labelled`` has looked
+        return share
+
+
+Load = Callable[[], Bench]  # makes a bench anew, wherever it is called: it is what other processes are sent
+
+
+def _labelled(task: Task) -> Task:
+    """The task, made sure that it can be studied.
+
+    Raises:
+        InputError: no training samples, or no labelled test samples.
+    """
+    if task.train is None or len(task.train) == 0:
+        raise InputError("a study averages the errors of the features over training samples, and there are none")
+    if task.test is None or task.test.classes is None or len(task.test) == 0:
+        raise InputError(f"a study measures accuracy, and '{task.source}' has no labelled test samples")
+    return task
+
+
+def _placed(program: Program, target: Target) -> Program:
+    """The program on the target's device; off the CPU with tensors of its own, for moving them would change others.
+
+    Raises:
+        UnavailableError: there is no such device.
+    """
+    if target.device == "cpu":
+        return program.with_(target=target)
+    if not torch.cuda.is_available():
+        raise UnavailableError(f"--target {target.device}: torch {torch.__version__} sees no CUDA device")
+    graph = copy_weights(program.graph).to(target.device)
+    return program.with_(
+        graph=graph, dense=graph, inputs=tuple(x.to(target.device) for x in program.inputs), target=target
+    )

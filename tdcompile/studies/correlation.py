@@ -1,0 +1,77 @@
+"""Kendall's τ between approximation errors and the classification error, for each level and question of a study."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, pstdev
+
+from scipy.stats import kendalltau
+
+from tdcompile.studies.findings import ERRORS, QUESTIONS, Cell, ErrorName, Question, Tau, When
+
+# What is the same for all cells of a group; errors are compared within groups alone.
+_GROUP: Mapping[Question, Callable[[Cell], str]] = {
+    "methods": lambda cell: cell.layer,
+    "layers": lambda cell: cell.method,
+    "overall": lambda cell: "",
+}
+
+
+def kendall(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Kendall's τ-b, scipy's default; None for fewer than two pairs, or where either side is all one value.
+
+    τ = 2(k − d) / (m(m − 1)), with k concordant and d discordant of m(m − 1)/2 pairs, as arXiv 2305.05318 writes it, is
+    τ-a; τ-b divides by the pairs that are not tied instead. Without ties the two agree. Test accuracies over few
+    samples do tie, and τ-a would count a pair about which nothing is known as evidence against a correlation.
+    """
+    if len(x) < 2 or len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    tau = float(kendalltau(x, y).statistic)
+    return tau if math.isfinite(tau) else None
+
+
+def taus(cells: Sequence[Cell], compressions: Sequence[float], moments: Sequence[When]) -> tuple[Tau, ...]:
+    """τ of every error with the classification error: for each moment, question and level, then pooled over levels.
+
+    Within a seed τ is computed for each group and averaged over the groups: the layers, where methods are compared; the
+    methods, where layers are compared; ``overall`` is one group. Then mean and standard deviation over the seeds are
+    taken. That the paper takes the logarithm of the classification error changes no rank and so no τ.
+
+    Args:
+        cells: of all seeds.
+        compressions: the levels.
+        moments: ``before`` fine-tuning, ``after`` it, or both.
+    """
+    return tuple(
+        _tau(cells, when, question, level, error)
+        for when in moments
+        for question in QUESTIONS
+        for level in (*compressions, None)
+        for error in ERRORS
+    )
+
+
+def _tau(cells: Sequence[Cell], when: When, question: Question, level: float | None, error: ErrorName) -> Tau:
+    by_seed: dict[int, dict[str, list[tuple[float, float]]]] = {}
+    for cell in cells:
+        rate = cell.failure_rate(when)
+        if rate is not None and level in (None, cell.compression):
+            groups = by_seed.setdefault(cell.seed, {})
+            groups.setdefault(_GROUP[question](cell), []).append((cell.error(error), rate))
+    found = [[tau for pairs in groups.values() if (tau := _of(pairs)) is not None] for groups in by_seed.values()]
+    means = [fmean(each) for each in found if each]
+    return Tau(
+        when=when,
+        question=question,
+        level=level,
+        error=error,
+        mean=fmean(means) if means else None,
+        sd=pstdev(means) if means else None,
+        groups=max(map(len, found), default=0),
+    )
+
+
+def _of(pairs: Sequence[tuple[float, float]]) -> float | None:
+    errors, rates = zip(*pairs, strict=True)
+    return kendall(errors, rates)

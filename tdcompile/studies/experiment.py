@@ -1,0 +1,256 @@
+"""``study``: how well approximation errors foretell accuracy, over layers, methods and compressions."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from tdcompile.backend.runtime import environment
+from tdcompile.data import Given
+from tdcompile.data import given as samples_of
+from tdcompile.decomposition import Decomposition
+from tdcompile.errors import InputError, TdcompileError, nearest
+from tdcompile.kinds import Pass
+from tdcompile.program import Site
+from tdcompile.registry import make
+from tdcompile.studies.cell import Bench, Load, Point, Subject
+from tdcompile.studies.correlation import taus
+from tdcompile.studies.crew import Outcomes, Work, in_turn, over_processes, over_ray
+from tdcompile.studies.findings import Cell, Failure, Findings, Omission
+from tdcompile.studies.ledger import Ledger
+from tdcompile.studies.page import render_html
+from tdcompile.target import Target
+from tdcompile.task import Task
+
+METHODS = ("cp4", "tucker2", "tt")
+COMPRESSIONS = (0.5, 0.75, 0.9)
+
+Told = Callable[[int, int, Cell | Failure], None]  # how many cells are done, of how many, and the last one
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is varied, and how the network is tuned.
+
+    Attributes:
+        methods: decompositions, with options where wanted: ``tucker2{sweeps=0}``.
+        compressions: shares of a layer's weights to remove, each in (0, 1).
+        layers: patterns of layer names; none takes every layer but the first and the last.
+        seeds: how many.
+        seed: the first of them.
+        tune: options of ``finetune``, e.g. ``epochs=5``, or ``none``.
+    """
+
+    methods: tuple[str, ...] = METHODS
+    compressions: tuple[float, ...] = COMPRESSIONS
+    layers: tuple[str, ...] = ()
+    seeds: int = 1
+    seed: int = 0
+    tune: str = "none"
+
+    def __post_init__(self) -> None:
+        """Raises InputError where a method is unknown, a compression is no share, or nothing is left to vary."""
+        for name, values in (("method", self.methods), ("compression", self.compressions)):
+            if not values:
+                raise InputError(f"a study needs a {name} at least")
+            if len(set(values)) < len(values):
+                raise InputError(f"a {name} is given twice: {', '.join(map(str, values))}")
+        for method in self.methods:
+            make(Decomposition, method)
+        for share in self.compressions:
+            if not 0.0 < share < 1.0:
+                raise InputError(f"the compression {share:g} is not in (0, 1): 0.75 removes three quarters of a layer")
+        if self.seeds < 1:
+            raise InputError(f"seeds={self.seeds} is below 1")
+        if self.tune != "none":
+            make(Pass, f"finetune{{{self.tune}}}")
+
+    def points(self, sites: Mapping[str, Site]) -> tuple[list[Point], list[Omission]]:
+        """The cells in order, seeds innermost, and the layers that a method does not apply to.
+
+        Raises:
+            InputError: a pattern matches no layer, or no method applies to any layer.
+        """
+        points, omitted = [], []
+        for layer in self._chosen(sites):
+            for method in self.methods:
+                refusal = make(Decomposition, method).refuse(sites[layer].layer)
+                if refusal is not None:
+                    omitted.append(Omission(layer=layer, method=method, reason=refusal.reason))
+                    continue
+                seeds = range(self.seed, self.seed + self.seeds)
+                points += [Point(layer, method, share, seed) for share in self.compressions for seed in seeds]
+        if not points:
+            why = f" ({omitted[0].method} of '{omitted[0].layer}': {omitted[0].reason})" if omitted else ""
+            raise InputError(f"there is no cell to measure: {', '.join(self.methods)} apply to no chosen layer{why}")
+        return points, omitted
+
+    def _chosen(self, sites: Mapping[str, Site]) -> list[str]:
+        names = list(sites)
+        if not self.layers:
+            return names[1:-1]
+        for pattern in self.layers:
+            if not fnmatch.filter(names, pattern):
+                raise InputError(f"--layers '{pattern}' matches no layer: {nearest(pattern, names)}")
+        return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.layers)]
+
+
+def study(
+    module: nn.Module,
+    inputs: Sequence[Tensor] | Tensor,
+    data: Task | Given,
+    *,
+    methods: Sequence[str] = METHODS,
+    compressions: Sequence[float] = COMPRESSIONS,
+    layers: Sequence[str] = (),
+    seeds: int = 1,
+    seed: int = 0,
+    tune: str = "none",
+    out: str | Path | None = None,
+    jobs: int = 1,
+    ray: bool = False,
+    resume: bool = False,
+    told: Told | None = None,
+) -> Findings:
+    """Study how approximation errors rank compressed networks (arXiv 2305.05318).
+
+    One layer is compressed at a time, from its weights alone. For each cell (layer, method, compression, seed) six
+    errors are taken, and the accuracy on the test samples before and after fine-tuning of the whole network; it is what
+    is studied here, and nothing is chosen by it. The paper starts CP at random in each run. Our factorisations are
+    deterministic, so a seed varies the calibration sample and the order and draws of fine-tuning, and the accuracy
+    before fine-tuning is the same for all seeds.
+
+    Args:
+        module: the network; it is not changed.
+        inputs: example inputs in the order of ``forward``'s arguments.
+        data: training samples and labelled test samples, as ``compile`` takes them; a ``Task`` whose ``calibrate`` and
+            ``evaluate`` say how many are read, or a pair or a text of which 1,024 and all are.
+        methods: decompositions by name.
+        compressions: shares of a layer's weights to remove.
+        layers: patterns of layer names; by default all but the first and the last.
+        seeds: how many, from ``seed`` on; the paper has 5.
+        tune: options of the pass ``finetune``, e.g. ``epochs=5``.
+        out: a folder for ``cells.jsonl``, ``study.json`` and ``study.html``; by default nothing is written.
+        jobs: processes side by side, for which the module and the data must be picklable.
+        ray: over Ray in place of processes.
+        resume: go on from the cells in ``out``.
+        told: called after each cell.
+
+    Raises:
+        InputError: something given cannot be used.
+        UnavailableError: Ray is not installed.
+    """
+    given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    if not isinstance(data, Task):
+        name = data if isinstance(data, str) else "given"
+        data = Task(*samples_of(data, tuple(given[0].shape[1:])), source=name)
+    grid = Grid(tuple(methods), tuple(compressions), tuple(layers), seeds, seed, tune)
+    load = partial(_given, Subject(module, given, data))
+    return run(load, grid, source=type(module).__name__, out=out, jobs=jobs, ray=ray, resume=resume, told=told)
+
+
+def run(
+    load: Callable[[], Subject],
+    grid: Grid,
+    *,
+    source: str,
+    target: Target | None = None,
+    out: str | Path | None = None,
+    jobs: int = 1,
+    ray: bool = False,
+    resume: bool = False,
+    told: Told | None = None,
+) -> Findings:
+    """``study`` of a network that every process loads for itself.
+
+    Args:
+        load: makes the subject; picklable where there are several jobs.
+        source: what the network is called.
+        target: where it runs; the CPU by default.
+
+    Raises:
+        InputError: something given cannot be used.
+        UnavailableError: Ray is not installed, or there is no such device.
+    """
+    if jobs < 1:
+        raise InputError(f"jobs={jobs} is below 1")
+    ledger = Ledger(Path(out) if out is not None else None, resume=resume)
+    target = target or Target()
+    make_bench: Load = partial(_bench, load, grid.tune, target)
+    bench = make_bench()
+    points, omitted = grid.points(bench.sites)
+    digest = bench.digest()
+    keyed = [(point, bench.key(point, digest)) for point in points]
+    todo = [(point, key) for point, key in keyed if key not in ledger.cells]
+    failed = _measure(_crew(bench, make_bench, todo, jobs, ray), ledger, len(keyed) - len(todo), len(keyed), told)
+    cells = tuple(ledger.cells[key] for _, key in keyed if key in ledger.cells)
+    if not cells:
+        raise TdcompileError(f"no cell could be measured; the first one: {failed[0].reason}")
+    made = _findings(bench, grid, source, cells, omitted, failed)
+    ledger.finish({"study.json": made.to_json(), "study.html": render_html(made)})
+    return made
+
+
+def _crew(bench: Bench, load: Load, work: Work, jobs: int, ray: bool) -> Outcomes:
+    if not work:
+        return iter(())
+    if ray:
+        return over_ray(load, work, jobs)
+    return over_processes(load, work, jobs) if jobs > 1 else in_turn(bench, work)
+
+
+def _measure(outcomes: Outcomes, ledger: Ledger, done: int, of: int, told: Told | None) -> list[Failure]:
+    failed = []
+    for position, outcome in enumerate(outcomes, start=done + 1):
+        if isinstance(outcome, Cell):
+            ledger.add(outcome)
+        else:
+            failed.append(outcome)
+        if told is not None:
+            told(position, of, outcome)
+    return failed
+
+
+def _findings(
+    bench: Bench,
+    grid: Grid,
+    source: str,
+    cells: tuple[Cell, ...],
+    omitted: Sequence[Omission],
+    failed: Sequence[Failure],
+) -> Findings:
+    task = bench.task
+    assert task.train is not None  # the bench has looked
+    assert task.test is not None
+    return Findings(
+        source=source,
+        data=task.source,
+        dense_accuracy=bench.dense_accuracy,
+        methods=grid.methods,
+        compressions=grid.compressions,
+        layers=tuple(dict.fromkeys(cell.layer for cell in cells)),
+        seeds=tuple(range(grid.seed, grid.seed + grid.seeds)),
+        tune=bench.tune,
+        calibrate=min(task.calibrate, len(task.train)),
+        tested=min(task.evaluate or len(task.test), len(task.test)),
+        cells=cells,
+        taus=taus(cells, grid.compressions, ("before",) if grid.tune == "none" else ("before", "after")),
+        omitted=tuple(omitted),
+        failed=tuple(sorted(failed, key=lambda one: (one.layer, one.method, one.compression, one.seed))),
+        seconds=math.fsum(cell.seconds for cell in cells),
+        environment=environment(bench.program.target),
+    )
+
+
+def _given(subject: Subject) -> Subject:
+    return subject
+
+
+def _bench(load: Callable[[], Subject], tune: str, target: Target) -> Bench:
+    return Bench(load(), tune, target)

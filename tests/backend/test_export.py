@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxsim
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import tdcompile.backend.export
+from tdcompile.backend.export import export_onnx, restamp
+from tdcompile.backend.runtime import infer, open_session
+from tdcompile.errors import InputError, TdcompileError
+from tdcompile.target import Target
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Dropout(0.5))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x).flatten(2).transpose(1, 2)).mean(1)
+
+
+class Several(nn.Module):
+    """Two inputs, one of them a table without a batch, and outputs in a nesting."""
+
+    def forward(self, x: Tensor, table: Tensor) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        return {"sum": x + table, "pair": (x * 2, x)}
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.zeros(2, 3)
+
+
+class NoOperator(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvals(x[:, :, None] * torch.ones(3)).abs()
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else x + 1
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture(scope="module")
+def written(net, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "new" / "model.onnx"
+    done = export_onnx(net.train(), (torch.randn(1, 3, 8, 8),), path, metadata={"b": "2", "a": "1"})
+    return done, onnx.load(path)
+
+
+def run(path: Path, *inputs: Tensor) -> list[np.ndarray]:
+    return infer(open_session(path, Target()), inputs)
+
+
+def test_a_batch_of_one_stays_open(written, net):
+    done, _ = written
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 3, 8, 8)
+        with torch.no_grad():
+            expected = net.eval()(x)
+        np.testing.assert_allclose(run(done.path, x)[0], expected.numpy(), atol=1e-5)
+
+
+def test_what_is_reported_is_what_was_written(written):
+    done, model = written
+    assert (done.input_names, done.output_names) == (("x",), ("output",))
+    assert done.bytes == done.path.stat().st_size
+    assert done.nodes == len(model.graph.node)
+    assert done.opset == model.opset_import[0].version
+    assert done.notes == ()
+
+
+def test_only_the_model_lies_in_its_folder(written):
+    assert list(written[0].path.parent.iterdir()) == [written[0].path]
+
+
+def test_nodes_are_named_by_module(written):
+    names = [node.name for node in written[1].graph.node]
+    assert names[:2] == ["block.0/conv2d", "block.1/relu"]
+    assert sum(name.startswith("head/") for name in names) == 1  # a Gemm that onnxsim made of MatMul + Add
+    assert len(set(names)) == len(names)
+
+
+def test_metadata_is_sorted_and_nothing_of_the_exporting_machine_stays(written):
+    done, model = written
+    assert [(entry.key, entry.value) for entry in model.metadata_props] == [("a", "1"), ("b", "2")]
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    assert str(Path(torch.__file__).parent).encode() not in done.path.read_bytes()
+
+
+def test_the_same_network_gives_the_same_bytes_in_silence_and_keeps_its_modes(written, net, tmp_path, capfd):
+    logger = logging.getLogger("torch.onnx")
+    before = (sys.stdout, sys.stderr, logger.handlers, logger.propagate)
+    net.train()
+    net.block.eval()
+    again = export_onnx(net, (torch.randn(2, 3, 8, 8),), tmp_path / "m.onnx", metadata={"a": "1", "b": "2"})
+    assert again.path.read_bytes() == written[0].path.read_bytes()
+    assert net.training
+    assert not net.block[2].training
+    assert capfd.readouterr() == ("", "")
+    assert (sys.stdout, sys.stderr, logger.handlers, logger.propagate) == before
+
+
+def test_a_traced_graph_gives_what_its_module_gives(written, net, tmp_path):
+    done = export_onnx(fx.symbolic_trace(net), (torch.randn(2, 3, 8, 8),), tmp_path / "m.onnx")
+    assert [node.op_type for node in onnx.load(done.path).graph.node] == [
+        node.op_type for node in written[1].graph.node
+    ]
+    assert {"block.0", "head"} <= {node.name.partition("/")[0] for node in onnx.load(done.path).graph.node}
+
+
+def test_a_fixed_batch_when_asked_for(tmp_path):
+    done = export_onnx(FixedBatch(), (torch.randn(2, 3),), tmp_path / "m.onnx", dynamic_batch=False)
+    assert open_session(done.path, Target()).get_inputs()[0].shape == [2, 3]
+
+
+def test_several_inputs_and_nested_outputs(tmp_path):
+    inputs = (torch.randn(2, 3), torch.randn(3))
+    done = export_onnx(Several(), inputs, tmp_path / "m.onnx", input_names=("output_0", "rows"))
+    assert done.input_names == ("output_0_inner", "rows")  # an output's name is a promise, an input's gives way
+    assert done.output_names == ("output_0", "output_1", "output_2")
+    x = torch.randn(4, 3)
+    total, double, same = run(done.path, x, inputs[1])
+    np.testing.assert_allclose(total, x + inputs[1])
+    np.testing.assert_allclose(double, x * 2)
+    np.testing.assert_allclose(same, x)
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "says"),
+    [
+        (FixedBatch(), InputError, "dynamic_batch=False"),
+        (NoOperator(), TdcompileError, "aten.linalg_eig"),
+        (Branching(), TdcompileError, "data-dependent"),
+    ],
+)
+def test_what_cannot_be_exported_says_why_and_leaves_nothing(module, error, says, tmp_path, capfd):
+    with pytest.raises(error, match=says) as caught:
+        export_onnx(module, (torch.randn(2, 3),), tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "names", "says"),
+    [
+        ((), None, "no batch axis"),
+        ((torch.tensor(1.0),), None, "no batch axis"),
+        ((torch.randn(2, 3),), ("a", "b"), "2 input names are given for 1 inputs"),
+        ((torch.randn(2, 3), torch.randn(3)), ("a", "a"), "given twice"),
+    ],
+)
+def test_inputs_that_cannot_be_used(inputs, names, says, tmp_path):
+    with pytest.raises(InputError, match=says):
+        export_onnx(Several(), inputs, tmp_path / "m.onnx", input_names=names)
+
+
+def _fails(_: onnx.ModelProto) -> None:
+    raise RuntimeError("a rule broke\nin many lines")
+
+
+def _renames(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    changed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    return changed, True
+
+
+@pytest.mark.parametrize(("broken", "says"), [(_fails, "a rule broke"), (_renames, "inputs or outputs")])
+def test_a_model_that_onnxsim_takes_wrong_is_kept_as_it_is(broken, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnxsim, "simplify", broken)
+    done = export_onnx(nn.Linear(3, 2), (torch.randn(2, 3),), tmp_path / "m.onnx")
+    assert says in done.notes[0]
+    assert run(done.path, torch.randn(5, 3))[0].shape == (5, 2)
+
+
+def test_large_weights_stand_beside_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(tdcompile.backend.export, "LARGEST_SINGLE_FILE", 1024)
+    layer = nn.Linear(64, 64)
+    done = export_onnx(layer, (torch.randn(2, 64),), tmp_path / "m.onnx", metadata={"a": "1"})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert done.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert "external data" in done.notes[0]
+    x = torch.randn(3, 64)
+    np.testing.assert_allclose(run(done.path, x)[0], layer(x).detach(), atol=1e-5)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        export_onnx(nn.Linear(3, 2), (torch.randn(2, 3),), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_model_is_stamped_anew_without_another_export(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval()
+    first = export_onnx(network, [torch.randn(2, 3, 5, 5)], tmp_path / "a.onnx", metadata={"model": "draft"})
+    again = restamp(tmp_path / "a.onnx", tmp_path / "b.onnx", {"model": "dense", "by": "us"}, ["a note"])
+    assert again == dataclasses.replace(first, path=tmp_path / "b.onnx", bytes=again.bytes, notes=("a note",))
+    one, other = onnx.load(tmp_path / "a.onnx"), onnx.load(tmp_path / "b.onnx")
+    assert {entry.key: entry.value for entry in other.metadata_props} == {"model": "dense", "by": "us"}
+    assert one.graph == other.graph
+    fresh = export_onnx(
+        network, [torch.randn(2, 3, 5, 5)], tmp_path / "c.onnx", metadata={"model": "dense", "by": "us"}
+    )
+    assert (tmp_path / "b.onnx").read_bytes() == (tmp_path / "c.onnx").read_bytes()
+    assert fresh.bytes == again.bytes
+
+
+def test_a_model_whose_weights_stand_beside_it_is_not_stamped(tmp_path):
+    export_onnx(torch.nn.Linear(9, 9).eval(), [torch.randn(2, 9)], tmp_path / "a.onnx")
+    onnx.save(onnx.load(tmp_path / "a.onnx"), tmp_path / "b.onnx", save_as_external_data=True, size_threshold=0)
+    assert restamp(tmp_path / "b.onnx", tmp_path / "c.onnx", {}) is None
+    assert not (tmp_path / "c.onnx").exists()
