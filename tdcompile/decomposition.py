@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -108,6 +109,34 @@ def energy(flat: Tensor, moments: Moments | None) -> float:
         flat = flat.reshape(moments.groups, -1, flat.shape[1])
     weighted = flat if moments is None else flat @ moments.metric
     return float((weighted * flat).sum())
+
+
+def tied(exact: Ranks, rank: int) -> Ranks:
+    """One rank for all, each at most what it is at the exact ranks.
+
+    A train at such ranks exists: no bond is more than the one before it times the mode between them. At equal weights
+    it loses less than one whose bonds are in proportion to the exact ranks, of which those in the middle are largest.
+
+    >>> tied((16, 48, 32), 24)
+    (16, 24, 24)
+    """
+    return tuple(min(rank, most) for most in exact)
+
+
+def train_space(form: Decomposition, layer: Layer, grain: int, members: int) -> list[Ranks]:
+    """Ranks of a tensor train, one for all bonds: multiples of the grain with fewer MACs than dense, and the exact.
+
+    Args:
+        members: how many there are at most beside the exact ranks.
+    """
+    exact = form.exact_ranks(layer)
+
+    def macs(step: int) -> int:
+        return sum(part.macs for part in form.blueprint(layer, tied(exact, step * grain)))
+
+    top = bisect_right(range(1, max(exact) // grain + 1), layer.macs - 1, key=macs)
+    steps = sorted({math.ceil(top * i / members) for i in range(1, members + 1)} - {0})
+    return [*dict.fromkeys(ranks for step in steps if (ranks := tied(exact, step * grain)) != exact), exact]
 
 
 def grid(full: int, grain: int) -> list[int]:

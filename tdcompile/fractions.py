@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 
-from tdcompile.decomposition import Decomposition
+from tdcompile.decomposition import Decomposition, tied
 from tdcompile.errors import InputError
 from tdcompile.layer import Layer
 from tdcompile.ranks import Ranks
@@ -26,8 +26,7 @@ def ranks_for(form: Decomposition, layer: Layer, kept: float) -> Ranks:
     All ranks are one share x of the exact ones. For CP, x P(exact) is the weights wanted, and for Tucker with full
     kernel modes x is the common share of T and C that solves the quadratic a x² + b x; rounded to the nearest, these
     are the ranks published for CP of four modes (``cp4``) and for Tucker. The published TT ranks follow no one rule, so
-    this is our completion for them: all bonds are rounded up, because a train's bond can carry no more than the one
-    before it times a mode, and the x is taken whose ranks come nearest to the weights wanted.
+    this is our completion for them: one rank for all bonds (``tied``), that whose weights come nearest.
 
     Args:
         form: one that does not refuse the layer.
@@ -60,15 +59,10 @@ def _share(form: Decomposition, layer: Layer, exact: Ranks, wanted: float) -> fl
 
 
 def _train(form: Decomposition, layer: Layer, exact: Ranks, wanted: float) -> Ranks:
-    """Of the ranks ⌈x · exact⌉ those whose weights come nearest, the fewer of two that are as near."""
-    steps = sorted({(i, rank) for rank in exact for i in range(1, rank + 1)}, key=lambda step: step[0] / step[1])
+    """Of one rank for all bonds, each at most the exact one, that whose weights come nearest; of two the smaller."""
 
-    def ranks(place: int) -> Ranks:
-        part, whole = steps[place]
-        return tuple(-(-part * rank // whole) for rank in exact)
+    def weights(rank: int) -> int:
+        return weights_of(form, layer, tied(exact, rank))
 
-    def weights(place: int) -> int:
-        return weights_of(form, layer, ranks(place))
-
-    above = bisect_left(range(len(steps)), wanted, hi=len(steps) - 1, key=weights)
-    return ranks(min((max(above - 1, 0), above), key=lambda place: abs(weights(place) - wanted)))
+    above = bisect_left(range(1, max(exact)), wanted, key=weights) + 1
+    return tied(exact, min((max(above - 1, 1), above), key=lambda rank: abs(weights(rank) - wanted)))

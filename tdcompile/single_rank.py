@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tdcompile.decomposition import Decomposition
+from tdcompile.decomposition import Decomposition, tied
 from tdcompile.errors import BudgetError
 from tdcompile.pricing import Prices
 from tdcompile.program import Program
@@ -33,7 +33,7 @@ class SingleRanks(Prices):
 
     def ranks(self, name: str, rank: int) -> Ranks:
         """The form's ranks for one number, each at most what the layer has."""
-        return tuple(min(rank, most) for most in self.forms[name].exact_ranks(self.sites[name].layer))
+        return tied(self.forms[name].exact_ranks(self.sites[name].layer), rank)
 
     def most(self, name: str) -> int:
         """The largest rank to look at: the smaller of C and T, and for CP as far as it is cheaper than dense."""

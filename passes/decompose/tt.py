@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdcompile.anchors import anchored, spread
-from tdcompile.decomposition import Decomposition
+from tdcompile.decomposition import Decomposition, train_space
 from tdcompile.layer import Layer, Moments, Refusal, in_groups
 from tdcompile.metric import OutputMetric
 from tdcompile.multilinear import share_bond, tail, tt_compose, tt_svd
@@ -54,13 +54,8 @@ class TT(Decomposition):
         return first, middle, last
 
     def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
-        """One fraction of the three exact ranks after another, rounded up to the grain; the exact ones last."""
-        exact = self.exact_ranks(layer)
-        space = [
-            tuple(min(math.ceil(rank * i / MEMBERS / grain) * grain, rank) for rank in exact) for i in range(1, MEMBERS)
-        ]
-        cheap = [r for r in space if r != exact and sum(part.macs for part in self.blueprint(layer, r)) < layer.macs]
-        return [*dict.fromkeys(cheap), exact]
+        """One rank for the three bonds (``train_space``); the exact ones last."""
+        return train_space(self, layer, grain, MEMBERS)
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
         """C to r1, (kh, 1) to r2, (1, kw) to r3, r3 to T."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdcompile.anchors import anchored, spread
-from tdcompile.decomposition import Decomposition
+from tdcompile.decomposition import Decomposition, train_space
 from tdcompile.layer import Layer, Moments, Refusal, in_groups
 from tdcompile.linalg import cholesky, energy, ridge
 from tdcompile.metric import OutputMetric
@@ -59,18 +58,8 @@ class TTLinear(Decomposition):
         return tuple(min(math.prod(sizes[:i]), math.prod(sizes[i:])) for i in range(1, self.cores))
 
     def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
-        """One fraction of the exact ranks after another, rounded up to the grain, as far as the MACs of dense go."""
-        exact = self.exact_ranks(layer)
-
-        def ranks(step: int) -> Ranks:
-            return tuple(min(math.ceil(step * rank / max(exact)) * grain, rank) for rank in exact)
-
-        def macs(step: int) -> int:
-            return sum(part.macs for part in self.blueprint(layer, ranks(step)))
-
-        top = bisect_right(range(1, max(exact) // grain + 1), layer.macs - 1, key=macs)
-        steps = sorted({math.ceil(top * i / MEMBERS) for i in range(1, MEMBERS + 1)} - {0})
-        return [*dict.fromkeys(ranks(step) for step in steps if ranks(step) != exact), exact]
+        """One rank for all bonds (``train_space``); the exact ones last."""
+        return train_space(self, layer, grain, MEMBERS)
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
         """For each core from the last: c_k r_k to r_{k-1} t_k, over the modes ahead and those already contracted."""

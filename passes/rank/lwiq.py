@@ -19,9 +19,10 @@ _LEVELS, _LARGEST = 400, 64.0
 class LwiqRanks(RankSelector):
     """Ranks s · q^p · R for every layer: base rank R, importance q, and one factor s that meets the budget.
 
-    R is the smallest rank whose error is at most ``error``, q the importance in units of the largest, s comes from
-    bisection; nothing is measured again for another budget. What the budget then leaves is filled with the steps of
-    most importance · loss for their cost. The paper leaves base ranks, exponent and fill open: this is our completion.
+    R is the energy rank of the train: the smallest, one for all bonds, whose error is at most ``error``. q is the
+    importance in units of the largest. s comes from bisection; nothing is measured again for another budget. What the
+    budget then leaves is filled with the steps of most importance · loss for their cost. The paper leaves base ranks,
+    exponent and fill open: this is our completion.
 
     Attributes:
         error: of the base ranks, relative.

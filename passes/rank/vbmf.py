@@ -26,23 +26,28 @@ Floats = NDArray[np.float64]
 class VBMF(RankSelector):
     """Ranks by empirical variational Bayes of each layer's channel unfoldings; the budget only strengthens them.
 
-    Each rank becomes r_max - w (r_max - r_vbmf), at least 1, and then the nearest candidate from above. A rank that
+    Each rank becomes r_max - w (r_max - r_vbmf), at least ``floor``, and then the nearest candidate from above. A rank that
     truncates neither unfolding takes the larger of the layer's two fractions, and a form with such ranks alone is
     taken only where a layer has no other. Importances are not used.
 
     Attributes:
         weaken: w in (0, 1]; 1 is the estimate itself, which is far too strong for networks with batch norm. Where
             the plan misses the budget, w grows towards 1: 0.02 gives the mildest plan that meets it.
+        floor: no rank is below it, and a layer with a full rank that is not above it stays dense, for the estimate of a
+            narrow layer is the least sure; musco (Gusak et al. 2019, arXiv 1903.09973) has 21.
     """
 
     name: ClassVar[str] = "vbmf"
     needs_spectra: ClassVar[bool] = True
     weaken: float = 1.0
+    floor: int = 1
 
     def __post_init__(self) -> None:
-        """Raises InputError where the factor is outside (0, 1]."""
+        """Raises InputError where the factor is outside (0, 1], or the floor below 1."""
         if not 0.0 < self.weaken <= 1.0:
             raise InputError(f"'vbmf{{weaken={self.weaken}}}' is not in (0, 1]: 1 takes the estimated ranks themselves")
+        if self.floor < 1:
+            raise InputError(f"'vbmf{{floor={self.floor}}}' is no rank: 1 is the smallest")
 
     def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
         """See ``RankSelector.select``."""
@@ -51,21 +56,32 @@ class VBMF(RankSelector):
             name: {mode: max(1, evbmf_rank(s.values, s.rows, s.columns)) for mode, s in spectra.items()}
             for name, spectra in candidates.spectra.items()
         }
+        reasons = self._reasons(candidates)
         factors = [w for w in (step / _STEPS for step in range(1, _STEPS + 1)) if w > self.weaken]
 
         def plan(w: float) -> dict[str, Candidate]:
             return {
-                name: _choose(options, candidates.spectra.get(name, {}), estimates.get(name, {}), w, limits)
+                name: options[0]
+                if name in reasons or len(options) == 1
+                else _choose(options, candidates.spectra[name], estimates[name], w, self.floor, limits)
                 for name, options in candidates.layers.items()
             }
 
         choices = first_fit(plan, [self.weaken, *factors], candidates, limits)
-        blind = {
-            name: Refusal(name, "no_spectrum", "the singular values of this layer's unfoldings are not known")
-            for name, options in candidates.layers.items()
-            if len(options) > 1 and not candidates.spectra.get(name)
-        }
-        return settle(self, candidates, budget, choices, reasons=blind)
+        return settle(self, candidates, budget, choices, reasons=reasons)
+
+    def _reasons(self, candidates: Candidates) -> dict[str, Refusal]:
+        """Why layers that could be replaced are not looked at."""
+        reasons = {}
+        for name in (name for name, options in candidates.layers.items() if len(options) > 1):
+            spectra = candidates.spectra.get(name)
+            if not spectra:
+                blind = "the singular values of this layer's unfoldings are not known"
+                reasons[name] = Refusal(name, "no_spectrum", blind)
+            elif (full := min(map(_full, spectra.values()))) <= self.floor > 1:
+                narrow = f"its full rank, {full}, is not above the floor of vbmf, {self.floor}"
+                reasons[name] = Refusal(name, "narrow", narrow)
+        return reasons
 
 
 def _choose(
@@ -73,13 +89,12 @@ def _choose(
     spectra: Mapping[str, Spectrum],
     estimates: Mapping[str, int],
     w: float,
+    floor: int,
     limits: Mapping[str, float],
 ) -> Candidate:
     """The cheapest candidate with no rank below its weakened estimate; dense where none of those is cheaper."""
-    if not spectra:
-        return options[0]
-    full = {mode: min(spectrum.rows, spectrum.columns) for mode, spectrum in spectra.items()}
-    ranks = {mode: max(1, int(full[mode] - w * (full[mode] - estimate))) for mode, estimate in estimates.items()}
+    full = {mode: _full(spectrum) for mode, spectrum in spectra.items()}
+    ranks = {mode: max(floor, int(full[mode] - w * (full[mode] - estimate))) for mode, estimate in estimates.items()}
     fraction = max(ranks[mode] / full[mode] for mode in ranks)
     families: dict[str, list[Candidate]] = {}
     for option in options[1:]:
@@ -102,6 +117,10 @@ def _choose(
         and all(rank >= least for rank, least in zip(option.ranks, lowest[option.decomposition], strict=True))
     ]
     return min(fitting, key=lambda o: (load(o.cost, limits), o.error, o.decomposition, o.ranks), default=options[0])
+
+
+def _full(spectrum: Spectrum) -> int:
+    return min(spectrum.rows, spectrum.columns)
 
 
 def evbmf_rank(values: Sequence[float], rows: int, columns: int) -> int:

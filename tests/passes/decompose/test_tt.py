@@ -1,5 +1,7 @@
 """``tt``: the four-core tensor train of a convolution."""
 
+import math
+
 import pytest
 import tensorly as tl
 import torch
@@ -7,6 +9,7 @@ from tensorly.decomposition import tensor_train
 from torch import nn
 
 from tdcompile.decomposition import relative_error
+from tdcompile.fractions import weights_of
 from tdcompile.layer import Layer, Moments
 from tdcompile.passes.decompose.tt import TT
 
@@ -71,6 +74,22 @@ def test_the_error_is_that_of_tensorlys_train(ranks: tuple[int, ...]) -> None:
         train = tl.tt_to_tensor(tensor_train(weight().double().permute(1, 2, 3, 0), [1, *ranks, 1]))
     found = TT().reconstruct(LAYER, factors)
     assert torch.allclose(found.double(), train.permute(3, 0, 1, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [0.35, 0.5, 0.8])
+def test_one_rank_for_all_bonds_loses_less_than_ranks_in_proportion(kept: float) -> None:
+    def lost(ranks: tuple[int, ...]) -> float:
+        return relative_error(weight(), TT().reconstruct(LAYER, TT().factorize(LAYER, weight(), ranks, None)), None)
+
+    exact = TT().exact_ranks(LAYER)
+    proportional = [tuple(math.ceil(rank * i / 24) for rank in exact) for i in range(1, 24)]
+    budget = kept * LAYER.params
+    tied, other = (
+        max((ranks for ranks in space if weights_of(TT(), LAYER, ranks) <= budget), key=sum)
+        for space in (TT().rank_space(LAYER, 1), proportional)
+    )
+    assert len(set(tied)) == 1
+    assert lost(tied) < 0.97 * lost(other), (tied, lost(tied), other, lost(other))
 
 
 @pytest.mark.parametrize("aware", [False, True], ids=["plain", "data"])

@@ -99,6 +99,19 @@ def test_a_layer_without_spectra_stays_dense_with_the_reason():
     assert plan.reasons["l"].code == "no_spectrum"
 
 
+def test_no_rank_is_below_the_floor_and_narrow_layers_stay_dense():
+    candidates = candidates_of(6)
+    free = VBMF().select(candidates, {}, Budget(macs=1.0)).choices
+    held = VBMF(floor=21).select(candidates, {}, Budget(macs=1.0)).choices
+    assert any(0 < min(choice.ranks) < 21 for choice in free.values())
+    assert all(min(choice.ranks) >= 21 for choice in held.values())
+    plan = VBMF(floor=32).select(candidates, {}, Budget(macs=1.0))
+    assert {choice.decomposition for choice in plan.choices.values()} == {DENSE}
+    assert {reason.code for reason in plan.reasons.values()} == {"narrow"}
+    with pytest.raises(InputError, match="floor"):
+        VBMF(floor=0)
+
+
 @pytest.mark.parametrize("weaken", ["0", "-1", "1.01"])
 def test_a_factor_out_of_range_is_refused(weaken):
     with pytest.raises(InputError, match="weaken"):
