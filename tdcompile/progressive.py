@@ -25,7 +25,12 @@ class Parallel(nn.Module):
         factors: θ, the adapter's factors; their composition is what is taken off the dense weight.
         bias: of the layer; it trains.
         zero: the adapter starts from nothing instead, beside the whole dense weight, and is as exact at the start.
+
+    Attributes:
+        stays: the layer stays dense, with the weight that it is computed with: its adapter costs no less.
     """
+
+    stays = False
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from tdcompile.amp import Precision, strided_in_fp32
 from tdcompile.augment import Augment, Augmented
+from tdcompile.batchnorm import synchronised
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.kinds import tick
 from tdcompile.plugin import Plugin
@@ -66,6 +67,11 @@ class Trainer:
 
     All randomness of an epoch comes from the program's seed, the purpose and the epoch's number, so that a run that
     goes on from a saved epoch equals one that was never interrupted.
+
+    Several processes end as one does, but for rounding: they share out a batch in the same order, with the same shifts
+    and flips, and batch norm and gradients are those of the whole of it. Not synchronised are what dropout draws, the
+    same for each share; a batch norm of a class with a ``forward`` of its own; and the energy by which the squares of
+    answers that are no class scores are divided, which is that of each share.
 
     Args:
         graph: with tensors of its own.
@@ -132,7 +138,8 @@ class Trainer:
         Raises:
             TdcompileError: the loss or its gradient became NaN or Inf.
         """
-        with strided_in_fp32(self._graph, self._settings.precision, self._accelerator.device):
+        slow = strided_in_fp32(self._graph, self._settings.precision, self._accelerator.device)
+        with slow, synchronised(self._graph):
             return self._run()
 
     def _run(self) -> Tuning:

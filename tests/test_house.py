@@ -15,7 +15,7 @@ CORE, PLUGINS = ROOT / "tdcompile", [ROOT / "passes", ROOT / "models"]
 FLOORS = """
     errors spec amp noise sketch linalg multilinear degeneracy anchors inputmap
 
-    plugin facts layer callables vocabulary extras processes workers
+    plugin facts layer callables vocabulary extras processes batchnorm workers
 
     target task surgery signature images tuning metric calibration patches regression streams
 

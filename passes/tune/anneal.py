@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from tdcompile.amp import Precision
@@ -18,9 +19,11 @@ from tdcompile.errors import BudgetError, InputError
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
 from tdcompile.pricing import Prices
+from tdcompile.processes import from_first, no_gpu
 from tdcompile.program import Change, Program
 from tdcompile.progressive import Parallel, energy_ranks, parallels
-from tdcompile.ranks import Ranks, within
+from tdcompile.ranks import DENSE, Candidate, Ranks, within
+from tdcompile.selection import gainful
 from tdcompile.surgery import copy_weights
 from tdcompile.target import Cost
 from tdcompile.training import Settings, Trainer, saved_of
@@ -33,8 +36,10 @@ class Anneal(TunePass):
     """Train adapters, norms and biases while the dense share falls along a cosine and ranks shrink to the budget.
 
     Ranks of every layer and mode come from one energy threshold over the weights as they are at that moment, bisected
-    so that the network keeps to a limit which falls in equal ratios to the budget; they never grow. The loss is
-    distillation from the dense network, labels mixed in. Schedule and limits are our completion.
+    so that the network keeps to a limit which falls in equal ratios to the budget; they never grow. A layer whose
+    adapter would cost no less than the dense layer is priced as that and loses no ranks; if it is so at the end too, it
+    stays dense, with the weight that it has by then. The loss is distillation from the dense network, labels mixed in.
+    Schedule and limits are our completion.
 
     Attributes:
         epochs: may be a fraction.
@@ -66,7 +71,7 @@ class Anneal(TunePass):
             raise InputError(f"'{self.spec()}': clip and temperature above 0, labels a share in [0, 1]")
 
     def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
-        """Anneal, and leave every parallel layer without its dense share, within the budget.
+        """Anneal, and leave every parallel layer that is worth it without its dense share, within the budget.
 
         Raises:
             BudgetError: not even ranks of 1 meet the budget.
@@ -77,10 +82,11 @@ class Anneal(TunePass):
                 graph, [Refusal("", "no_adapters", "anneal: no layer has an adapter; attach-adapters first")]
             )
         train = program.task.train
-        schedule = _Schedule(layers, Prices(program), self.decay, self.selections)
+        schedule = _Schedule(layers, program, self.decay, self.selections)
         if train is None or len(train) < 2:
-            schedule.finish()
-            return Rewritten(graph, [Refusal("", "no_data", "anneal: no training samples; the dense share is cut off")])
+            dense = schedule.finish()
+            told = Refusal("", "no_data", "anneal: no training samples; the dense share is cut off")
+            return Rewritten(graph, [told, *dense.values()])
         settings = Settings(
             epochs=self.epochs,
             lr=self.lr * self.batch / 128,
@@ -98,8 +104,11 @@ class Anneal(TunePass):
         # Nothing is held out: an epoch that still has a dense share must not be taken for the best one.
         saved, moving = saved_of(self, graph, train, program), _moving(graph)
         Trainer(graph, loss, train, None, settings, program, self.name, saved, schedule, moving).run()
-        schedule.finish()
-        return Rewritten(graph, [Change(name, self.name, f"ranks {list(p.ranks)}") for name, p in layers.items()])
+        dense = schedule.finish()
+        return Rewritten(
+            graph,
+            [dense.get(name) or Change(name, self.name, f"ranks {list(p.ranks)}") for name, p in layers.items()],
+        )
 
 
 def _moving(graph: fx.GraphModule) -> list[nn.Parameter]:
@@ -111,17 +120,25 @@ def _moving(graph: fx.GraphModule) -> list[nn.Parameter]:
 class _Schedule:
     """Called before every step: sets the dense share, and selects ranks when it is time to.
 
-    A run that goes on from a saved epoch begins at that step, with the ranks that had been selected by then.
+    A run that goes on from a saved epoch begins at that step, with the ranks that had been selected by then. Of several
+    processes the first selects: under a latency budget each would by times of its own.
+
+    Raises:
+        BudgetError: not even ranks of 1 meet the budget.
     """
 
-    def __init__(self, layers: Mapping[str, Parallel], prices: Prices, decay: float, selections: int) -> None:
+    def __init__(self, layers: Mapping[str, Parallel], program: Program, decay: float, selections: int) -> None:
         self._layers = dict(layers)
-        self._prices, self._decay, self._selections = prices, decay, selections
+        self._prices, self._decay, self._selections = Prices(program), decay, selections
+        self._cpu = no_gpu(program.target.device)
         self._done: int | None = None
-        start = prices.network(self._costs({name: layer.ranks for name, layer in self._layers.items()}))
-        self._start = {f: max(getattr(start, f), limit) for f, limit in prices.limits.items()}
-        least = prices.network(self._costs({name: (1,) * len(p.ranks) for name, p in self._layers.items()}))
-        if not within(least, prices.limits):
+        start = self._cost({name: layer.ranks for name, layer in self._layers.items()})
+        self._start = {f: max(getattr(start, f), limit) for f, limit in self._prices.limits.items()}
+        from_first(self._check, self._cpu)
+
+    def _check(self) -> None:
+        least = self._cost({name: (1,) * len(layer.ranks) for name, layer in self._layers.items()})
+        if not within(least, self._prices.limits):
             raise BudgetError("anneal: not even adapters of rank 1 keep to the budget; raise it")
 
     def __call__(self, step: int, of: int, optimizer: Optimizer) -> None:
@@ -140,17 +157,43 @@ class _Schedule:
     def _due(self, done: int, progress: float) -> bool:
         return progress >= (done + 1) / self._selections
 
-    def finish(self) -> None:
-        """The end of the schedule, whatever has been trained."""
+    def finish(self) -> dict[str, Refusal]:
+        """The end of the schedule, whatever has been trained; the layers that stay dense, and why.
+
+        Their weight is the one that they were last computed with, without any training the dense one.
+        """
+        shares = {name: layer.share for name, layer in self._layers.items()}
         for layer in self._layers.values():
             layer.share = 0.0
         if (self._done or 0) < self._selections:
             self._select(1.0, None)
             self._done = self._selections
+        dense = from_first(self._dense, self._cpu)
+        for name, layer in self._layers.items():
+            layer.stays = name in dense
+            layer.share = shares[name] if layer.stays else 0.0
+        return dense
+
+    def _dense(self) -> dict[str, Refusal]:
+        why = "its adapter costs no less than dense at the ranks that it has left, {}"
+        return {
+            name: Refusal(name, "not_cheaper", why.format(list(layer.ranks)))
+            for name, layer in self._layers.items()
+            if self._gain(name, layer.ranks) is None
+        }
 
     def _select(self, progress: float, optimizer: Optimizer | None) -> None:
         limits = {f: start * (self._prices.limits[f] / start) ** progress for f, start in self._start.items()}
         energies = {name: layer.energies() for name, layer in self._layers.items()}
+        for name, chosen in from_first(partial(self._chosen, energies, limits), self._cpu).items():
+            layer = self._layers[name]
+            if chosen != layer.ranks:
+                layer.shrink(chosen)
+                for parameter in layer.factors.parameters() if optimizer is not None else ():
+                    optimizer.state.pop(parameter, None)  # type: ignore[union-attr]  # momentum of another shape
+
+    def _chosen(self, energies: Mapping[str, tuple[Tensor, ...]], limits: Mapping[str, float]) -> dict[str, Ranks]:
+        """The ranks at the highest threshold that keeps to the limits, of the layers whose adapters cost less there."""
 
         def ranks(threshold: float) -> dict[str, Ranks]:
             return {name: energy_ranks(energies[name], threshold, p.ranks) for name, p in self._layers.items()}
@@ -158,14 +201,17 @@ class _Schedule:
         low, high = 0.0, 1.0
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            fits = within(self._prices.network(self._costs(ranks(middle))), limits)
-            low, high = (middle, high) if fits else (low, middle)
-        for name, chosen in ranks(low).items():
-            layer = self._layers[name]
-            if chosen != layer.ranks:
-                layer.shrink(chosen)
-                for parameter in layer.factors.parameters() if optimizer is not None else ():
-                    optimizer.state.pop(parameter, None)  # type: ignore[union-attr]  # momentum of another shape
+            low, high = (middle, high) if within(self._cost(ranks(middle)), limits) else (low, middle)
+        return {name: chosen for name, chosen in ranks(low).items() if self._gain(name, chosen) is not None}
 
-    def _costs(self, ranks: dict[str, Ranks]) -> dict[str, Cost]:
-        return {name: self._prices.at(name, self._layers[name].decomposition, r) for name, r in ranks.items()}
+    def _cost(self, ranks: Mapping[str, Ranks]) -> Cost:
+        """Of the network with adapters of these ranks where they cost less than the dense layers."""
+        gains = {name: self._gain(name, chosen) for name, chosen in ranks.items()}
+        return self._prices.network({name: cost for name, cost in gains.items() if cost is not None})
+
+    def _gain(self, name: str, ranks: Ranks) -> Cost | None:
+        """What an adapter costs; None where it saves nothing of what is limited, or costs more of some of it."""
+        form = self._layers[name].decomposition
+        dense, cost = self._prices.layers[name], self._prices.at(name, form, ranks)
+        options = [Candidate(DENSE, (), 0.0, dense), Candidate(form.name, ranks, 0.0, cost)]
+        return cost if gainful(options, self._prices.limits) else None

@@ -53,8 +53,8 @@ class Finetune(TunePass):
         weights: of weight distillation, the same of each replaced layer's weight (RENE, arXiv 2409.03555).
         holdout: share of the training samples held out to choose the best epoch by (at most 5,000); 0 keeps the last.
         augment: ``auto`` shifts images of at least 16 pixels a side, and mirrors those of three channels too.
-        bn: ``frozen`` leaves batch-norm statistics as they are, and ends in several processes as in one; ``train``
-            normalises by each process's own share of a batch.
+        bn: ``frozen`` leaves batch-norm statistics as they are; ``train`` normalises by those of each batch, over all
+            processes together.
         average: decay of the exponential moving average of the weights, e.g. 0.999; 0 trains without one.
         patience: stop after so many epochs that did no better than the best; 0 runs them all.
         precision: what is computed in: ``bf16`` or ``fp16`` is automatic mixed precision, ``fp16`` on CUDA alone.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -408,38 +409,49 @@ def test_fp16_on_a_cpu_is_refused() -> None:
         replace(FAST, precision="fp16").run(program(data()))
 
 
-def _one_of_two(rank: int, port: int, out: str) -> None:
+def _one_of_two(rank: int, port: int, out: str, tune: Finetune) -> None:
     """A process of a run over gloo."""
     import os
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    tuned = SHARED.run(sharable())
-    torch.save(tuned.graph.state_dict(), f"{out}/{rank}.pt")
+    tuned = tune.run(sharable())
+    kinds = [(type(part).__name__, "forward" in vars(part)) for part in tuned.graph.modules()]
+    curve = [tuple(entry) for entry in tuned.facts[Tuning].curve]
+    torch.save({"state": tuned.graph.state_dict(), "kinds": kinds, "curve": curve}, f"{out}/{rank}.pt")
 
 
-SHARED = Finetune(epochs=2, batch=32, holdout=0.1, bn="frozen", augment="shift-flip", trial=0)
+SHARED = Finetune(epochs=2, batch=32, holdout=0.1, augment="shift-flip", trial=0)
 
 
 def sharable() -> Program:
-    """Without dropout and with frozen statistics: nothing depends on which process sees which half of a batch."""
+    """Without dropout: nothing else depends on which process sees which half of a batch."""
     graph = network(1)
     graph.get_submodule("3").p = 0.0
     return program(data(), graph=graph)
 
 
-def test_two_processes_end_as_one_does(tmp_path: Path, free_port: int) -> None:
-    torch.multiprocessing.spawn(_one_of_two, (free_port, str(tmp_path)), nprocs=2)
-    alone = SHARED.run(sharable()).graph.state_dict()
+@pytest.mark.parametrize("bn", ["train", "frozen"])
+def test_two_processes_end_as_one_does(tmp_path: Path, free_port: int, bn: Literal["train", "frozen"]) -> None:
+    tune = replace(SHARED, bn=bn)
+    torch.multiprocessing.spawn(_one_of_two, (free_port, str(tmp_path), tune), nprocs=2)
+    alone = tune.run(sharable())
+    start, end = (given.graph.get_submodule("1").running_var for given in (sharable(), alone))
+    assert torch.equal(start, end) == (bn == "frozen")
     for rank in range(2):
-        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for name, value in alone.items():
-            torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-4)
+        made = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert made["state"].keys() == alone.graph.state_dict().keys()
+        for name, value in alone.graph.state_dict().items():
+            torch.testing.assert_close(made["state"][name], value, atol=1e-5, rtol=1e-4)
+        assert [kind for kind, _ in made["kinds"]] == [type(part).__name__ for part in alone.graph.modules()]
+        assert not any(changed for _, changed in made["kinds"][1:])  # a graph has a ``forward`` of its own
+        heldout = [entry[2:] for entry in made["curve"]]
+        assert heldout == [pytest.approx(tuple(entry)[2:], abs=1e-4) for entry in alone.facts[Tuning].curve]
 
 
 def _judged_alike(rank: int, port: int, out: str) -> None:
-    """Like ``_one_of_two``, with statistics that each process has of its own half, rates tried, and patience."""
+    """Like ``_one_of_two``, with dropout that each process draws for its own half, rates tried, and patience."""
     import os
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
