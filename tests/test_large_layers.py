@@ -12,11 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 from tdcompile.decomposition import Decomposition
 from tdcompile.layer import Layer, Moments
+from tdcompile.passes.analyze.calibrate import Calibrate
 from tdcompile.passes.decompose.svd import SVD
 from tdcompile.passes.decompose.tt_linear import TTLinear
-from tdcompile.sketch import Sketch
+from tdcompile.sketch import Range, Sketch
 
 WIDE, TALL = Layer("linear", 8192, 2048), Layer("linear", 1024, 16384)
+VGG = Layer("linear", 25088, 4096)  # VGG-16's first linear layer: its moment matrix would take 2.5 GB in float32
+GIGABYTE = 1e9
 
 
 class Alive(TorchDispatchMode):
@@ -83,3 +86,33 @@ def test_beside_the_weight_there_is_less_than_twice_as_much(
     own = weight.numel() * weight.element_size()
     assert peak(lambda: form.factorize(layer, weight, ranks, moments)) < 2 * own
     assert peak(lambda: form.errors(layer, weight, [ranks, form.exact_ranks(layer)], moments)) < 2 * own
+
+
+def test_a_sketch_of_vgg16s_widest_layer_takes_less_than_a_gigabyte() -> None:
+    generator, made = torch.Generator().manual_seed(0), []
+    batches = [torch.rand(Calibrate.batch, VGG.in_channels, generator=generator) for _ in range(2)]
+
+    def work() -> None:
+        gathered = Range(VGG.in_channels, Calibrate.sketch, generator)
+        for batch in batches:
+            gathered.add(batch)
+        made.append(gathered.result())
+
+    least = 2 * 8 * VGG.in_channels * Calibrate.sketch  # the probes and their sums, or this counts nothing
+    assert least < peak(work) < GIGABYTE
+    squares = torch.stack([batch.double().square().mean(0) for batch in batches]).mean(0)
+    torch.testing.assert_close(made[0].diagonal().double(), squares, rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [False, True], ids=["plain", "sketch"])
+@pytest.mark.parametrize(("form", "ranks"), [(SVD(), (512,)), (TTLinear(), (128,))], ids=["svd", "tt-linear"])
+def test_vgg16s_widest_layer_is_factorised_in_less_than_a_gigabyte_beside_it(
+    form: Decomposition, ranks: tuple[int, ...], data: bool
+) -> None:
+    generator, inputs = torch.Generator().manual_seed(0), VGG.in_channels
+    weight = torch.randn(VGG.weight_shape, generator=generator)
+    factor = torch.randn(inputs, Calibrate.sketch, generator=generator) if data else None
+    moments = None if factor is None else Moments(Sketch(factor, torch.ones(inputs)), 1024)
+    assert peak(lambda: form.factorize(VGG, weight, ranks, moments)) < GIGABYTE
+    assert peak(lambda: form.errors(VGG, weight, [ranks, form.exact_ranks(VGG)], moments)) < GIGABYTE

@@ -13,6 +13,7 @@ from torch import Tensor
 from tdcompile.anchors import anchored, spread
 from tdcompile.decomposition import Decomposition, train_space
 from tdcompile.layer import Layer, Moments, Refusal, in_groups
+from tdcompile.linalg import balance
 from tdcompile.metric import OutputMetric
 from tdcompile.multilinear import share_bond, tail, tt_compose, tt_svd
 from tdcompile.ranks import Ranks
@@ -89,7 +90,8 @@ class TT(Decomposition):
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
         """TT-SVD; with moments the better of it and that of the whitened weight, the last factor of both refitted.
 
-        The first and last factors leave with orthonormal rows, the scale shared by the two in the middle.
+        The first and last factors are gauged orthonormal and each index of the middle bond shares its scale; then each
+        factor is scaled as a whole, so that all are balanced.
         """
         if moments is None:
             cores = tt_svd(_tensor(weight), ranks)
@@ -97,7 +99,7 @@ class TT(Decomposition):
             cores, _ = _fit_output(weight, ranks, OutputMetric(weight, moments.second))
         turned, scale = torch.linalg.qr(cores[3].squeeze(2).T)
         rows, columns = share_bond(cores[1], cores[2] @ scale.T)
-        found = (cores[0].squeeze(0).T, rows.permute(2, 0, 1), columns.permute(2, 0, 1), turned)
+        found = balance((cores[0].squeeze(0).T, rows.permute(2, 0, 1), columns.permute(2, 0, 1), turned))
         parts = self.blueprint(layer, ranks)
         return tuple(f.reshape(part.weight_shape).to(weight.dtype) for f, part in zip(found, parts, strict=True))
 

@@ -202,10 +202,10 @@ def _points(graph: fx.GraphModule, site: Site) -> tuple[fx.Node | None, fx.Node 
     calls: Sequence[fx.Node] = calls_of(graph, site.name if site.inner is None else site.inner)
     if not calls:
         return None, None
-    before, behind = calls[0].args[0] if calls[0].args else None, calls[-1]
+    before, behind = next(iter(calls[0].all_input_nodes), None), calls[-1]  # given by keyword too
     while (follower := only_user(behind)) is not None and _is_behind(graph, follower):
         behind = follower
-    if not isinstance(before, fx.Node) or before.op == "placeholder":
+    if before is None or before.op == "placeholder":
         return None, behind
     return before, behind
 

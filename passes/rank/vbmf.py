@@ -26,8 +26,8 @@ Floats = NDArray[np.float64]
 class VBMF(RankSelector):
     """Ranks by empirical variational Bayes of each layer's channel unfoldings; the budget only strengthens them.
 
-    Each rank becomes r_max - w (r_max - r_vbmf), at least ``floor``, and then the nearest candidate from above. A rank that
-    truncates neither unfolding takes the larger of the layer's two fractions, and a form with such ranks alone is
+    Each rank becomes r_max - w (r_max - r_vbmf), at least ``floor``, and then the nearest candidate from above. A rank
+    that truncates neither unfolding takes the larger of the layer's two fractions, and a form with such ranks alone is
     taken only where a layer has no other. Importances are not used.
 
     Attributes:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from tdcompile.approximation import feature_errors, weight_errors
 from tdcompile.decomposition import Decomposition
-from tdcompile.errors import InputError, TdcompileError, UnavailableError
+from tdcompile.errors import FixedAxisError, InputError, TdcompileError, UnavailableError, first_line
 from tdcompile.fractions import ranks_for, weights_of
 from tdcompile.frontend.fronts import Frontend
 from tdcompile.frontend.tracing import trace
@@ -80,14 +80,13 @@ class Bench:
         device: where it runs, ``cpu`` or ``cuda``.
 
     Raises:
-        InputError: there is no training data or no labelled test data, or something does not fit.
+        InputError: there is no training data or no labelled test data, the network takes no other batch size, or
+            something else does not fit.
     """
 
     def __init__(self, subject: Subject, tune: str, target: Target) -> None:
         self.task = _labelled(subject.task)
-        self.program: Program = _placed(trace(subject.module, subject.inputs, frontend=subject.frontend), target).with_(
-            task=self.task
-        )
+        self.program: Program = _placed(_traced(subject), target).with_(task=self.task)
         self.sites = sites(self.program)
         self.tuning = None if tune == "none" else make(Pass, f"finetune{{{tune}}}")
         self._last: _Compressed | None = None
@@ -214,6 +213,16 @@ def _labelled(task: Task) -> Task:
     if task.test is None or task.test.classes is None or len(task.test) == 0:
         raise InputError(f"a study measures accuracy, and '{task.source}' has no labelled test samples")
     return task
+
+
+def _traced(subject: Subject) -> Program:
+    try:
+        return trace(subject.module, subject.inputs, frontend=subject.frontend)
+    except FixedAxisError as error:
+        raise InputError(
+            "a study measures the network on batches of several sizes, and it runs at one alone"
+            + (f": it says {first_line(error.__cause__)}" if error.__cause__ else "")
+        ) from error
 
 
 def _placed(program: Program, target: Target) -> Program:

@@ -20,6 +20,7 @@ from tdcompile.studies.findings import Cell, Failure
 Work = Sequence[tuple[Point, str]]  # points of the grid, each with its cell's key
 Outcomes = Iterator[Cell | Failure]
 
+_DIED = "a process of the study died, as a rule for want of memory: go on with --resume and fewer --jobs"
 _benches: dict[str, Bench] = {}  # of this process, by the study that it works for
 _load: Load | None = None
 
@@ -54,9 +55,7 @@ def over_processes(load: Load, work: Work, jobs: int) -> Outcomes:
         for future in as_completed([pool.submit(_measure, point, key) for point, key in work]):
             yield future.result()
     except BrokenProcessPool as error:
-        raise TdcompileError(
-            "a process of the study died, as a rule for want of memory: go on with --resume and fewer --jobs"
-        ) from error
+        raise TdcompileError(_DIED) from error
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
@@ -68,16 +67,19 @@ def over_processes(load: Load, work: Work, jobs: int) -> Outcomes:
 def over_ray(load: Load, work: Work, jobs: int) -> Outcomes:
     """Over the Ray cluster that ``RAY_ADDRESS`` names, else one of this machine with so many jobs at a time.
 
-    Every machine needs this project and sees the files under the paths by which this one does.
+    Every machine needs this project and sees the files under the paths by which this one does. What the iterator leaves
+    undone when it is closed is cancelled.
 
     Raises:
         UnavailableError: Ray is not installed.
+        TdcompileError: a process died.
     """
     ray = extra("ray", "ray")
     started = not ray.is_initialized()
     if started:
         local = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "num_cpus": jobs}
         ray.init(**local, log_to_driver=False, logging_level="ERROR")
+    waiting: list[object] = []
     try:
         shared = [ray.put(load)]  # in a list a reference stays one, to be fetched once a process and not for each cell
         measure = ray.remote(num_cpus=1)(_measure_there)
@@ -88,9 +90,14 @@ def over_ray(load: Load, work: Work, jobs: int) -> Outcomes:
                 yield ray.get(ready[0])
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error
+            except ray.exceptions.RayError as error:
+                raise TdcompileError(_DIED) from error
     finally:
         if started:
             ray.shutdown()
+        else:
+            for undone in waiting:
+                ray.cancel(undone, force=True)
 
 
 def _begin(load: Load, threads: int) -> None:

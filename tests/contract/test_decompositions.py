@@ -1,7 +1,7 @@
 """What every registered decomposition promises, over layers of every kind; what it does not accept it refuses."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -17,6 +17,23 @@ GRAIN = 4
 # it exactly.
 ESTIMATES = {"cp": (0.1, 0.02), "cp4": (0.1, 0.02), "tucker2": (0.05, 1e-4)}
 EXACT = (1e-4, 1e-4)
+
+
+# How many times the largest of the factors may be the smallest, by the root-mean-square norm of an output's row: these
+# are balanced by that, and others differently.
+EVEN = 1.01
+UNEVEN = {
+    # Each component's norms are made equal instead, and the factors' own with them: their rows, C, T or r, are not.
+    "cp": 4.0,
+    "cp4": 4.0,
+    # So is each index of a bond, of cores that have r t1 and t2 rows.
+    "tt-linear": 5.0,
+}
+
+
+def imbalance(factors: Sequence[Tensor]) -> float:
+    gains = [float(factor.norm()) / math.sqrt(len(factor)) for factor in factors]
+    return max(gains) / min(gains)
 
 
 def _transposed(module: nn.Module) -> TransposedConv:
@@ -203,8 +220,18 @@ def test_errors_are_those_of_the_factors_and_data_never_make_them_worse(form: st
         if moments is not None:
             plain = decomposition.factorize(layer, weight, space[member], None)
             assert truth <= relative_error(weight, decomposition.reconstruct(layer, plain), moments) + 1e-6
-        gains = [float(factor.norm()) / math.sqrt(len(factor)) for factor in factors]
-        assert max(gains) < 1e3 * min(gains)
+        assert imbalance(factors) < UNEVEN.get(form, EVEN)
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+@pytest.mark.parametrize(
+    ("form", "name"), [case for case in ACCEPTED if case[1] in ("conv", "1x1", "grouped", "linear")]
+)
+def test_factors_of_small_and_large_weights_are_balanced_too(form: str, name: str, scale: float) -> None:
+    decomposition, _, layer, weight, _ = accepted(form, name)
+    space = decomposition.rank_space(layer, GRAIN)
+    factors = decomposition.factorize(layer, scale * weight, space[(len(space) - 1) // 2], None)
+    assert imbalance(factors) < UNEVEN.get(form, EVEN)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -316,6 +316,18 @@ def test_what_cannot_be_used_is_refused(
     assert {path.name for path in home.rglob("*") if "__pycache__" not in str(path)} == before
 
 
+def test_a_network_of_one_batch_size_is_refused_without_advice_that_does_not_help(
+    home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = "class Fixed(nn.Sequential):\n    def forward(self, x):\n        return super().forward(x.view(2, 3, 6, 6))\n"
+    (home / "net.py").write_text(f"{NET}\n{own}\ndef fixed():\n    return Fixed(*build())\n")
+    flags = [flag.replace("1x3x6x6", "2x3x6x6") for flag in FLAGS[1:]]
+    assert main(["study", "net.py:fixed", "-o", "made", *flags]) == 2
+    error = capfd.readouterr().err
+    assert "a study measures the network on batches of several sizes, and it runs at one alone: it says" in error
+    assert "--no-dynamic-batch" not in error
+
+
 def test_a_source_and_data_are_needed(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["study"]) == 2
     assert "give a SOURCE" in capfd.readouterr().err

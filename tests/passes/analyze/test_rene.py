@@ -20,7 +20,9 @@ from tdcompile.ranks import DENSE, RankPlan
 from tdcompile.registry import make
 from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
 from tdcompile.single_rank import SingleRanks
-from tdcompile.task import Samples, Task, Tensors
+from tdcompile.task import Samples, Task, Tensors, accuracy
+
+MODES: tuple[Literal["recon", "data"], ...] = ("recon", "data")
 
 
 def test_the_published_refinement() -> None:
@@ -210,6 +212,82 @@ def test_coefficients_can_look_at_held_out_data() -> None:
     assert plan.predicted.macs <= 0.5 * plan.dense.macs
     with pytest.raises(InputError, match="looks at labels"):
         Rene(mode="data").analyze(program(*layers))
+
+
+class Heard(nn.Module):
+    """Of two layers one decides the label; the other does not, and with its flatter spectrum would take more rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.heard, self.ignored = nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False)
+        for layer, falls in ((self.heard, 0.7), (self.ignored, 0.3)):
+            left, right = (torch.linalg.qr(torch.randn(24, 24, generator=generator))[0] for _ in range(2))
+            layer.weight.data = left @ torch.diag(torch.arange(1, 25.0) ** -falls) @ right
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 32 * self.heard(x) + 0.0 * self.ignored(x)
+
+
+def labelled() -> tuple[Program, Samples]:
+    net, x = Heard().eval(), torch.randn(1024, 24, generator=torch.Generator().manual_seed(1))
+    train = Tensors(x, net(x).argmax(1))
+    made = tdcompile.trace(net, (x[:2],))
+    return made.with_(budget=tdcompile.Budget(macs=0.6), task=Task(train)), train
+
+
+def test_with_data_rank_goes_to_the_layer_that_decides_the_labels() -> None:
+    given, train = labelled()
+    recon, data = (Rene(mode=mode, step=4, factor=4, steps=20).analyze(given) for mode in MODES)
+    assert all(0.5 < plan.predicted.macs / plan.dense.macs <= 0.6 for plan in (recon, data))
+    assert recon.choices["heard"].ranks[0] < recon.choices["ignored"].ranks[0]
+    assert data.choices["ignored"].ranks[0] < recon.choices["ignored"].ranks[0] / 2
+    assert data.choices["heard"].error < recon.choices["heard"].error / 2
+    made = (Pipeline.parse("factorize").run(given.with_(facts=given.facts.having(plan))) for plan in (recon, data))
+    worse, better = (accuracy(one.graph, train) for one in made)
+    assert worse is not None
+    assert better is not None
+    assert worse < 0.7 < 0.99 < better
+
+
+def test_the_papers_own_form_weighs_the_loss_against_the_ranks() -> None:
+    given, _ = labelled()
+    own = Rene(mode="data", single=0.0, reach=0.5, tolerance=0.0, budget=False, step=4, factor=4, steps=20)
+    plans = [replace(own, **options).analyze(given) for options in ({}, {"beta": 4.0}, {"gamma": 40.0})]
+    ranks = [{name: choice.ranks for name, choice in plan.choices.items()} for plan in plans]
+    assert ranks[0] == {"heard": (), "ignored": (2,)}  # half a step below 4, the smallest at first
+    assert ranks[1] == {"heard": (2,), "ignored": (2,)}  # beside the ranks' logarithm, β times, the loss counts less
+    assert ranks[2] == ranks[0]  # a factor of the whole product
+
+
+@pytest.mark.parametrize(
+    ("option", "rank"),
+    [
+        ({}, 13),
+        ({"reach": 0.5}, 15),  # the least within half a step of 20, which wins: 10 loses too much
+        ({"single": 0.0}, 10),  # its mixture with 20 is good, and by itself it is not
+        ({"tolerance": 0.0}, None),  # an error that can vanish is worth any rank
+    ],
+    ids=str,
+)
+def test_what_we_have_added_to_the_papers_form_finds_the_rank(option: dict[str, float], rank: int | None) -> None:
+    search = replace(Rene(step=10, factor=10, steps=40, budget=False), **option)
+    choice = search.analyze(program(low_rank(13))).choices["0"]
+    assert choice.ranks == (() if rank is None else (rank, rank))
+
+
+@pytest.mark.parametrize(("beta", "rank"), [(0.1, None), (4.0, 1)])
+def test_without_a_budget_beta_weighs_size(beta: float, rank: int | None) -> None:
+    """On a weight that is half noise, of which any rank leaves something."""
+    choice = Rene(step=5, factor=5, steps=20, budget=False, beta=beta).analyze(program(low_rank(5, 0.5))).choices["0"]
+    assert choice.ranks == (() if rank is None else (rank, rank))
+
+
+@pytest.mark.parametrize(("gamma", "rank"), [(0.0, None), (0.4, 3)])
+def test_within_a_budget_gamma_takes_the_smaller_of_ranks_that_do_as_well(gamma: float, rank: int | None) -> None:
+    given = program(low_rank(3, 1e-3), share=1.0)
+    choice = Rene(step=4, factor=4, steps=20, gamma=gamma).analyze(given).choices["0"]
+    assert choice.ranks == (() if rank is None else (rank, rank))
 
 
 @pytest.mark.parametrize("options", [{"step": 0}, {"factor": 1}, {"steps": 0}])

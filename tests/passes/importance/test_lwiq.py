@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 import tdcompile
 from tdcompile.errors import InputError
 from tdcompile.importance import Importance
-from tdcompile.passes.importance.lwiq import _Proxy
+from tdcompile.passes.importance.lwiq import _points, _Proxy
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program
 from tdcompile.ranks import RankPlan
@@ -80,15 +82,26 @@ def test_accuracy_is_of_samples_that_were_not_imprinted_and_each_is_read_once() 
 
 
 def test_a_second_budget_costs_no_second_pass() -> None:
-    given, passes = program(Hidden()), []
-    given = Pipeline.parse("calibrate,score{by=lwiq},propose{decompose=tt+svd}").run(given)
-    hook = given.graph.get_submodule("mix").register_forward_hook(lambda *_: passes.append(1))
-    plans = [
-        Pipeline.parse("choose{by=lwiq}").run(given.with_(budget=tdcompile.Budget(macs=share))).facts[RankPlan]
-        for share in (0.95, 0.4)
-    ]
-    hook.remove()
-    assert not passes
+    passes: list[int] = []
+
+    def count(module: nn.Module, arguments: object, output: torch.Tensor) -> None:
+        if isinstance(module, nn.Linear):  # the head, with which every pass ends
+            passes.append(len(output))
+
+    given = Pipeline.parse("calibrate,propose{decompose=tt+svd}").run(program(Hidden()))
+    hook = nn.modules.module.register_module_forward_hook(count)  # of all modules: one of a layer's own keeps it dense
+    try:
+        given = Pipeline.parse("score{by=lwiq}").run(given)
+        scored = len(passes)
+        plans = [
+            Pipeline.parse("choose{by=lwiq}").run(given.with_(budget=tdcompile.Budget(macs=share))).facts[RankPlan]
+            for share in (0.95, 0.4)
+        ]
+    finally:
+        hook.remove()
+    # 200 samples to imprint and 100 to judge by, in batches; the others are the example, for the layers' shapes.
+    assert [count for count in passes[:scored] if count > 2] == [128, 72, 100]
+    assert passes[scored:] == []
     assert plans[1].predicted.macs < plans[0].predicted.macs
 
 
@@ -190,6 +203,73 @@ def test_a_signal_is_pooled_along_its_length_and_its_channels_are_kept() -> None
 def test_what_does_not_go_by_sample_is_left_out() -> None:
     assert _Proxy(0, 512, False)._embedded(torch.randn(5, 8), 4) is None
     assert _Proxy(2, 512, False)._embedded(torch.randn(4, 8), 4) is None
+
+
+class Residual(nn.Module):
+    """Two blocks with shortcuts; the branch of the first adds nothing, and that of the second passes on what it reads.
+
+    The sum behind the first block therefore knows all that the stem has found, the layer before it nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act, self.fc = Finder(), nn.ReLU(), nn.Linear(8, 2)
+        self.first, self.second, self.third, self.fourth = (nn.Conv2d(8, 8, 1) for _ in range(4))
+        for conv in (self.first, self.second, self.third, self.fourth):
+            conv.weight.data, conv.bias.data = torch.eye(8).view(8, 8, 1, 1), torch.zeros(8)
+        self.second.weight.data.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.stem.find(self.stem.mix(x)))
+        x = x + self.second(self.act(self.first(x)))
+        x = x + self.fourth(self.act(self.third(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_blocks_first_layer_is_measured_against_the_sum_that_it_reads() -> None:
+    made = tdcompile.trace(Residual().eval(), (torch.randn(2, 2, 6, 6),), frontend="fx")
+    made = made.with_(task=Task(Hidden(), calibrate=200))
+    total, _ = (node for node in made.graph.graph.nodes if node.target is operator.add)
+    assert _points(made.graph, tdcompile.sites(made)["third"])[0] is total
+    known = make(Importance, "lwiq{reading=accuracy,eps=0}").score(made)
+    assert known["third"] == pytest.approx(known["stem.find"])
+    assert known["second"] == pytest.approx(0.5 * known["third"], rel=0.3)  # it can but guess
+    gains = make(Importance, "lwiq{eps=0}").score(made)
+    # Against the layer before it in the network, which knows nothing, it would gain as much as the stem does.
+    assert gains["third"] < 0.02 * gains["stem.find"]
+    assert gains["first"] < 0.02 * gains["stem.find"]
+
+
+class Guarded(nn.Module):
+    """A convolution in a module that cannot be traced, and which is called by keyword or not."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return scale * self.conv(x) if bool(torch.isfinite(x).all()) else x
+
+
+class ByKeyword(Residual):
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.third, self.named = Guarded(self.third), named
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.stem.find(self.stem.mix(x)))
+        return self.fc((self.third(scale=1.0, x=x) if self.named else self.third(x, 1.0)).mean((2, 3)))
+
+
+def test_what_is_given_by_keyword_is_read_too() -> None:
+    scores, calls = [], []
+    for named in (True, False):
+        made = tdcompile.trace(ByKeyword(named).eval(), (torch.randn(2, 2, 6, 6),), frontend="fx")
+        calls += [(len(node.args), list(node.kwargs)) for node in made.graph.graph.nodes if node.target == "third"]
+        scores.append(make(Importance, "lwiq{eps=0}").score(made.with_(task=Task(Hidden(), calibrate=200))))
+    assert calls == [(0, ["scale", "x"]), (2, [])]
+    assert scores[0] == scores[1]
+    assert scores[0]["third.conv"] < 0.02 * scores[0]["stem.find"]
 
 
 class Signals(nn.Module):
