@@ -28,17 +28,22 @@ class LwiqRanks(RankSelector):
         error: of the base ranks, relative.
         power: p, how strongly importance stretches ranks.
         fill: whether to use what the budget leaves.
+        reserve: share of the budget that the fill has at least: one factor for all leaves a layer of little importance
+            ranks that cost it its function, a classifier of 10 classes rank 2, and to mend that costs little.
     """
 
     name: ClassVar[str] = "lwiq"
     error: float = 0.3
     power: float = 0.5
     fill: bool = True
+    reserve: float = 0.1
 
     def __post_init__(self) -> None:
         """Raises InputError where an option is out of its range."""
         if not 0 < self.error < 1 or self.power < 0:
             raise InputError(f"'{self.spec()}': error is a share in (0, 1), power at least 0")
+        if not 0 <= self.reserve < 1:
+            raise InputError(f"'{self.spec()}': reserve is a share in [0, 1)")
 
     def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
         """See ``RankSelector.select``."""
@@ -59,7 +64,8 @@ class LwiqRanks(RankSelector):
 
         # Geometric: a rank grows by a hundredth from one factor to the next, from far above the ranks to far below.
         factors = [_LARGEST * 2.0 ** (-12 * i / _LEVELS) for i in range(_LEVELS + 1)]
-        choices: Mapping[str, Candidate] = first_fit(plan, [*factors, 0.0], candidates, limits)
+        first = {field: limit * (1 - self.reserve) for field, limit in limits.items()} if self.fill else limits
+        choices: Mapping[str, Candidate] = first_fit(plan, [*factors, 0.0], candidates, first)
         if self.fill and within(candidates.cost(choices), limits):
             choices = filled(choices, candidates, weighted(importances, LOSSES["noise"]), limits)
         return settle(self, candidates, budget, choices)

@@ -115,7 +115,23 @@ def test_lwiq_prefers_the_tensor_train_and_takes_what_there_is() -> None:
     assert (plan.choices["a"].decomposition, plan.choices["b"].decomposition) == ("tt", "svd")
 
 
-@pytest.mark.parametrize("text", ["lwiq{error=0}", "lwiq{error=1}", "lwiq{power=-1}"])
+def test_the_reserve_of_lwiq_mends_a_small_layer_of_no_importance() -> None:
+    layers = {f"l{i}": table(1, 64, 3).layers["l0"] for i in range(4)}
+    (dense, *rest) = (
+        Candidate(o.decomposition, o.ranks, o.error, Cost(macs=o.cost.macs / 500, params=o.cost.params / 500))
+        for o in layers["l0"]
+    )
+    candidates = Candidates({**layers, "classifier": (dense, *rest)}, Cost(macs=1.0, params=1.0))
+    scores, budget = {**dict.fromkeys(layers, 1.0), "classifier": 0.001}, Budget(macs=0.3)
+    without, with_it = (
+        make(RankSelector, text).select(candidates, scores, budget) for text in ("lwiq{fill=false}", "lwiq{power=1}")
+    )
+    assert without.choices["classifier"].error > 4 * with_it.choices["classifier"].error
+    for plan in (without, with_it):
+        assert 0.27 * plan.dense.macs < plan.predicted.macs <= 0.3 * plan.dense.macs
+
+
+@pytest.mark.parametrize("text", ["lwiq{error=0}", "lwiq{error=1}", "lwiq{power=-1}", "lwiq{reserve=1}"])
 def test_lwiq_options_out_of_range_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="share in"):
         make(RankSelector, text)
