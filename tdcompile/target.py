@@ -31,6 +31,15 @@ class Target:
     precision: Literal["fp32", "fp16"] = "fp32"
     batch: int = 1
 
+    def __post_init__(self) -> None:
+        """Raises InputError where a name is not one of those, or a number is below 1."""
+        for name, known in (("device", ("cpu", "cuda")), ("precision", ("fp32", "fp16"))):
+            if (given := getattr(self, name)) not in known:
+                raise InputError(f"there is no {name} {given!r}: {nearest(str(given), known)}")
+        for name in ("threads", "batch", "grain"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise InputError(f"a target's {name} is at least 1, not {number}")
+
     @property
     def rank_grain(self) -> int:
         """The grain asked for, or the device's own."""

@@ -70,3 +70,18 @@ def test_costs_add_up_by_field(costs: list[Cost]) -> None:
 
 def test_the_grain_is_the_device_s_own_unless_one_is_asked_for() -> None:
     assert (Target("cpu").rank_grain, Target("cuda").rank_grain, Target("cuda", grain=3).rank_grain) == (16, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "gpu"}, "there is no device 'gpu'"),
+        ({"precision": "fp61"}, "did you mean 'fp16'?"),
+        ({"threads": 0}, "threads is at least 1, not 0"),
+        ({"batch": 0}, "batch is at least 1"),
+        ({"grain": -1}, "grain is at least 1"),
+    ],
+)
+def test_a_target_that_cannot_be_is_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said.replace("?", r"\?")):
+        Target(**options)  # type: ignore[arg-type]
