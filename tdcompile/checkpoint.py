@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,11 @@ class Checkpoint:
 
     Attributes:
         folder: the folder, made when something is saved.
-        key: what the compilation is: its recipe, network and weights; another one's state is not taken.
+        key: what the compilation is, part by part: options, network, data; another one's state is not taken.
     """
 
     folder: Path
-    key: str
+    key: Mapping[str, str]
 
     def save(self, program: Program, done: int, seconds: dict[str, float], before_tuning: float | None) -> None:
         """Keep a program after ``done`` steps; the former state stands until this one is complete.
@@ -75,8 +76,8 @@ class Checkpoint:
         if program.graph is not program.dense:
             save_weights(program.graph, draft / "graph.safetensors", {})
         history = _HISTORY.dump_python(program.history, mode="json")
-        state = {"key": self.key, "done": done, "facts": facts, "history": history, "seconds": seconds}
-        state["before_tuning"] = before_tuning
+        state = {"key": dict(self.key), "done": done, "facts": facts, "history": history, "seconds": seconds}
+        state |= {"before_tuning": before_tuning, "eval": program.task.evaluate}
         (draft / "state.json").write_text(json.dumps(state))
         state_folder, former = self.folder / "state", self.folder / "state.former"
         shutil.rmtree(former, ignore_errors=True)
@@ -86,14 +87,27 @@ class Checkpoint:
         shutil.rmtree(former, ignore_errors=True)
 
     def restore(self, program: Program) -> tuple[Program, int, dict[str, float], float | None] | None:
-        """The program as it was saved, the steps done, and the rest; None where there is no state of this run."""
+        """The program as it was saved, the steps done, and the rest; None where there is no state that can be read.
+
+        Raises:
+            InputError: the state is of another compilation; it is left as it is.
+        """
         folder = self.folder / "state"
         folder = folder if folder.exists() else self.folder / "state.former"
         try:
             state = json.loads((folder / "state.json").read_text())
-            if state["key"] != self.key:
-                log.warning("the state in %s is of another compilation: starting anew", self.folder)
-                return None
+            others = self._others(state, program)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._warn(error)
+            return None
+        if others:
+            raise InputError(
+                f"the state in {self.folder} is of another compilation, with another {', another '.join(others)}: "
+                "give what was given then, or leave out --resume, which starts anew"
+            )
+        try:
             facts = [_fact(name, value, folder) for name, value in state["facts"].items()]
             graph = program.dense
             if (folder / "graph.safetensors").exists():
@@ -101,11 +115,23 @@ class Checkpoint:
             history = _HISTORY.validate_python(tuple(state["history"]))
             restored = replace(program, graph=graph, facts=Facts(*facts), history=history)
             return restored, int(state["done"]), dict(state["seconds"]), state["before_tuning"]
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError, KeyError, ValidationError, SafetensorError, TdcompileError) as error:
-            log.warning("the state in %s cannot be read (%s): starting anew", self.folder, error)
+            self._warn(error)
             return None
+
+    def _others(self, state: Mapping[str, Any], program: Program) -> list[str]:
+        """The parts of the key in which a state is another compilation's, with what is short enough to be told."""
+        saved = state["key"]
+        if not isinstance(saved, Mapping):
+            return ["version of tdcompile"]
+        others = [name for name in {**self.key, **saved} if saved.get(name) != self.key.get(name)]
+        told = {name: saved[name] for name in others if len(saved.get(name, "")) in range(1, 64)}  # no digests
+        if state["before_tuning"] is not None and state["eval"] != program.task.evaluate:
+            others, told["eval"] = [*others, "eval"], json.dumps(state["eval"])  # the accuracy was taken over so many
+        return [f"{name} ({told[name]})" if name in told else name for name in others]
+
+    def _warn(self, error: Exception) -> None:
+        log.warning("the state in %s cannot be read (%s): starting anew", self.folder, error)
 
     def drop(self) -> None:
         """Forget the state: the compilation is done."""

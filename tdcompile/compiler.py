@@ -35,7 +35,6 @@ from tdcompile.program import Program, sites
 from tdcompile.ranks import RankPlan
 from tdcompile.recipes import Recipe, known_beside, load_recipe
 from tdcompile.report import Report, render_html
-from tdcompile.spec import split
 from tdcompile.summary import Run, summarise
 from tdcompile.surgery import evaluating, outputs_of
 from tdcompile.target import Budget, Target
@@ -43,6 +42,9 @@ from tdcompile.task import Task, accuracy
 from tdcompile.tuning import key_of
 
 T = TypeVar("T")
+
+# Of a recipe, what changes no pass's result, or what the program itself tells: the network, its inputs, a given plan.
+_OF_NO_RESULT = {"source", "weights", "input", "plan", "max_drop", "min_speedup", "eval", "jobs"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def compile(  # the field's word, as in torch.compile
             recipe names; all but training and the scores that read samples runs without.
         recipe: a shipped recipe's name, a TOML file, or a ``Recipe``; ``options`` override it.
         workspace: a folder that keeps the state between passes, until the result is saved; none by default.
-        resume: go on from the state in the workspace where it is of this very compilation.
+        resume: go on from the state in the workspace, where there is one; it must be of this very compilation, but for
+            the gates, ``eval`` and ``jobs``.
         watch: told of every pass.
         **options: fields of ``Recipe``: ``budget={"latency": 0.5}``, ``target="cpu"``, ``tune="epochs=5"``, ...; a
             ``Budget``, a ``Pipeline`` and a ``RankPlan`` (that of another ``Compiled``) are taken as they are.
@@ -142,8 +145,9 @@ def compile(  # the field's word, as in torch.compile
     pipeline = chosen.steps()
     with evaluating(module):  # a network that cannot be copied is traced itself
         program = prepare(module, inputs, chosen.data if data is None else data, chosen)
-        pipeline.check(program.facts)
+        pipeline.check(program.facts, planned=True)
         _check_trainable(pipeline, program)
+        _check_testable(chosen, program)
         folder = Path(tempfile.mkdtemp(prefix="tdcompile-"))
         try:
             home = None if workspace is None else Path(workspace)
@@ -202,24 +206,20 @@ def resolve(recipe: str | Path | Recipe | None, options: Mapping[str, Any]) -> R
     Raises:
         InputError: an unknown recipe or option, or a value of the wrong kind.
     """
-    given = {key: _plain(key, value) for key, value in options.items()}
+    given = {key: _plain(value) for key, value in options.items()}
     if isinstance(recipe, Recipe):
         return load_recipe(None, {**known_beside(recipe.model_dump(exclude_unset=True), given), **given})
     return load_recipe(None if recipe is None else str(recipe), given)
 
 
-def _plain(name: str, value: Any) -> Any:
-    """An option as a recipe holds it: a text for a list is one as of the flag, and our own objects are taken too."""
+def _plain(value: Any) -> Any:
+    """An option as a recipe holds it: our own objects are taken too."""
     if isinstance(value, Budget):
         return value.shares
     if isinstance(value, RankPlan):
         return value.to_json()
     if isinstance(value, Path | Pipeline):
         return str(value)
-    if isinstance(value, str) and name == "budget":
-        return Budget.parse([value]).shares
-    if isinstance(value, str) and name in ("decompose", "keep_dense", "dynamic"):
-        return tuple(split(value))
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -241,7 +241,7 @@ def prepare(
     program = trace(
         module, inputs, frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch, dynamic=recipe.dynamic
     )
-    task = _task(data, recipe, tuple(program.inputs[0].shape[1:]))
+    task = _task(data, recipe, program.inputs[0])
     train, test = (samples_like(samples, program.inputs) for samples in (task.train, task.test))
     task = replace(task, train=train, test=test)
     program = program.with_(task=task, target=target, budget=budget, seed=recipe.seed)
@@ -302,10 +302,10 @@ def _tested(program: Program) -> float | None:
     return accuracy(program.graph, program.task.test, program.task.evaluate)
 
 
-def _task(data: Task | Given, recipe: Recipe, shape: tuple[int, ...]) -> Task:
+def _task(data: Task | Given, recipe: Recipe, first: Tensor) -> Task:
     if isinstance(data, Task):
         return data
-    train, test = given(data, shape, recipe.normalize, recipe.seed)
+    train, test = given(data, tuple(first.shape[1:]), recipe.normalize, recipe.seed, first.dtype)
     return Task(
         train, test, recipe.calibrate, recipe.eval, data if isinstance(data, str) else "given" if train else "none"
     )
@@ -338,6 +338,20 @@ def _check_trainable(pipeline: Pipeline, program: Program) -> None:
     """
     if pipeline.trainer and program.task.train is None:
         raise InputError(f"'{pipeline.trainer}' trains, and there is nothing to train on: give data")
+
+
+def _check_testable(recipe: Recipe, program: Program) -> None:
+    """Who bounds the loss of accuracy is to have something to tell it by.
+
+    Raises:
+        InputError: there is a bound, and there are no labelled test samples.
+    """
+    test = program.task.test
+    if recipe.max_drop is not None and (test is None or test.classes is None or not len(test)):
+        raise InputError(
+            f"max_drop={recipe.max_drop:g} bounds the loss of accuracy, and there are no labelled test samples to tell "
+            "it by: give data that have them"
+        )
 
 
 def _check_samples(program: Program) -> None:
@@ -391,11 +405,19 @@ def _stamp(program: Program) -> str:
     return json.dumps({name: [choice.decomposition, *choice.ranks] for name, choice in plan.choices.items()})
 
 
-def _key(program: Program, recipe: Recipe) -> str:
-    """What makes two compilations the same one: recipe, network, weights, example inputs, data, a given plan."""
+def _key(program: Program, recipe: Recipe) -> dict[str, str]:
+    """What makes two compilations the same one, part by part: options, network, example inputs, data, a given plan.
+
+    What changes no pass's result is left out: where things came from, gates, how the end is tested, and the jobs.
+    """
     task, plan = program.task, program.facts.get(RankPlan)
     inputs = [(tuple(x.shape), str(x.dtype)) for x in program.inputs]
     data = [samples.fingerprint() for samples in (task.train, task.test) if samples is not None and len(samples)]
-    facts: list[object] = [recipe.model_dump_json(), program.dense.code, inputs, str(program.axes), task.source, data]
-    facts.append(plan.to_json() if plan else None)
-    return key_of([program.dense], *facts)
+    asked = recipe.model_dump(mode="json", exclude=_OF_NO_RESULT)
+    return {
+        **{name: json.dumps(value, sort_keys=True) for name, value in asked.items()},
+        "network": key_of([program.dense], program.dense.code),
+        "example inputs": key_of([], inputs, str(program.axes)),
+        "samples": key_of([], task.source, data),
+        "plan": key_of([], plan.to_json()) if plan else "none",
+    }

@@ -93,14 +93,14 @@ def flatten(modules: Sequence[nn.Module]) -> list[nn.Module]:
 
 def relative_error(weight: Tensor, approximation: Tensor, moments: Moments | None) -> float:
     """‖(W−W̃)S^½‖_F / ‖W S^½‖_F with W as T x CK, in float64; S is the identity without moments."""
-    lost, whole = 0.0, torch.finfo(torch.float64).tiny
+    lost, whole, tiny = 0.0, 0.0, torch.finfo(torch.float64).tiny  # round-off may leave an energy below zero
     if moments is not None and moments.groups > 1:
         own, other = (each.detach().flatten(1).double() for each in (weight, approximation))
-        return math.sqrt(max(energy(own - other, moments), 0.0) / max(energy(own, moments), whole))
+        return math.sqrt(max(energy(own - other, moments), 0.0) / max(energy(own, moments), tiny))
     ours, theirs = (blocks(each.detach().flatten(1), torch.float64) for each in (weight, approximation))
     for own, other in zip(ours, theirs, strict=True):
         lost, whole = lost + energy(own - other, moments), whole + energy(own, moments)
-    return math.sqrt(max(lost, 0.0) / whole)
+    return math.sqrt(max(lost, 0.0) / max(whole, tiny))
 
 
 def energy(flat: Tensor, moments: Moments | None) -> float:

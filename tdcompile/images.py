@@ -59,11 +59,18 @@ class Normalisation:
         return (x - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)
 
 
-def to_input(x: Tensor, shape: Shape) -> Tensor:
+def to_input(x: Tensor, shape: Shape, *, stretch: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """Bring raw samples ``(n, *any)`` to the network's input ``(n, *shape)``.
 
-    uint8 is scaled to [0, 1]. Images (three axes) are brought to channels first, to the input's colour and size.
-    Integers other than uint8 are left alone where the input is no image: they may be tokens.
+    uint8 is scaled to [0, 1]. Images (three axes) are brought to channels first and to the input's colour.
+    Integers other than uint8 are left alone where the input is no image, for they may be tokens, unless its type is
+    known and no integer.
+
+    Args:
+        x: the samples.
+        shape: of the network's input, without the batch.
+        stretch: whether images may be of another size than the input, and are brought to it whatever their proportions.
+        dtype: of the network's input; none is unknown.
 
     Raises:
         InputError: the samples cannot be fitted to the input.
@@ -77,10 +84,18 @@ def to_input(x: Tensor, shape: Shape) -> Tensor:
         x = x.float()
     elif x.is_complex() or len(shape) == 3:
         raise InputError(f"samples of type {str(x.dtype).removeprefix('torch.')}: images are uint8 or float")
+    elif dtype is not None and dtype.is_floating_point:
+        x = x.float()
     if found == shape:
         return x
     x = _coloured(_channels_first(x, shape), shape)
     if x.shape[2:] != shape[1:]:
+        if not stretch:
+            have, want = ("x".join(map(str, size)) for size in (x.shape[2:], shape[1:]))
+            raise InputError(
+                f"the images are {have}, the input is {want}: give --input 1x{shape[0]}x{have} (example inputs of that "
+                f"size in Python), or resize the images to {want}"
+            )
         x = nn.functional.interpolate(x, size=shape[1:], mode="bilinear", align_corners=False, antialias=True)
     return x
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tdcompile.linalg import cholesky, leading, ridge, unfold
+from tdcompile.linalg import cholesky, definite, leading, ridge, unfold
 
 
 def input_map(flat: Tensor, second: Tensor | None, taps: int, rank: int) -> Tensor:
@@ -50,13 +50,19 @@ def regress(flat: Tensor, second: Tensor | None, basis: Tensor) -> tuple[Tensor,
     """
     if second is None:
         return mapped(flat, basis), None
-    groups, extra = len(basis), ridge(second)
+    explained, root, _ = _regress(flat, second, basis)
+    return explained, root
+
+
+def _regress(flat: Tensor, second: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Y, L and the ridge, which is more than S's own where that leaves B S Bᵀ indefinite."""
+    groups = len(basis)
     half = (basis.T @ second.reshape(groups, -1)).reshape(-1, flat.shape[1])
     normal = (basis.T @ half.T.reshape(groups, -1)).reshape(len(half), len(half))  # half.T: the other side of S
-    root = cholesky(normal, extra)
+    root, extra = definite(normal, ridge(second))
     cross = mapped(flat @ second + extra * flat, basis)
     explained: Tensor = torch.linalg.solve_triangular(root, cross.T, upper=False).T
-    return explained, root
+    return explained, root, extra
 
 
 def settle(explained: Tensor, root: Tensor | None) -> Tensor:
@@ -81,17 +87,21 @@ def residuals(flat: Tensor, second: Tensor | None, basis: Tensor, levels: Sequen
     ‖Y[:, :r·K]‖² of the energy with the ridge, and the ridge's own share, ridge·‖w − g B‖², comes off.
     """
     taps = flat.shape[1] // len(basis)
-    explained, root = regress(flat, second, basis)
     stops = [r * taps for r in levels]
-    kept = torch.nn.functional.pad(explained.square().cumsum(1, dtype=torch.float64), (1, 0))[:, stops]
-    if root is None or second is None:
-        return (flat.square().sum(1, keepdim=True) - kept).clamp(min=0)
-    extra, own, cross = ridge(second), ((flat @ second) * flat).sum(1), mapped(flat, basis)
+    if second is None:
+        return (flat.square().sum(1, keepdim=True) - _kept(mapped(flat, basis), stops)).clamp(min=0)
+    explained, root, extra = _regress(flat, second, basis)
+    own, cross = ((flat @ second) * flat).sum(1), mapped(flat, basis)
     gaps = []
     for stop in stops:
         core = settle(explained[:, :stop], root[:stop, :stop])
         gaps.append((core * (core - 2 * cross[:, :stop])).sum(1))  # ‖w − g B‖² − ‖w‖²
-    return (own[:, None] - kept - extra * torch.stack(gaps, 1)).clamp(min=0)
+    return (own[:, None] - _kept(explained, stops) - extra * torch.stack(gaps, 1)).clamp(min=0)
+
+
+def _kept(explained: Tensor, stops: Sequence[int]) -> Tensor:
+    """The energy of each row's first so many entries, float64."""
+    return torch.nn.functional.pad(explained.square().cumsum(1, dtype=torch.float64), (1, 0))[:, stops]
 
 
 def refine(flat: Tensor, second: Tensor, core: Tensor, basis: Tensor, steps: int) -> Tensor:

@@ -23,6 +23,8 @@ PRECISE = 2048
 RIDGE = 1e-4
 # Entries that are brought to another precision, or multiplied by S, at a time: 16 MB in float64.
 BLOCK = 2**21
+# How often the ridge of a matrix that round-off left indefinite grows fourfold, from round-off of float64 on: past all.
+GROWTHS = 40
 
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
@@ -66,12 +68,42 @@ def ridge(second: Tensor | Sketch) -> float:
 
 
 def cholesky(second: Tensor, extra: float) -> Tensor:
-    """Lower L with L Lᵀ = S + extra·I; in float64 where float32 does not carry the smallest pivots."""
+    """Lower L with L Lᵀ = S + extra·I, or with more than that where it takes more: see ``definite``."""
+    return definite(second, extra)[0]
+
+
+def definite(second: Tensor, extra: float) -> tuple[Tensor, float]:
+    """Lower L with L Lᵀ = S + extra·I, and the extra; in float64 where float32 does not carry the smallest pivots.
+
+    The extra is the one given wherever that makes S definite. Sums in float32 give an S of low rank eigenvalues a
+    little below zero, and a change of basis may make them large: then it grows until it is at least twice as large as
+    the least of them is negative, so that no direction of mere round-off is taken for one that costs nothing.
+    """
+    found = _factor(second, extra)
+    if found is None and second.dtype is not torch.float64:
+        second, given = second.double(), second.dtype
+        root, extra = definite(second, extra)
+        return root.to(given), extra
+    if found is not None:
+        return found, extra
+    more = max(extra, torch.finfo(second.dtype).eps * float(second.abs().max()))
+    for _ in range(GROWTHS):
+        more *= 4
+        if _factor(second, more) is not None:
+            break
+    return torch.linalg.cholesky(_shifted(second, 2 * more)), 2 * more
+
+
+def _factor(second: Tensor, extra: float) -> Tensor | None:
+    root: Tensor
+    root, failed = torch.linalg.cholesky_ex(_shifted(second, extra))
+    return None if bool(failed) else root
+
+
+def _shifted(second: Tensor, extra: float) -> Tensor:
     shifted = second.clone()
     shifted.diagonal().add_(extra)
-    root: Tensor
-    root, failed = torch.linalg.cholesky_ex(shifted)
-    return root if not bool(failed) else torch.linalg.cholesky(shifted.double()).to(second.dtype)
+    return shifted
 
 
 def leading(flat: Tensor, second: Tensor | Sketch | None, rank: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdcompile.degeneracy import bounded
-from tdcompile.linalg import blocks, cholesky, ridge
+from tdcompile.linalg import blocks, cholesky, definite, ridge
 from tdcompile.sketch import Sketch, dense
 
 
@@ -52,8 +52,8 @@ class OutputMetric:
             The new A, never worse than the one given, and its relative error.
         """
         product, gram = self._normal(before)
-        hold = ridge(gram)
-        found = torch.cholesky_solve((product + hold * last).T, cholesky(gram, hold)).T
+        root, hold = definite(gram, ridge(gram))
+        found = torch.cholesky_solve((product + hold * last).T, root).T
         left = self.energy - 2 * float((product * found).sum()) + float(((found @ gram) * found).sum())
         return found, self._relative(left)
 
@@ -96,4 +96,5 @@ class OutputMetric:
         return float(((flat @ self.second) * flat).sum())
 
     def _relative(self, left: float) -> float:
-        return math.sqrt(max(left, 0.0) / max(self.energy, torch.finfo(torch.float64).tiny))
+        """An output that is always zero is lost by nothing; by round-off its energy may be below zero."""
+        return 0.0 if self.energy <= 0 else math.sqrt(max(left, 0.0) / self.energy)

@@ -11,6 +11,7 @@ from tdcompile.errors import InputError, during
 from tdcompile.facts import Facts
 from tdcompile.kinds import Pass, TunePass, progress
 from tdcompile.program import Program
+from tdcompile.ranks import RankPlan
 from tdcompile.registry import find, make
 from tdcompile.spec import Spec, parse_specs
 from tdcompile.surgery import separate_attention
@@ -65,14 +66,16 @@ class Pipeline:
     def __str__(self) -> str:
         return ",".join(str(step.spec()) for step in self.steps)
 
-    def check(self, facts: Facts | None = None) -> None:
+    def check(self, facts: Facts | None = None, *, planned: bool = False) -> None:
         """Find an unmet need before any work is done.
 
         Args:
             facts: what is known beforehand.
+            planned: whether there is to be a plan at the end, as whoever compiles needs.
 
         Raises:
-            InputError: a pass needs a fact that no earlier pass gives, or that one in between makes untrue.
+            InputError: a pass needs a fact that no earlier pass gives, or that one in between makes untrue; or there
+                is to be a plan, and no pass gives one.
         """
         known = {type(fact) for fact in facts or ()}
         for position, step in enumerate(self.steps):
@@ -83,9 +86,14 @@ class Pipeline:
                         f"put one that gives it in front ({self._givers(need) or 'no pass does'})"
                     )
             known = {kind for kind in known if not kind.reads & step.touches} | set(step.gives)
+        if planned and RankPlan not in known:
+            raise InputError(
+                f"the pipeline '{self}' makes no plan: add a pass that gives one ({self._givers(RankPlan)}), "
+                "or give a plan that is made already"
+            )
 
     def _givers(self, need: type) -> str:
-        return ", ".join(name for name, kind in find(Pass).items() if need in kind.gives)
+        return ", ".join(name for name, kind in find(Pass).items() if need in kind.gives and need not in kind.needs)
 
     @property
     def trainer(self) -> str | None:

@@ -6,21 +6,25 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from tdcompile.calibration import Calibration
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError, nearest
 from tdcompile.layer import Refusal
 from tdcompile.pricing import Prices
 from tdcompile.program import Program, Site, kept_dense, sites
 from tdcompile.ranks import DENSE, Candidate, RankPlan
-from tdcompile.registry import make
+from tdcompile.registry import find, make
 from tdcompile.target import Cost
+
+HAND = "hand"  # the selector of a plan that no selector has chosen as it is
 
 
 def adopt(program: Program, given: str) -> Program:
     """The program with a given plan as a fact; layers that it does not mention stay dense.
 
     Costs are counted anew. The error of a choice is the plan's where its cost is the plan's too, as then the ranks are;
-    else, as where the plan gives neither, that of the weight alone.
+    else, as where the plan gives neither, that of the weight alone, until ``factorize`` has moments. The selector of a
+    plan that is not as it was chosen is ``hand``, and what the former one said of it, its gap and reasons, is dropped.
 
     Args:
         given: a file, or the text of a plan, which begins with a brace.
@@ -36,25 +40,44 @@ def adopt(program: Program, given: str) -> Program:
     for name in plan.choices:
         if name not in found:
             raise InputError(f"{source} is for another network: it has no layer '{name}'; {nearest(name, found)}")
-    prices, reasons = Prices(program), dict(plan.reasons)
-    choices = {}
+    prices, choices = Prices(program), dict[str, Candidate]()
     for name, site in found.items():
         dense = Candidate(DENSE, (), 0.0, prices.layers[name])
         choice = plan.choices.get(name, dense)
-        if name in program.keep_dense:
-            choice = dense
-            reasons[name] = Refusal(name, "excluded_by_user", program.keep_dense[name])
-        elif choice.decomposition != DENSE:
-            choice = _counted(site, choice, check(site, choice, kept), prices)
-            reasons.pop(name, None)
-        else:
-            choice = dense
-            reasons.setdefault(name, Refusal(name, "dense_in_plan", f"{Path(source).name} leaves it dense"))
-        choices[name] = choice
+        factorised = choice.decomposition != DENSE and name not in program.keep_dense
+        choices[name] = _counted(site, choice, check(site, choice, kept), prices) if factorised else dense
     spent = prices.network({name: choice.cost for name, choice in choices.items()})
     if not _same(spent, plan.predicted):  # what was measured of another plan says nothing of this one
         plan = replace(plan, predicted=spent, dense=prices.dense)
+    if changed := _changed(choices, plan.choices):
+        plan = replace(plan, selector=HAND, gap=None)
+    reasons = {
+        name: Refusal(name, "dense_in_plan", f"{Path(source).name} leaves it dense")
+        for name, choice in choices.items()
+        if choice.decomposition == DENSE
+    }
+    lasting = [name for name in reasons if not changed or _fits_none(found[name])]
+    reasons |= {name: plan.reasons[name] for name in lasting if name in plan.reasons}
+    reasons |= {name: refusal for name, refusal in kept.items() if name in reasons and changed}
+    reasons |= {name: Refusal(name, "excluded_by_user", why) for name, why in program.keep_dense.items()}
     return program.with_(facts=program.facts.having(replace(plan, choices=choices, reasons=reasons)))
+
+
+def estimated(program: Program) -> Program:
+    """The program whose plan, where it is one by hand, has the errors of the layers' outputs: there are moments now.
+
+    The other plans have them: ``propose`` had the moments.
+    """
+    plan, calibration = program.facts[RankPlan], program.facts.get(Calibration)
+    if plan.selector != HAND or calibration is None:
+        return program
+    found, choices = sites(program), dict(plan.choices)
+    for name, choice in plan.choices.items():
+        if choice.decomposition != DENSE and name in found and (moments := calibration.moments.get(name)) is not None:
+            form, site = make(Decomposition, choice.decomposition), found[name]
+            (error,) = form.errors(site.layer, site.weight, [choice.ranks], moments)
+            choices[name] = replace(choice, error=float(error))
+    return program.with_(facts=program.facts.having(replace(plan, choices=choices)))
 
 
 def _read(path: Path) -> str:
@@ -71,6 +94,18 @@ def _counted(site: Site, choice: Candidate, form: Decomposition, prices: Prices)
         return choice
     (error,) = form.errors(site.layer, site.weight, [choice.ranks], None)
     return replace(choice, error=error, cost=cost, modes=form.modes)
+
+
+def _changed(choices: Mapping[str, Candidate], given: Mapping[str, Candidate]) -> bool:
+    """Whether these are others than were given, or given without what they cost, as whoever chooses says it."""
+    return choices.keys() != given.keys() or any(
+        choice.decomposition != given[name].decomposition or not _same(choice.cost, given[name].cost)
+        for name, choice in choices.items()
+    )
+
+
+def _fits_none(site: Site) -> bool:
+    return all(make(Decomposition, name).refuse(site.layer) for name in find(Decomposition))
 
 
 def _same(cost: Cost, other: Cost) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,17 +30,18 @@ class Reader(Protocol):
 
 
 class ArrayReader:
-    """Samples in one array ``(n, *any)``."""
+    """Samples in one array ``(n, *any)``; see ``to_input`` for the rest."""
 
-    def __init__(self, x: Tensor, shape: Shape) -> None:
-        self._x, self._shape = x, shape
+    def __init__(self, x: Tensor, shape: Shape, *, stretch: bool = False, dtype: torch.dtype | None = None) -> None:
+        self._x, self._shape, self._stretch, self._dtype = x, shape, stretch, dtype
 
     def __len__(self) -> int:
         return len(self._x)
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """The samples at these places, ``(n, *shape)``."""
-        return to_input(self._x[torch.as_tensor(indices)], self._shape)
+        rows = self._x[torch.as_tensor(indices)]
+        return to_input(rows, self._shape, stretch=self._stretch, dtype=self._dtype)
 
 
 class EncodedReader:
@@ -83,10 +84,10 @@ class EncodedReader:
 class DatasetReader:
     """The user's map-style torch data set, whose items are ``x`` or ``(x, y)``."""
 
-    def __init__(self, dataset: Dataset[Any], shape: Shape) -> None:
+    def __init__(self, dataset: Dataset[Any], shape: Shape, dtype: torch.dtype | None = None) -> None:
         if not hasattr(dataset, "__len__"):
             raise InputError(f"the data set {type(dataset).__name__} has no length; a map-style one is needed")
-        self._dataset, self._shape, self._count = dataset, shape, len(dataset)
+        self._dataset, self._shape, self._dtype, self._count = dataset, shape, dtype, len(dataset)
 
     def __len__(self) -> int:
         return self._count
@@ -94,7 +95,7 @@ class DatasetReader:
     def read(self, indices: Sequence[int]) -> Tensor:
         """The samples at these places, ``(n, *shape)``."""
         rows = [to_tensor(self._item(int(i))[0], f"sample {i}")[None] for i in indices]
-        return torch.cat([to_input(row, self._shape) for row in rows])
+        return torch.cat([to_input(row, self._shape, dtype=self._dtype) for row in rows])
 
     def labels(self) -> Sequence[object] | None:
         """All labels: the set's own ``targets`` where they are what its items carry, else by reading every item."""
@@ -112,6 +113,9 @@ class DatasetReader:
             raise
         except Exception as error:
             raise InputError(f"sample {index} cannot be read: {type(error).__name__}: {error}") from error
+        if isinstance(item, Mapping):
+            keys = ", ".join(map(str, item))
+            raise InputError(f"sample {index} is a {type(item).__name__} of {keys}; items are x or (x, y)")
         parts = tuple(item) if isinstance(item, tuple | list) else (item,)
         if len(parts) not in (1, 2):
             raise InputError(f"sample {index} has {len(parts)} members; x or (x, y) is needed")

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tdcompile.errors import InputError, nearest
 from tdcompile.kinds import Pass
 from tdcompile.pipeline import Pipeline
 from tdcompile.ranks import RankPlan, RankSelector
 from tdcompile.registry import get
-from tdcompile.spec import Spec, parse_options, parse_spec, parse_specs
+from tdcompile.spec import Spec, parse_options, parse_spec, parse_specs, split
 from tdcompile.target import UNLIMITED, Budget, Target
 
 SHIPPED = "recipes.toml"
@@ -24,9 +24,15 @@ _OF_PIPELINE = ("decompose", "ranks", "importance", "tune", "plan", "grain")  # 
 _OF_MACHINE = ("grain", "jobs")  # what a pass is told of where it works, and what for
 _OF_PLAN = ("decompose", "ranks", "importance", "grain")  # what a plan is made by
 
+_Count = Annotated[int, Field(ge=1)]
+_Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch takes
+
 
 class Recipe(BaseModel):
     """All options of a compilation; the names are those of the command's flags.
+
+    A budget and a list may also be texts, as the flags have them: ``macs=0.5``, ``svd,channel``.
 
     Attributes:
         budget: shares of the dense cost that may be kept, by name; beside a plan the default is none.
@@ -47,11 +53,11 @@ class Recipe(BaseModel):
     frontend: Literal["auto", "fx", "export"] = "auto"
     data: str | None = None
     normalize: str = "none"
-    calibrate: int = 1024
-    eval: int | None = None
+    calibrate: _Count = 1024
+    eval: _Count | None = None
     target: Literal["cpu", "cuda"] = "cpu"
-    threads: int = 1
-    grain: int | None = None
+    threads: _Count = 1
+    grain: _Count | None = None
     budget: Mapping[str, float] = {"latency": 0.5}
     decompose: tuple[str, ...] = ("auto",)
     ranks: str = "knapsack"
@@ -59,31 +65,40 @@ class Recipe(BaseModel):
     plan: str | None = None
     tune: str | None = None
     keep_dense: tuple[str, ...] = ()
-    max_drop: float | None = None
-    min_speedup: float | None = None
+    max_drop: _Bound | None = None
+    min_speedup: _Bound | None = None
     pipeline: str | None = None
-    jobs: int = 1
-    seed: int = 0
+    jobs: _Count = 1
+    seed: _Seed = 0
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _shares(cls, value: Any) -> Any:
+        return Budget.parse([value]).shares if isinstance(value, str) else value
+
+    @field_validator("budget")
+    @classmethod
+    def _in_range(cls, value: Mapping[str, float]) -> Mapping[str, float]:
+        _budget(value)
+        return value
+
+    @field_validator("decompose", "dynamic", "keep_dense", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(split(value)) if isinstance(value, str) else value
 
     def shares(self) -> Budget:
-        """The budget, checked.
+        """The budget.
 
         Raises:
-            InputError: it limits nothing and a plan is to be made, or a share is outside (0, 1].
+            InputError: it limits nothing and a plan is to be made.
         """
         if not self.budget and any(RankPlan in step.gives for step in self.steps().steps):
             raise InputError(UNLIMITED)
-        return Budget.parse([f"{name}={share}" for name, share in self.budget.items()])
+        return _budget(self.budget)
 
     def device(self) -> Target:
-        """The target.
-
-        Raises:
-            InputError: threads, grain or jobs below 1.
-        """
-        for name, value in (("threads", self.threads), ("grain", self.grain), ("jobs", self.jobs)):
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} is below 1")
+        """The target."""
         return Target(device=self.target, threads=self.threads, grain=self.grain)
 
     def steps(self) -> Pipeline:
@@ -183,8 +198,11 @@ def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
     Raises:
         InputError: no such recipe, an unknown option (the nearest is named), or a value of the wrong kind.
     """
-    options = {**known_beside(_read(name) if name else {}, overrides), **overrides}
-    options.pop("description", None)
+    return _recipe({**known_beside(_read(name) if name else {}, overrides), **overrides})
+
+
+def _recipe(options: dict[str, Any]) -> Recipe:
+    options = {key: value for key, value in options.items() if key != "description"}
     if options.get("plan") is not None:
         options.setdefault("budget", {})
     for key in options:
@@ -194,8 +212,13 @@ def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
         return Recipe(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"the option '{where}' cannot be {first.get('input')!r}: {first['msg']}") from error
+        where, why = ".".join(map(str, first["loc"])), first["msg"].replace("Input should be", "it should be")
+        form = ", e.g. { macs = 0.5 }" if where == "budget" else ""
+        raise InputError(f"the option '{where}' cannot be {first.get('input')!r}: {why}{form}") from error
+
+
+def _budget(shares: Mapping[str, float]) -> Budget:
+    return Budget.parse([f"{name}={share}" for name, share in shares.items()])
 
 
 def known_beside(known: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,9 +234,16 @@ def _read(name: str) -> dict[str, Any]:
             raise InputError(f"there is no recipe '{name}': {nearest(name, shipped)}; a file ends in .toml")
         return dict(shipped[name])
     try:
-        document = tomllib.loads(Path(name).read_text())
+        document = tomllib.loads(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"the recipe {name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the recipe {name} is not UTF-8, as TOML is: {error.reason} at byte {error.start}") from error
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"the recipe {name} is not TOML: {error}") from error
-    return {key.replace("-", "_"): value for key, value in document.items()}
+    options = {key.replace("-", "_"): value for key, value in document.items()}
+    try:
+        _recipe(options).steps()
+    except InputError as error:
+        raise InputError(f"the recipe {name}: {error}") from error
+    return options

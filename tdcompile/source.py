@@ -24,6 +24,9 @@ __all__ = ["check_weights", "load_callable", "load_source", "load_weights"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
+# How the header of a safetensors file begins, a pickle, and a zip archive, which torch.save writes.
+_SAFE, _PICKLE, _ZIP = b"{", b"\x80", b"PK"
+_NOT_WEIGHTS = "it is no PyTorch or safetensors file, or cut off"
 _NAMED = 4  # how many names of a kind a message lists
 
 
@@ -140,20 +143,29 @@ def check_weights(module: nn.Module, where: str) -> None:
 
 
 def _read(path: Path) -> object:
+    if path.is_dir():
+        raise InputError(f"'{path}' is a folder; a file of weights is needed, .pt or .safetensors")
     if not path.is_file():
         raise InputError(f"there is no weights file '{path}'")
     try:
-        if path.suffix == ".safetensors":
+        head = _head(path)
+        if path.suffix == ".safetensors" or head[8:] == _SAFE:
             return safetensors.torch.load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch remarks on odd files is said below, in one sentence
             return torch.load(path, map_location="cpu", weights_only=True)
     except safetensors.SafetensorError as error:
-        raise InputError(f"'{path}' is not a safetensors file: {error}") from error
+        raise InputError(f"'{path}' cannot be read as weights: it is no safetensors file, or cut off") from error
     except pickle.UnpicklingError as error:
         needs = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if needs is None:
+        if needs is None and head.startswith(_PICKLE):
+            raise InputError(
+                f"'{path}' is a pickle that torch.save has not written: save the state_dict() with it or as safetensors"
+            ) from error
+        if needs is None and head.startswith(_ZIP):
             raise InputError(f"'{path}' is not a state dict that can be read without running code") from error
+        if needs is None:
+            raise InputError(f"'{path}' cannot be read as weights: {_NOT_WEIGHTS}") from error
         raise InputError(
             f"'{path}' is a pickle that needs code to load ({needs[1]}), which is refused: "
             "save the state_dict() alone, best as safetensors"
@@ -161,8 +173,15 @@ def _read(path: Path) -> object:
     except Exception as error:  # torch's reader meets a file of another kind with whatever its parsing runs into
         if "TorchScript" in str(error):
             raise InputError(f"'{path}' is a TorchScript archive, which holds code; a state dict is needed") from error
-        said = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise InputError(f"'{path}' cannot be read as weights: {said}") from error
+        if isinstance(error, PermissionError):
+            raise InputError(f"'{path}' cannot be read: {error.strerror}") from error
+        raise InputError(f"'{path}' cannot be read as weights: {_NOT_WEIGHTS}") from error
+
+
+def _head(path: Path) -> bytes:
+    """The first nine bytes: a safetensors file has a length in eight, and JSON after it."""
+    with path.open("rb") as file:
+        return file.read(9)
 
 
 def _unwrapped(held: object, own: set[str], path: Path) -> Mapping[str, Tensor]:

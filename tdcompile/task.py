@@ -148,6 +148,15 @@ class Task:
     evaluate: int | None = None
     source: str = "none"
 
+    def __post_init__(self) -> None:
+        """Raises InputError where what is given for samples is something else, such as a pair of arrays."""
+        for name, given in (("train", self.train), ("test", self.test)):
+            if given is not None and not isinstance(given, Samples):
+                raise InputError(
+                    f"Task({name}=...) is a {type(given).__name__}; Samples are needed: Tensors(x, y) makes them of "
+                    "tensors"
+                )
+
 
 def _digest(batch: Batch) -> str:
     content = hashlib.sha256(repr(None if batch.labels is None else batch.labels.tolist()).encode())

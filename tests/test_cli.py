@@ -262,6 +262,23 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tdc: Any, home: Path, mon
     assert not workspace_of(home / "made").exists()
 
 
+def test_resuming_another_command_leaves_the_state_for_the_right_one(
+    tdc: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["compile", "net.py:build", *SMALL, "--data", "npz:good.npz", "-o", "made", "-q"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tdcompile.compiler, "measure", lambda *_, **__: stopped())
+        assert tdc(*command).code == 130
+    ran = tdc(*command, "--resume", "--budget", "params=0.5")
+    assert ran.code == 2
+    assert "is of another compilation, with another budget" in ran.sentence
+    assert (workspace_of(home / "made") / "state").is_dir()
+    monkeypatch.setattr(tdcompile.compiler, "run_step", stopped)  # nothing is left to be done
+    ran = tdc(*command, "--resume", "--max-drop", "100", "--jobs", "2", "--eval", "2", "--json")
+    assert ran.code == 0, ran.err
+    assert [gate["name"] for gate in json.loads(ran.out)["gates"]] == ["macs", "max-drop"]
+
+
 def test_an_interruption_that_a_library_turned_into_an_error_is_still_one(
     tdc: Any, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,8 @@ def test_inputs_that_are_no_images_pass_through(tmp_path: Path) -> None:
     assert train.batch([0]).inputs[0].dtype is torch.int64  # tokens
     train, _ = load_data(npz(tmp_path, x=np.full((6, 4), 255, np.uint8)), (4,), "0.5/0.5")
     assert train.batch([0]).inputs[0].tolist() == [[1, 1, 1, 1]]
+    train, _ = load_data(npz(tmp_path, x=np.arange(24, dtype=np.int64).reshape(6, 4)), (4,), dtype=torch.float32)
+    assert train.batch([0]).inputs[0].dtype is torch.float32
     assert "do not fit the input (5,)" in refused(npz(tmp_path, x=np.zeros((6, 4))), (5,))
 
 
@@ -147,7 +149,11 @@ def test_inputs_that_are_no_images_pass_through(tmp_path: Path) -> None:
     [
         ({"y": np.zeros(3)}, "has no array 'x'"),
         ({"x": np.zeros((0, 3, 8, 8)), "x_test": pictures(1)}, "holds no samples"),
-        ({"x": pictures(1)}, "two at least"),
+        ({"x": pictures(1)}, "holds 1 sample; two at least"),
+        ({"x": pictures(0)}, "holds 0 samples; two at least"),
+        ({"x": np.array(3.0)}, "a single number"),
+        ({"x": pictures(4, 9, 7)}, "train of .*: the images are 9x7, the input is 8x8: give --input 1x3x9x7"),
+        ({"x": pictures(4), "x_test": pictures(4, 9, 7)}, "test of .*: the images are 9x7"),
         ({"x": np.array(3.0), "x_test": pictures(1)}, "a single number"),
         ({"x": np.zeros((4, 3, 8, 8), "U1")}, "it must hold numbers"),
         ({"x": np.array([{}, {}])}, "not an archive of plain arrays"),
@@ -169,9 +175,17 @@ def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
     assert "there is no file" in refused(f"npz:{tmp_path}/gone.npz")
     for name, content in [("a.npz", b""), ("b.npz", b"text"), ("c.npz", b"PK\x03\x04xx")]:
         (tmp_path / name).write_bytes(content)
-        assert "not an archive" in refused(f"npz:{tmp_path / name}")
+        assert "is cut off or no npz" in refused(f"npz:{tmp_path / name}")
+    whole = Path(npz(tmp_path, x=pictures(4)).removeprefix("npz:"))
+    whole.write_bytes(whole.read_bytes()[:-30])
+    assert "is cut off or no npz" in refused(f"npz:{whole}")
+    whole = Path(npz(tmp_path, x=pictures(4)).removeprefix("npz:"))
+    content = bytearray(whole.read_bytes())
+    content[400] ^= 1
+    whole.write_bytes(content)
+    assert "cannot be read: Bad CRC-32" in refused(f"npz:{whole}")
     np.save(tmp_path / "d.npy", pictures(2))
-    assert "not an archive" in refused(f"npz:{tmp_path / 'd.npy'}")
+    assert "d.npy' is a .npy of one array: save x and y in an .npz" in refused(f"npz:{tmp_path / 'd.npy'}")
 
 
 def test_nan_and_infinity_are_found_when_a_batch_is_read(tmp_path: Path) -> None:
@@ -292,6 +306,32 @@ def test_a_folder_is_not_read_class_by_class(tmp_path: Path) -> None:
     assert labels.unique().tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("hidden", ["train/.ipynb_checkpoints", "train/a/.cache", "test/.thumbnails"])
+@pytest.mark.parametrize("count", [0, 2])
+def test_hidden_folders_and_files_are_no_classes_and_no_samples(tmp_path: Path, hidden: str, count: int) -> None:
+    spec = folder(tmp_path, {"train/a": 2, "train/b": 1, "test/b": 3, hidden: count})
+    (tmp_path / "train/b/._0.png").write_bytes(b"what a file manager remembers")
+    train, test = load_data(spec, RGB)
+    assert test is not None
+    assert train.classes == test.classes == 2
+    assert sorted(everything(train).labels.tolist()) == [0, 0, 1]  # type: ignore[union-attr]
+    assert everything(test).labels.tolist() == [1, 1, 1]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("empty", ["train/b", "test/b"])
+def test_an_empty_class_folder_is_refused_by_name(tmp_path: Path, empty: str) -> None:
+    spec = folder(tmp_path, {"train/a": 1, "train/b": 1, "train/c": 1, "test/a": 1} | {empty: 0})
+    (tmp_path / empty / "notes.txt").write_text("no image")
+    assert f"the class folder '{tmp_path / empty}' holds no images" in refused(spec)
+
+
+def test_a_test_set_may_lack_classes_and_keeps_the_labels_of_train(tmp_path: Path) -> None:
+    train, test = load_data(folder(tmp_path, {"train/a": 1, "train/b": 1, "train/c": 1, "test/c": 2}), RGB)
+    assert test is not None
+    assert everything(test).labels.tolist() == [2, 2]  # type: ignore[union-attr]
+    assert train.classes == test.classes == 3
+
+
 def test_test_is_taken_before_val(tmp_path: Path) -> None:
     _, test = load_data(folder(tmp_path, {"train/a": 1, "val/a": 2, "test/a": 3}), RGB)
     assert test is not None
@@ -332,8 +372,9 @@ def test_pictures_of_other_modes_are_converted(tmp_path: Path) -> None:
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     assert "there is no folder" in refused(f"imagefolder:{tmp_path}/gone")
-    (tmp_path / "a/train/cat").mkdir(parents=True)
+    (tmp_path / "a/train").mkdir(parents=True)
     assert "holds no samples" in refused(f"imagefolder:{tmp_path}/a")
+    (tmp_path / "a/train/cat").mkdir()
     spec = folder(tmp_path / "b", {"train/cat": 1, "test/cats": 1})
     assert "is no class of train: did you mean 'cat'" in refused(spec)
     (tmp_path / "a/train/cat/x.png").write_bytes(b"\x89PNG\r\n\x1a\nxx")
@@ -422,6 +463,12 @@ class Fails(Bare):
 class Triple(Bare):
     def __getitem__(self, i): return 1, 2, 3
 
+class Named(Bare):
+    def __getitem__(self, i): return {"image": torch.zeros(3, 8, 8), "label": 1}
+
+class Small(Bare):
+    def __getitem__(self, i): return torch.zeros(3, 4, 5)
+
 class Stream(IterableDataset):
     def __iter__(self): return iter(())
 
@@ -433,8 +480,15 @@ def tensors(): return TensorDataset(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 
 def fails(): return Fails(), None
 def triple(): return Triple(), None
 def stream(): return Stream(), None
+def named(): return Bare(), Named()
+def small(): return Small(), None
+def shrunk(): return images[:, :6], labels
 def single(): return images
-def mixed(): return images, labels
+def labelled(): return images, labels
+def alone(): return TensorDataset(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 1]))
+def text(): return "images"
+def triplet(): return images, labels, 3
+def texts(): return "images", "labels"
 """
 
 
@@ -457,6 +511,9 @@ def test_a_callable_may_return_arrays_data_sets_or_samples(users: str, monkeypat
     train, test = load_data(f"{users}:own", RGB)
     assert test is None
     assert train.classes == 2
+    for name, classes in (("labelled", 3), ("single", None), ("alone", 3)):  # as ``compile(data=...)`` takes them
+        train, test = load_data(f"{users}:{name}", RGB)
+        assert (len(train), train.classes, test) == (4, classes, None)
     monkeypatch.chdir(Path(users).parent)
     train, _ = load_data("own_data:listed", RGB)
     assert sys.modules["own_data"].Listed.read < 3  # its targets are known without reading it
@@ -468,11 +525,15 @@ def test_a_callable_may_return_arrays_data_sets_or_samples(users: str, monkeypat
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("fails", "sample 0 cannot be read: ZeroDivisionError"),
-        ("triple", "sample 0 has 3 members"),
-        ("stream", "has no length"),
-        ("single", "returned a ndarray; a pair"),
-        ("mixed", "train of .* is a ndarray; Samples, a torch Dataset"),
+        ("fails", "^train of '.*own_data.py:fails': sample 0 cannot be read: ZeroDivisionError"),
+        ("triple", "^train of .*: sample 0 has 3 members"),
+        ("stream", "^train of '.*:stream': the data set Stream has no length"),
+        ("named", r"^test of '.*:named': sample 0 is a dict of image, label; items are x or \(x, y\)"),
+        ("small", "^train of .*: the images are 4x5, the input is 8x8"),
+        ("shrunk", "^train of .*: the images are 6x8, the input is 8x8"),
+        ("text", r"returned a str; a pair \(train, test\) is needed, test may be None, or arrays \(x, y\)"),
+        ("triplet", "returned a tuple; a pair"),
+        ("texts", "train of .* is a str; Samples, a torch Dataset"),
         ("nothing", "has no 'nothing'"),
     ],
 )
@@ -539,6 +600,11 @@ def test_python_may_hand_over_samples_as_they_are_an_array_a_text_and_nothing() 
     digits, held = given("digits", (1, 8, 8))
     assert digits is not None
     assert held is not None
+    with pytest.raises(InputError, match="the data: the images are 6x6, the input is 9x9: give --input 1x3x6x6"):
+        given((X, Y), (3, 9, 9))
+    assert given(torch.arange(6).reshape(2, 3), (3,), dtype=torch.float32)[0].batch([1]).inputs[0].tolist() == [  # type: ignore[union-attr]
+        [3.0, 4.0, 5.0]
+    ]
     for wrong, says in [(7, "is a int; Samples"), ((X, Y[:3]), "labels of shape"), ([], "is a list")]:
         with pytest.raises(InputError, match=says):
             given(wrong, (3, 6, 6))  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ def test_every_layout_comes_to_the_input(
     made = to_input(x.permute(0, 2, 3, 1) if last else x, (want, *sides))
     assert made.dtype is torch.float32
     torch.testing.assert_close(made, (grey / 255).expand(-1, want, -1, -1))
-    assert to_input(x, (want, 6, 7)).shape == (2, want, 6, 7)
+    assert to_input(x, (want, 6, 7), stretch=True).shape == (2, want, 6, 7)
 
 
 def test_grey_is_the_luma_and_a_flat_image_is_grey() -> None:
@@ -40,6 +40,35 @@ def test_channels_first_wins_where_both_ends_fit() -> None:
     x = torch.rand(1, 3, 5, 3)
     assert torch.equal(to_input(x, (3, 5, 3)), x)
     assert to_input(x.permute(0, 2, 3, 1), (3, 5, 3)).equal(x)
+
+
+def test_images_of_another_size_are_refused_with_both_sizes_unless_they_may_be_stretched() -> None:
+    x = torch.rand(2, 28, 20, 3)
+    with pytest.raises(
+        InputError, match=r"are 28x20, the input is 32x24: give --input 1x1x28x20 .*, or resize .* 32x24"
+    ):
+        to_input(x, (1, 32, 24))
+    assert to_input(x, (1, 32, 24), stretch=True).shape == (2, 1, 32, 24)
+    assert to_input(x, (1, 28, 20)).shape == (2, 1, 28, 20)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "becomes"),
+    [
+        (torch.int64, None, torch.int64),
+        (torch.int64, torch.int64, torch.int64),
+        (torch.int64, torch.float32, torch.float32),
+        (torch.int32, torch.float16, torch.float32),
+        (torch.float64, torch.float32, torch.float32),
+    ],
+)
+def test_integers_become_numbers_where_the_input_is_known_to_be_of_them(
+    kind: torch.dtype, wanted: torch.dtype | None, becomes: torch.dtype
+) -> None:
+    x = torch.arange(6).reshape(2, 3).to(kind)
+    made = to_input(x, (3,), dtype=wanted)
+    assert made.dtype is becomes
+    assert made.tolist() == x.tolist()
 
 
 @pytest.mark.parametrize(("have", "want"), [(3, 4), (1, 4), (3, 2), (1, 2)])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tdcompile.errors import InputError
-from tdcompile.linalg import balance, cholesky, leading, low_rank, low_rank_errors, operands, ridge, unfold
+from tdcompile.linalg import balance, cholesky, definite, leading, low_rank, low_rank_errors, operands, ridge, unfold
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10_000))
 
@@ -84,6 +84,30 @@ def test_a_weight_of_zeros_and_a_moment_of_zeros_give_finite_factors() -> None:
         assert all(bool(torch.isfinite(factor).all()) for factor in balance(low_rank(flat, metric, 2)))
         assert low_rank_errors(flat, metric).tolist() == [0.0] * 5
     assert bool(torch.isfinite(cholesky(second, ridge(second))).all())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_a_ridge_grows_only_where_it_leaves_a_matrix_indefinite(precision: torch.dtype) -> None:
+    _, second = weight_and_second(6, 9, 2)
+    values, vectors = torch.linalg.eigh(second)
+    second = second.to(precision)
+    root, extra = definite(second, 0.5)
+    assert extra == 0.5
+    assert torch.allclose(root @ root.T, second + 0.5 * torch.eye(9, dtype=precision), atol=1e-4)
+    for least in (-1e-4, -1.0):
+        values[0] = least * values[-1]
+        rounded = (vectors * values @ vectors.T).to(precision)
+        root, extra = definite(rounded, 1e-12)
+        assert root.dtype is precision
+        assert torch.allclose(root, root.tril())
+        assert torch.allclose(root @ root.T, rounded + extra * torch.eye(9, dtype=precision), rtol=1e-4, atol=1e-4)
+        below = -float(torch.linalg.eigvalsh(rounded.double())[0])
+        assert 2 * below <= extra <= 9 * below + 1e-12
+
+
+def test_nan_is_no_round_off() -> None:
+    with pytest.raises(RuntimeError, match="cholesky"):
+        definite(torch.full((3, 3), math.nan), 1.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -1,5 +1,7 @@
 """The metric of a layer's output: its channel root, and least squares that never make a factor worse."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +65,38 @@ def test_the_channel_root_is_that_of_the_mean_over_the_taps() -> None:
     taps = [moments.second[k::9, k::9] for k in range(9)]
     assert torch.allclose(root @ root.T, torch.stack(taps).mean(0), rtol=1e-3, atol=1e-3)
     assert torch.equal(root, root.tril())
+
+
+def test_round_off_below_zero_is_no_direction_that_costs_nothing() -> None:
+    weight, last, _, _ = case()
+    generator = torch.Generator().manual_seed(1)
+    patch = torch.rand(36, generator=generator, dtype=torch.float64)
+    rounding = torch.randn(36, 36, generator=generator, dtype=torch.float64)
+    truly = torch.outer(patch, patch)
+    second = truly + 1e-7 * (rounding + rounding.T)
+    assert float(torch.linalg.eigvalsh(second)[0]) < 0
+    hidden = torch.randn(5, 36, generator=generator, dtype=torch.float64)
+    hidden -= (hidden @ patch)[:, None] * patch / patch.square().sum()  # what an un-whitened basis is full of
+    before = 100 * hidden + patch
+    found, told = OutputMetric(weight, second).refit(last, before)
+    assert float(found.norm()) < 2 * float(last.norm())
+    told_before, true_before, true = (
+        relative_error(weight, (factor @ before).reshape(weight.shape), Moments(of, 200))
+        for factor, of in ((last, second), (last, truly), (found, truly))
+    )
+    assert told <= told_before
+    assert true <= true_before
+    assert told == pytest.approx(true, abs=0.05)
+
+
+def test_an_output_of_round_off_alone_is_lost_by_nothing() -> None:
+    weight, last, before, _ = case()
+    metric = OutputMetric(weight, -1e-7 * torch.eye(36))
+    assert metric.error(torch.zeros_like(weight)) == 0
+    found, told = metric.refit(last, before)
+    assert bool(torch.isfinite(found).all())
+    assert told == 0
+    assert math.isnan(OutputMetric(weight, torch.full((36, 36), math.nan)).error(torch.zeros_like(weight)))
 
 
 def test_inputs_that_are_all_zero_are_no_trouble() -> None:

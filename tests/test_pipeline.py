@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,7 +23,7 @@ from tdcompile.pipeline import Pipeline, Silent
 from tdcompile.program import Change, Program
 from tdcompile.ranks import Candidates, RankPlan, RankSelector
 from tdcompile.registry import make
-from tdcompile.target import Budget
+from tdcompile.target import Budget, Cost
 
 
 @dataclass(frozen=True)
@@ -214,3 +215,19 @@ def test_a_failure_inside_a_plugin_names_it_and_where_it_was(monkeypatch: pytest
         Pipeline.parse("score{by=lost}").run(program)
     with pytest.raises(TdcompileError, match="gave NoneType, expected a RankPlan"):
         Pipeline.parse("score{by=none},propose{decompose=svd},choose{by=empty}").run(program)
+
+
+@pytest.mark.parametrize(("text", "said"), [("choose{by=knapsak}", "'knapsack'"), ("score{by=fischer}", "'fisher'")])
+def test_a_plug_in_inside_a_pipeline_is_looked_up_before_any_work(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=f"did you mean {said}"):
+        Pipeline.parse(f"calibrate,{text}")
+
+
+def test_a_pipeline_that_is_to_make_a_plan_and_makes_none_is_refused() -> None:
+    plan = RankPlan({}, Cost(), Cost())
+    for text in ("score", "finetune{epochs=2.0}"):
+        Pipeline.parse(text).check()
+        Pipeline.parse(text).check(Facts(plan), planned=True)
+        with pytest.raises(InputError, match=rf"^the pipeline '{re.escape(text)}' makes no plan: .*choose"):
+            Pipeline.parse(text).check(planned=True)
+    Pipeline.parse("rene,factorize").check(planned=True)

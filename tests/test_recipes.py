@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -155,13 +156,41 @@ def test_flags_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -
         ("seed = 'x'", "'seed' cannot be 'x'"),
         ("= 1", "is not TOML"),
         ("target = 'tpu'", "'target' cannot be 'tpu'"),
+        ("budget = 0.5", r"'budget' cannot be 0.5: .*e.g. \{ macs = 0.5 \}"),
+        ("budget = { macs = 1.5 }", "macs=1.5 is not a share"),
+        ("max-drop = nan", "'max_drop' cannot be nan: it should be a finite number"),
+        ("ranks = 'knapsak'", "did you mean 'knapsack'"),
+        ("pipeline = 'score{by=fischer}'", "did you mean 'fisher'"),
+        ("\udcff = 1", "is not UTF-8"),
     ],
 )
-def test_a_mistake_in_a_file_is_named(tmp_path: Path, text: str, said: str) -> None:
+def test_a_mistake_in_a_file_is_named_with_the_file(tmp_path: Path, text: str, said: str) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text(text)
-    with pytest.raises(InputError, match=said):
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=f"^the recipe {file}.*{said}"):
         load_recipe(str(file), {})
+
+
+def test_a_mistake_in_an_override_is_not_the_files(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("seed = 3\n")
+    with pytest.raises(InputError, match=r"^the option 'jobs' cannot be 0"):
+        load_recipe(str(tmp_path / "mine.toml"), {"jobs": 0})
+
+
+def test_texts_stand_for_budgets_and_lists_as_in_flags(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('budget = "macs=0.5,params=0.4"\nkeep_dense = "c1"\ndecompose = "svd,tucker2{sweeps=1}"\n')
+    recipe = load_recipe(str(file), {})
+    assert (recipe.budget, recipe.keep_dense) == ({"macs": 0.5, "params": 0.4}, ("c1",))
+    assert recipe.decompose == ("svd", "tucker2{sweeps=1}")
+
+
+def test_the_recipe_file_in_the_docs_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", Path("docs/cli.md").read_text(), re.DOTALL)
+    (tmp_path / "own.toml").write_text(text)
+    recipe = load_recipe(str(tmp_path / "own.toml"), {})
+    assert len(changed(recipe)) == len(text.strip().splitlines())
+    recipe.steps().check(planned=True)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +201,20 @@ def test_a_recipe_that_is_not_there_is_told(name: str, said: str) -> None:
         load_recipe(name, {})
 
 
-@pytest.mark.parametrize(("field", "value"), [("threads", 0), ("grain", -1)])
-def test_a_target_below_one_is_refused(field: str, value: int) -> None:
-    with pytest.raises(InputError, match=f"{field}={value} is below 1"):
-        Recipe(**{field: value}).device()
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        *((name, value, "greater than or equal to 1") for name in ("threads", "grain", "jobs") for value in (0, -1)),
+        ("calibrate", 0, "greater than or equal to 1"),
+        ("eval", -3, "greater than or equal to 1"),
+        ("seed", 10**23, "less than"),
+        ("max_drop", float("nan"), "a finite number"),
+        ("max_drop", -1.0, "greater than or equal to 0"),
+        ("min_speedup", float("inf"), "a finite number"),
+        ("min_speedup", float("nan"), "a finite number"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused(field: str, value: float, said: str) -> None:
+    with pytest.raises(InputError, match=rf"^the option '{field}' cannot be \S+: it should be {said}"):
+        load_recipe(None, {field: value})
+    assert load_recipe(None, {field: 1}) is not None

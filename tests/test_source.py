@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -225,14 +228,31 @@ def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
     assert "holds no state dict" in refusal(two(), save(tmp_path, [torch.ones(1)]))
     assert "holds no state dict" in refusal(two(), save(tmp_path, {"state_dict": {"epoch": 1}}))
     whole = save(tmp_path, two().state_dict()).read_bytes()
-    for name, content in [
-        ("a.pt", b"text"),
-        ("b.pt", b""),
-        ("c.pt", whole[: len(whole) // 2]),
-        ("d.safetensors", b"x"),
+    archive = io.BytesIO()
+    np.savez(archive, x=np.zeros(3))
+    torn = "cannot be read as weights: it is no PyTorch or safetensors file, or cut off"
+    for name, content, said in [
+        ("a.pt", b"text", torn),
+        ("b.pt", b"", torn),
+        ("c.pt", whole[: len(whole) // 2], torn),
+        ("d.pt", archive.getvalue(), torn),
+        ("e.pt", bytes(range(255, 0, -1)), torn),
+        ("f.pt", pickle.dumps({"0.weight": [1.0]}), "is a pickle that torch.save has not written"),
+        ("g.safetensors", b"x", "it is no safetensors file, or cut off"),
     ]:
         (tmp_path / name).write_bytes(content)
-        refusal(two(), tmp_path / name)
+        assert said in refusal(two(), tmp_path / name)
+    assert "is a folder; a file of weights is needed" in refusal(two(), tmp_path)
+
+
+def test_a_safetensors_file_is_known_by_its_content(tmp_path: Path) -> None:
+    given, module = two(), two()
+    safetensors.torch.save_file(given.state_dict(), tmp_path / "w.pt")
+    load_weights(module, tmp_path / "w.pt")
+    assert torch.equal(module[0].weight, given[0].weight)
+    content = (tmp_path / "w.pt").read_bytes()
+    (tmp_path / "w.pt").write_bytes(content[:-4])
+    assert "it is no safetensors file, or cut off" in refusal(two(), tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

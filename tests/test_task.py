@@ -1,6 +1,7 @@
 """``Tensors``: samples in memory, of one input or several, and what it refuses."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,28 @@ def test_one_input_and_labels_are_optional_and_classes_may_be_more_than_seen():
 def test_what_does_not_fit_is_refused(inputs, labels, classes, told):
     with pytest.raises(InputError, match=re.escape(told)):
         Tensors(inputs, labels, classes)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_task_takes_samples_alone(part):
+    x, y = torch.zeros(4, 2), torch.arange(4) % 2
+    for wrong, called in (((x, y), "tuple"), (x, "Tensor"), ("digits", "str")):
+        told = f"Task({part}=...) is a {called}; Samples are needed: Tensors(x, y) makes them of tensors"
+        with pytest.raises(InputError, match=re.escape(told)):
+            tdcompile.Task(**{part: wrong})
+    assert len(getattr(tdcompile.Task(**{part: Tensors(x, y)}), part)) == 4
+
+
+def test_the_docs_compare_two_scores_on_one_network(capsys):
+    page = (Path(__file__).resolve().parent.parent / "docs" / "plugins.md").read_text()
+    section = page.partition("### Two scores on one network\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names = {"__name__": "docs_example"}
+    exec(compile(block, "docs/plugins.md", "exec"), names)
+    found = names["found"]
+    assert found["fisher"].keys() == found["taylor"].keys() == {"0", "2"}
+    assert found["fisher"] != found["taylor"]
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 class Drawn(Tensors):

@@ -26,6 +26,10 @@ class Choose(AnalysisPass):
     gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan,)
     by: str = "knapsack"
 
+    def __post_init__(self) -> None:
+        """Raises InputError where there is no such selector: here, and not after what runs before it."""
+        make(RankSelector, self.by)
+
     def analyze(self, program: Program) -> RankPlan:
         """Ask the selector; what no decomposition applies to keeps that as its reason.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdcompile.calibration import Baseline, Calibration
 from tdcompile.decomposition import Decomposition
-from tdcompile.errors import InputError, during
+from tdcompile.errors import InputError, TdcompileError, during
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Layer, Moments, Refusal
@@ -55,12 +55,17 @@ class Propose(AnalysisPass):
     jobs: int = 1
 
     def __post_init__(self) -> None:
-        """Raises InputError where jobs is below 1."""
-        if self.jobs < 1:
-            raise InputError(f"propose{{jobs={self.jobs}}} is to be at least 1")
+        """Raises InputError where jobs or the grain is below 1."""
+        for option, value in (("jobs", self.jobs), ("grain", self.grain)):
+            if value is not None and value < 1:
+                raise InputError(f"propose{{{option}={value}}} is to be at least 1")
 
     def analyze(self, program: Program) -> Candidates:
-        """Prices from the cost models, then errors, from one spectrum a layer where the form has one."""
+        """Prices from the cost models, then errors, from one spectrum a layer where the form has one.
+
+        Raises:
+            TdcompileError: a form's errors are not one for each of the ranks, or one is NaN or negative.
+        """
         forms = [make(Decomposition, text) for text in self.decompose or find(Decomposition)]
         found = sites(program)
         refusals = kept_dense(program, found)
@@ -75,9 +80,9 @@ class Propose(AnalysisPass):
         for done, (name, site) in enumerate(found.items(), start=1):
             tick(done, len(found), name)
             made = [
-                Candidate(str(form.spec()), ranks, float(error), cost, form.modes)
+                Candidate(str(form.spec()), ranks, error, cost, form.modes)
                 for form, kept in drafts[name].items()
-                for (ranks, cost), error in zip(kept, next(errors), strict=True)
+                for (ranks, cost), error in zip(kept, _checked(next(errors), form, name, kept), strict=True)
             ]
             options[name] = (dense[name], *made)
             if not spaces[name] and name not in refusals:
@@ -172,6 +177,25 @@ def _errors(work: _Work) -> Sequence[float]:
     form, layer, weight, space, moments = work
     with during(f"in the decomposition {form.told()}, the errors of a layer {layer.weight_shape}"):
         return form.errors(layer, weight, space, moments)
+
+
+def _checked(
+    errors: Sequence[float], form: Decomposition, name: str, kept: Sequence[tuple[Ranks, Cost]]
+) -> list[float]:
+    """A form's errors of a layer, one for each of the ranks; an infinite one says that they are not to be taken."""
+    with during(f"in the decomposition {form.told()}, the errors of the layer '{name}'"):
+        found = [float(error) for error in errors]
+    if len(found) != len(kept):
+        raise TdcompileError(
+            f"the decomposition '{form.spec()}' gave {len(found)} errors for '{name}': expected {len(kept)}, one for "
+            "each of the ranks that it was asked about"
+        )
+    for (ranks, _), error in zip(kept, found, strict=True):
+        if not error >= 0:
+            raise TdcompileError(
+                f"the decomposition '{form.spec()}' gave {error} for '{name}' at ranks {ranks}: expected an error >= 0"
+            )
+    return found
 
 
 def _chain(site: Site, form: Decomposition, ranks: Ranks) -> tuple[Layer, ...]:

@@ -20,10 +20,11 @@ from tdcompile.backend.runtime import time_models
 from tdcompile.backend.transplant import Graft, transplant
 from tdcompile.calibration import Baseline, Rehearsal, Round
 from tdcompile.decomposition import Decomposition
-from tdcompile.errors import BudgetError
+from tdcompile.errors import BudgetError, InputError
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.layer import Refusal
+from tdcompile.planfile import HAND
 from tdcompile.program import Program, sites
 from tdcompile.ranks import DENSE, Candidate, Candidates, Importances, RankPlan, RankSelector
 from tdcompile.registry import make
@@ -133,6 +134,8 @@ class Rehearse(AnalysisPass):
 
     def _again(self, program: Program, candidates: Candidates, plan: RankPlan, latency: float) -> RankPlan:
         budget = replace(program.budget, latency=latency)
+        if plan.selector in ("", HAND):
+            raise InputError("'rehearse' chooses again, and this plan was given, not chosen: leave 'rehearse' out")
         selector = make(RankSelector, plan.selector)
         again = selector.select(candidates, program.facts[Importances].scores, budget)
         return replace(again, reasons={**again.reasons, **{r.layer: r for r in candidates.refusals}})

@@ -27,6 +27,10 @@ class Score(AnalysisPass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Importances,)
     by: str = "auto"
 
+    def __post_init__(self) -> None:
+        """Raises InputError where there is no such score: here, and not after what runs before it."""
+        make(Importance, self.by)
+
     def analyze(self, program: Program) -> Importances:
         """The named score's values.
 

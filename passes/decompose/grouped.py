@@ -94,7 +94,7 @@ class Grouped(Decomposition):
         one, form = _one(layer), self._form(layer)
         lost, whole = [0.0] * len(space), torch.finfo(torch.float64).tiny
         for own, seen in _groups(layer, weight, moments):
-            amount = energy(own.detach().flatten(1).double(), seen)
+            amount = max(energy(own.detach().flatten(1).double(), seen), 0.0)  # round-off may leave it below
             whole += amount
             found = form.errors(one, own, space, seen)
             lost = [sum_ + amount * error**2 for sum_, error in zip(lost, found, strict=True)]

@@ -13,7 +13,7 @@ from tdcompile.errors import InputError, during, nearest
 from tdcompile.facts import Fact
 from tdcompile.kinds import RewritePass, Rewritten, tick
 from tdcompile.layer import Layer, Moments, Refusal
-from tdcompile.planfile import check
+from tdcompile.planfile import check, estimated
 from tdcompile.program import Change, Program, kept_dense, sites
 from tdcompile.ranks import DENSE, RankPlan, Ranks
 from tdcompile.surgery import replace_module
@@ -36,6 +36,10 @@ class Factorize(RewritePass):
         """Raises InputError where jobs is below 1."""
         if self.jobs < 1:
             raise InputError(f"factorize{{jobs={self.jobs}}} is to be at least 1")
+
+    def run(self, program: Program) -> Program:
+        """As of any rewrite; a plan by hand gets the errors that the moments tell of it."""
+        return super().run(estimated(program))
 
     def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
         """Factorise each layer's weight, output-error optimal where there are moments.

@@ -96,7 +96,7 @@ def load_job(recipe: Recipe) -> Job:
     if recipe.data is None:
         return Job(module, inputs, Task(calibrate=recipe.calibrate, evaluate=recipe.eval))
     first = next(iter(inputs.values() if isinstance(inputs, dict) else inputs))
-    train, test = load_data(recipe.data, tuple(first.shape[1:]), recipe.normalize, recipe.seed)
+    train, test = load_data(recipe.data, tuple(first.shape[1:]), recipe.normalize, recipe.seed, first.dtype)
     return Job(module, inputs, Task(train, test, recipe.calibrate, recipe.eval, recipe.data))
 
 
@@ -122,7 +122,6 @@ def _completed(recipe: Recipe) -> Recipe:
 
 def _check(recipe: Recipe) -> None:
     """Find what is wrong with a recipe in milliseconds, before a network is loaded or a layer measured."""
-    recipe.device()
     recipe.shares()
     for text in recipe.input:
         parse_example(text)
@@ -131,11 +130,8 @@ def _check(recipe: Recipe) -> None:
     for text in recipe.decompose:
         if text != "auto":
             make(Decomposition, text)
-    for name, count in (("calibrate", recipe.calibrate), ("eval", recipe.eval)):
-        if count is not None and count < 1:
-            raise InputError(f"{name}={count} is below 1")
     pipeline = recipe.steps()
-    pipeline.check(Facts(RankPlan({}, Cost(), Cost())) if recipe.plan else None)
+    pipeline.check(Facts(RankPlan({}, Cost(), Cost())) if recipe.plan else None, planned=True)
     if pipeline.trainer and recipe.source and recipe.data is None:
         raise InputError(f"'{pipeline.trainer}' trains, and there is nothing to train on: give --data")
 

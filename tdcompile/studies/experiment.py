@@ -19,6 +19,7 @@ from tdcompile.errors import InputError, TdcompileError, nearest
 from tdcompile.kinds import Pass
 from tdcompile.program import Site
 from tdcompile.registry import make
+from tdcompile.spec import split
 from tdcompile.studies.cell import Bench, Load, Point, Subject
 from tdcompile.studies.correlation import taus
 from tdcompile.studies.crew import Outcomes, Work, in_turn, over_processes, over_ray
@@ -64,6 +65,8 @@ class Grid:
         for method in self.methods:
             make(Decomposition, method)
         for share in self.compressions:
+            if not isinstance(share, int | float):
+                raise InputError(f"the compression {share!r} is no number: 0.75 removes three quarters of a layer")
             if not 0.0 < share < 1.0:
                 raise InputError(f"the compression {share:g} is not in (0, 1): 0.75 removes three quarters of a layer")
         if self.seeds < 1:
@@ -106,9 +109,9 @@ def study(
     inputs: Sequence[Tensor] | Tensor,
     data: Task | Given,
     *,
-    methods: Sequence[str] = METHODS,
-    compressions: Sequence[float] = COMPRESSIONS,
-    layers: Sequence[str] = (),
+    methods: str | Sequence[str] = METHODS,
+    compressions: float | Sequence[float] = COMPRESSIONS,
+    layers: str | Sequence[str] = (),
     seeds: int = 1,
     seed: int = 0,
     tune: str = "none",
@@ -131,9 +134,9 @@ def study(
         inputs: example inputs in the order of ``forward``'s arguments.
         data: training samples and labelled test samples, as ``compile`` takes them; a ``Task`` whose ``calibrate`` and
             ``evaluate`` say how many are read, or a pair or a text of which 1,024 and all are.
-        methods: decompositions by name.
-        compressions: shares of a layer's weights to remove.
-        layers: patterns of layer names; by default all but the first and the last.
+        methods: decompositions by name, also one text ``tucker2,tt``.
+        compressions: shares of a layer's weights to remove, or one of them.
+        layers: patterns of layer names, also one text; by default all but the first and the last.
         seeds: how many, from ``seed`` on; the paper has 5.
         tune: options of the pass ``finetune``, e.g. ``epochs=5``.
         out: a folder for ``cells.jsonl``, ``study.json`` and ``study.html``; by default nothing is written.
@@ -149,8 +152,9 @@ def study(
     given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     if not isinstance(data, Task):
         name = data if isinstance(data, str) else "given"
-        data = Task(*samples_of(data, tuple(given[0].shape[1:])), source=name)
-    grid = Grid(tuple(methods), tuple(compressions), tuple(layers), seeds, seed, tune)
+        data = Task(*samples_of(data, tuple(given[0].shape[1:]), dtype=given[0].dtype), source=name)
+    shares = (compressions,) if isinstance(compressions, int | float | str) else tuple(compressions)
+    grid = Grid(_listed(methods), shares, _listed(layers), seeds, seed, tune)
     load = partial(_given, Subject(module, given, data))
     return run(load, grid, source=type(module).__name__, out=out, jobs=jobs, ray=ray, resume=resume, told=told)
 
@@ -246,6 +250,11 @@ def _findings(
         seconds=math.fsum(cell.seconds for cell in cells),
         environment=environment(bench.program.target),
     )
+
+
+def _listed(given: str | Sequence[str]) -> tuple[str, ...]:
+    """A text is a list as of the flag."""
+    return tuple(split(given)) if isinstance(given, str) else tuple(given)
 
 
 def _given(subject: Subject) -> Subject:

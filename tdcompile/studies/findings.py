@@ -172,10 +172,16 @@ def notes(findings: Findings) -> list[str]:
     for one in findings.omitted:
         reasons.setdefault((one.layer, one.reason), []).append(one.method)
     left_out = [f"left out: {layer} by {', '.join(names)}: {reason}" for (layer, reason), names in reasons.items()]
-    return left_out + [
+    failed = [
         f"failed: {one.layer} by {one.method}, {level_name(one.compression)}, seed {one.seed}: {one.reason}"
         for one in findings.failed
     ]
+    alike = [
+        f"no τ {when} fine-tuning: the test error is the same in all cells"
+        for when in findings.moments
+        if len({cell.failure_rate(when) for cell in findings.cells}) < 2
+    ]
+    return left_out + failed + alike
 
 
 def level_name(level: float | None) -> str:

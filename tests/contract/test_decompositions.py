@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdcompile.decomposition import Decomposition, relative_error
+from tdcompile.decomposition import Decomposition, energy, relative_error
 from tdcompile.layer import Layer, Moments, TransposedConv, owner
+from tdcompile.linalg import PRECISE
 from tdcompile.registry import find, make
 
 FORMS = find(Decomposition)
@@ -110,6 +111,34 @@ def moments_of(layer: Layer) -> Moments:
     width = len(second) // layer.groups
     parts = [second[at : at + width, at : at + width] for at in range(0, len(second), width)]
     return Moments(torch.stack(parts), len(patches))
+
+
+# Of the largest eigenvalue of moments of low rank, what round-off leaves of the others, below zero as often as above.
+ROUNDED = 1e-5
+LITTLE = ("zero", "tiny", "rank 1", "rank 1, rounded", "rank 1, rounded and tiny", "zero but for round-off")
+
+
+def of_little(kind: str, layer: Layer) -> tuple[Moments, Moments]:
+    """Moments of data that show little, and the same without round-off."""
+    whole = moments_of(layer)
+    seen = whole.second if layer.groups > 1 else whole.second[None]
+    generator = torch.Generator().manual_seed(1)
+    patch = torch.randn(seen.shape[:2], generator=generator, dtype=torch.float64).relu()
+    single = patch[:, :, None] * patch[:, None, :]
+    stray = torch.randn(seen.shape, generator=generator, dtype=torch.float64)
+    stray = stray + stray.mT
+    sizes = [torch.linalg.matrix_norm(each, 2)[:, None, None] for each in (single, stray)]
+    stray *= ROUNDED * sizes[0] / sizes[1]
+    told, true = {
+        "zero": (0 * seen, 0 * seen),
+        "tiny": (1e-12 * seen, 1e-12 * seen),
+        "rank 1": (single, single),
+        "rank 1, rounded": (single + stray, single),
+        "rank 1, rounded and tiny": (1e-12 * (single + stray), 1e-12 * single),
+        "zero but for round-off": (stray, 0 * seen),
+    }[kind]
+    one = layer.groups == 1
+    return Moments(told[0] if one else told, 80), Moments(true[0] if one else true, 80)
 
 
 ACCEPTED = [(form, name) for form, kind in FORMS.items() for name in LAYERS if kind().refuse(case(name)[1]) is None]
@@ -261,3 +290,33 @@ def test_a_layer_too_large_for_float64_fares_as_in_it(
     assert {factor.dtype for factor in factors} == {weight.dtype}
     error = relative_error(weight, decomposition.reconstruct(layer, factors), moments)
     assert error == pytest.approx(decomposition.errors(layer, weight, [middle], moments)[0], rel=0.15, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "precise"), [*((kind, PRECISE) for kind in LITTLE), ("rank 1", 0), ("rank 1, rounded", 0)]
+)
+@pytest.mark.parametrize(
+    ("form", "name"), [case for case in ACCEPTED if case[1] in ("conv", "1x1", "grouped", "linear")]
+)
+def test_data_that_show_little_give_finite_factors_and_errors_that_hold(
+    form: str, name: str, kind: str, precise: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tdcompile.linalg.PRECISE", precise)
+    decomposition, _, layer, weight, _ = accepted(form, name)
+    moments, truly = of_little(kind, layer)
+    space = decomposition.rank_space(layer, GRAIN)
+    told = decomposition.errors(layer, weight, space, moments)
+    above, below = ESTIMATES.get(form, EXACT)
+    slack = 0.0 if precise else 1e-3
+    if "rounded" in kind:  # as much of the output's energy may be that of the weight where there are no data
+        largest = float(torch.linalg.matrix_norm(truly.second, 2).max())
+        slack += math.sqrt(ROUNDED * largest * float(weight.square().sum()) / energy(weight.flatten(1).double(), truly))
+    for member in sorted({0, (len(space) - 1) // 2, len(space) - 1}):
+        factors = decomposition.factorize(layer, weight, space[member], moments)
+        assert all(bool(torch.isfinite(factor).all()) for factor in factors)
+        approximation = decomposition.reconstruct(layer, factors)
+        assert float(approximation.norm()) < 2 * float(weight.norm())  # no direction of round-off was made use of
+        assert math.isfinite(told[member])
+        if kind != "zero but for round-off":  # of which no error is anything
+            truth = relative_error(weight, approximation, truly)
+            assert -below - slack <= told[member] - truth <= above + slack, (space[member], told[member], truth)

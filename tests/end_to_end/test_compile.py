@@ -127,15 +127,20 @@ def test_an_interrupted_run_goes_on_from_its_last_finished_pass(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_the_state_of_another_compilation_is_not_taken(tmp_path):
+def test_the_state_of_another_compilation_is_refused_and_stays(tmp_path):
+    options = {"budget": {"macs": 0.6}, "workspace": tmp_path, "data": (points(), points(seed=1))}
     with pytest.raises(KeyboardInterrupt):
-        tdcompile.compile(network(), X, budget={"macs": 0.6}, workspace=tmp_path, watch=Steps(stop="factorize"))
-    steps = Steps()
-    tdcompile.compile(network(), X, budget={"macs": 0.5}, workspace=tmp_path, watch=steps, resume=True)
-    assert steps.names[0] == "calibrate"
+        tdcompile.compile(network(), X, **options, watch=Steps(stop="factorize"))
+    for change, told in (({"budget": {"macs": 0.5}}, r'budget \({"macs": 0.6}\): give'), ({"seed": 1}, r"seed \(0\)")):
+        with pytest.raises(InputError, match=told):
+            tdcompile.compile(network(), X, **options | change, resume=True)
+    steps, gates = Steps(), {"max_drop": 90, "min_speedup": 0, "eval": 50, "jobs": 2}
+    report = tdcompile.compile(network(), X, **options, **gates, watch=steps, resume=True).report
+    assert steps.names[0] == "factorize"
+    assert [gate.name for gate in report.gates] == ["macs", "min-speedup", "max-drop"]
 
 
-@pytest.mark.parametrize("other", ["inputs", "data", "nothing"])
+@pytest.mark.parametrize("other", ["inputs", "samples", "nothing"])
 def test_nor_is_that_of_other_inputs_or_of_other_data(tmp_path, other):
     x, data = torch.randn(2, 3, 8, 8), [tdcompile.Tensors(torch.randn(16, 3, 8, 8)) for _ in range(2)]
     options = {"budget": {"macs": 0.6}, "workspace": tmp_path, "decompose": ("svd", "channel"), "tune": "none"}
@@ -143,12 +148,17 @@ def test_nor_is_that_of_other_inputs_or_of_other_data(tmp_path, other):
         tdcompile.compile(network(), x, data=data[0], watch=Steps(stop="factorize"), **options)
     x, data = {
         "inputs": (torch.randn(2, 3, 12, 12), tdcompile.Tensors(torch.randn(16, 3, 12, 12))),
-        "data": (x, data[1]),
+        "samples": (x, data[1]),
         "nothing": (x, data[0]),
     }[other]
     steps = Steps()
+    if other != "nothing":
+        with pytest.raises(InputError, match=f"another .*{other}"):
+            tdcompile.compile(network(), x, data=data, watch=steps, resume=True, **options)
+        assert not steps.names
+        return
     tdcompile.compile(network(), x, data=data, watch=steps, resume=True, **options)
-    assert steps.names[0] == ("factorize" if other == "nothing" else "calibrate")
+    assert steps.names[0] == "factorize"
 
 
 @pytest.mark.parametrize(
@@ -213,6 +223,20 @@ def test_the_figures_of_a_plan_are_those_of_the_ranks_it_has_now(tmp_path):
     edited = tdcompile.compile(network(), X, **options, plan=str(plan))
     assert edited.plan.choices[name].error > made.plan.choices[name].error
     assert edited.plan.predicted.macs == edited.report.compiled.macs < made.plan.predicted.macs
+    assert (again.plan.selector, again.plan.reasons) == (made.plan.selector, made.plan.reasons)
+    assert (edited.report.selector, edited.report.gap) == ("hand", None)
+    assert {refusal.code for refusal in edited.plan.reasons.values()} <= {"dense_in_plan"}
+
+
+def test_the_errors_of_a_plan_by_hand_are_those_of_the_outputs_where_there_are_samples():
+    options = {"data": points(), "budget": {"macs": 0.5}, "tune": "none", "decompose": "tucker2,svd"}
+    made = tdcompile.compile(network(), X, **options)
+    layers = {n: {"decomposition": c.decomposition, "ranks": c.ranks} for n, c in made.plan.choices.items()}
+    given = {"plan": json.dumps({"layers": layers}), "tune": "none"}
+    seen, blind = (tdcompile.compile(network(), X, data=data, **given).plan for data in (points(), None))
+    for name, choice in made.plan.choices.items():
+        assert seen.choices[name].error == pytest.approx(choice.error, rel=1e-4)
+        assert (blind.choices[name].error == seen.choices[name].error) == (choice.decomposition == "dense")
 
 
 def test_a_plan_needs_no_budget_and_is_held_to_one_that_is_given(tmp_path):
@@ -241,16 +265,16 @@ def test_a_plan_and_a_pipeline_are_taken_as_they_are():
 
 def test_the_state_of_a_plan_that_was_edited_since_is_not_taken(tmp_path):
     plan, work = tmp_path / "plan.json", tmp_path / "work"
-    for ranks, first, stop in (
-        ([8, 6], "calibrate", "recalibrate"),
-        ([4, 4], "calibrate", "recalibrate"),
-        ([4, 4], "recalibrate", "fold-batchnorm"),
+    for ranks, first, stop, ends in (
+        ([8, 6], ["calibrate"], "recalibrate", KeyboardInterrupt),
+        ([4, 4], [], "recalibrate", InputError),
+        ([8, 6], ["recalibrate"], "fold-batchnorm", KeyboardInterrupt),
     ):
         plan.write_text(json.dumps({"layers": {"3": {"decomposition": "tucker2", "ranks": ranks}}}))
         steps = Steps(stop=stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(ends, match="another plan" if ends is InputError else ""):
             tdcompile.compile(network(), X, plan=plan, workspace=str(work), resume=True, watch=steps)
-        assert steps.names[0] == first
+        assert steps.names[:1] == first
 
 
 def test_options_may_be_given_as_flags_have_them():
@@ -277,6 +301,13 @@ def test_the_data_of_a_recipe_are_read(tmp_path):
         ({"weights": "some.safetensors"}, "'weights' is for the command"),
         ({"input": ["1x3x12x12"]}, "'input' is for the command"),
         ({"tune": "epochs=1"}, "'finetune' trains, and there is nothing to train on"),
+        ({"max_drop": 5}, "there are no labelled test samples"),
+        ({"max_drop": 5, "data": points()}, "there are no labelled test samples"),
+        ({"max_drop": 5, "data": (points(), Tensors(points().inputs))}, "there are no labelled test samples"),
+        ({"pipeline": "score", "data": points()}, r"'score' makes no plan: add a pass that gives one \(.*choose.*rene"),
+        ({"pipeline": "finetune{epochs=1}", "data": points()}, "makes no plan"),
+        ({"calibrate": 0}, "'calibrate' cannot be 0"),
+        ({"eval": -3}, "'eval' cannot be -3"),
         (
             {"data": Tensors((torch.zeros(4, 3, 12, 12), torch.zeros(4)))},
             "has 2 input\\(s\\), and the network was given 1",
@@ -338,10 +369,11 @@ def test_a_budget_that_no_plan_meets_says_what_can():
 
 def test_gates_that_are_not_passed_are_in_the_report():
     report = tdcompile.compile(
-        network(), X, data=(points(), points()), budget={"macs": 0.9}, min_speedup=1e6, max_drop=-1000.0
+        network(), X, data=(points(), points()), budget={"macs": 0.9}, min_speedup=1e6, max_drop=100.0
     ).report
     assert not report.met
-    assert [gate.name for gate in report.gates if not gate.passed] == ["min-speedup", "max-drop"]
+    assert [gate.name for gate in report.gates if not gate.passed] == ["min-speedup"]
+    assert [gate.name for gate in report.gates if gate.passed] == ["macs", "max-drop"]
     assert "not met" in report.verdict
 
 

@@ -26,7 +26,7 @@ from tdcompile.registry import make
 from tdcompile.studies.cell import Bench, Point
 from tdcompile.studies.correlation import kendall
 from tdcompile.studies.crew import over_ray
-from tdcompile.studies.findings import Cell, Failure, Findings
+from tdcompile.studies.findings import Cell, Failure, Findings, notes
 from tdcompile.task import Task, accuracy
 
 NET = """
@@ -133,6 +133,24 @@ def test_the_cells_are_what_one_computes_by_hand(subject: tuple[nn.Sequential, T
 def test_layers_that_are_named_may_be_the_first_and_the_last(subject: tuple[nn.Sequential, Tensor, Task]) -> None:
     found = tdcompile.study(*subject, methods=("svd", "tucker2"), compressions=(0.5,), layers=("0", "9"))
     assert [(cell.layer, cell.method) for cell in found.cells] == [("0", "tucker2"), ("9", "svd")]
+
+
+def test_lists_may_be_texts_and_one_compression_a_number(subject: tuple[nn.Sequential, Tensor, Task]) -> None:
+    found = tdcompile.study(*subject, methods="tucker2,tt", compressions=0.5, layers="2,6")
+    assert (found.methods, found.compressions, found.layers) == (("tucker2", "tt"), (0.5,), ("2", "6"))
+    with pytest.raises(InputError, match=r"the compression '0\.5,0\.9' is no number: 0\.75 removes"):
+        tdcompile.study(*subject, compressions="0.5,0.9")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="is given twice"):
+        tdcompile.study(*subject, methods="tt,tt")
+
+
+def test_test_errors_that_are_all_one_are_said_to_give_no_tau(subject: tuple[nn.Sequential, Tensor, Task]) -> None:
+    found = tdcompile.study(*subject, **BRIEF)
+    said = "no τ before fine-tuning: the test error is the same in all cells"
+    assert said not in notes(found)
+    alike = tuple(cell.model_copy(update={"accuracy_before": 0.25}) for cell in found.cells)
+    told = notes(found.model_copy(update={"cells": alike}))
+    assert told == [*notes(found), said]
 
 
 def test_data_may_be_a_pair_or_a_text(subject: tuple[nn.Sequential, Tensor, Task], trained: Path) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tdcompile
 from tdcompile import registry
-from tdcompile.layer import Layer
+from tdcompile.errors import InputError, TdcompileError
+from tdcompile.layer import Layer, Moments
+from tdcompile.passes.analyze.propose import Propose
+from tdcompile.passes.decompose.svd import SVD
 from tdcompile.pipeline import Pipeline
-from tdcompile.ranks import DENSE, Candidates
+from tdcompile.ranks import DENSE, Candidates, Ranks
 from tdcompile.target import Cost, CostModel, Target
 
 
@@ -31,6 +35,28 @@ class PerWeight(CostModel):
         """The same number three times."""
         size = float(torch.Size(layer.weight_shape).numel())
         return Cost(params=self.params * size, macs=self.macs * size, seconds=self.seconds * size)
+
+
+@dataclass(frozen=True)
+class Wrong(SVD):
+    """``svd``, but for what it tells of the ranks after the first."""
+
+    name: ClassVar[str] = ""
+    later: ClassVar[tuple[float, ...]] = ()
+
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+        """One, and then what the test has put there."""
+        return [1.0, *self.later]
+
+
+@pytest.fixture
+def wrong() -> Iterator[None]:
+    """A decomposition for one test alone."""
+    Wrong.name = "wrong"
+    registry.refresh()
+    yield
+    Wrong.name = ""
+    registry.refresh()
 
 
 @pytest.fixture
@@ -58,3 +84,33 @@ def test_counts_are_those_of_one_model_and_seconds_those_of_the_other() -> None:
             assert options[0].decomposition == DENSE
             for option in options:
                 assert (option.cost.macs, option.cost.seconds) == (7 * option.cost.params, seconds * option.cost.params)
+
+
+@pytest.mark.usefixtures("wrong")
+@pytest.mark.parametrize(
+    ("later", "told"),
+    [
+        ((0.5, math.nan, 0.0), r"the decomposition 'wrong' gave nan for '1' at ranks \(3,\)"),
+        ((-0.5, 0.1, 0.0), r"the decomposition 'wrong' gave -0.5 for '1' at ranks \(2,\)"),
+        ((0.5, 0.0), r"the decomposition 'wrong' gave 3 errors for '1': expected 4"),
+    ],
+)
+def test_errors_that_cannot_be_are_told_with_the_form_and_the_layer(
+    later: tuple[float, ...], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tdcompile.trace(nn.Sequential(nn.Flatten(), nn.Linear(8, 8)).eval(), (torch.randn(2, 8),))
+    pipeline = Pipeline.parse("propose{decompose=wrong}")
+    program = program.with_(budget=tdcompile.Budget(macs=0.9))
+    monkeypatch.setattr(Wrong, "later", (0.5, math.inf, 0.0))
+    assert [option.error for option in pipeline.run(program).facts[Candidates].layers["1"][1:]] == [1, 0.5, math.inf, 0]
+    monkeypatch.setattr(Wrong, "later", later)
+    with pytest.raises(TdcompileError, match=told) as raised:
+        pipeline.run(program)
+    assert not isinstance(raised.value, InputError)
+
+
+@pytest.mark.parametrize("text", ["propose{grain=-1}", "propose{grain=0}", "propose{jobs=0}"])
+def test_a_grain_or_a_number_of_jobs_below_one_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="is to be at least 1"):
+        Pipeline.parse(text)
+    assert Propose(grain=1, jobs=1).grain == 1
