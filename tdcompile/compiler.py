@@ -24,7 +24,7 @@ from tdcompile.data import Given, given
 from tdcompile.errors import InputError, nearest
 from tdcompile.facts import Fact
 from tdcompile.frontend.precision import samples_like
-from tdcompile.frontend.tracing import trace
+from tdcompile.frontend.tracing import must_be_network, trace
 from tdcompile.kinds import AnalysisPass, TunePass
 from tdcompile.layer import Refusal
 from tdcompile.outcome import measure
@@ -143,6 +143,7 @@ def compile(  # the field's word, as in torch.compile
             f"'{lost[0]}' is for the command: here the network and its example inputs are given themselves"
         )
     pipeline = chosen.steps()
+    must_be_network(module)
     with evaluating(module):  # a network that cannot be copied is traced itself
         program = prepare(module, inputs, chosen.data if data is None else data, chosen)
         pipeline.check(program.facts, planned=True)

@@ -59,8 +59,7 @@ def trace(
         InputError: the network does not run on these inputs, holds NaN or Inf, fixes an axis that is to stay open, or
             the front end that was asked for cannot trace it.
     """
-    if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
-        raise InputError("the network is TorchScript, which torch.fx and torch.export do not take: give its nn.Module")
+    must_be_network(module)
     call = Call.of(module, inputs)
     call = call.having([x.detach().clone() for x in call.tensors])  # a network may work in place on what it is given
     if dynamic_batch and any(b and len(x) == 1 for x, b in zip(call.tensors, shares_batch(call.tensors), strict=True)):
@@ -101,6 +100,18 @@ def trace(
         dynamic_batch=dynamic_batch,
         axes=axes,
     )
+
+
+def must_be_network(module: object) -> None:
+    """A module in Python.
+
+    Raises:
+        InputError: it is TorchScript, or no module.
+    """
+    if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+        raise InputError("the network is TorchScript, which torch.fx and torch.export do not take: give its nn.Module")
+    if not isinstance(module, nn.Module):
+        raise InputError(f"the network is a {type(module).__name__}: give an nn.Module, the built one, not its class")
 
 
 def _cases(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import onnx
 import pytest
@@ -407,6 +409,13 @@ def test_torchscript_is_told_to_be_no_network() -> None:
     scripted = torch.jit.trace(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
     with pytest.raises(InputError, match=r"nn\.Module"):
         tdcompile.trace(scripted, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear, lambda x: x], ids=["class", "function"])
+def test_what_is_no_network_is_told_so(wrong: Any) -> None:
+    for work in (tdcompile.trace, partial(tdcompile.compile, budget={"macs": 0.5})):
+        with pytest.raises(InputError, match=r"the network is a (type|function): give an nn\.Module"):
+            work(wrong, torch.randn(2, 4))
 
 
 class At(nn.Module):
