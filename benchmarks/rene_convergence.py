@@ -25,7 +25,7 @@ from tdcompile.errors import BudgetError, TdcompileError
 from tdcompile.network import Network
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program, kept_dense, sites
-from tdcompile.ranks import DENSE, Candidate, RankPlan, within
+from tdcompile.ranks import DENSE, RankPlan, within
 from tdcompile.registry import make
 from tdcompile.single_rank import SingleRanks
 from tdcompile.source import load_weights
@@ -143,18 +143,7 @@ def one_rank(program: Program) -> RankPlan:
     ranks = next((one for one in every if within(prices.spent(one), prices.limits)), None)
     if ranks is None:
         raise BudgetError(f"there is no plan within {program.budget} of one rank for all layers")
-    choices = {name: Candidate(DENSE, (), 0.0, cost) for name, cost in prices.layers.items()} | {
-        name: Candidate(
-            str(forms[name].spec()),
-            prices.ranks(name, rank),
-            prices.error(name, rank),
-            prices.cost(name, rank),
-            forms[name].modes,
-        )
-        for name, rank in ranks.items()
-        if prices.share(name, rank) < 1
-    }
-    return RankPlan(choices, prices.spent(ranks), prices.dense, selector="one rank")
+    return prices.plan(ranks, kept, "one rank")
 
 
 def by_text(text: str, program: Program) -> RankPlan:

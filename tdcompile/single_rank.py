@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tdcompile.decomposition import Decomposition, tied
 from tdcompile.errors import BudgetError
+from tdcompile.layer import Refusal
 from tdcompile.pricing import Prices
 from tdcompile.program import Program
-from tdcompile.ranks import Ranks, within
+from tdcompile.ranks import DENSE, Candidate, RankPlan, Ranks, within
 from tdcompile.target import Cost
 
 _GAIN = 1e-6  # of squared relative error: less is nothing to pay for
@@ -119,6 +120,31 @@ class SingleRanks(Prices):
                 else:
                     growing.remove(name)
         return made
+
+    def plan(self, ranks: Mapping[str, int], kept: Mapping[str, Refusal], selector: str) -> RankPlan:
+        """The plan of these ranks; a layer stays dense that is kept, has no rank, or would cost as much as dense.
+
+        Args:
+            ranks: by layer.
+            kept: why layers are not to be replaced.
+            selector: what found the ranks.
+        """
+        choices, reasons = {}, dict(kept)
+        for name in self.sites:
+            choices[name] = Candidate(DENSE, (), 0.0, self.layers[name])
+            if name in reasons:
+                continue
+            if name not in ranks:
+                reasons[name] = Refusal(name, "refused", "neither the search's form nor svd applies to it")
+            elif self.share(name, rank := ranks[name]) >= 1:
+                reasons[name] = Refusal(name, "not_cheaper", f"at the rank found, {rank}, it costs more than dense")
+            else:
+                form, cost = self.forms[name], self.cost(name, rank)
+                choices[name] = Candidate(
+                    str(form.spec()), self.ranks(name, rank), self.error(name, rank), cost, form.modes
+                )
+        spent = self.network({name: choice.cost for name, choice in choices.items()})
+        return RankPlan(choices, spent, self.dense, selector=selector, reasons=reasons)
 
     def _ladder(self, name: str, rank: int) -> list[int]:
         """Ranks from 1 to the largest, about a tenth apart, and this one."""

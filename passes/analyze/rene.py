@@ -16,9 +16,8 @@ from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
-from tdcompile.layer import Refusal
 from tdcompile.program import Program, Site, kept_dense, sites
-from tdcompile.ranks import DENSE, Candidate, RankPlan
+from tdcompile.ranks import RankPlan
 from tdcompile.registry import make
 from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
 from tdcompile.single_rank import SingleRanks
@@ -115,7 +114,7 @@ class Rene(AnalysisPass):
                 if (name := layer.site.name) not in grids:
                     settled.take(layer, prices.share(name, chosen[name]))
             rounds += 1
-        return self._plan(kept, prices, prices.fitted(chosen) if self.budget else chosen)
+        return prices.plan(prices.fitted(chosen) if self.budget else chosen, kept, str(self.spec()))
 
     def _form(self, site: Site) -> Decomposition | None:
         for text in (_CONVOLUTIONS[self.form], "svd"):
@@ -214,24 +213,6 @@ class Rene(AnalysisPass):
         if train is None or train.classes is None:
             raise InputError("rene{mode=data} looks at labels: give labelled data, or take mode=recon")
         return _Batches(program, list(train.shuffled(generator).batches(self.batch, limit=self.samples)))
-
-    def _plan(self, kept: Mapping[str, Refusal], prices: SingleRanks, ranks: Mapping[str, int]) -> RankPlan:
-        choices, reasons = {}, dict(kept)
-        for name in prices.sites:
-            choices[name] = Candidate(DENSE, (), 0.0, prices.layers[name])
-            if name in reasons:
-                continue
-            if name not in ranks:
-                reasons[name] = Refusal(name, "refused", "neither the search's form nor svd applies to it")
-            elif prices.share(name, rank := ranks[name]) >= 1:
-                reasons[name] = Refusal(name, "not_cheaper", f"at the rank found, {rank}, it costs more than dense")
-            else:
-                form, cost = prices.forms[name], prices.cost(name, rank)
-                choices[name] = Candidate(
-                    str(form.spec()), prices.ranks(name, rank), prices.error(name, rank), cost, form.modes
-                )
-        spent = prices.network({name: choice.cost for name, choice in choices.items()})
-        return RankPlan(choices, spent, prices.dense, selector=str(self.spec()), reasons=reasons)
 
 
 @dataclass(frozen=True)
