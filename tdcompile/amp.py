@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tdcompile.surgery import computed_by
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,8 +36,7 @@ def gain_of_bf16(device: str) -> float:
     return float(whole / half)
 
 
-@contextmanager
-def strided_in_fp32(network: nn.Module, precision: Precision, device: torch.device) -> Iterator[None]:
+def strided_in_fp32(network: nn.Module, precision: Precision, device: torch.device) -> AbstractContextManager[None]:
     """While it lasts, strided depthwise convolutions compute in fp32 where the rest trains in bf16 on a CPU.
 
     Their gradient takes seven to fifteen times as long in bf16 as in fp32 (torch 2.13, AVX-512 BF16): in a ResNet-20
@@ -46,13 +45,7 @@ def strided_in_fp32(network: nn.Module, precision: Precision, device: torch.devi
     slow = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 != max(m.stride)]
     if precision != "bf16" or device.type != "cpu":
         slow = []
-    for module in slow:
-        module.forward = partial(_in_fp32, module)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in slow:
-            del module.forward
+    return computed_by(_in_fp32, slow)
 
 
 def _in_fp32(module: nn.Conv2d, x: Tensor) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tdcompile.processes import count
+from tdcompile.surgery import computed_by
 
 
-@contextmanager
-def synchronised(network: nn.Module) -> Iterator[None]:
+def synchronised(network: nn.Module) -> AbstractContextManager[None]:
     """While it lasts, batch norm in training mode normalises over all processes' shares of a batch together.
 
     ``torch.nn.SyncBatchNorm`` does so on GPUs alone. Classes with a ``forward`` of their own are left alone, and in one
@@ -24,13 +22,7 @@ def synchronised(network: nn.Module) -> Iterator[None]:
     """
     found = [part for part in network.modules() if isinstance(part, _BatchNorm)] if count() > 1 else []
     norms = [part for part in found if type(part).forward is _BatchNorm.forward and "forward" not in vars(part)]
-    for module in norms:
-        module.forward = partial(_normalised, module)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in norms:
-            del module.forward
+    return computed_by(_normalised, norms)
 
 
 def _normalised(module: _BatchNorm, x: Tensor) -> Tensor:

@@ -43,9 +43,6 @@ from tdcompile.tuning import key_of
 
 T = TypeVar("T")
 
-# Of a recipe, what changes no pass's result, or what the program itself tells: the network, its inputs, a given plan.
-_OF_NO_RESULT = {"source", "weights", "input", "plan", "max_drop", "min_speedup", "eval", "jobs"}
-
 
 @dataclass(frozen=True)
 class Compiled:
@@ -414,9 +411,8 @@ def _key(program: Program, recipe: Recipe) -> dict[str, str]:
     task, plan = program.task, program.facts.get(RankPlan)
     inputs = [(tuple(x.shape), str(x.dtype)) for x in program.inputs]
     data = [samples.fingerprint() for samples in (task.train, task.test) if samples is not None and len(samples)]
-    asked = recipe.model_dump(mode="json", exclude=_OF_NO_RESULT)
     return {
-        **{name: json.dumps(value, sort_keys=True) for name, value in asked.items()},
+        **{name: json.dumps(value, sort_keys=True) for name, value in recipe.deciding().items()},
         "network": key_of([program.dense], program.dense.code),
         "example inputs": key_of([], inputs, str(program.axes)),
         "samples": key_of([], task.source, data),

@@ -22,6 +22,8 @@ from tdcompile.target import UNLIMITED, Budget, Target
 SHIPPED = "recipes.toml"
 _OF_PIPELINE = ("decompose", "ranks", "importance", "tune", "plan", "grain")  # what a pipeline is made of
 _OF_MACHINE = ("grain", "jobs")  # what a pass is told of where it works, and what for
+# What changes no pass's result, or what the program itself tells: the network, its inputs, a given plan.
+_OF_NO_RESULT = {"source", "weights", "input", "plan", "max_drop", "min_speedup", "eval", "jobs"}
 _OF_PLAN = ("decompose", "ranks", "importance", "grain")  # what a plan is made by
 
 _Count = Annotated[int, Field(ge=1)]
@@ -96,6 +98,10 @@ class Recipe(BaseModel):
         if not self.budget and any(RankPlan in step.gives for step in self.steps().steps):
             raise InputError(UNLIMITED)
         return _budget(self.budget)
+
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide what the passes do, by name, as JSON has them."""
+        return self.model_dump(mode="json", exclude=_OF_NO_RESULT)
 
     def device(self) -> Target:
         """The target."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +35,18 @@ def outputs_of(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     with evaluating(module), torch.no_grad(), separate_attention():
         # a network may work in place, and return a parameter
         return [y.detach() for y in tensors_in(module(*(x.clone() for x in inputs)))]
+
+
+@contextmanager
+def computed_by(forward: Callable[[Any, Tensor], Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules that compute by a function of themselves and their input, for a while; they stay what they are."""
+    for module in modules:
+        module.forward = partial(forward, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 @contextmanager

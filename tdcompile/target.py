@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from tdcompile.errors import InputError, nearest
 from tdcompile.layer import Layer
 from tdcompile.plugin import Plugin
 
-GRAIN = {"cpu": 16, "cuda": 8}
+Device = Literal["cpu", "cuda"]
+Floats = Literal["fp32", "fp16"]
+
+GRAIN: dict[Device, int] = {"cpu": 16, "cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,15 @@ class Target:
         batch: samples in one timed run.
     """
 
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     threads: int = 1
     grain: int | None = None
-    precision: Literal["fp32", "fp16"] = "fp32"
+    precision: Floats = "fp32"
     batch: int = 1
 
     def __post_init__(self) -> None:
         """Raises InputError where a name is not one of those, or a number is below 1."""
-        for name, known in (("device", ("cpu", "cuda")), ("precision", ("fp32", "fp16"))):
+        for name, known in (("device", get_args(Device)), ("precision", get_args(Floats))):
             if (given := getattr(self, name)) not in known:
                 raise InputError(f"there is no {name} {given!r}: {nearest(str(given), known)}")
         for name in ("threads", "batch", "grain"):

@@ -13,11 +13,11 @@ CORE, PLUGINS = ROOT / "tdcompile", [ROOT / "passes", ROOT / "models"]
 
 # A file imports from floors below its own, and from those of its own floor that stand before it here.
 FLOORS = """
-    errors spec amp noise sketch linalg multilinear degeneracy anchors inputmap
+    errors spec noise sketch linalg multilinear degeneracy anchors inputmap
 
-    plugin facts layer callables vocabulary extras processes batchnorm workers
+    plugin facts layer callables vocabulary extras processes workers
 
-    target task surgery signature images tuning metric calibration patches regression streams
+    target task surgery amp batchnorm signature images tuning metric calibration patches regression streams
 
     program augment readers
 
