@@ -22,6 +22,7 @@ from tdcompile.amp import Precision, strided_in_fp32
 from tdcompile.augment import Augment, Augmented
 from tdcompile.data import load_data
 from tdcompile.errors import InputError, TdcompileError
+from tdcompile.memory import freed_memory_kept
 from tdcompile.network import Network
 from tdcompile.program import sites_of
 from tdcompile.target import Target
@@ -178,8 +179,9 @@ def main(
         torch.manual_seed(seed)
         module = network.build()
         schedule = Schedule(epochs, lr, batch, weight_decay, smoothing, warmup, augment, precision)
-        for epoch, loss in enumerate(fit(module, train, schedule, torch.Generator().manual_seed(seed)), start=1):
-            typer.echo(f"epoch {epoch}/{epochs}: loss {loss:.4f}", err=True)
+        with freed_memory_kept():
+            for epoch, loss in enumerate(fit(module, train, schedule, torch.Generator().manual_seed(seed)), start=1):
+                typer.echo(f"epoch {epoch}/{epochs}: loss {loss:.4f}", err=True)
         save(module, output)
         right = accuracy(module, test)
         typer.echo(f"{output}: " + ("no test samples" if right is None else f"test accuracy {right:.2%}"))

@@ -10,6 +10,7 @@ from typing import Protocol
 from tdcompile.errors import InputError, during
 from tdcompile.facts import Facts
 from tdcompile.kinds import Pass, TunePass, progress
+from tdcompile.memory import freed_memory_kept
 from tdcompile.program import Program
 from tdcompile.ranks import RankPlan
 from tdcompile.registry import find, make
@@ -123,7 +124,7 @@ def run_step(step: Pass, program: Program, watch: Watch, position: int = 0, of: 
     token = progress.set(lambda done, total, note: watch.advanced(step, done, total, note))
     start = time.perf_counter()
     try:
-        with separate_attention(), during(f"in the pass '{step.name}'"):
+        with separate_attention(), freed_memory_kept(), during(f"in the pass '{step.name}'"):
             program = step.run(program)
     finally:
         progress.reset(token)

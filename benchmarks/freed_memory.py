@@ -1,0 +1,66 @@
+"""What it brings that freed memory stays with the process: batches answered and steps trained, with and without."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import network, publish
+
+from tdcompile.memory import freed_memory_kept
+from tdcompile.target import Target
+
+
+def main(
+    networks: Annotated[str, typer.Option(help="comma-separated")] = "resnet56,resnet50",
+    images: Annotated[str, typer.Option(help="of a batch, for each network, comma-separated")] = "128,8",
+    batches: Annotated[int, typer.Option(help="of each turn")] = 4,
+    rounds: int = 5,
+    seed: int = 0,
+    json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
+) -> None:
+    """PyTorch on the CPU in fp32, random weights and images, in turns; a step has no update."""
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for name, size in zip(networks.split(","), map(int, images.split(",")), strict=True):
+        module, example = network(name, seed)
+        x = torch.randn(size, *example.shape[1:], generator=torch.Generator().manual_seed(seed))
+        for what, trains in (("answers", False), ("steps", True)):
+            module.train(trains).requires_grad_(trains)
+            returned, kept = [], []
+            for turn in range(rounds + 1):
+                some = [_seconds(module, x, batches, nullcontext()), _seconds(module, x, batches, freed_memory_kept())]
+                if turn:  # the first one warms up
+                    returned.append(some[0])
+                    kept.append(some[1])
+            ratios = sorted(b / a for a, b in zip(returned, kept, strict=True))
+            rows.append(
+                {
+                    "network": name,
+                    f"{batches} batches": f"{what}, {size} images each",
+                    "seconds, returned": median(returned),
+                    "seconds, kept": median(kept),
+                    "ratio": median(kept) / median(returned),
+                    "lowest and highest": f"{ratios[0]:.3f} – {ratios[-1]:.3f}",
+                }
+            )
+    publish("Freed memory kept by the process", rows, seed, Target(), json)
+
+
+def _seconds(module: torch.nn.Module, x: torch.Tensor, batches: int, memory: AbstractContextManager[None]) -> float:
+    begun = time.perf_counter()
+    with memory:
+        for _ in range(batches):
+            answer = module(x)
+            if answer.requires_grad:
+                answer.square().mean().backward()
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    typer.run(main)
