@@ -98,10 +98,12 @@ def given(
         dtype: of the network's input: integers become numbers for one of floats; none leaves them what they are.
 
     Raises:
-        InputError: it is none of these, or does not fit the input; the first sample of each part is read to see, but of
-            ``Samples``, which may be of several inputs and other lengths.
+        InputError: it is none of these, does not fit the input, or is not there to normalise; the first sample of each
+            part is read to see, but of ``Samples``, which may be of several inputs and other lengths.
     """
     if data is None:
+        if normalize != "none":
+            raise InputError(f"there are no data to normalise by '{normalize}': give --data (from Python data=) too")
         return None, None
     if isinstance(data, str):
         return load_data(data, input_shape, normalize, seed, dtype)

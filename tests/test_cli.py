@@ -535,6 +535,7 @@ def test_a_source_that_is_none_is_refused(tdc: Any, home: Path, source: str, sai
         (["--data", "npz:missing.npz"], "missing.npz"),
         (["--data", "digist"], "did you mean 'digits'?"),
         (["--data", "npz:good.npz", "--normalize", "imagnet"], "imagnet"),
+        (["--normalize", "imagenet"], "give --data"),
     ],
 )
 def test_an_option_that_cannot_be_used_is_refused(tdc: Any, home: Path, flags: list[str], said: str) -> None:

@@ -597,6 +597,8 @@ def test_python_may_hand_over_samples_as_they_are_an_array_a_text_and_nothing() 
     assert alone is not None
     assert (len(alone), alone.classes) == (12, None)
     assert given(None, (3, 6, 6)) == (None, None)
+    with pytest.raises(InputError, match="no data to normalise by 'imagenet'"):
+        given(None, (3, 6, 6), "imagenet")
     digits, held = given("digits", (1, 8, 8))
     assert digits is not None
     assert held is not None

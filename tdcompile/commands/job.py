@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tdcompile.commands.examples import draw_arguments, parse_example
-from tdcompile.data import load_data
+from tdcompile.data import given
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError
 from tdcompile.facts import Facts
@@ -93,11 +93,9 @@ def load_job(recipe: Recipe) -> Job:
     module, inputs = load_network(recipe)
     if recipe.weights is None and ":" not in str(recipe.source):
         log.warning("%s has random weights: give --weights", recipe.source)
-    if recipe.data is None:
-        return Job(module, inputs, Task(calibrate=recipe.calibrate, evaluate=recipe.eval))
     first = next(iter(inputs.values() if isinstance(inputs, dict) else inputs))
-    train, test = load_data(recipe.data, tuple(first.shape[1:]), recipe.normalize, recipe.seed, first.dtype)
-    return Job(module, inputs, Task(train, test, recipe.calibrate, recipe.eval, recipe.data))
+    train, test = given(recipe.data, tuple(first.shape[1:]), recipe.normalize, recipe.seed, first.dtype)
+    return Job(module, inputs, Task(train, test, recipe.calibrate, recipe.eval, recipe.data or "none"))
 
 
 def to_toml(recipe: Recipe) -> str:
