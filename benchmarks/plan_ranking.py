@@ -58,8 +58,8 @@ def main(
         print(f"score {score}: {time.perf_counter() - begun:.1f} s", flush=True)
     known = _known(kept, settings := f"{network}, seed {seed}, {after}, {tune}, {evaluate} images")
     found: list[dict[str, Any]] = []
-    for share in map(float, shares.split(",")):
-        for number in reversed(range(plans)) if backwards else range(plans):
+    for number in reversed(range(plans)) if backwards else range(plans):
+        for share in map(float, shares.split(",")):
             plan = _random_plan(program, share, program.generator(f"plan/{share}/{number}"))
             key = f"{settings}, {share:g}, {number}, {_digest(plan)}"
             known |= _known(kept, settings) if key not in known else {}
