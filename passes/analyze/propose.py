@@ -55,10 +55,14 @@ class Propose(AnalysisPass):
     jobs: int = 1
 
     def __post_init__(self) -> None:
-        """Raises InputError where jobs or the grain is below 1."""
+        """Raises InputError where jobs or the grain is below 1, or a plug-in is not there: here, not passes later."""
         for option, value in (("jobs", self.jobs), ("grain", self.grain)):
             if value is not None and value < 1:
                 raise InputError(f"propose{{{option}={value}}} is to be at least 1")
+        for form in self.decompose:
+            make(Decomposition, form)
+        for model in (self.cost, self.timer):
+            make(CostModel, model)
 
     def analyze(self, program: Program) -> Candidates:
         """Prices from the cost models, then errors, from one spectrum a layer where the form has one.

@@ -113,4 +113,13 @@ def test_errors_that_cannot_be_are_told_with_the_form_and_the_layer(
 def test_a_grain_or_a_number_of_jobs_below_one_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="is to be at least 1"):
         Pipeline.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [("decompose=svd+tuckr2", "tucker2"), ("cost=analytc", "analytic"), ("timer=mesured", "measured")],
+)
+def test_a_plug_in_that_is_not_there_is_told_before_anything_runs(text: str, nearest: str) -> None:
+    with pytest.raises(InputError, match=f"did you mean '{nearest}'"):
+        Pipeline.parse(f"calibrate,propose{{{text}}}")
     assert Propose(grain=1, jobs=1).grain == 1
