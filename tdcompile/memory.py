@@ -7,20 +7,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # the numbers of mallopt(3)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # the numbers of mallopt(3)
 _NEVER = -1
-# glibc ceases to adjust its thresholds once it is told one: these are where its own adjustment would end.
-_LARGEST_MMAP_THRESHOLD, _DEFAULT_MMAP_MAX = 32 << 20, 65_536
+# The largest that glibc takes, and where its own adjustment ends, which ceases once it is told a threshold. Blocks
+# above it are the system's at once in any case: in a heap of aligned blocks each would leave a hole too small for the
+# next one of its size.
+_LARGEST_IN_HEAP = 32 << 20
 
 _keeping = False
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """While it lasts, memory that is freed stays with the process; at the end of the outermost the system has it back.
+    """While it lasts, the heap's freed memory stays with the process; after the outermost one the system has it back.
 
-    glibc returns large blocks to the system as soon as they are free, so that the pages of every batch's activations
-    are mapped and zeroed again (mallopt(3)). With another C library nothing happens.
+    glibc returns the end of the heap to the system as soon as it is free, so that the pages of every batch's
+    activations are mapped and zeroed again (mallopt(3)). With another C library nothing happens.
     """
     global _keeping
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -28,13 +30,11 @@ def freed_memory_kept() -> Iterator[None]:
         yield
         return
     _keeping = True
-    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
     libc.mallopt(_TRIM_THRESHOLD, _NEVER)
     try:
         yield
     finally:
-        libc.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
-        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_IN_HEAP)
         libc.malloc_trim(0)
         _keeping = False
