@@ -95,7 +95,7 @@ def test_a_second_budget_costs_no_second_pass() -> None:
         scored = len(passes)
         plans = [
             Pipeline.parse("choose{by=lwiq}").run(given.with_(budget=tdcompile.Budget(macs=share))).facts[RankPlan]
-            for share in (0.95, 0.4)
+            for share in (0.95, 0.2)  # ranks of 2 are exact and take 0.24
         ]
     finally:
         hook.remove()
