@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from tdcompile.layer import Layer, Moments
 from tdcompile.passes.analyze.propose import Propose
 from tdcompile.passes.decompose.svd import SVD
 from tdcompile.pipeline import Pipeline
+from tdcompile.plugin import Plugin
 from tdcompile.ranks import DENSE, Candidates, Ranks
 from tdcompile.target import Cost, CostModel, Target
 
@@ -49,24 +51,28 @@ class Wrong(SVD):
         return [1.0, *self.later]
 
 
+@contextmanager
+def listed(plug_in: type[Plugin], name: str) -> Iterator[None]:
+    """A plug-in for one test alone: what has a name is listed from then on."""
+    plug_in.name = name
+    registry.refresh()
+    try:
+        yield
+    finally:
+        plug_in.name = ""
+        registry.refresh()
+
+
 @pytest.fixture
 def wrong() -> Iterator[None]:
-    """A decomposition for one test alone."""
-    Wrong.name = "wrong"
-    registry.refresh()
-    yield
-    Wrong.name = ""
-    registry.refresh()
+    with listed(Wrong, "wrong"):
+        yield
 
 
 @pytest.fixture
 def priced() -> Iterator[None]:
-    """A cost model for one test alone: what is defined is listed from then on."""
-    PerWeight.name = "per-weight"
-    registry.refresh()
-    yield
-    PerWeight.name = ""
-    registry.refresh()
+    with listed(PerWeight, "per-weight"):
+        yield
 
 
 def candidates(budget: tdcompile.Budget) -> Candidates:
