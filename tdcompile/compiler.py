@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from tdcompile.artifact import check_out, save_weights, write_folder
 from tdcompile.backend.runtime import open_session
 from tdcompile.checkpoint import Checkpoint
-from tdcompile.data import Given, given
+from tdcompile.data import Given
 from tdcompile.errors import InputError, nearest
 from tdcompile.facts import Fact
 from tdcompile.frontend.precision import samples_like
@@ -239,7 +239,7 @@ def prepare(
     program = trace(
         module, inputs, frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch, dynamic=recipe.dynamic
     )
-    task = _task(data, recipe, program.inputs[0])
+    task = recipe.task(data, program.inputs[0])
     train, test = (samples_like(samples, program.inputs) for samples in (task.train, task.test))
     task = replace(task, train=train, test=test)
     program = program.with_(task=task, target=target, budget=budget, seed=recipe.seed)
@@ -298,15 +298,6 @@ def _given(step: AnalysisPass, work: Callable[[], Program]) -> list[Fact]:
 
 def _tested(program: Program) -> float | None:
     return accuracy(program.graph, program.task.test, program.task.evaluate)
-
-
-def _task(data: Task | Given, recipe: Recipe, first: Tensor) -> Task:
-    if isinstance(data, Task):
-        return data
-    train, test = given(data, tuple(first.shape[1:]), recipe.normalize, recipe.seed, first.dtype)
-    return Task(
-        train, test, recipe.calibrate, recipe.eval, data if isinstance(data, str) else "given" if train else "none"
-    )
 
 
 def _kept(program: Program, patterns: Sequence[str]) -> dict[str, str]:

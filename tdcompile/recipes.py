@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import Tensor
 
+from tdcompile.data import Given, given
 from tdcompile.errors import InputError, nearest
 from tdcompile.kinds import Pass
 from tdcompile.pipeline import Pipeline
@@ -18,6 +20,7 @@ from tdcompile.ranks import RankPlan, RankSelector
 from tdcompile.registry import get
 from tdcompile.spec import Spec, parse_options, parse_spec, parse_specs, split
 from tdcompile.target import UNLIMITED, Budget, Target
+from tdcompile.task import Task
 
 SHIPPED = "recipes.toml"
 _OF_PIPELINE = ("decompose", "ranks", "importance", "tune", "plan", "grain")  # what a pipeline is made of
@@ -106,6 +109,19 @@ class Recipe(BaseModel):
     def device(self) -> Target:
         """The target."""
         return Target(device=self.target, threads=self.threads, grain=self.grain)
+
+    def task(self, data: Task | Given, first: Tensor) -> Task:
+        """The task that data make for a network whose first input is ``first``; a ``Task`` is taken as it is.
+
+        Raises:
+            InputError: they cannot be read, or do not fit the input (``data.given``).
+            UnavailableError: a package that reads them is missing.
+        """
+        if isinstance(data, Task):
+            return data
+        train, test = given(data, tuple(first.shape[1:]), self.normalize, self.seed, first.dtype)
+        source = data if isinstance(data, str) else "none" if train is None else "given"
+        return Task(train, test, self.calibrate, self.eval, source)
 
     def steps(self) -> Pipeline:
         """The pipeline that the options describe.

@@ -536,6 +536,8 @@ def test_a_source_that_is_none_is_refused(tdc: Any, home: Path, source: str, sai
         (["--data", "digist"], "did you mean 'digits'?"),
         (["--data", "npz:good.npz", "--normalize", "imagnet"], "imagnet"),
         (["--normalize", "imagenet"], "give --data"),
+        (["--calibrate", "64"], "--calibrate 64 counts samples"),
+        (["--eval", "64"], "--eval 64 counts samples"),
     ],
 )
 def test_an_option_that_cannot_be_used_is_refused(tdc: Any, home: Path, flags: list[str], said: str) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from tdcompile.commands.examples import draw_arguments, parse_example
-from tdcompile.data import given
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError
 from tdcompile.facts import Facts
@@ -52,6 +51,8 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
     if "decompose" in flags:
         flags["decompose"] = tuple(split(flags["decompose"]))
     recipe = _completed(load_recipe(given.get("recipe"), {k: _frozen(v) for k, v in flags.items()}))
+    if recipe.data is None and (idle := [name for name in ("calibrate", "eval") if name in flags]):
+        raise InputError(f"--{idle[0]} {flags[idle[0]]} counts samples, and there are no data: give --data")
     _check(recipe)
     return recipe
 
@@ -94,8 +95,7 @@ def load_job(recipe: Recipe) -> Job:
     if recipe.weights is None and ":" not in str(recipe.source):
         log.warning("%s has random weights: give --weights", recipe.source)
     first = next(iter(inputs.values() if isinstance(inputs, dict) else inputs))
-    train, test = given(recipe.data, tuple(first.shape[1:]), recipe.normalize, recipe.seed, first.dtype)
-    return Job(module, inputs, Task(train, test, recipe.calibrate, recipe.eval, recipe.data or "none"))
+    return Job(module, inputs, recipe.task(recipe.data, first))
 
 
 def to_toml(recipe: Recipe) -> str:
