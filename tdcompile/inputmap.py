@@ -1,9 +1,9 @@
 """W ≈ G B with few inputs: a map A of the inputs, alike for all taps, and the least-squares core G in the metric of S.
 
-A weight ``flat`` is ``(T, G·K)`` with K taps for each of G groups of inputs; S is the second moment of its input, None
-the identity. An input map A, ``(G, r)``, has orthonormal columns, and B = Aᵀ ⊗ I_K is ordered by component: the first
-r'·K rows of B belong to the first r' components. Hence one Cholesky factor of B S Bᵀ holds those of all smaller ranks
-as its leading blocks, and one regression the errors of all of them.
+A weight ``flat`` is ``(T, G·K)`` with K taps for each of G groups of inputs; S is the second moment of its input, a
+sketch of it, or None for the identity. An input map A, ``(G, r)``, has orthonormal columns, and B = Aᵀ ⊗ I_K is ordered
+by component: the first r'·K rows of B belong to the first r' components. Hence one Cholesky factor of B S Bᵀ holds
+those of all smaller ranks as its leading blocks, and one regression the errors of all of them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from tdcompile.linalg import cholesky, definite, leading, ridge, unfold
+from tdcompile.sketch import Sketch
 
 
-def input_map(flat: Tensor, second: Tensor | None, taps: int, rank: int) -> Tensor:
+def input_map(flat: Tensor, second: Tensor | Sketch | None, taps: int, rank: int) -> Tensor:
     """A, ``(G, rank)``: the row space of the leading output directions, were S a Kronecker product S_c ⊗ R.
 
     S_c = L Lᵀ is the mean over taps of S's G x G blocks, R the mean over groups of its K x K blocks. With Z the leading
@@ -28,14 +29,29 @@ def input_map(flat: Tensor, second: Tensor | None, taps: int, rank: int) -> Tens
     by_group = flat.reshape(-1, groups, taps)
     if second is None:
         return leading(unfold(by_group, 1), None, rank)
-    blocks = second.reshape(groups, taps, groups, taps)
-    between_groups = torch.einsum("gkhk->gh", blocks) / taps
-    between_taps = torch.einsum("gkgl->kl", blocks) / groups
-    root = cholesky(between_groups, ridge(second))
-    weighted = unfold(by_group @ cholesky(between_taps, ridge(second)), 1)
+    root = cholesky(between_groups(second, taps).to(flat), ridge(second))
+    weighted = unfold(by_group @ cholesky(between_taps(second, taps).to(flat), ridge(second)), 1)
     vectors = leading(root.T @ weighted, None, rank)
     basis: Tensor = torch.linalg.qr(torch.linalg.solve_triangular(root.T, vectors, upper=True)).Q
     return basis
+
+
+def between_groups(second: Tensor | Sketch, taps: int) -> Tensor:
+    """The mean over the taps of S's G x G blocks, ``(G, G)``."""
+    if isinstance(second, Sketch):
+        return second.between_groups(taps)
+    return torch.einsum("gkhk->gh", _blocks(second, taps)) / taps
+
+
+def between_taps(second: Tensor | Sketch, taps: int) -> Tensor:
+    """The mean over the groups of S's K x K blocks, ``(K, K)``."""
+    if isinstance(second, Sketch):
+        return second.between_taps(taps)
+    return torch.einsum("gkgl->kl", _blocks(second, taps)) * taps / len(second)
+
+
+def _blocks(second: Tensor, taps: int) -> Tensor:
+    return second.reshape(len(second) // taps, taps, len(second) // taps, taps)
 
 
 def mapped(flat: Tensor, basis: Tensor) -> Tensor:
@@ -43,7 +59,7 @@ def mapped(flat: Tensor, basis: Tensor) -> Tensor:
     return torch.einsum("tgk,gi->tik", flat.reshape(len(flat), len(basis), -1), basis).flatten(1)
 
 
-def regress(flat: Tensor, second: Tensor | None, basis: Tensor) -> tuple[Tensor, Tensor | None]:
+def regress(flat: Tensor, second: Tensor | Sketch | None, basis: Tensor) -> tuple[Tensor, Tensor | None]:
     """Y and L with G = Y L⁻¹ the least-squares core of W ≈ G B, L Lᵀ = B (S + ridge) Bᵀ, Y = W (S + ridge) Bᵀ L⁻ᵀ.
 
     Y is the output that B explains, in coordinates of unit variance. Without S the core is Y itself and L None.
@@ -54,15 +70,20 @@ def regress(flat: Tensor, second: Tensor | None, basis: Tensor) -> tuple[Tensor,
     return explained, root
 
 
-def _regress(flat: Tensor, second: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float]:
+def _regress(flat: Tensor, second: Tensor | Sketch, basis: Tensor) -> tuple[Tensor, Tensor, float]:
     """Y, L and the ridge, which is more than S's own where that leaves B S Bᵀ indefinite."""
-    groups = len(basis)
-    half = (basis.T @ second.reshape(groups, -1)).reshape(-1, flat.shape[1])
-    normal = (basis.T @ half.T.reshape(groups, -1)).reshape(len(half), len(half))  # half.T: the other side of S
-    root, extra = definite(normal, ridge(second))
+    root, extra = definite(_within(second, basis), ridge(second))
     cross = mapped(flat @ second + extra * flat, basis)
     explained: Tensor = torch.linalg.solve_triangular(root, cross.T, upper=False).T
     return explained, root, extra
+
+
+def _within(second: Tensor | Sketch, basis: Tensor) -> Tensor:
+    """B S Bᵀ, ``(r·K, r·K)``."""
+    if isinstance(second, Sketch):
+        return second.within(basis)
+    half = (basis.T @ second.reshape(len(basis), -1)).reshape(-1, len(second))
+    return (basis.T @ half.T.reshape(len(basis), -1)).reshape(len(half), len(half))  # half.T: the other side of S
 
 
 def settle(explained: Tensor, root: Tensor | None) -> Tensor:
@@ -73,14 +94,14 @@ def settle(explained: Tensor, root: Tensor | None) -> Tensor:
     return core
 
 
-def core_of(flat: Tensor, second: Tensor | None, basis: Tensor) -> Tensor:
+def core_of(flat: Tensor, second: Tensor | Sketch | None, basis: Tensor) -> Tensor:
     """G, ``(T, r·K)``: the least-squares core of W ≈ G B in the metric of S; exact where B spans everything."""
     if basis.shape[0] == basis.shape[1]:
         return mapped(flat, basis)
     return settle(*regress(flat, second, basis))
 
 
-def residuals(flat: Tensor, second: Tensor | None, basis: Tensor, levels: Sequence[int]) -> Tensor:
+def residuals(flat: Tensor, second: Tensor | Sketch | None, basis: Tensor, levels: Sequence[int]) -> Tensor:
     """For each row of ``flat`` and each level r the energy of W − G B in the metric of S, ``(T, levels)``.
 
     Level 0 has that of W itself. G is ``core_of`` with the first r columns of A. Row by row the regression explains
@@ -104,7 +125,7 @@ def _kept(explained: Tensor, stops: Sequence[int]) -> Tensor:
     return torch.nn.functional.pad(explained.square().cumsum(1, dtype=torch.float64), (1, 0))[:, stops]
 
 
-def refine(flat: Tensor, second: Tensor, core: Tensor, basis: Tensor, steps: int) -> Tensor:
+def refine(flat: Tensor, second: Tensor | Sketch, core: Tensor, basis: Tensor, steps: int) -> Tensor:
     """The input map after some conjugate-gradient steps on ‖(W − G B)(S + ridge)^½‖² with the core G held."""
     groups, rank = basis.shape
     kernel, extra = core.reshape(len(core), rank, -1), ridge(second)

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from tdcompile.sketch import Sketch, dense
+from tdcompile.errors import InputError
+from tdcompile.sketch import Sketch
 
 Pair = tuple[int, int]
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -18,6 +19,8 @@ _TRANSPOSED = {
     2: nn.functional.conv_transpose2d,
     3: nn.functional.conv_transpose3d,
 }
+# Rows of the largest moment that is written out from its sketch: 2 GB in float64.
+ENTIRE = 2**14
 _PAD = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
@@ -36,8 +39,8 @@ class Moments:
 
     Attributes:
         metric: E[x xᵀ], float64, ``(C·K, C·K)`` with K the number of kernel taps; x is an im2col patch in the
-            order of ``weight.reshape(T, C·K)``. Of a wide layer of one tap a sketch, by which a matrix is multiplied
-            from the right like by a tensor. Of a layer in G groups one for each, ``(G, C·K / G, C·K / G)``.
+            order of ``weight.reshape(T, C·K)``. Of a wide layer a sketch, by which a matrix is multiplied from the
+            right like by a tensor. Of a layer in G groups one for each, ``(G, C·K / G, C·K / G)``.
         samples: how many patches it was averaged over.
     """
 
@@ -46,12 +49,19 @@ class Moments:
 
     @property
     def second(self) -> torch.Tensor:
-        """E[x xᵀ] for what needs its entries.
+        """E[x xᵀ] for what needs its entries; where there is only a sketch of it, what that stands for.
 
         Raises:
-            InputError: there is only a sketch of it.
+            InputError: it would have more than ``ENTIRE`` rows.
         """
-        return dense(self.metric)
+        if not isinstance(self.metric, Sketch):
+            return self.metric
+        if len(self.metric) > ENTIRE:
+            raise InputError(
+                f"the second moment of {len(self.metric)} inputs is a sketch, too large to be written out: multiply by "
+                "'metric', or leave the layer to another form"
+            )
+        return self.metric.dense().double()
 
     @property
     def groups(self) -> int:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tdcompile.degeneracy import bounded
+from tdcompile.inputmap import between_groups
 from tdcompile.linalg import blocks, cholesky, definite, ridge
-from tdcompile.sketch import Sketch, dense
+from tdcompile.sketch import Sketch
 
 
 class OutputMetric:
@@ -27,13 +28,8 @@ class OutputMetric:
         self.energy = sum(self._energy(block) for block in self._blocks())
 
     def channel_root(self, channels: int) -> Tensor:
-        """Lower triangular L with L Lᵀ = the mean over the taps of S's C x C diagonal blocks, plus a ridge.
-
-        Raises:
-            InputError: there is only a sketch of S.
-        """
-        parts = dense(self.second).reshape(channels, -1, channels, len(self.second) // channels)
-        block = parts.diagonal(dim1=1, dim2=3).mean(-1)
+        """Lower triangular L with L Lᵀ = the mean over the taps of S's C x C diagonal blocks, plus a ridge."""
+        block = between_groups(self.second, len(self.second) // channels).double()
         return cholesky(block, ridge(block))
 
     def error(self, approximation: Tensor) -> float:

@@ -93,7 +93,7 @@ class Polyadic(Decomposition):
         if ranks >= self.exact_ranks(layer):
             last, *others = cp_exact(tensor, ranks[0])
         else:
-            last, *others = self._factors(tensor, ranks[0], OutputMetric(weight, moments.second) if moments else None)
+            last, *others = self._factors(tensor, ranks[0], OutputMetric(weight, moments.metric) if moments else None)
         found = [*(factor.T for factor in others), last]
         parts = self.blueprint(layer, ranks)
         return tuple(f.reshape(part.weight_shape).to(weight.dtype) for f, part in zip(found, parts, strict=True))
@@ -122,7 +122,7 @@ class Polyadic(Decomposition):
         The correction for sensitivity is not done for an estimate: it uses up the error that it is allowed.
         """
         tensor = self._tensor(layer, weight)
-        metric = OutputMetric(weight, moments.second) if moments is not None else None
+        metric = OutputMetric(weight, moments.metric) if moments is not None else None
         root = metric.channel_root(tensor.shape[1]) if metric is not None else None
         whitened = tensor if root is None else _whiten(tensor, root)
         left, start = slice_start(whitened)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tdcompile.errors import InputError
-
 # Columns of F that are multiplied at a time: in another precision than theirs all of them would take twice the memory.
 COLUMNS = 128
 # Rows of the sums that are worked on at a time.
@@ -20,6 +18,7 @@ class Sketch:
     """S ≈ F Fᵀ + diag(d), which takes N·(k + 1) figures where S takes N².
 
     It stands where a matrix would: ``flat @ sketch``, ``diagonal``, ``shape``, ``len`` and ``to`` are like a tensor's.
+    The inputs of a convolution are in the order of its weight: K taps for each of G groups, the taps running fastest.
 
     Attributes:
         factor: F, ``(N, k)``, with orthogonal columns, longest first.
@@ -55,23 +54,43 @@ class Sketch:
         """The same on another tensor's device, in its own precision."""
         return Sketch(self.factor.to(other.device), self.rest.to(other.device))
 
+    def numel(self) -> int:
+        """How many figures are kept."""
+        return self.factor.numel() + self.rest.numel()
+
     def root(self, extra: float) -> Tensor:
         """L with L Lᵀ = S + extra·I, ``(N, k + N)``."""
         return torch.cat([self.factor, torch.diag((self.rest + extra).sqrt())], dim=1)
 
+    def dense(self) -> Tensor:
+        """S itself, ``(N, N)``, in the precision of F."""
+        found = self.factor @ self.factor.T
+        found.diagonal().add_(self.rest)
+        return found
 
-def dense(second: Tensor | Sketch) -> Tensor:
-    """S itself.
+    def between_groups(self, taps: int) -> Tensor:
+        """The mean over the taps of S's G x G blocks, ``(G, G)``."""
+        factor, rest = self._by_tap(taps)
+        return torch.einsum("gkf,hkf->gh", factor, factor) / taps + torch.diag(rest.mean(1))
 
-    Raises:
-        InputError: there is only a sketch of it.
-    """
-    if isinstance(second, Sketch):
-        raise InputError(
-            f"of the second moment of a layer with {len(second)} inputs only a sketch was kept, which serves svd and "
-            f"tt-linear; another form needs all of it: calibrate{{largest={len(second)}}}"
-        )
-    return second
+    def between_taps(self, taps: int) -> Tensor:
+        """The mean over the groups of S's K x K blocks, ``(K, K)``."""
+        factor, rest = self._by_tap(taps)
+        return torch.einsum("gkf,glf->kl", factor, factor) / len(factor) + torch.diag(rest.mean(0))
+
+    def within(self, basis: Tensor) -> Tensor:
+        """B S Bᵀ, ``(r·K, r·K)``, for B = Aᵀ ⊗ I_K with A, ``(G, r)``, in its precision."""
+        taps, rank = len(self) // len(basis), basis.shape[1]
+        factor, rest = (part.to(basis) for part in self._by_tap(taps))
+        seen = torch.einsum("gkf,gi->ikf", factor, basis).flatten(0, 1)
+        found = seen @ seen.T
+        of_one_tap = found.view(rank, taps, rank, taps).diagonal(dim1=1, dim2=3)
+        for tap in range(taps):
+            of_one_tap[..., tap] += basis.T @ (rest[:, tap, None] * basis)
+        return found
+
+    def _by_tap(self, taps: int) -> tuple[Tensor, Tensor]:
+        return self.factor.reshape(-1, taps, self.factor.shape[1]), self.rest.reshape(-1, taps)
 
 
 class Range:
@@ -96,11 +115,12 @@ class Range:
 
     def add(self, rows: Tensor) -> None:
         """Take in rows x, ``(n, N)``."""
-        rows = rows.to(torch.float64)
         for name in ("_probes", "_sum", "_squares"):
             setattr(self, name, getattr(self, name).to(rows.device))
-        self._sum.addmm_(rows.T, rows @ self._probes)
-        self._squares += rows.square().sum(0)
+        for start in range(0, len(rows), ROWS):
+            part = rows[start : start + ROWS].to(torch.float64)
+            self._sum.addmm_(part.T, part @ self._probes)
+            self._squares += part.square().sum(0)
         self.seen += len(rows)
 
     def result(self) -> Sketch:

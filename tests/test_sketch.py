@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import tdcompile
 from tdcompile.decomposition import relative_error
 from tdcompile.errors import InputError
 from tdcompile.layer import Layer, Moments
 from tdcompile.linalg import low_rank, low_rank_errors, ridge, root_of
-from tdcompile.metric import OutputMetric
 from tdcompile.passes.decompose.svd import SVD
 from tdcompile.passes.decompose.tt_linear import TTLinear
-from tdcompile.sketch import Range, Sketch, dense
+from tdcompile.pipeline import Pipeline
+from tdcompile.sketch import Range, Sketch
+from tdcompile.task import Tensors
 
 
 def stream(count: int, size: int, rank: int, noise: float, seed: int = 0) -> Tensor:
@@ -116,18 +118,48 @@ def test_svd_and_tt_linear_take_one_and_are_exact_at_exact_ranks() -> None:
         assert relative_error(weight, whole, moments) < 1e-5
 
 
-def test_what_needs_the_entries_is_told_that_there_are_none() -> None:
+@pytest.mark.parametrize("taps", [1, 4])
+def test_its_blocks_and_what_a_map_sees_are_those_of_the_matrix_it_stands_for(taps: int) -> None:
+    sketch = sketch_of(stream(500, 60, 10, 0.1), 20)
+    whole, groups = matrix(sketch), 60 // taps
+    parts = whole.reshape(groups, taps, groups, taps)
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    over_taps, over_groups = sketch.between_groups(taps).double(), sketch.between_taps(taps).double()
+    torch.testing.assert_close(over_taps, parts.diagonal(dim1=1, dim2=3).mean(-1), **near)
+    torch.testing.assert_close(over_groups, parts.diagonal(dim1=0, dim2=2).mean(-1), **near)
+    basis = torch.linalg.qr(torch.randn(groups, 7, dtype=torch.float64)).Q
+    every_tap = torch.kron(basis.T.contiguous(), torch.eye(taps, dtype=torch.float64))
+    torch.testing.assert_close(sketch.within(basis), every_tap @ whole @ every_tap.T, **near)
+
+
+def test_what_needs_the_entries_gets_them_unless_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     sketch = sketch_of(stream(50, 40, 5, 0.1), 8)
-    for asked in (lambda: dense(sketch), lambda: Moments(sketch, 50).second):
-        with pytest.raises(InputError, match=r"40 inputs only a sketch .* calibrate\{largest=40\}"):
-            asked()
-    with pytest.raises(InputError, match="only a sketch"):
-        OutputMetric(torch.randn(3, 40), sketch).channel_root(40)
+    entries = Moments(sketch, 50).second
+    assert entries.dtype == torch.float64
+    torch.testing.assert_close(entries, matrix(sketch), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("tdcompile.layer.ENTIRE", 39)
+    with pytest.raises(InputError, match=r"40 inputs is a sketch, too large .* multiply by 'metric'"):
+        Moments(sketch, 50).second  # noqa: B018  # the access is what is refused
     second = torch.eye(3, dtype=torch.float64)
-    assert dense(second) is Moments(second, 1).second is second
+    assert Moments(second, 1).second is second
 
 
 def test_inputs_that_are_all_zero_are_no_trouble() -> None:
     sketch = sketch_of(torch.zeros(10, 30), 4)
     assert not bool(sketch.factor.any() or sketch.rest.any())
     assert low_rank_errors(torch.randn(5, 30), sketch).tolist() == [0.0] * 6
+
+
+def test_a_network_of_wide_convolutions_is_factorised_by_its_data() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, 8, 8).repeat_interleave(4, dim=1).relu()  # twelve channels of rank 3
+    net = nn.Sequential(nn.Conv2d(12, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3)).eval()
+    program = tdcompile.trace(net, (x[:2],)).with_(budget=tdcompile.Budget(macs=0.3), task=tdcompile.Task(Tensors(x)))
+    lost = {}
+    for start in ("", "calibrate,", "calibrate{largest=10,sketch=100},"):
+        made = Pipeline.parse(f"{start}propose{{decompose=tucker2+channel}},score,choose,factorize").run(program)
+        with torch.no_grad():
+            lost[start] = float((made.graph(x) - net(x)).norm())
+    plain, exact, sketched = lost.values()
+    assert sketched == pytest.approx(exact, rel=0.1)
+    assert sketched < 0.6 * plain

@@ -30,8 +30,8 @@ class Calibrate(AnalysisPass):
     Attributes:
         patches: at most so many im2col patches are read for each layer, at random places of all samples.
         largest: layers with more than so many inputs (C·K) get no moment matrix, which would have that many rows and
-            columns: a linear layer or 1x1 convolution gets a sketch of it, another layer none. The matrices of a layer
-            in groups together take no more than that one.
+            columns, but a sketch of it, from fewer patches by as much as they are wider. The matrices of a layer in
+            groups together take no more than that one, or there are none.
         sketch: the rank of a sketch, at a cost of four times so many numbers for each input.
         batch: samples at a time.
     """
@@ -80,11 +80,10 @@ class Calibrate(AnalysisPass):
             elif site.layer.groups > 1 and width * math.sqrt(site.layer.groups) > self.largest:
                 skipped[name] = f"its {site.layer.groups} groups of {width} inputs need more than one of {self.largest}"
                 log.info("calibrate: no moments for %s: %s", name, skipped[name])
-            elif width > self.largest and not site.layer.pointwise:
-                skipped[name] = f"its {width} inputs need a moment matrix larger than {self.largest} x {self.largest}"
-                log.info("calibrate: no moments for %s: %s", name, skipped[name])
             else:
-                each = max(1, self.patches // count // len(site.calls))
+                # A wide layer reads fewer, so that its patches together take no more memory than others'.
+                patches = self.patches * self.largest // max(width, self.largest)
+                each = max(1, patches // count // len(site.calls))
                 sums = _Sums(site.layer.groups) if width <= self.largest else self._sketched(width, name, program)
                 taps[name] = _Tap(site, each, program.generator(f"calibrate/{name}"), sums)
         return taps, skipped

@@ -55,7 +55,7 @@ class Channel(Decomposition):
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
         """``(r, C, *kernel)`` and ``(T, r, 1, ...)``, every component's norm split evenly between them."""
-        flat, second = operands(weight, moments.second if moments else None, min(len(weight), weight[0].numel()))
+        flat, second = operands(weight, moments.metric if moments else None, min(len(weight), weight[0].numel()))
         last, first = balance(low_rank(flat, second, ranks[0]))
         shapes = (part.weight_shape for part in self.blueprint(layer, ranks))
         return tuple(f.reshape(s).to(weight.dtype) for f, s in zip((first, last), shapes, strict=True))
@@ -67,7 +67,7 @@ class Channel(Decomposition):
 
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
         """Exact, from the tails of one spectrum."""
-        flat, second = operands(weight, moments.second if moments else None, min(len(weight), weight[0].numel()))
+        flat, second = operands(weight, moments.metric if moments else None, min(len(weight), weight[0].numel()))
         spectrum = low_rank_errors(flat, second).tolist()
         return [spectrum[rank] for (rank,) in space]
 

@@ -21,6 +21,7 @@ from tdcompile.inputmap import core_of, input_map, residuals
 from tdcompile.layer import Layer, Moments, Refusal, in_groups
 from tdcompile.linalg import balance, operands
 from tdcompile.ranks import Ranks
+from tdcompile.sketch import Sketch
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Spatial(Decomposition):
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
         """``(r, C, kh, 1)``, orthonormal up to a scale, and ``(T, r, 1, kw)``."""
-        flat, second = operands(weight, moments.second if moments else None, weight[0].numel())
+        flat, second = operands(weight, moments.metric if moments else None, weight[0].numel())
         metric = None if ranks == self.exact_ranks(layer) else second
         maps = _maps(flat, metric, layer.kernel[1], ranks[0])
         basis = min(maps, key=lambda basis: float(residuals(flat, metric, basis, ranks).sum()))
@@ -93,7 +94,7 @@ class Spatial(Decomposition):
 
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
         """What ``factorize`` has, all ranks from one regression for each map; 0 at the exact rank."""
-        flat, second = operands(weight, moments.second if moments else None, weight[0].numel())
+        flat, second = operands(weight, moments.metric if moments else None, weight[0].numel())
         exact = self.exact_ranks(layer)
         levels = sorted({rank for (rank,) in space if (rank,) != exact})
         if not levels:
@@ -109,6 +110,6 @@ class Spatial(Decomposition):
         return sum(part.macs for part in self.blueprint(layer, ranks))
 
 
-def _maps(flat: Tensor, second: Tensor | None, taps: int, rank: int) -> list[Tensor]:
+def _maps(flat: Tensor, second: Tensor | Sketch | None, taps: int, rank: int) -> list[Tensor]:
     """The input maps that compete: that of the data, if there are any, and that of the weight alone."""
     return [input_map(flat, metric, taps, rank) for metric in ([None] if second is None else [second, None])]

@@ -96,7 +96,7 @@ class TT(Decomposition):
         if moments is None:
             cores = tt_svd(_tensor(weight), ranks)
         else:
-            cores, _ = _fit_output(weight, ranks, OutputMetric(weight, moments.second))
+            cores, _ = _fit_output(weight, ranks, OutputMetric(weight, moments.metric))
         turned, scale = torch.linalg.qr(cores[3].squeeze(2).T)
         rows, columns = share_bond(cores[1], cores[2] @ scale.T)
         found = balance((cores[0].squeeze(0).T, rows.permute(2, 0, 1), columns.permute(2, 0, 1), turned))
@@ -111,7 +111,7 @@ class TT(Decomposition):
     @torch.no_grad()
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
         """The energy that the three unfoldings leave bounds the error; a TT-SVD at a few ranks corrects it."""
-        metric = OutputMetric(weight, moments.second) if moments is not None else None
+        metric = OutputMetric(weight, moments.metric) if moments is not None else None
         tensor = _tensor(weight) if metric is None else _whiten(weight, metric)
         total = float(tensor.square().sum()) + torch.finfo(tensor.dtype).tiny
         inner = sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})
@@ -169,4 +169,4 @@ def _operations(layer: Layer, ranks: Ranks, metric: OutputMetric | None) -> floa
     tall = (layer.in_channels, ranks[0] * rows, ranks[1] * columns)
     wide = (rows * columns * layer.out_channels, columns * layer.out_channels, layer.out_channels)
     svd = sum(4 * n * m * min(n, m) + 10 * min(n, m) ** 3 for n, m in zip(tall, wide, strict=True))
-    return svd if metric is None else svd + 2 * ranks[2] * len(metric.second) ** 2
+    return svd if metric is None else svd + 2 * ranks[2] * metric.second.numel()

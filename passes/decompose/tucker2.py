@@ -82,7 +82,7 @@ class Tucker2(Decomposition):
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
         """``(r_in, C, 1, ...)``, ``(r_out, r_in, *kernel)``, ``(T, r_out, 1, ...)``; the outer two orthonormal."""
-        flat, second = operands(weight, moments.second if moments else None, weight[0].numel())
+        flat, second = operands(weight, moments.metric if moments else None, weight[0].numel())
         rank_out, rank_in = ranks
         left = leading(flat, second, rank_out)
         basis = input_map(left.T @ flat, second, layer.taps, rank_in)
@@ -109,7 +109,7 @@ class Tucker2(Decomposition):
 
         What the sweeps gain is not in it: a bound from above, by 0.005 as a rule, by up to 0.04 at the lowest ranks.
         """
-        flat, second = operands(weight, moments.second if moments else None, weight[0].numel())
+        flat, second = operands(weight, moments.metric if moments else None, weight[0].numel())
         exact = self.exact_ranks(layer)
         rows = leading(flat, second, exact[0]).T @ flat
         outs, ins = (sorted(set(levels)) for levels in zip(*space, strict=True))

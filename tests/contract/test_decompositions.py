@@ -11,6 +11,7 @@ from tdcompile.decomposition import Decomposition, energy, relative_error
 from tdcompile.layer import Layer, Moments, TransposedConv, owner
 from tdcompile.linalg import PRECISE
 from tdcompile.registry import find, make
+from tdcompile.sketch import Sketch
 
 FORMS = find(Decomposition)
 GRAIN = 4
@@ -113,6 +114,16 @@ def moments_of(layer: Layer) -> Moments:
     return Moments(torch.stack(parts), len(patches))
 
 
+def sketch_of(layer: Layer) -> Moments:
+    """Low rank and the rest of the diagonal, of the same inputs."""
+    whole = moments_of(layer)
+    values, vectors = torch.linalg.eigh(whole.second)
+    kept = slice(-max(len(values) // 3, 1), None)
+    factor = vectors[:, kept] * values[kept].clamp(min=0).sqrt()
+    rest = (whole.second.diagonal() - factor.square().sum(1)).clamp(min=0)
+    return Moments(Sketch(factor.float(), rest.float()), whole.samples)
+
+
 # Of the largest eigenvalue of moments of low rank, what round-off leaves of the others, below zero as often as above.
 ROUNDED = 1e-5
 LITTLE = ("zero", "tiny", "rank 1", "rank 1, rounded", "rank 1, rounded and tiny", "zero but for round-off")
@@ -141,6 +152,11 @@ def of_little(kind: str, layer: Layer) -> tuple[Moments, Moments]:
     return Moments(told[0] if one else told, 80), Moments(true[0] if one else true, 80)
 
 
+MOMENTS: dict[str, Callable[[Layer], Moments | None]] = {
+    "plain": lambda layer: None,
+    "data": moments_of,
+    "sketch": sketch_of,  # of a layer in groups there is none
+}
 ACCEPTED = [(form, name) for form, kind in FORMS.items() for name in LAYERS if kind().refuse(case(name)[1]) is None]
 
 
@@ -189,9 +205,9 @@ def test_exact_ranks_compute_the_layer(form: str, name: str) -> None:
 @pytest.mark.parametrize(("form", "name"), ACCEPTED)
 def test_exact_ranks_stay_exact_with_moments(form: str, name: str) -> None:
     decomposition, _, layer, weight, _ = accepted(form, name)
-    moments = moments_of(layer)
-    factors = decomposition.factorize(layer, weight, decomposition.exact_ranks(layer), moments)
-    assert relative_error(weight, decomposition.reconstruct(layer, factors), moments) < 1e-5
+    for moments in (moments_of(layer), *(() if name in IN_GROUPS else (sketch_of(layer),))):
+        factors = decomposition.factorize(layer, weight, decomposition.exact_ranks(layer), moments)
+        assert relative_error(weight, decomposition.reconstruct(layer, factors), moments) < 1e-5
 
 
 @pytest.mark.parametrize(("form", "name"), ACCEPTED)
@@ -232,13 +248,15 @@ def test_a_rank_space_runs_from_the_cheapest_to_the_exact_ranks_on_the_grain(for
                     assert macs[small] <= macs[large]
 
 
-@pytest.mark.parametrize("data", [False, True], ids=["plain", "data"])
-@pytest.mark.parametrize(("form", "name"), ACCEPTED)
-def test_errors_are_those_of_the_factors_and_data_never_make_them_worse(form: str, name: str, data: bool) -> None:
+@pytest.mark.parametrize(
+    ("form", "name", "data"),
+    [(*case, data) for case in ACCEPTED for data in MOMENTS if data != "sketch" or case[1] not in IN_GROUPS],
+)
+def test_errors_are_those_of_the_factors_and_data_never_make_them_worse(form: str, name: str, data: str) -> None:
     decomposition, _, layer, weight, _ = accepted(form, name)
     space = list(decomposition.rank_space(layer, GRAIN))
     members = sorted({round(i * (len(space) - 1) / 6) for i in range(7)})
-    moments = moments_of(layer) if data else None
+    moments = MOMENTS[data](layer)
     told = decomposition.errors(layer, weight, space, moments)
     assert len(told) == len(space)
     above, below = ESTIMATES.get(form, EXACT)

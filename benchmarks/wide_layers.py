@@ -1,0 +1,83 @@
+"""What factors from a sketch of a layer's moments lose to those from the moments themselves, and gain on plain ones."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import typer
+from common import publish, traced
+
+from tdcompile.calibration import Calibration
+from tdcompile.decomposition import Decomposition, relative_error
+from tdcompile.layer import Moments
+from tdcompile.pipeline import Pipeline
+from tdcompile.program import Program, Site, sites
+from tdcompile.ranks import Ranks
+from tdcompile.registry import find
+from tdcompile.target import Target
+
+
+def main(
+    data: Annotated[str, typer.Option(help="parquet:DIR with the images")],
+    weights: Annotated[Path, typer.Option(help="safetensors of the dense network")],
+    network: str = "resnet18_cifar",
+    layers: Annotated[int, typer.Option(help="so many convolutions of a kernel, the widest first")] = 2,
+    ranks: Annotated[str, typer.Option(help="of the sketches, comma-separated")] = "128,512",
+    macs: Annotated[float, typer.Option(help="share of a layer's MACs that its factors have at most")] = 0.5,
+    seed: int = 0,
+    json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
+) -> None:
+    """Relative errors of outputs, means over the layers, on 1,024 training images that calibration did not see."""
+    program, train, _ = traced(network, weights, data, 1.0, seed)
+    assert train is not None  # ``--data`` is there
+    order = train.shuffled(program.generator("wide layers"))
+    known, unseen = (
+        program.with_(task=replace(program.task, train=order.subset(range(start, start + 1024)))) for start in (0, 1024)
+    )
+    found = {name: site for name, site in sites(program).items() if not site.layer.pointwise and site.layer.groups == 1}
+    chosen = sorted(found.values(), key=lambda site: -site.weight[0].numel())[:layers]
+    widths = [site.weight[0].numel() for site in chosen]
+    whole = f"calibrate{{largest={max(widths)}}}"
+    truth = _moments(unseen, whole)
+    sources: dict[str, dict[str, Moments] | None] = {"weights alone": None}
+    for rank in map(int, ranks.split(",")):
+        sources[f"sketch of rank {rank}"] = _moments(known, f"calibrate{{largest={min(widths) - 1},sketch={rank}}}")
+    sources["moments"] = _moments(known, whole)
+    rows = []
+    for kind in find(Decomposition).values():
+        form = kind()
+        taken = {site.name: _ranks(form, site, macs) for site in chosen if form.refuse(site.layer) is None}
+        for source, moments in sources.items() if taken else ():
+            errors, start = [], time.perf_counter()
+            for site in chosen:
+                if site.name in taken:
+                    known_of = None if moments is None else moments[site.name]
+                    factors = form.factorize(site.layer, site.weight, taken[site.name], known_of)
+                    made = form.reconstruct(site.layer, factors)
+                    errors.append(relative_error(site.weight, made, truth[site.name]))
+            seconds = time.perf_counter() - start
+            rows.append({"form": form.name, "factors from": source, "error": fmean(errors), "seconds": seconds})
+            publish(f"{form.name}, {source}", rows[-1:], seed, Target(), None)
+    named = ", ".join(f"{site.name} ({site.weight[0].numel()} inputs)" for site in chosen)
+    publish(f"Factors at {macs:g} of the MACs: {network}, {named}", rows, seed, Target(), json)
+
+
+def _moments(program: Program, step: str) -> dict[str, Moments]:
+    return dict(Pipeline.parse(step).run(program).facts[Calibration].moments)
+
+
+def _ranks(form: Decomposition, site: Site, macs: float) -> Ranks:
+    """The ranks of most MACs within the share, the most even of those that tie."""
+    allowed = [
+        (sum(part.macs for part in form.blueprint(site.layer, ranks)), min(ranks), ranks)
+        for ranks in form.rank_space(site.layer, 8)
+    ]
+    return max(entry for entry in allowed if entry[0] <= macs * site.layer.macs)[2]
+
+
+if __name__ == "__main__":
+    typer.run(main)
