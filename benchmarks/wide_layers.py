@@ -35,31 +35,31 @@ def main(
     program, train, _ = traced(network, weights, data, 1.0, seed)
     assert train is not None  # ``--data`` is there
     order = train.shuffled(program.generator("wide layers"))
-    known, unseen = (
+    shown, unseen = (
         program.with_(task=replace(program.task, train=order.subset(range(start, start + 1024)))) for start in (0, 1024)
     )
     found = {name: site for name, site in sites(program).items() if not site.layer.pointwise and site.layer.groups == 1}
     chosen = sorted(found.values(), key=lambda site: -site.weight[0].numel())[:layers]
     widths = [site.weight[0].numel() for site in chosen]
-    whole = f"calibrate{{largest={max(widths)}}}"
-    truth = _moments(unseen, whole)
+    entire = f"calibrate{{largest={max(widths)}}}"
+    truth = _moments(unseen, entire)
     sources: dict[str, dict[str, Moments] | None] = {"weights alone": None}
     for rank in map(int, ranks.split(",")):
-        sources[f"sketch of rank {rank}"] = _moments(known, f"calibrate{{largest={min(widths) - 1},sketch={rank}}}")
-    sources["moments"] = _moments(known, whole)
+        sources[f"sketch of rank {rank}"] = _moments(shown, f"calibrate{{largest={min(widths) - 1},sketch={rank}}}")
+    sources["moments"] = _moments(shown, entire)
     rows = []
     for kind in find(Decomposition).values():
         form = kind()
         taken = {site.name: _ranks(form, site, macs) for site in chosen if form.refuse(site.layer) is None}
         for source, moments in sources.items() if taken else ():
-            errors, start = [], time.perf_counter()
+            errors, seconds = [], 0.0
             for site in chosen:
                 if site.name in taken:
-                    known_of = None if moments is None else moments[site.name]
-                    factors = form.factorize(site.layer, site.weight, taken[site.name], known_of)
+                    start = time.perf_counter()
+                    factors = form.factorize(site.layer, site.weight, taken[site.name], moments and moments[site.name])
+                    seconds += time.perf_counter() - start
                     made = form.reconstruct(site.layer, factors)
                     errors.append(relative_error(site.weight, made, truth[site.name]))
-            seconds = time.perf_counter() - start
             rows.append({"form": form.name, "factors from": source, "error": fmean(errors), "seconds": seconds})
             publish(f"{form.name}, {source}", rows[-1:], seed, Target(), None)
     named = ", ".join(f"{site.name} ({site.weight[0].numel()} inputs)" for site in chosen)

@@ -50,6 +50,7 @@ class Decomposition(Plugin):
         Args:
             weight: ``(T, C / groups, *kernel)``.
             moments: of the layer's input; with them the error of the layer's output is minimised, else the weight's.
+                ``flat @ moments.metric`` works at any size; ``moments.second`` has the entries, up to 16,384 inputs.
         """
 
     @abstractmethod

@@ -8,12 +8,13 @@ those of all smaller ranks as its leading blocks, and one regression the errors 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tdcompile.linalg import cholesky, definite, leading, ridge, unfold
+from tdcompile.normal import Normal
 from tdcompile.sketch import Sketch
 
 
@@ -59,37 +60,44 @@ def mapped(flat: Tensor, basis: Tensor) -> Tensor:
     return torch.einsum("tgk,gi->tik", flat.reshape(len(flat), len(basis), -1), basis).flatten(1)
 
 
-def regress(flat: Tensor, second: Tensor | Sketch | None, basis: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Y and L with G = Y L⁻¹ the least-squares core of W ≈ G B, L Lᵀ = B (S + ridge) Bᵀ, Y = W (S + ridge) Bᵀ L⁻ᵀ.
+def regress(flat: Tensor, second: Tensor | Sketch | None, basis: Tensor) -> tuple[Tensor, Tensor | Normal | None]:
+    """Y and M with G = ``settle(Y, M)`` the least-squares core of W ≈ G B.
 
-    Y is the output that B explains, in coordinates of unit variance. Without S the core is Y itself and L None.
+    Y is the output that B explains, in coordinates of unit variance. Of a matrix S it is W (S + ridge) Bᵀ L⁻ᵀ, and M is
+    L with L Lᵀ = B (S + ridge) Bᵀ; of a sketch see ``tdcompile.normal``. Without S the core is Y itself and M None.
     """
     if second is None:
         return mapped(flat, basis), None
+    if isinstance(second, Sketch):
+        normal, cross = _normal(flat, second, basis)
+        return normal.explained(cross), normal
     explained, root, _ = _regress(flat, second, basis)
     return explained, root
 
 
-def _regress(flat: Tensor, second: Tensor | Sketch, basis: Tensor) -> tuple[Tensor, Tensor, float]:
+def _normal(flat: Tensor, second: Sketch, basis: Tensor) -> tuple[Normal, Tensor]:
+    """The normal equations in the metric of a sketch, and their right-hand side W (S + ridge) Bᵀ."""
+    extra = ridge(second)
+    return Normal(second, basis, extra), mapped(flat @ second + extra * flat, basis)
+
+
+def _regress(flat: Tensor, second: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float]:
     """Y, L and the ridge, which is more than S's own where that leaves B S Bᵀ indefinite."""
-    root, extra = definite(_within(second, basis), ridge(second))
+    groups = len(basis)
+    half = (basis.T @ second.reshape(groups, -1)).reshape(-1, flat.shape[1])
+    normal = (basis.T @ half.T.reshape(groups, -1)).reshape(len(half), len(half))  # half.T: the other side of S
+    root, extra = definite(normal, ridge(second))
     cross = mapped(flat @ second + extra * flat, basis)
     explained: Tensor = torch.linalg.solve_triangular(root, cross.T, upper=False).T
     return explained, root, extra
 
 
-def _within(second: Tensor | Sketch, basis: Tensor) -> Tensor:
-    """B S Bᵀ, ``(r·K, r·K)``."""
-    if isinstance(second, Sketch):
-        return second.within(basis)
-    half = (basis.T @ second.reshape(len(basis), -1)).reshape(-1, len(second))
-    return (basis.T @ half.T.reshape(len(basis), -1)).reshape(len(half), len(half))  # half.T: the other side of S
-
-
-def settle(explained: Tensor, root: Tensor | None) -> Tensor:
-    """The core G = Y L⁻¹ of a regression."""
+def settle(explained: Tensor, root: Tensor | Normal | None) -> Tensor:
+    """The core of a regression: G = Y L⁻¹, or Y itself."""
     if root is None:
         return explained
+    if isinstance(root, Normal):
+        return root.settle(explained)
     core: Tensor = torch.linalg.solve_triangular(root, explained, upper=False, left=False)
     return core
 
@@ -111,13 +119,26 @@ def residuals(flat: Tensor, second: Tensor | Sketch | None, basis: Tensor, level
     stops = [r * taps for r in levels]
     if second is None:
         return (flat.square().sum(1, keepdim=True) - _kept(mapped(flat, basis), stops)).clamp(min=0)
+    own, cross, lost = ((flat @ second) * flat).sum(1), mapped(flat, basis), []
+    extra, fits = _nested(flat, second, basis, levels)
+    for stop, (explained, core) in zip(stops, fits, strict=True):
+        gap = (core * (core - 2 * cross[:, :stop])).sum(1)  # ‖w − g B‖² − ‖w‖²
+        lost.append((own - explained - extra * gap).clamp(min=0))
+    return torch.stack(lost, 1)
+
+
+def _nested(
+    flat: Tensor, second: Tensor | Sketch, basis: Tensor, levels: Sequence[int]
+) -> tuple[float, Iterator[tuple[Tensor, Tensor]]]:
+    """The ridge, and for each level what its columns of A explain of each row's energy, and their core."""
+    if isinstance(second, Sketch):
+        normal, cross = _normal(flat, second, basis)
+        return ridge(second), normal.levels(cross, levels)
     explained, root, extra = _regress(flat, second, basis)
-    own, cross = ((flat @ second) * flat).sum(1), mapped(flat, basis)
-    gaps = []
-    for stop in stops:
-        core = settle(explained[:, :stop], root[:stop, :stop])
-        gaps.append((core * (core - 2 * cross[:, :stop])).sum(1))  # ‖w − g B‖² − ‖w‖²
-    return (own[:, None] - _kept(explained, stops) - extra * torch.stack(gaps, 1)).clamp(min=0)
+    stops = [level * flat.shape[1] // len(basis) for level in levels]
+    kept = _kept(explained, stops).unbind(1)
+    cores = (settle(explained[:, :stop], root[:stop, :stop]) for stop in stops)
+    return extra, zip(kept, cores, strict=True)
 
 
 def _kept(explained: Tensor, stops: Sequence[int]) -> Tensor:

@@ -49,19 +49,19 @@ class Moments:
 
     @property
     def second(self) -> torch.Tensor:
-        """E[x xᵀ] for what needs its entries; where there is only a sketch of it, what that stands for.
+        """E[x xᵀ] for what needs its entries; what a sketch stands for is written out anew at each call.
 
         Raises:
-            InputError: it would have more than ``ENTIRE`` rows.
+            InputError: it is a sketch of more than ``ENTIRE`` inputs.
         """
         if not isinstance(self.metric, Sketch):
             return self.metric
         if len(self.metric) > ENTIRE:
             raise InputError(
-                f"the second moment of {len(self.metric)} inputs is a sketch, too large to be written out: multiply by "
-                "'metric', or leave the layer to another form"
+                f"the second moment of {len(self.metric)} inputs is a sketch, too large to be written out: the form is "
+                "to multiply by 'metric', or the layer to be left alone with --keep-dense"
             )
-        return self.metric.dense().double()
+        return self.metric.dense()
 
     @property
     def groups(self) -> int:

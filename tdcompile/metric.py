@@ -32,6 +32,11 @@ class OutputMetric:
         block = between_groups(self.second, len(self.second) // channels).double()
         return cholesky(block, ridge(block))
 
+    @property
+    def multiplications(self) -> int:
+        """How many a row times S takes."""
+        return self.second.multiplications() if isinstance(self.second, Sketch) else self.second.numel()
+
     def error(self, approximation: Tensor) -> float:
         """The relative error of an approximation of the weight's shape."""
         pairs = zip(self._blocks(), blocks(approximation.flatten(1), torch.float64), strict=True)

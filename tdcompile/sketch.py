@@ -54,42 +54,33 @@ class Sketch:
         """The same on another tensor's device, in its own precision."""
         return Sketch(self.factor.to(other.device), self.rest.to(other.device))
 
-    def numel(self) -> int:
-        """How many figures are kept."""
-        return self.factor.numel() + self.rest.numel()
+    def multiplications(self) -> int:
+        """How many a row times S takes."""
+        return 2 * self.factor.numel() + self.rest.numel()
 
     def root(self, extra: float) -> Tensor:
         """L with L Lᵀ = S + extra·I, ``(N, k + N)``."""
         return torch.cat([self.factor, torch.diag((self.rest + extra).sqrt())], dim=1)
 
     def dense(self) -> Tensor:
-        """S itself, ``(N, N)``, in the precision of F."""
-        found = self.factor @ self.factor.T
+        """S itself, ``(N, N)``, in float64."""
+        factor = self.factor.double()
+        found = factor @ factor.T
         found.diagonal().add_(self.rest)
         return found
 
     def between_groups(self, taps: int) -> Tensor:
         """The mean over the taps of S's G x G blocks, ``(G, G)``."""
-        factor, rest = self._by_tap(taps)
+        factor, rest = self.by_tap(taps)
         return torch.einsum("gkf,hkf->gh", factor, factor) / taps + torch.diag(rest.mean(1))
 
     def between_taps(self, taps: int) -> Tensor:
         """The mean over the groups of S's K x K blocks, ``(K, K)``."""
-        factor, rest = self._by_tap(taps)
+        factor, rest = self.by_tap(taps)
         return torch.einsum("gkf,glf->kl", factor, factor) / len(factor) + torch.diag(rest.mean(0))
 
-    def within(self, basis: Tensor) -> Tensor:
-        """B S Bᵀ, ``(r·K, r·K)``, for B = Aᵀ ⊗ I_K with A, ``(G, r)``, in its precision."""
-        taps, rank = len(self) // len(basis), basis.shape[1]
-        factor, rest = (part.to(basis) for part in self._by_tap(taps))
-        seen = torch.einsum("gkf,gi->ikf", factor, basis).flatten(0, 1)
-        found = seen @ seen.T
-        of_one_tap = found.view(rank, taps, rank, taps).diagonal(dim1=1, dim2=3)
-        for tap in range(taps):
-            of_one_tap[..., tap] += basis.T @ (rest[:, tap, None] * basis)
-        return found
-
-    def _by_tap(self, taps: int) -> tuple[Tensor, Tensor]:
+    def by_tap(self, taps: int) -> tuple[Tensor, Tensor]:
+        """F as ``(G, K, k)`` and d as ``(G, K)``."""
         return self.factor.reshape(-1, taps, self.factor.shape[1]), self.rest.reshape(-1, taps)
 
 

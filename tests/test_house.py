@@ -13,7 +13,7 @@ CORE, PLUGINS = ROOT / "tdcompile", [ROOT / "passes", ROOT / "models"]
 
 # A file imports from floors below its own, and from those of its own floor that stand before it here.
 FLOORS = """
-    errors spec noise memory sketch linalg multilinear degeneracy anchors inputmap
+    errors spec noise memory sketch linalg multilinear degeneracy anchors normal inputmap
 
     plugin facts layer callables vocabulary extras processes workers
 

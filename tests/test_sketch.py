@@ -119,7 +119,7 @@ def test_svd_and_tt_linear_take_one_and_are_exact_at_exact_ranks() -> None:
 
 
 @pytest.mark.parametrize("taps", [1, 4])
-def test_its_blocks_and_what_a_map_sees_are_those_of_the_matrix_it_stands_for(taps: int) -> None:
+def test_its_blocks_are_those_of_the_matrix_it_stands_for(taps: int) -> None:
     sketch = sketch_of(stream(500, 60, 10, 0.1), 20)
     whole, groups = matrix(sketch), 60 // taps
     parts = whole.reshape(groups, taps, groups, taps)
@@ -127,9 +127,6 @@ def test_its_blocks_and_what_a_map_sees_are_those_of_the_matrix_it_stands_for(ta
     over_taps, over_groups = sketch.between_groups(taps).double(), sketch.between_taps(taps).double()
     torch.testing.assert_close(over_taps, parts.diagonal(dim1=1, dim2=3).mean(-1), **near)
     torch.testing.assert_close(over_groups, parts.diagonal(dim1=0, dim2=2).mean(-1), **near)
-    basis = torch.linalg.qr(torch.randn(groups, 7, dtype=torch.float64)).Q
-    every_tap = torch.kron(basis.T.contiguous(), torch.eye(taps, dtype=torch.float64))
-    torch.testing.assert_close(sketch.within(basis), every_tap @ whole @ every_tap.T, **near)
 
 
 def test_what_needs_the_entries_gets_them_unless_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +135,7 @@ def test_what_needs_the_entries_gets_them_unless_they_are_too_many(monkeypatch: 
     assert entries.dtype == torch.float64
     torch.testing.assert_close(entries, matrix(sketch), rtol=1e-4, atol=1e-5)
     monkeypatch.setattr("tdcompile.layer.ENTIRE", 39)
-    with pytest.raises(InputError, match=r"40 inputs is a sketch, too large .* multiply by 'metric'"):
+    with pytest.raises(InputError, match=r"40 inputs is a sketch, too large .*--keep-dense"):
         Moments(sketch, 50).second  # noqa: B018  # the access is what is refused
     second = torch.eye(3, dtype=torch.float64)
     assert Moments(second, 1).second is second

@@ -22,16 +22,18 @@ from tdcompile.surgery import input_of
 
 log = logging.getLogger("tdcompile")
 
+_WIDE = 5000  # inputs of a layer above which it reads fewer patches by as much
+
 
 @dataclass(frozen=True)
 class Calibrate(AnalysisPass):
     """Second moments of every layer's input over calibration data; none without data.
 
     Attributes:
-        patches: at most so many im2col patches are read for each layer, at random places of all samples.
-        largest: layers with more than so many inputs (C·K) get no moment matrix, which would have that many rows and
-            columns, but a sketch of it, from fewer patches by as much as they are wider. The matrices of a layer in
-            groups together take no more than that one, or there are none.
+        patches: at most so many im2col patches are read for each layer, at random places of all samples; of a layer
+            with N > 5,000 inputs (C·K) 5,000/N of them.
+        largest: a layer with more inputs than this gets a sketch in place of its moment matrix, which would have that
+            many rows and columns. A layer in groups, whose matrices would together be larger than that, gets neither.
         sketch: the rank of a sketch, at a cost of four times so many numbers for each input.
         batch: samples at a time.
     """
@@ -81,8 +83,7 @@ class Calibrate(AnalysisPass):
                 skipped[name] = f"its {site.layer.groups} groups of {width} inputs need more than one of {self.largest}"
                 log.info("calibrate: no moments for %s: %s", name, skipped[name])
             else:
-                # A wide layer reads fewer, so that its patches together take no more memory than others'.
-                patches = self.patches * self.largest // max(width, self.largest)
+                patches = self.patches * _WIDE // max(width, _WIDE)  # of a batch they are all in memory at once
                 each = max(1, patches // count // len(site.calls))
                 sums = _Sums(site.layer.groups) if width <= self.largest else self._sketched(width, name, program)
                 taps[name] = _Tap(site, each, program.generator(f"calibrate/{name}"), sums)

@@ -169,4 +169,4 @@ def _operations(layer: Layer, ranks: Ranks, metric: OutputMetric | None) -> floa
     tall = (layer.in_channels, ranks[0] * rows, ranks[1] * columns)
     wide = (rows * columns * layer.out_channels, columns * layer.out_channels, layer.out_channels)
     svd = sum(4 * n * m * min(n, m) + 10 * min(n, m) ** 3 for n, m in zip(tall, wide, strict=True))
-    return svd if metric is None else svd + 2 * ranks[2] * metric.second.numel()
+    return svd if metric is None else svd + 2 * ranks[2] * metric.multiplications

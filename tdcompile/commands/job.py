@@ -51,7 +51,7 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
     if "decompose" in flags:
         flags["decompose"] = tuple(split(flags["decompose"]))
     recipe = _completed(load_recipe(given.get("recipe"), {k: _frozen(v) for k, v in flags.items()}))
-    if recipe.data is None and (idle := [name for name in ("calibrate", "eval") if name in flags]):
+    if recipe.source and recipe.data is None and (idle := [name for name in ("calibrate", "eval") if name in flags]):
         raise InputError(f"--{idle[0]} {flags[idle[0]]} counts samples, and there are no data: give --data")
     _check(recipe)
     return recipe

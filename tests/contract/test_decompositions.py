@@ -289,16 +289,16 @@ def test_a_weight_in_double_precision_gives_factors_in_it(form: str) -> None:
     assert {factor.dtype for factor in factors} == {torch.float64}
 
 
-@pytest.mark.parametrize("data", [False, True], ids=["plain", "moments"])
+@pytest.mark.parametrize("data", MOMENTS)
 @pytest.mark.parametrize("precise", [0, 20, 60])
 @pytest.mark.parametrize(
     ("form", "name"), [case for case in ACCEPTED if case[1] in ("conv", "few outputs", "1x1", "linear")]
 )
 def test_a_layer_too_large_for_float64_fares_as_in_it(
-    form: str, name: str, precise: int, data: bool, monkeypatch: pytest.MonkeyPatch
+    form: str, name: str, precise: int, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decomposition, _, layer, weight, _ = accepted(form, name)
-    moments = moments_of(layer) if data else None
+    moments = MOMENTS[data](layer)
     space = decomposition.rank_space(layer, GRAIN)
     middle = space[len(space) // 2]
     wanted = decomposition.errors(layer, weight, space, moments)
