@@ -69,25 +69,25 @@ def regress(flat: Tensor, second: Tensor | Sketch | None, basis: Tensor) -> tupl
     if second is None:
         return mapped(flat, basis), None
     if isinstance(second, Sketch):
-        normal, cross = _normal(flat, second, basis)
+        normal, cross = _normal(flat, flat @ second, second, basis)
         return normal.explained(cross), normal
-    explained, root, _ = _regress(flat, second, basis)
+    explained, root, _ = _regress(flat, flat @ second, second, basis)
     return explained, root
 
 
-def _normal(flat: Tensor, second: Sketch, basis: Tensor) -> tuple[Normal, Tensor]:
-    """The normal equations in the metric of a sketch, and their right-hand side W (S + ridge) Bᵀ."""
-    extra = ridge(second)
-    return Normal(second, basis, extra), mapped(flat @ second + extra * flat, basis)
+def _normal(flat: Tensor, weighted: Tensor, second: Sketch, basis: Tensor) -> tuple[Normal, Tensor]:
+    """The normal equations in the metric of a sketch, and their right-hand side W (S + ridge) Bᵀ, from W and W S."""
+    normal = Normal(second, basis, ridge(second))
+    return normal, mapped(weighted + normal.extra * flat, basis)
 
 
-def _regress(flat: Tensor, second: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Y, L and the ridge, which is more than S's own where that leaves B S Bᵀ indefinite."""
+def _regress(flat: Tensor, weighted: Tensor, second: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Y, L and the ridge, which is more than S's own where that leaves B S Bᵀ indefinite; from W and W S."""
     groups = len(basis)
     half = (basis.T @ second.reshape(groups, -1)).reshape(-1, flat.shape[1])
     normal = (basis.T @ half.T.reshape(groups, -1)).reshape(len(half), len(half))  # half.T: the other side of S
     root, extra = definite(normal, ridge(second))
-    cross = mapped(flat @ second + extra * flat, basis)
+    cross = mapped(weighted + extra * flat, basis)
     explained: Tensor = torch.linalg.solve_triangular(root, cross.T, upper=False).T
     return explained, root, extra
 
@@ -119,8 +119,9 @@ def residuals(flat: Tensor, second: Tensor | Sketch | None, basis: Tensor, level
     stops = [r * taps for r in levels]
     if second is None:
         return (flat.square().sum(1, keepdim=True) - _kept(mapped(flat, basis), stops)).clamp(min=0)
-    own, cross, lost = ((flat @ second) * flat).sum(1), mapped(flat, basis), []
-    extra, fits = _nested(flat, second, basis, levels)
+    weighted = flat @ second
+    own, cross, lost = (weighted * flat).sum(1), mapped(flat, basis), []
+    extra, fits = _nested(flat, weighted, second, basis, levels)
     for stop, (explained, core) in zip(stops, fits, strict=True):
         gap = (core * (core - 2 * cross[:, :stop])).sum(1)  # ‖w − g B‖² − ‖w‖²
         lost.append((own - explained - extra * gap).clamp(min=0))
@@ -128,13 +129,13 @@ def residuals(flat: Tensor, second: Tensor | Sketch | None, basis: Tensor, level
 
 
 def _nested(
-    flat: Tensor, second: Tensor | Sketch, basis: Tensor, levels: Sequence[int]
+    flat: Tensor, weighted: Tensor, second: Tensor | Sketch, basis: Tensor, levels: Sequence[int]
 ) -> tuple[float, Iterator[tuple[Tensor, Tensor]]]:
     """The ridge, and for each level what its columns of A explain of each row's energy, and their core."""
     if isinstance(second, Sketch):
-        normal, cross = _normal(flat, second, basis)
-        return ridge(second), normal.levels(cross, levels)
-    explained, root, extra = _regress(flat, second, basis)
+        normal, cross = _normal(flat, weighted, second, basis)
+        return normal.extra, normal.levels(cross, levels)
+    explained, root, extra = _regress(flat, weighted, second, basis)
     stops = [level * flat.shape[1] // len(basis) for level in levels]
     kept = _kept(explained, stops).unbind(1)
     cores = (settle(explained[:, :stop], root[:stop, :stop]) for stop in stops)

@@ -27,10 +27,11 @@ class Normal:
     Args:
         sketch: S.
         basis: A, ``(G, r)``.
-        extra: the ridge, above 0.
+        extra: the ridge, above 0; kept as an attribute.
     """
 
     def __init__(self, sketch: Sketch, basis: Tensor, extra: float) -> None:
+        self.extra = extra
         basis, self._taps = basis.double(), len(sketch) // len(basis)
         factor, rest = (part.to(basis) for part in sketch.by_tap(self._taps))
         blocks = torch.stack([basis.T @ (rest[:, tap, None] * basis) for tap in range(self._taps)])
