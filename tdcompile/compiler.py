@@ -39,7 +39,7 @@ from tdcompile.summary import Run, summarise
 from tdcompile.surgery import evaluating, outputs_of
 from tdcompile.target import Budget, Target
 from tdcompile.task import Task, accuracy
-from tdcompile.tuning import key_of
+from tdcompile.tuning import Saved, kept_in, key_of
 
 T = TypeVar("T")
 
@@ -283,6 +283,8 @@ class _Driver:
             self.seconds[step.name] = self.seconds.get(step.name, 0.0) + time.perf_counter() - began
             if self.checkpoint and is_first():
                 self.checkpoint.save(program, position + 1, self.seconds, self.before_tuning)
+                if isinstance(step, TunePass):  # not before: a full disk would cost the training
+                    Saved(kept_in(program.workspace, step), "").clear()
         return program
 
     def first(self, work: Callable[[], T]) -> T:

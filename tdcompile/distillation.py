@@ -14,15 +14,19 @@ from tdcompile.amp import AUTOCAST, Precision
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError
 from tdcompile.layer import Layer
+from tdcompile.processes import mean_of_all
 from tdcompile.ranks import DENSE, RankPlan, Ranks
 from tdcompile.registry import make
-from tdcompile.task import Batch, classified, logits
+from tdcompile.surgery import tensors_in
+from tdcompile.task import Batch, classified
 
 
 class Distillation(nn.Module):
-    """The loss: maps the compressed network's scores ``(N, classes)``, or other answers, and their batch to a scalar.
+    """The loss: maps the compressed network's outputs and their batch to a scalar.
 
-    The dense network computes in the precision that the compressed one trains in; the loss itself is fp32.
+    The first output is the class scores, ``(N, classes)``, or another answer; of the others all that are floating point
+    are drawn to the dense network's, by their squared difference over the energy. The dense network computes in the
+    precision that the compressed one trains in; the loss itself is fp32.
     """
 
     def __init__(
@@ -38,22 +42,43 @@ class Distillation(nn.Module):
         self.temperature, self.labels, self.layers = temperature, labels, layers
         self._computed_in = AUTOCAST[precision]
 
-    def forward(self, scores: Tensor, batch: Batch) -> Tensor:
-        """(1 - labels) · T² · KL + labels · cross-entropy, and the layers'; squares over the energy without classes."""
-        with torch.no_grad(), torch.autocast(scores.device.type, self._computed_in, self._computed_in is not None):
-            wanted = logits(self.teacher(*batch.inputs)).to(scores.dtype)
-        loss = self._of_answers(scores, wanted, batch.labels)
+    def forward(self, outputs: object, batch: Batch) -> Tensor:
+        """(1 - labels) · T² · KL + labels · cross-entropy of scores, squares over the energy of the rest; the layers'.
+
+        Args:
+            outputs: a tensor, or a nesting of them.
+        """
+        given = [*tensors_in(outputs)]
+        device = given[0].device.type
+        with torch.no_grad(), torch.autocast(device, self._computed_in, self._computed_in is not None):
+            wanted = [y.to(x.dtype) for x, y in zip(given, tensors_in(self.teacher(*batch.inputs)), strict=True)]
+        losses = [self._of_answers(given[0], wanted[0], batch.labels)]
+        losses += [_apart(x, y) for x, y in zip(given[1:], wanted[1:], strict=True) if _is_learnt(x)]
+        loss = torch.stack(losses).sum()
         return loss if self.layers is None else loss + self.layers.take()
 
     def _of_answers(self, scores: Tensor, wanted: Tensor, labels: Tensor | None) -> Tensor:
         if not classified(scores):
-            energy = wanted.square().mean().clamp_min(torch.finfo(wanted.dtype).tiny)
-            return F.mse_loss(scores, wanted) / energy
+            return _apart(scores, wanted)
         soft, target = ((x / self.temperature).log_softmax(1) for x in (scores, wanted))
         loss = F.kl_div(soft, target, reduction="batchmean", log_target=True) * self.temperature**2
         if self.labels and labels is not None:
             loss = (1 - self.labels) * loss + self.labels * F.cross_entropy(scores, labels)
         return loss
+
+
+def _is_learnt(output: Tensor) -> bool:
+    return output.is_floating_point() and output.numel() > 0
+
+
+def _apart(given: Tensor, wanted: Tensor) -> Tensor:
+    """The squared difference over the energy of what is wanted, where that is finite; masks hold infinities."""
+    finite = wanted.isfinite()
+    wanted, given = (torch.where(finite, x, 0) for x in (wanted, given))
+    energy = wanted.square().mean()
+    if torch.is_grad_enabled():  # all processes are at this step, and the batch is that of all; one alone judges
+        energy = mean_of_all(energy)
+    return F.mse_loss(given, wanted) / torch.where(energy > 0, energy, 1)
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,15 @@ def same_in_all(tensors: Iterable[Tensor]) -> None:
             torch.distributed.broadcast(tensor, src=0)
 
 
+def mean_of_all(value: Tensor) -> Tensor:
+    """The mean over all processes of a value that needs no gradient; every one of them has to come here."""
+    if count() > 1:
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        value = value / count()
+    return value
+
+
 def no_gpu(device: str) -> bool:
     """Whether training for a target goes to the CPU: its device is, or there is no GPU here."""
     return device == "cpu" or not torch.cuda.is_available()

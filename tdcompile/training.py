@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,11 +23,12 @@ from tdcompile.batchnorm import synchronised
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.kinds import tick
 from tdcompile.plugin import Plugin
-from tdcompile.processes import devices, from_first, no_gpu, same_in_all
+from tdcompile.processes import count, devices, from_first, no_gpu, same_in_all
 from tdcompile.program import Program
+from tdcompile.surgery import evaluating, tensors_in
 from tdcompile.target import Target
-from tdcompile.task import Batch, Samples, logits
-from tdcompile.tuning import Epoch, Saved, Tuning, key_of
+from tdcompile.task import Batch, Samples
+from tdcompile.tuning import Epoch, Saved, Tuning, kept_in, key_of
 
 # Steps in a row that fp16 may leave out: its scale starts at 2^16 and is halved each time.
 _SKIPS = 20
@@ -69,18 +70,18 @@ class Trainer:
     goes on from a saved epoch equals one that was never interrupted.
 
     Several processes end as one does, but for rounding: they share out a batch in the same order, with the same shifts
-    and flips, and batch norm and gradients are those of the whole of it. Not synchronised are what dropout draws, the
-    same for each share; a batch norm of a class with a ``forward`` of its own; and the energy by which the squares of
-    answers that are no class scores are divided, which is that of each share.
+    and flips, and batch norm and gradients are those of the whole of it; where their number does not divide the batch,
+    it is rounded down to a multiple. Not synchronised are what dropout draws, the same for each share, and a batch norm
+    of a class with a ``forward`` of its own.
 
     Args:
         graph: with tensors of its own.
-        loss: maps the class scores and their batch to a scalar; its mode is its own affair.
+        loss: maps the network's outputs, a list, and their batch to a scalar; its mode is its own affair.
         fit: samples to train on, at least two.
         heldout: samples to judge by; None keeps the last weights.
         program: gives the target and the generators.
         purpose: names the generators.
-        saved: written after each epoch, cleared at the end.
+        saved: written after each epoch. It stays: whoever keeps the result clears it then.
         schedule: called before each step, with its number from 0, the number of steps and the optimizer.
         only: the parameters to train; none trains all that are floating point.
     """
@@ -102,11 +103,19 @@ class Trainer:
         self._graph, self._heldout, self._settings, self._saved = graph, heldout, settings, saved
         self._program, self._purpose = program, purpose
         self._home = program.inputs[0].device
-        self._accelerator = accelerator = accelerator_of(program.target, settings.precision)
-        self._loss = loss.to(accelerator.device)
+        trained = [p for p in (graph.parameters() if only is None else only) if p.is_floating_point()]
+        moving = set(map(id, trained))
+        self._still = [p for p in graph.parameters() if p.requires_grad and id(p) not in moving]
+        for parameters, move in ((trained, True), (self._still, False)):
+            for parameter in parameters:
+                parameter.requires_grad_(move)
+        unreached = count() > 1 and not _reached(graph, program.inputs, trained)
+        self._accelerator = accelerator = accelerator_of(program.target, settings.precision, unreached)
+        loss = loss.to(accelerator.device)
         # Depthwise convolutions, which CP makes, train two to three times as fast with the channels last.
-        for network in (graph, self._loss):
+        for network in (graph, loss):
             lay_out(network, torch.channels_last)
+        self._objective = _Objective(graph, loss)
         self._order, self._images = torch.Generator(), Augmented(fit, settings.augment)
         processes = accelerator.num_processes
         loader = DataLoader(
@@ -118,16 +127,10 @@ class Trainer:
         )
         self._steps = max(1, round(settings.epochs * len(loader)))
         self._epochs = math.ceil(self._steps / len(loader))
-        trained = [p for p in (graph.parameters() if only is None else only) if p.is_floating_point()]
-        moving = set(map(id, trained))
-        self._still = [p for p in graph.parameters() if p.requires_grad and id(p) not in moving]
-        for parameters, move in ((trained, True), (self._still, False)):
-            for parameter in parameters:
-                parameter.requires_grad_(move)
         optimizer = torch.optim.SGD(trained, settings.lr, settings.momentum, nesterov=settings.momentum > 0)
         rate = partial(_rate, warm=round(settings.warmup * self._steps), total=self._steps)
         self._model, self._optimizer, self._loader, self._scheduler = accelerator.prepare(
-            graph, optimizer, loader, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+            self._objective, optimizer, loader, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         )
         self._average = Average(graph, settings.average) if settings.average else None
         self._skipped = 0  # steps in a row whose gradient was not finite
@@ -146,6 +149,8 @@ class Trainer:
         state = self._begin()
         curve = [Epoch(*entry) for entry in state["curve"]]
         for number in range(len(curve) + 1, self._epochs + 1):
+            if self._settings.patience and len(curve) - state["best"][0] >= self._settings.patience:
+                break
             begun = time.perf_counter()
             loss = self._epoch(number, curve)
             with self._average.applied() if self._average else nullcontext():
@@ -163,15 +168,13 @@ class Trainer:
             }
             if self._accelerator.is_main_process:
                 self._saved.write(state)
-            if self._settings.patience and number - state["best"][0] >= self._settings.patience:
-                break
         self._end(state["weights"])
         kept, rate = state["best"][0], self._settings.lr
         return Tuning(len(curve), tuple(curve), kept, state["seconds"], state["start"][2], rate)
 
     def _begin(self) -> dict[str, Any]:
         """The saved state, put back into the graph and the optimizer, or the state of a new run."""
-        state = self._saved.read()
+        state = self._saved.read(self._accelerator.device)
         if state is None:
             start = (0, math.nan, *self._judge())
             return {"curve": [], "start": start, "best": start, "weights": _copied(self._graph), "seconds": 0.0}
@@ -192,8 +195,6 @@ class Trainer:
             parameter.requires_grad_()
         self._graph.eval().to(self._home)
         lay_out(self._graph, torch.contiguous_format)
-        if self._accelerator.is_main_process:
-            self._saved.clear()
         self._accelerator.free_memory()
 
     def _epoch(self, number: int, curve: list[Epoch]) -> float:
@@ -219,7 +220,7 @@ class Trainer:
 
     def _step(self, batch: Batch, step: int) -> float:
         batch = batch._replace(inputs=tuple(map(_channels_last, batch.inputs)))
-        loss = self._loss(logits(self._model(*batch.copies())), batch)
+        loss, _ = self._model(batch)
         self._accelerator.backward(loss)
         norm = self._accelerator.clip_grad_norm_(self._graph.parameters(), self._settings.clip)
         # NaN in one process's loss is NaN here in all. In fp16 the scaler leaves such a step out and lowers its scale,
@@ -267,22 +268,43 @@ class Trainer:
         for cpu in self._heldout.batches():
             labels = None if cpu.labels is None else cpu.labels.to(device)
             batch = Batch(tuple(x.to(device) for x in cpu.inputs), labels)
-            scores = logits(self._graph(*batch.copies()))
-            loss += float(self._loss(scores, batch)) * len(scores)
+            lost, scores = self._objective(batch)
+            loss += float(lost) * len(scores)
             right += 0 if labels is None else int((scores.argmax(1) == labels).sum())
-        count = len(self._heldout)
-        return (None if self._heldout.classes is None else right / count), loss / count
+        judged = len(self._heldout)
+        return (None if self._heldout.classes is None else right / judged), loss / judged
 
     def _seed(self, what: str, epoch: int) -> int:
         return self._program.generator(f"{self._purpose}/{what}/{epoch}").initial_seed()
 
 
+class _Objective(nn.Module):
+    """A network and its loss in one pass, the loss without autocast.
+
+    Of several processes each has to see which parameters the loss reaches, for the rest have no gradients to share.
+    """
+
+    def __init__(self, graph: fx.GraphModule, loss: nn.Module) -> None:
+        super().__init__()
+        self.graph = graph
+        self._loss = (loss,)  # no part of it: nothing in there is trained
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss, and the first output."""
+        given = [*tensors_in(self.graph(*batch.copies()))]
+        device = given[0].device.type
+        if torch.is_autocast_enabled(device):
+            given = [x.float() if x.is_floating_point() else x for x in given]
+        with torch.autocast(device, enabled=False):
+            return self._loss[0](given, batch), given[0].detach()
+
+
 def saved_of(step: Plugin, graph: fx.GraphModule, train: Samples, program: Program) -> Saved:
     """Where a pass keeps its training, good for these weights, options, data and seed; nowhere without a workspace."""
-    if program.workspace is None:
+    folder = kept_in(program.workspace, step)
+    if folder is None:
         return Saved(None, "")
-    key = key_of([graph, program.dense], step, program.seed, train.fingerprint(), program.task.source)
-    return Saved(program.workspace / step.name, key)
+    return Saved(folder, key_of([graph, program.dense], step, program.seed, train.fingerprint(), program.task.source))
 
 
 class Average:
@@ -317,16 +339,38 @@ class Average:
             self._graph.load_state_dict(own)
 
 
-def accelerator_of(target: Target, precision: str) -> Accelerator:
-    """One for the target's kind of device; accelerate remembers the first device and precision a process asked for."""
+def _reached(graph: fx.GraphModule, inputs: tuple[Tensor, ...], trained: Sequence[nn.Parameter]) -> bool:
+    """Whether every parameter has a gradient: not so where it makes nothing but whole numbers."""
+    with evaluating(graph), torch.enable_grad():
+        outputs = [y for y in tensors_in(graph(*(x.clone() for x in inputs))) if y.requires_grad]
+        found = torch.autograd.grad([y.sum() for y in outputs], trained, allow_unused=True) if outputs else [None]
+    return all(gradient is not None for gradient in found)
+
+
+def accelerator_of(target: Target, precision: str, unreached: bool = False) -> Accelerator:
+    """One for the target's kind of device; accelerate remembers the first device and precision a process asked for.
+
+    Args:
+        target: what is compiled for.
+        precision: what autocast computes in.
+        unreached: whether there are parameters without a gradient: looking for them takes time in every step.
+
+    Raises:
+        InputError: fp16 without a GPU.
+    """
     cpu = no_gpu(target.device)
     if cpu and precision == "fp16":
         raise InputError("training in fp16 needs a CUDA device; on CPU precision is fp32 or bf16")
     other = (devices(cpu).device.type == "cpu") != cpu
     AcceleratorState._reset_state(reset_partial_state=other)
     mixed = "no" if precision == "fp32" else precision
-    # A step's batch is shared out among the processes, so that their number changes neither steps nor rates.
-    return Accelerator(cpu=cpu, mixed_precision=mixed, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    # A step's batch is shared out among the processes: where they divide it, they change neither steps nor rates.
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=mixed,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unreached)],
+    )
 
 
 def _rate(step: int, warm: int, total: int) -> float:

@@ -18,6 +18,7 @@ from torch import nn
 
 from tdcompile.errors import InputError
 from tdcompile.facts import Fact
+from tdcompile.plugin import Plugin
 
 log = logging.getLogger("tdcompile")
 
@@ -64,15 +65,15 @@ class Saved:
     folder: Path | None
     key: str
 
-    def read(self) -> dict[str, Any] | None:
-        """The state of an interrupted run; None where there is none, or one of another run."""
+    def read(self, device: torch.device) -> dict[str, Any] | None:
+        """The state of a run, its tensors on the device; None where there is none, or one of another run."""
         if self.folder is None or not (self.folder / "state.pt").is_file():
             return None
         path = self.folder / "state.pt"
         try:
             if not zipfile.is_zipfile(path):  # torch's reader of its older format raises anything at all
                 raise OSError("it is no whole zip file")
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         except (RuntimeError, OSError, pickle.UnpicklingError) as error:
             log.warning("the saved training state %s cannot be read and is left aside: %s", path, error)
             return None
@@ -98,9 +99,14 @@ class Saved:
             raise InputError(f"the training state cannot be written to {self.folder}: {error}") from error
 
     def clear(self) -> None:
-        """Forget the state: the run is done."""
+        """Forget the state: what the run made is kept elsewhere."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def kept_in(workspace: Path | None, step: Plugin) -> Path | None:
+    """Where a pass keeps its training; None without a workspace."""
+    return None if workspace is None else workspace / step.name
 
 
 def key_of(modules: Iterable[nn.Module], *facts: object) -> str:

@@ -174,3 +174,17 @@ def test_without_a_plan_it_is_refused() -> None:
     program = tdcompile.trace(Twice().eval(), (torch.randn(2, 3, 8, 8),)).with_(task=Task(noise()))
     with pytest.raises(InputError, match="plan"):
         Pipeline.parse("finetune{outputs=1,epochs=1,trial=0}").run(program)
+
+
+def test_of_other_outputs_what_is_finite_and_has_energy_counts_and_whole_numbers_do_not() -> None:
+    class Many(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            mask = torch.where(x > 0, 0.0, -torch.inf)
+            return x, {"places": 2 * x, "mask": mask}, torch.zeros_like(x), x.argmax(1), x[:0]
+
+    x = torch.randn(6, 4)
+    loss = Distillation(Many(), 4.0, 0.0)
+    wanted = Many()(x)
+    assert float(loss(wanted, Batch((x,), None))) == pytest.approx(0.0, abs=1e-6)
+    given = (x, {"places": 3 * x, "mask": wanted[1]["mask"] + 0.0}, torch.full_like(x, 0.5), x.argmin(1), x[:0])
+    assert float(loss(given, Batch((x,), None))) == pytest.approx(0.25 + 0.25, rel=1e-5)

@@ -32,9 +32,9 @@ class Overflowing(nn.Module):
         super().__init__()
         self.at, self.nan_from, self.calls = at, nan_from, 0
 
-    def forward(self, scores: Tensor, batch: Batch) -> Tensor:
+    def forward(self, outputs: list[Tensor], batch: Batch) -> Tensor:
         self.calls += 1
-        loss = scores.float().square().mean()
+        loss = outputs[0].float().square().mean()
         if self.calls >= self.nan_from:
             return loss * math.nan
         return loss * torch.tensor(1e30) * 1e5 if self.calls in self.at else loss
@@ -43,7 +43,7 @@ class Overflowing(nn.Module):
 def scaled(monkeypatch: pytest.MonkeyPatch, loss: nn.Module, saved: Saved, steps: int = 10) -> Trainer:
     """A trainer in fp16 with a gradient scaler, which accelerate has on GPUs alone, on a CPU."""
 
-    def accelerator(target: Target, precision: str) -> Accelerator:
+    def accelerator(target: Target, precision: str, unreached: bool) -> Accelerator:
         AcceleratorState._reset_state()
         made = Accelerator(cpu=True)
         made.scaler, made.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3), True

@@ -9,10 +9,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tdcompile
+from tdcompile.checkpoint import Checkpoint
 from tdcompile.compiler import Compiled
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.pipeline import Silent
 from tdcompile.task import Tensors
+from tdcompile.training import Trainer
+from tdcompile.tuning import Tuning
 
 
 def points(count=96, classes=2, seed=0):
@@ -125,6 +128,33 @@ def test_an_interrupted_run_goes_on_from_its_last_finished_pass(tmp_path):
         torch.testing.assert_close(resumed.module(x), whole.module(x))
     resumed.save(tmp_path / "out")
     assert not (tmp_path / "work").exists()
+
+
+def test_a_disk_that_is_full_after_the_last_epoch_does_not_cost_the_training(tmp_path, monkeypatch):
+    options = {"data": points(), "budget": {"params": 0.6}, "tune": "epochs=2,batch=16,lr=0.01"}
+    whole = tdcompile.compile(network(), X, **options)
+    save, epochs = Checkpoint.save, []
+
+    def full(self, program, done, *rest):
+        if program.facts.get(Tuning) is not None:
+            raise InputError("the disk is full")
+        save(self, program, done, *rest)
+
+    monkeypatch.setattr(Checkpoint, "save", full)
+    with pytest.raises(InputError, match="disk is full"):
+        tdcompile.compile(network(), X, workspace=tmp_path, **options)
+    monkeypatch.setattr(Checkpoint, "save", save)
+    epoch = Trainer._epoch
+
+    def counted(self, number, curve):
+        epochs.append(number)
+        return epoch(self, number, curve)
+
+    monkeypatch.setattr(Trainer, "_epoch", counted)
+    resumed = tdcompile.compile(network(), X, workspace=tmp_path, resume=True, **options)
+    assert not epochs
+    assert resumed.onnx.read_bytes() == whole.onnx.read_bytes()
+    assert not (tmp_path / "finetune").exists()
 
 
 def test_the_state_of_another_compilation_is_refused_and_stays(tmp_path):

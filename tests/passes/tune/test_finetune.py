@@ -21,7 +21,7 @@ from tdcompile.program import Change, Program
 from tdcompile.target import Target
 from tdcompile.task import Batch, Samples, Task, Tensors, accuracy
 from tdcompile.training import Settings, lay_out
-from tdcompile.tuning import Epoch, Tuning
+from tdcompile.tuning import Epoch, Saved, Tuning
 
 FAST = Finetune(epochs=3, batch=32, holdout=0.1, trial=0)
 
@@ -160,7 +160,25 @@ def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(taught: Program
     assert same(whole, resumed)
     assert resumed.facts[Tuning].curve == whole.facts[Tuning].curve
     assert resumed.facts[Tuning].best_epoch == whole.facts[Tuning].best_epoch
-    assert not (tmp_path / "finetune").exists()
+
+
+@pytest.mark.parametrize("patience", [0, 1])
+def test_a_run_that_had_ended_is_taken_as_it_ended(taught: Program, tmp_path: Path, patience: int) -> None:
+    tune = replace(FAST, epochs=4, lr=5.0, clip=1e9, patience=patience)  # no epoch is better: the first is the last
+    whole = tune.run(taught.with_(workspace=tmp_path))
+    steps, again = steps_of(tune, taught.with_(workspace=tmp_path))
+    assert steps == []
+    assert whole.facts[Tuning].epochs == (1 if patience else 4)
+    assert same(whole, again)
+    assert again.facts[Tuning] == whole.facts[Tuning]
+
+
+def test_a_saved_state_is_read_to_where_the_network_is(tmp_path: Path) -> None:
+    saved = Saved(tmp_path, "mine")
+    saved.write({"weights": {"w": torch.ones(2)}, "curve": []})
+    state = saved.read(torch.device("meta"))
+    assert state is not None
+    assert state["weights"]["w"].device.type == "meta"
 
 
 @pytest.mark.parametrize("changed", ["options", "seed", "weights", "teacher"])
@@ -351,6 +369,16 @@ def test_on_a_gpu_it_learns_and_hands_back_a_graph_on_the_cpu(taught: Program) -
     FAST.run(taught)  # and back: accelerate remembers the first device it was asked for
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu_a_run_with_an_average_goes_on_from_its_state(taught: Program, tmp_path: Path) -> None:
+    tune, there = replace(FAST, average=0.9), taught.with_(target=Target("cuda"), workspace=tmp_path)
+    interrupted(tune, there, step=23)
+    steps, resumed = steps_of(tune, there)
+    assert steps == list(range(19, 28))
+    assert distance(resumed) < distance(taught)
+
+
 def test_the_average_of_the_weights_is_what_is_judged_and_kept() -> None:
     averaged = replace(FAST, average=0.9).run(program(data()))
     assert not same(averaged, FAST.run(program(data())))
@@ -448,6 +476,56 @@ def test_two_processes_end_as_one_does(tmp_path: Path, free_port: int, bn: Liter
         assert not any(changed for _, changed in made["kinds"][1:])  # a graph has a ``forward`` of its own
         heldout = [entry[2:] for entry in made["curve"]]
         assert heldout == [pytest.approx(tuple(entry)[2:], abs=1e-4) for entry in alone.facts[Tuning].curve]
+
+
+class TwoHeaded(nn.Module):
+    """Scores, where the brighter half is, and beside it a count that no gradient reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.scores = nn.Linear(64, 16), nn.Linear(16, 4)
+        self.place, self.level = nn.Linear(16, 3), nn.Linear(16, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Scores ``(N, 4)``, places ``(N, 3)``, counts ``(N,)``."""
+        h = self.body(x.flatten(1)).relu()
+        return {"scores": self.scores(h), "place": self.place(h), "count": (self.level(h) > 0).sum(1)}
+
+
+def two_headed() -> Program:
+    graphs = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        graphs.append(fx.symbolic_trace(TwoHeaded().eval()))
+    return Program(graphs[0], (torch.zeros(2, 1, 8, 8),), graphs[1], Task(train=data(labelled=False)))
+
+
+def _two_heads(rank: int, port: int, out: str) -> None:
+    """A process of a run over gloo."""
+    import os
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    torch.save(replace(FAST, augment="none").run(two_headed()).graph.state_dict(), f"{out}/{rank}.pt")
+
+
+def test_every_output_learns_and_what_no_gradient_reaches_stays_in_one_process_as_in_two(
+    tmp_path: Path, free_port: int
+) -> None:
+    start, x = two_headed(), data().batch(range(320)).inputs[0]
+    alone = replace(FAST, augment="none").run(start)
+    with torch.no_grad():
+        wanted = start.dense(x)
+        lost = [[F.mse_loss(p.graph(x)[key], wanted[key]) for p in (start, alone)] for key in ("scores", "place")]
+    assert all(after < 0.8 * before for before, after in lost), lost
+    for name in ("level.weight", "level.bias"):
+        assert torch.equal(alone.graph.get_parameter(name), start.graph.get_parameter(name))
+    torch.multiprocessing.spawn(_two_heads, (free_port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        made = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in alone.graph.state_dict().items():
+            torch.testing.assert_close(made[name], value, atol=1e-4, rtol=1e-3)
 
 
 def _judged_alike(rank: int, port: int, out: str) -> None:
