@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tdcompile.decomposition import Decomposition
+from tdcompile.errors import BudgetError
 from tdcompile.layer import Layer
 from tdcompile.program import Program, Site, parameters_of, sites_of
-from tdcompile.ranks import Ranks
+from tdcompile.ranks import Ranks, within
 from tdcompile.registry import make
-from tdcompile.target import Cost, CostModel, Target, total
+from tdcompile.selection import out_of_reach
+from tdcompile.target import LIMITED, Cost, CostModel, Target, total
 
 
 def price(layer: Layer, target: Target, counter: CostModel, timer: CostModel | None) -> Cost:
@@ -58,6 +60,22 @@ class Prices:
     def network(self, changed: Mapping[str, Cost]) -> Cost:
         """Of the network with some layers at other costs."""
         return self._rest + total([changed.get(name, cost) for name, cost in self.layers.items()])
+
+    def check(self, least: Cost, who: str) -> None:
+        """See whether the least that there is keeps to the budget, before anything is searched for.
+
+        Args:
+            least: what the network costs at the smallest ranks.
+            who: whose ranks they are, for the message.
+
+        Raises:
+            BudgetError: it does not; the message says what can be reached.
+        """
+        if within(least, self.limits):
+            return
+        fields = {name: LIMITED[name] for name in self._budget.shares}
+        lowest = {name: getattr(least, field) / getattr(self.dense, field) for name, field in fields.items()}
+        raise BudgetError(f"{who}: {out_of_reach(lowest, self._budget)}; raise the budget")
 
     def _once(self, name: str, cost: Cost) -> Cost:
         return replace(cost, params=cost.params / len(self.sites[name].calls))

@@ -224,18 +224,26 @@ def _miss(selector: RankSelector, candidates: Candidates, budget: Budget, reache
         floor = sum(min(getattr(o.cost, field) for o in options) for options in candidates.layers.values())
         lowest[name] = (getattr(rest, field) + floor) / getattr(dense, field)
         closest[name] = getattr(reached, field) / getattr(dense, field)
-    short = {name: share for name, share in lowest.items() if share > budget.shares[name] * (1 + 1e-9)}
-    if short:
-        asked = " and ".join(f"{name} within {budget.shares[name]:g}" for name in short)
-        kept = " and ".join(f"{_up(share)} of {name}" for name, share in short.items())
-        return (
-            f"no plan keeps {asked} of dense: the cheapest one keeps {kept}; "
-            "raise the budget or allow more decompositions"
-        )
+    if (sentence := out_of_reach(lowest, budget)) is not None:
+        return f"{sentence}; raise the budget or allow more decompositions"
     return (
         f"{selector.spec()} gives no plan within {budget}: its closest one keeps {_shares(closest)} "
         f"(each on its own can go down to {_shares(lowest)}); raise the budget or choose the ranks another way"
     )
+
+
+def out_of_reach(lowest: Mapping[str, float], budget: Budget) -> str | None:
+    """What a budget asks for below the lowest share of dense, by name, that any plan keeps; None where it does not.
+
+    >>> out_of_reach({"macs": 0.1}, Budget(macs=0.05))
+    'no plan keeps macs within 0.05 of dense: the cheapest one keeps 0.1 of macs'
+    """
+    short = {name: share for name, share in lowest.items() if share > budget.shares[name] * (1 + 1e-9)}
+    if not short:
+        return None
+    asked = " and ".join(f"{name} within {budget.shares[name]:g}" for name in short)
+    kept = " and ".join(f"{_up(share)} of {name}" for name, share in short.items())
+    return f"no plan keeps {asked} of dense: the cheapest one keeps {kept}"
 
 
 def _shares(shares: Mapping[str, float]) -> str:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tdcompile.decomposition import Decomposition, tied
-from tdcompile.errors import BudgetError
 from tdcompile.layer import Refusal
 from tdcompile.pricing import Prices
 from tdcompile.program import Program
@@ -28,7 +27,7 @@ class SingleRanks(Prices):
 
     def __init__(self, program: Program, forms: Mapping[str, Decomposition]) -> None:
         super().__init__(program)
-        self.forms, self._budget = forms, program.budget
+        self.forms = forms
         self._costs: dict[tuple[str, int], Cost] = {}
         self._errors: dict[tuple[str, int], float] = {}
 
@@ -103,8 +102,8 @@ class SingleRanks(Prices):
                 for name, rank in made.items()
                 if (less := self._cheaper(name, ladders[name], rank)) is not None
             ]
-            if not steps:
-                raise BudgetError(f"there is no plan within {self._budget} of one rank a layer: raise the budget")
+            if not steps:  # it raises
+                self.check(self.spent(made), "one rank a layer")
             _, name, less = min(steps)
             made[name] = less
         growing = set(made)
@@ -134,8 +133,11 @@ class SingleRanks(Prices):
             choices[name] = Candidate(DENSE, (), 0.0, self.layers[name])
             if name in reasons:
                 continue
-            if name not in ranks:
+            if name not in self.forms:
                 reasons[name] = Refusal(name, "refused", "neither the search's form nor svd applies to it")
+            elif name not in ranks:
+                alone = "there is no rank to search for, it has 1 alone, and the budget is kept without it"
+                reasons[name] = Refusal(name, "dense_is_best", alone)
             elif self.share(name, rank := ranks[name]) >= 1:
                 reasons[name] = Refusal(name, "not_cheaper", f"at the rank found, {rank}, it costs more than dense")
             else:

@@ -81,7 +81,7 @@ def test_a_price_that_does_not_fall_at_the_next_rank_does_not_end_the_fit(monkey
 
 
 def test_a_budget_that_not_even_rank_one_meets_is_told() -> None:
-    with pytest.raises(BudgetError, match="raise the budget"):
+    with pytest.raises(BudgetError, match=r"keeps 0\.\d+ of macs; raise the budget"):
         prices(0.001).fitted({"0": 4, "2": 4})
 
 

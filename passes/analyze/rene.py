@@ -17,7 +17,7 @@ from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.program import Program, Site, kept_dense, sites
-from tdcompile.ranks import RankPlan
+from tdcompile.ranks import RankPlan, within
 from tdcompile.registry import make
 from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
 from tdcompile.single_rank import SingleRanks
@@ -88,7 +88,7 @@ class Rene(AnalysisPass):
             raise InputError(f"'{self.spec()}': step, steps, samples and batch at least 1, factor at least 2")
 
     def analyze(self, program: Program) -> RankPlan:
-        """The plan; layers that no form applies to stay dense.
+        """The plan; layers that no form applies to stay dense, and those of rank 1 alone where the budget lets them.
 
         Raises:
             InputError: ``mode=data`` without labelled training samples.
@@ -100,7 +100,12 @@ class Rene(AnalysisPass):
         forms = {n: form for n, site in found.items() if n not in kept and (form := self._form(site)) is not None}
         prices = SingleRanks(program, forms)
         most = {name: prices.most(name) for name in forms}
-        grids = {name: intervals(top, self.step) for name, top in most.items() if top > 1}
+        if self.budget:
+            prices.check(prices.spent(dict.fromkeys(most, 1)), "one rank a layer")
+        searched = [name for name, top in most.items() if top > 1]
+        if self.budget and not within(prices.spent(dict.fromkeys(searched, 1)), prices.limits):
+            searched = [*most]  # the rest too, whose one rank is 1
+        grids = {name: intervals(most[name], self.step) for name in searched}
         chosen: dict[str, int] = {}
         settled = _Settled({}, {})
         generator, rounds = program.generator(self.name), 0
@@ -168,7 +173,9 @@ class Rene(AnalysisPass):
 
     @property
     def _rate(self) -> float:
-        return self.lr_coefficients or (1.0 if self.budget else 0.1)
+        if self.lr_coefficients is not None:
+            return self.lr_coefficients
+        return 1.0 if self.budget else 0.1
 
     def _loss(self, layers: Sequence[Relaxed], settled: _Settled, data: _Batches | None) -> Tensor:
         mixed, errors = zip(*(layer() for layer in layers), strict=True)

@@ -15,7 +15,7 @@ from tdcompile.amp import Precision
 from tdcompile.augment import Asked, fitting
 from tdcompile.backend.inference import folded
 from tdcompile.distillation import Distillation
-from tdcompile.errors import BudgetError, InputError
+from tdcompile.errors import InputError
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
 from tdcompile.pricing import Prices
@@ -138,8 +138,7 @@ class _Schedule:
 
     def _check(self) -> None:
         least = self._cost({name: (1,) * len(layer.ranks) for name, layer in self._layers.items()})
-        if not within(least, self._prices.limits):
-            raise BudgetError("anneal: not even adapters of rank 1 keep to the budget; raise it")
+        self._prices.check(least, "adapters of rank 1")
 
     def __call__(self, step: int, of: int, optimizer: Optimizer) -> None:
         progress = self._progress(step, of)

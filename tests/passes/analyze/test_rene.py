@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Literal
 
@@ -16,10 +17,11 @@ from tdcompile.passes.analyze import rene
 from tdcompile.passes.analyze.rene import Rene
 from tdcompile.pipeline import Pipeline
 from tdcompile.program import Program, sites
-from tdcompile.ranks import DENSE, RankPlan
+from tdcompile.ranks import DENSE, RankPlan, within
 from tdcompile.registry import make
 from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
 from tdcompile.single_rank import SingleRanks
+from tdcompile.target import Budget
 from tdcompile.task import Samples, Task, Tensors, accuracy
 
 MODES: tuple[Literal["recon", "data"], ...] = ("recon", "data")
@@ -174,8 +176,41 @@ def test_cp_is_searched_too(form: Literal["cp", "cp4"], channels: int) -> None:
 
 
 def test_a_budget_that_cannot_be_met_says_so() -> None:
-    with pytest.raises(BudgetError, match="no plan within"):
-        Rene(step=8, factor=8, steps=2).analyze(program(low_rank(3), nn.Conv2d(24, 24, 3, groups=24), share=0.001))
+    given = program(low_rank(3), nn.Conv2d(24, 24, 3, groups=24), share=0.001)
+    with pytest.raises(
+        BudgetError, match=r"one rank a layer: no plan keeps macs within 0.001 .* keeps 0\.\d+ of macs"
+    ) as told:
+        Rene(step=8, factor=8, steps=2).analyze(given)
+    reached = _reach(told)
+    plan = Rene(step=8, factor=8, steps=2).analyze(given.with_(budget=Budget(macs=reached)))
+    assert {choice.ranks for choice in plan.choices.values()} == {(1, 1), ()}
+
+
+def _reach(told: pytest.ExceptionInfo[BudgetError]) -> float:
+    """The share that a message says can be reached."""
+    return float(re.findall(r"keeps ([\d.]+) of macs", str(told.value))[0])
+
+
+def test_a_budget_that_cannot_be_met_costs_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rene, "_search", lambda *given: pytest.fail("it searches"))
+    with pytest.raises(BudgetError):
+        Rene().analyze(program(low_rank(3), share=0.001))
+
+
+@pytest.mark.parametrize(("share", "ranks"), [(0.5, ()), (0.1, (1, 1))])
+def test_a_layer_that_has_rank_1_alone_is_replaced_where_the_budget_needs_it(
+    share: float, ranks: tuple[int, ...]
+) -> None:
+    given = program(nn.Conv2d(1, 24, 5, padding=2), nn.ReLU(), low_rank(3), share=share)
+    plan = Rene(step=8, factor=8, steps=5).analyze(given)
+    assert plan.choices["0"].ranks == ranks
+    assert within(plan.predicted, {"macs": share * plan.dense.macs})
+    assert plan.reasons.get("0") is None if ranks else "rank" in plan.reasons["0"].reason
+
+
+def test_coefficients_at_rest_stay_as_they_are() -> None:
+    plan = Rene(step=8, factor=8, steps=5, lr_coefficients=0.0, budget=False).analyze(program(low_rank(3)))
+    assert plan.choices["0"].ranks == (1, 1)  # of equal coefficients that of the smallest rank
 
 
 def test_coefficients_that_are_not_finite_are_an_error_and_never_a_rank() -> None:
