@@ -39,20 +39,20 @@ def input_map(flat: Tensor, second: Tensor | Sketch | None, taps: int, rank: int
 
 def between_groups(second: Tensor | Sketch, taps: int) -> Tensor:
     """The mean over the taps of S's G x G blocks, ``(G, G)``."""
-    if isinstance(second, Sketch):
-        return second.between_groups(taps)
-    return torch.einsum("gkhk->gh", _blocks(second, taps)) / taps
+    return between(second, 1, len(second) // taps, taps)
 
 
 def between_taps(second: Tensor | Sketch, taps: int) -> Tensor:
     """The mean over the groups of S's K x K blocks, ``(K, K)``."""
+    return between(second, len(second) // taps, taps, 1)
+
+
+def between(second: Tensor | Sketch, ahead: int, size: int, behind: int) -> Tensor:
+    """Of inputs in three modes the mean over the first and the last of S's blocks, ``(size, size)``."""
     if isinstance(second, Sketch):
-        return second.between_taps(taps)
-    return torch.einsum("gkgl->kl", _blocks(second, taps)) * taps / len(second)
-
-
-def _blocks(second: Tensor, taps: int) -> Tensor:
-    return second.reshape(len(second) // taps, taps, len(second) // taps, taps)
+        return second.between(ahead, size, behind)
+    blocks = second.reshape(ahead, size, behind, ahead, size, behind)
+    return torch.einsum("agbahb->gh", blocks) / (ahead * behind)
 
 
 def mapped(flat: Tensor, basis: Tensor) -> Tensor:

@@ -184,9 +184,13 @@ def tail(matrix: Tensor, most: int) -> Tensor:
 
 def precise(tensor: Tensor) -> Tensor:
     """In float64, but as it is where it has more than ``LARGE`` entries and is not of half precision."""
-    if tensor.numel() > LARGE and tensor.dtype is not torch.float64:
-        return tensor.float()
-    return tensor.double()
+    return tensor.to(precise_in(tensor))
+
+
+def precise_in(tensor: Tensor) -> torch.dtype:
+    """What ``precise`` computes in."""
+    large = tensor.numel() > LARGE and tensor.dtype is not torch.float64
+    return torch.float32 if large else torch.float64
 
 
 def _sweep(tensor: Tensor, factors: Sequence[Tensor], ridge: float) -> tuple[list[Tensor], float]:

@@ -69,15 +69,11 @@ class Sketch:
         found.diagonal().add_(self.rest)
         return found
 
-    def between_groups(self, taps: int) -> Tensor:
-        """The mean over the taps of S's G x G blocks, ``(G, G)``."""
-        factor, rest = self.by_tap(taps)
-        return torch.einsum("gkf,hkf->gh", factor, factor) / taps + torch.diag(rest.mean(1))
-
-    def between_taps(self, taps: int) -> Tensor:
-        """The mean over the groups of S's K x K blocks, ``(K, K)``."""
-        factor, rest = self.by_tap(taps)
-        return torch.einsum("gkf,glf->kl", factor, factor) / len(factor) + torch.diag(rest.mean(0))
+    def between(self, ahead: int, size: int, behind: int) -> Tensor:
+        """Of inputs in three modes the mean over the first and the last of S's blocks, ``(size, size)``."""
+        factor = self.factor.reshape(ahead, size, behind, -1)
+        rest = self.rest.reshape(ahead, size, behind).mean((0, 2))
+        return torch.einsum("agbf,ahbf->gh", factor, factor) / (ahead * behind) + torch.diag(rest)
 
     def by_tap(self, taps: int) -> tuple[Tensor, Tensor]:
         """F as ``(G, K, k)`` and d as ``(G, K)``."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import tdcompile
 from tdcompile.decomposition import relative_error
 from tdcompile.errors import InputError
+from tdcompile.inputmap import between_groups, between_taps
 from tdcompile.layer import Layer, Moments
 from tdcompile.linalg import low_rank, low_rank_errors, ridge, root_of
 from tdcompile.passes.decompose.svd import SVD
@@ -124,9 +125,11 @@ def test_its_blocks_are_those_of_the_matrix_it_stands_for(taps: int) -> None:
     whole, groups = matrix(sketch), 60 // taps
     parts = whole.reshape(groups, taps, groups, taps)
     near = {"rtol": 1e-4, "atol": 1e-5}
-    over_taps, over_groups = sketch.between_groups(taps).double(), sketch.between_taps(taps).double()
+    over_taps, over_groups = between_groups(sketch, taps).double(), between_taps(sketch, taps).double()
     torch.testing.assert_close(over_taps, parts.diagonal(dim1=1, dim2=3).mean(-1), **near)
     torch.testing.assert_close(over_groups, parts.diagonal(dim1=0, dim2=2).mean(-1), **near)
+    middle = whole.reshape(3, 4, 5, 3, 4, 5).diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).mean((-1, -2))
+    torch.testing.assert_close(sketch.between(3, 4, 5).double(), middle, **near)
 
 
 def test_what_needs_the_entries_gets_them_unless_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

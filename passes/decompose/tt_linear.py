@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from tdcompile.anchors import anchored, spread
 from tdcompile.decomposition import Decomposition, train_space
+from tdcompile.inputmap import between
 from tdcompile.layer import Layer, Moments, Refusal, in_groups
 from tdcompile.linalg import cholesky, energy, ridge
 from tdcompile.metric import OutputMetric
-from tdcompile.multilinear import precise, share_bond, tail, tt_compose, tt_svd
+from tdcompile.multilinear import precise_in, share_bond, tail, tt_compose, tt_svd
 from tdcompile.ranks import Ranks
-from tdcompile.sketch import Sketch
 
 # How many ranks are proposed beside the exact ones, and how many of them are factorised for an estimate.
 MEMBERS, ANCHORS = 12, 4
@@ -80,14 +80,13 @@ class TTLinear(Decomposition):
         """TT-SVD, every bond's scale shared by its two cores; with moments that or the whitened one, scaled.
 
         A chain stays one where each input mode is whitened by itself: by the root of the mean over the other modes of
-        S's diagonal blocks, as if S were their Kronecker product (this project's completion; not of a sketch).
+        S's diagonal blocks, as if S were their Kronecker product (this project's completion).
         """
         if moments is None:
             cores = tt_svd(self._tensor(layer, weight), ranks)
         else:
             metric = OutputMetric(weight, moments.metric)
-            roots = self._roots(layer, metric)
-            cores, _ = self._fit_output(layer, self._starts(layer, weight, roots), ranks, metric, roots)
+            cores, _ = self._fit_output(layer, weight, ranks, metric, self._roots(layer, metric))
         for k in reversed(range(self.cores - 1)):
             cores[k], cores[k + 1] = share_bond(cores[k], cores[k + 1])
         parts = self.blueprint(layer, ranks)
@@ -106,17 +105,19 @@ class TTLinear(Decomposition):
         """The energy that the unfoldings leave: the error itself with two cores and no moments, else corrected."""
         metric = OutputMetric(weight, moments.metric) if moments is not None else None
         roots = self._roots(layer, metric) if metric is not None else []
-        starts = self._starts(layer, weight, roots)
-        tensor = starts[-1]
+        tensor = self._tensor(layer, weight, roots)
         total = energy(tensor.flatten(1)) + torch.finfo(tensor.dtype).tiny
         inner = sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})
         most = [max(ranks) for ranks in zip(*inner, strict=True)]
         tails = [tail(tensor.flatten(0, i).flatten(1), rank) for i, rank in enumerate(most)]
         bounds = [math.sqrt(sum(float(t[r]) for t, r in zip(tails, ranks, strict=True)) / total) for ranks in inner]
 
+        if metric is not None:
+            tensor = tensor.new_empty(0)  # the fits have one of their own, and there is room for one
+
         def truth(index: int) -> float:
             if metric is not None:
-                return self._fit_output(layer, starts, inner[index], metric, roots)[1]
+                return self._fit_output(layer, weight, inner[index], metric, roots)[1]
             return math.sqrt(max(1 - energy(tt_svd(tensor, inner[index])[-1].flatten(1)) / total, 0.0))
 
         anchors = spread([1.0] * len(inner), 0.0, ANCHORS) if metric is not None or self.cores > 2 else []
@@ -129,55 +130,46 @@ class TTLinear(Decomposition):
         return TTChain([c for _, c in self._modes(layer)], [1, *ranks], factors, bias)
 
     def _fit_output(
-        self, layer: Layer, starts: Sequence[Tensor], ranks: Ranks, metric: OutputMetric, roots: Sequence[Tensor]
+        self, layer: Layer, weight: Tensor, ranks: Ranks, metric: OutputMetric, roots: Sequence[Tensor]
     ) -> tuple[list[Tensor], float]:
         """The better of the plain chain and that of the whitened weight, each scaled; cores and relative error."""
         found: list[tuple[list[Tensor], float]] = []
-        for tensor, turned in zip(starts, ([], roots), strict=False):
-            cores = tt_svd(tensor, ranks)
+        for turned in ([], roots):
+            cores = tt_svd(self._tensor(layer, weight, turned), ranks)
             for k, root in enumerate(turned):
                 t, c = self._modes(layer)[k]
                 paired = cores[k].reshape(-1, t, c, cores[k].shape[2]).movedim(2, -1)
-                back = torch.linalg.solve_triangular(root, paired.reshape(-1, c), upper=False, left=False)
+                back = torch.linalg.solve_triangular(root.to(paired), paired.reshape(-1, c), upper=False, left=False)
                 cores[k] = back.reshape(paired.shape).movedim(-1, 2).reshape(cores[k].shape)
             scale, error = metric.scale(self._rows(layer, cores))
             found.append(([cores[0] * scale, *cores[1:]], error))
         return min(found, key=lambda fit: fit[1])
 
     def _roots(self, layer: Layer, metric: OutputMetric) -> list[Tensor]:
-        """Lower triangular L_k, ``(c_k, c_k)``, with L_k L_kᵀ the second moment of an input mode; none of a sketch."""
-        if isinstance(metric.second, Sketch):
-            return []
+        """Lower triangular L_k, ``(c_k, c_k)``, with L_k L_kᵀ the second moment of an input mode."""
         sizes, roots = [c for _, c in self._modes(layer)], []
         for k, size in enumerate(sizes):
-            ahead, behind = math.prod(sizes[:k]), math.prod(sizes[k + 1 :])
-            parts = metric.second.reshape(ahead, size, behind, ahead, size, behind)
-            block = parts.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).mean((-1, -2))
+            block = between(metric.second, math.prod(sizes[:k]), size, math.prod(sizes[k + 1 :])).double()
             roots.append(cholesky(block, ridge(block)))
         return roots
-
-    def _starts(self, layer: Layer, weight: Tensor, roots: Sequence[Tensor]) -> list[Tensor]:
-        """The weight by pairs of modes, and where there are roots the same times L_k along each input mode."""
-        tensor = self._tensor(layer, weight)
-        if not roots:
-            return [tensor]
-        whitened = tensor
-        for k, ((t, c), root) in enumerate(zip(self._modes(layer), roots, strict=True)):
-            paired = whitened.reshape(math.prod(tensor.shape[:k]), t, c, -1)
-            whitened = torch.einsum("atcb,cd->atdb", paired, root.to(tensor.dtype)).reshape(tensor.shape)
-        return [tensor, whitened]
 
     def _modes(self, layer: Layer) -> list[tuple[int, int]]:
         """(t_k, c_k): output modes falling and input modes rising, which keeps what is in flight small."""
         outputs, inputs = (modes_of(size, self.cores) for size in (layer.out_channels, layer.in_channels))
         return list(zip(reversed(outputs), inputs, strict=True))
 
-    def _tensor(self, layer: Layer, weight: Tensor) -> Tensor:
-        """``(t1 c1, ..., td cd)``: the one copy of the weight that is made of a large one."""
+    def _tensor(self, layer: Layer, weight: Tensor, roots: Sequence[Tensor] = ()) -> Tensor:
+        """``(t1 c1, ..., td cd)``, times L_k along each input mode: the one copy of the weight that is made."""
         modes, d = self._modes(layer), self.cores
-        split = weight.detach().reshape(*(t for t, _ in modes), *(c for _, c in modes))
-        paired = split.permute(*(axis for k in range(d) for axis in (k, d + k)))
-        return precise(paired.reshape([t * c for t, c in modes]))
+        paired = torch.empty([size for mode in modes for size in mode], dtype=precise_in(weight), device=weight.device)
+        split = paired.permute(*range(0, 2 * d, 2), *range(1, 2 * d, 2))
+        for place, rows in zip(split, weight.detach().chunk(modes[0][0]), strict=True):  # of one t1 at a time
+            part = rows.to(paired.dtype)
+            for k, root in enumerate(roots):
+                ahead, c = math.prod(c for _, c in modes[:k]), modes[k][1]
+                part = torch.einsum("acb,cd->adb", part.reshape(len(rows) * ahead, c, -1), root.to(part))
+            place.copy_(part.reshape(place.shape))
+        return paired.reshape([t * c for t, c in modes])
 
     def _rows(self, layer: Layer, cores: Sequence[Tensor]) -> Iterator[Tensor]:
         """The weight that the cores stand for, the rows of one t1 at a time: those of one t1 follow each other."""

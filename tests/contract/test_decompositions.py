@@ -273,6 +273,26 @@ def test_errors_are_those_of_the_factors_and_data_never_make_them_worse(form: st
         assert imbalance(factors) < UNEVEN.get(form, EVEN)
 
 
+@pytest.mark.parametrize(
+    ("form", "name", "data"),
+    [
+        (*case, data)
+        for case in ACCEPTED
+        if case[1] in ("conv", "grouped", "linear")
+        for data in (("data",) if case[1] in IN_GROUPS else ("data", "sketch"))
+    ],
+)
+def test_data_bring_something_in_the_middle_of_the_ranks(form: str, name: str, data: str) -> None:
+    decomposition, _, layer, weight, _ = accepted(form, name)
+    space, moments = decomposition.rank_space(layer, 1), MOMENTS[data](layer)
+    ranks = space[(len(space) - 2) // 2]  # the exact ones come last
+    lost = [
+        relative_error(weight, decomposition.reconstruct(layer, factors), moments)
+        for factors in (decomposition.factorize(layer, weight, ranks, seen) for seen in (None, moments))
+    ]
+    assert lost[1] < 0.95 * lost[0], lost
+
+
 @pytest.mark.parametrize("scale", [0.01, 100.0])
 @pytest.mark.parametrize(
     ("form", "name"), [case for case in ACCEPTED if case[1] in ("conv", "1x1", "grouped", "linear")]

@@ -14,6 +14,7 @@ from tdcompile.errors import InputError
 from tdcompile.layer import Layer, Moments
 from tdcompile.passes.decompose.tt_linear import TTLinear, modes_of
 from tdcompile.registry import make
+from tdcompile.sketch import Sketch
 
 
 @given(st.integers(1, 2000), st.integers(1, 4))
@@ -107,8 +108,9 @@ def test_a_kronecker_product_has_rank_one() -> None:
     assert float(factors[0].norm()) == pytest.approx(float(factors[1].norm()), rel=1e-4)
 
 
+@pytest.mark.parametrize("sketched", [False, True])
 @pytest.mark.parametrize("cores", [2, 3])
-def test_where_the_input_is_loud_the_weight_is_kept(cores: int) -> None:
+def test_where_the_input_is_loud_the_weight_is_kept(cores: int, sketched: bool) -> None:
     form, layer = TTLinear(cores), Layer("linear", 256, 512)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 256, generator=generator)
@@ -119,11 +121,19 @@ def test_where_the_input_is_loud_the_weight_is_kept(cores: int) -> None:
     for values, vectors in zip(spread, turned, strict=True):
         second = torch.kron(second, vectors @ values @ vectors.T)
     moments = Moments(second, 1000)
+    seen_as = sketch_of(second, 64) if sketched else moments
     ranks = form.rank_space(layer, 1)[len(form.rank_space(layer, 1)) // 2]
-    plain, aware = (form.reconstruct(layer, form.factorize(layer, weight, ranks, seen)) for seen in (None, moments))
+    plain, aware = (form.reconstruct(layer, form.factorize(layer, weight, ranks, seen)) for seen in (None, seen_as))
     kept, more = (1 - relative_error(weight, found, moments) ** 2 for found in (plain, aware))
     assert more > 2 * kept  # of the output's energy, of a weight that has no order of its own
     assert relative_error(weight, aware, None) > relative_error(weight, plain, None)
+
+
+def sketch_of(second: torch.Tensor, rank: int) -> Moments:
+    """The leading directions of S, and what they leave of its diagonal."""
+    values, vectors = torch.linalg.eigh(second)
+    factor = (vectors * values.clamp_min(0).sqrt())[:, -rank:].flip(1)
+    return Moments(Sketch(factor, (second.diagonal() - factor.square().sum(1)).clamp_min(0)), 1000)
 
 
 @pytest.mark.parametrize("cores", [2, 3])
@@ -135,14 +145,14 @@ def test_data_never_harm_and_the_errors_are_told(cores: int) -> None:
     moments = Moments(x.T @ x / 1000, 1000)
     space = form.rank_space(layer, 1)
     assert len(space) > 4
-    for seen in (None, moments):
+    for seen in (None, moments, sketch_of(moments.second, 64)):
         told = form.errors(layer, weight, space, seen)
         assert told[-1] == 0.0
         for ranks, estimate in list(zip(space, told, strict=True))[:-1:3]:
             found = form.reconstruct(layer, form.factorize(layer, weight, ranks, seen))
             assert estimate == pytest.approx(relative_error(weight, found, seen), abs=0.01)
             plain = form.reconstruct(layer, form.factorize(layer, weight, ranks, None))
-            assert relative_error(weight, found, moments) <= relative_error(weight, plain, moments) + 1e-6 or not seen
+            assert seen is None or relative_error(weight, found, seen) <= relative_error(weight, plain, seen) + 1e-6
 
 
 def test_a_rank_dearer_than_dense_is_not_proposed() -> None:
