@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tdcompile.artifact import load_graph, save_weights
 from tdcompile.calibration import Calibration
-from tdcompile.errors import InputError, TdcompileError, first_line
+from tdcompile.errors import InputError, TdcompileError, UnwrittenError, first_line
 from tdcompile.facts import Fact, Facts
 from tdcompile.layer import Moments, Refusal
 from tdcompile.program import Change, Program
@@ -51,12 +51,12 @@ class Checkpoint:
             before_tuning: the accuracy before the first training pass, once it is known.
 
         Raises:
-            InputError: the state cannot be written, for example because the disk is full.
+            UnwrittenError: the state cannot be written, for example because the disk is full.
         """
         try:
             self._write(program, done, seconds, before_tuning)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"the state of this run cannot be kept in {self.folder}: {error}") from error
+            raise UnwrittenError(f"the state of this run cannot be kept in {self.folder}: {error}") from error
 
     def _write(self, program: Program, done: int, seconds: dict[str, float], before_tuning: float | None) -> None:
         draft = self.folder / f"state.{os.getpid()}"

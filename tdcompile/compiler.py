@@ -30,6 +30,7 @@ from tdcompile.layer import Refusal
 from tdcompile.outcome import measure
 from tdcompile.pipeline import Pipeline, Silent, Watch, run_step
 from tdcompile.planfile import adopt
+from tdcompile.plugin import Plugin
 from tdcompile.processes import from_first, is_first, no_gpu
 from tdcompile.program import Program, sites
 from tdcompile.ranks import RankPlan
@@ -270,6 +271,8 @@ class _Driver:
         if self.first(lambda: done) != done:
             raise InputError("to resume in several processes they all need the folder with the state: share it")
         steps = self.pipeline.steps
+        for step in steps if self.checkpoint and is_first() and not resume else ():
+            _forget(program, step)
         for position in range(done, len(steps)):
             step = steps[position]
             if isinstance(step, TunePass) and step.trains and self.before_tuning is None:
@@ -283,13 +286,19 @@ class _Driver:
             self.seconds[step.name] = self.seconds.get(step.name, 0.0) + time.perf_counter() - began
             if self.checkpoint and is_first():
                 self.checkpoint.save(program, position + 1, self.seconds, self.before_tuning)
-                if isinstance(step, TunePass):  # not before: a full disk would cost the training
-                    Saved(kept_in(program.workspace, step), "").clear()
+            if self.checkpoint is None or is_first():  # not before: a full disk would cost the training
+                _forget(program, step)
         return program
 
     def first(self, work: Callable[[], T]) -> T:
         """What the work gives in the first process, in all of them."""
         return from_first(work, self.cpu)
+
+
+def _forget(program: Program, step: Plugin) -> None:
+    """Of a pass that trains the state of its training."""
+    if isinstance(step, TunePass):
+        Saved(kept_in(program.workspace, step), "").clear()
 
 
 def _given(step: AnalysisPass, work: Callable[[], Program]) -> list[Fact]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,20 +14,31 @@ from torch import Tensor, nn
 from tdcompile.amp import AUTOCAST, Precision
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import InputError
-from tdcompile.layer import Layer
+from tdcompile.layer import Layer, Refusal
 from tdcompile.processes import mean_of_all
 from tdcompile.ranks import DENSE, RankPlan, Ranks
 from tdcompile.registry import make
-from tdcompile.surgery import tensors_in
-from tdcompile.task import Batch, classified
+from tdcompile.surgery import outputs_of, tensors_in
+from tdcompile.task import Batch, Samples, classified
+
+# Mean squares, as a part of those of the largest output, below which an output says nothing.
+_NOTHING = 1e-6
+_SEEN = 32  # samples that they are taken over
 
 
 class Distillation(nn.Module):
     """The loss: maps the compressed network's outputs and their batch to a scalar.
 
-    The first output is the class scores, ``(N, classes)``, or another answer; of the others all that are floating point
-    are drawn to the dense network's, by their squared difference over the energy. The dense network computes in the
+    The first output is the class scores, ``(N, classes)``, or another answer. The dense network computes in the
     precision that the compressed one trains in; the loss itself is fp32.
+
+    Args:
+        teacher: the dense network.
+        temperature: T, of the class scores.
+        labels: share of the label loss.
+        layers: adds its loss.
+        precision: what the compressed network trains in.
+        others: of the outputs but the first, by place, the energy that their squared differences are divided by.
     """
 
     def __init__(
@@ -36,14 +48,15 @@ class Distillation(nn.Module):
         labels: float,
         layers: Layerwise | None = None,
         precision: Precision = "fp32",
+        others: Mapping[int, float] | None = None,
     ) -> None:
         super().__init__()
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature, self.labels, self.layers = temperature, labels, layers
-        self._computed_in = AUTOCAST[precision]
+        self._computed_in, self._others = AUTOCAST[precision], dict(others or {})
 
     def forward(self, outputs: object, batch: Batch) -> Tensor:
-        """(1 - labels) · T² · KL + labels · cross-entropy of scores, squares over the energy of the rest; the layers'.
+        """(1 - labels) · T² · KL + labels · cross-entropy of scores, else squares over the energy; others', layers'.
 
         Args:
             outputs: a tensor, or a nesting of them.
@@ -51,15 +64,18 @@ class Distillation(nn.Module):
         given = [*tensors_in(outputs)]
         device = given[0].device.type
         with torch.no_grad(), torch.autocast(device, self._computed_in, self._computed_in is not None):
-            wanted = [y.to(x.dtype) for x, y in zip(given, tensors_in(self.teacher(*batch.inputs)), strict=True)]
-        losses = [self._of_answers(given[0], wanted[0], batch.labels)]
-        losses += [_apart(x, y) for x, y in zip(given[1:], wanted[1:], strict=True) if _is_learnt(x)]
-        loss = torch.stack(losses).sum()
+            wanted = [*tensors_in(self.teacher(*batch.inputs))]
+        loss = self._of_answers(given[0], wanted[0].to(given[0].dtype), batch.labels)
+        for place, energy in self._others.items():
+            loss = loss + F.mse_loss(given[place], wanted[place].to(given[place].dtype)) / energy
         return loss if self.layers is None else loss + self.layers.take()
 
     def _of_answers(self, scores: Tensor, wanted: Tensor, labels: Tensor | None) -> Tensor:
         if not classified(scores):
-            return _apart(scores, wanted)
+            energy = wanted.square().mean()
+            if torch.is_grad_enabled():  # all processes are at this step, with a share of a batch; one alone judges
+                energy = mean_of_all(energy)
+            return F.mse_loss(scores, wanted) / energy.clamp_min(torch.finfo(wanted.dtype).tiny)
         soft, target = ((x / self.temperature).log_softmax(1) for x in (scores, wanted))
         loss = F.kl_div(soft, target, reduction="batchmean", log_target=True) * self.temperature**2
         if self.labels and labels is not None:
@@ -67,18 +83,39 @@ class Distillation(nn.Module):
         return loss
 
 
-def _is_learnt(output: Tensor) -> bool:
-    return output.is_floating_point() and output.numel() > 0
+def energies(teacher: nn.Module, train: Samples, weight: float) -> tuple[dict[int, float], dict[int, str]]:
+    """What ``others`` is for a network, by place in its outputs, and why some are left out.
+
+    Whole and complex numbers are in neither. Left out is what is not finite or nearly zero, as masks are: what is left
+    by rounding would outweigh all else.
+
+    Args:
+        teacher: the dense network.
+        train: the energies are those of its first samples.
+        weight: of these outputs in the loss; 0 leaves them all out.
+    """
+    if not weight:
+        return {}, {}
+    found, left = {}, {}
+    outputs = outputs_of(teacher, train.batch(range(min(len(train), _SEEN))).inputs)
+    learnt = {place: y.double() for place, y in enumerate(outputs) if y.is_floating_point() and y.numel()}
+    squares = {place: float(y.square().mean()) for place, y in learnt.items()}
+    largest = max((square for square in squares.values() if math.isfinite(square)), default=0.0)
+    for place, square in squares.items():
+        if place == 0:
+            continue
+        if not math.isfinite(square):
+            left[place] = "it is not finite everywhere"
+        elif square <= _NOTHING * largest:
+            left[place] = "it is zero, or next to it"
+        else:
+            found[place] = square / weight
+    return found, left
 
 
-def _apart(given: Tensor, wanted: Tensor) -> Tensor:
-    """The squared difference over the energy of what is wanted, where that is finite; masks hold infinities."""
-    finite = wanted.isfinite()
-    wanted, given = (torch.where(finite, x, 0) for x in (wanted, given))
-    energy = wanted.square().mean()
-    if torch.is_grad_enabled():  # all processes are at this step, and the batch is that of all; one alone judges
-        energy = mean_of_all(energy)
-    return F.mse_loss(given, wanted) / torch.where(energy > 0, energy, 1)
+def left_out(who: str, place: int, why: str) -> Refusal:
+    """What a pass says of an output that it does not learn from."""
+    return Refusal("", "output_left_out", f"{who}: output {place} has no part in the loss: {why}")
 
 
 @dataclass(frozen=True)

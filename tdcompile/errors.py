@@ -20,6 +20,10 @@ class InputError(TdcompileError):
     exit_code: ClassVar[int] = 2
 
 
+class UnwrittenError(InputError):
+    """What has been worked out cannot be kept, for example because the disk is full; what was kept before stays."""
+
+
 class FixedAxisError(InputError):
     """The network fixes the length of an axis that is to stay open."""
 

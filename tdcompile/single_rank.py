@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from tdcompile.program import Program
 from tdcompile.ranks import DENSE, Candidate, RankPlan, Ranks, within
 from tdcompile.target import Cost
 
+DENSE_AGAIN = 0  # in place of a rank: the layer stays as it was
 _GAIN = 1e-6  # of squared relative error: less is nothing to pay for
 
 
@@ -88,7 +90,8 @@ class SingleRanks(Prices):
 
         Down goes the layer whose squared error grows least for what it saves, while the plan is over the budget; then
         up the layer whose squared error falls most for what it costs, while the plan stays within. A layer that gains
-        nothing by more rank, or would cost as much as dense, does not go up.
+        nothing by more rank, or would cost as much as dense, does not go up. One that has rank 1 alone may become dense
+        again: it is not among the ranks then.
 
         Raises:
             BudgetError: not even the smallest ranks meet the budget.
@@ -114,11 +117,24 @@ class SingleRanks(Prices):
             growing = {name for _, name, _ in steps}
             if steps:
                 _, name, more = max(steps)
-                if within(self.spent({**made, name: more}), self.limits):
-                    made[name] = more
+                grown = {**made, name: more} if more != DENSE_AGAIN else {n: r for n, r in made.items() if n != name}
+                if within(self.spent(grown), self.limits):
+                    made = grown
+                    growing &= set(made)
                 else:
                     growing.remove(name)
         return made
+
+    def reachable(self, names: Iterable[str]) -> None:
+        """See before a search whether the smallest ranks of these layers meet the budget.
+
+        Raises:
+            BudgetError: they do not; the message says what can be reached.
+        """
+        least = dict.fromkeys(names, 1)
+        if not within(self.spent(least), self.limits):  # measured prices may be lowest elsewhere
+            cheapest = {n: min(self._ladder(n, 1), key=partial(self.share, n)) for n in least}
+            self.check(self.spent(cheapest), "one rank a layer")
 
     def plan(self, ranks: Mapping[str, int], kept: Mapping[str, Refusal], selector: str) -> RankPlan:
         """The plan of these ranks; a layer stays dense that is kept, has no rank, or would cost as much as dense.
@@ -136,7 +152,7 @@ class SingleRanks(Prices):
             if name not in self.forms:
                 reasons[name] = Refusal(name, "refused", "neither the search's form nor svd applies to it")
             elif name not in ranks:
-                alone = "there is no rank to search for, it has 1 alone, and the budget is kept without it"
+                alone = "the search's form has rank 1 alone here, and dense is worth more to the budget"
                 reasons[name] = Refusal(name, "dense_is_best", alone)
             elif self.share(name, rank := ranks[name]) >= 1:
                 reasons[name] = Refusal(name, "not_cheaper", f"at the rank found, {rank}, it costs more than dense")
@@ -166,6 +182,10 @@ class SingleRanks(Prices):
     ) -> Iterator[tuple[str, int]]:
         """For each layer that still grows the next larger rank, where it lowers the error and is cheaper than dense."""
         for name in growing:
+            if self.most(name) == 1:
+                if self.share(name, 1) < 1:
+                    yield name, DENSE_AGAIN
+                continue
             more = next((rung for rung in ladders[name] if rung > made[name]), None)
             if more is None or self.share(name, more) >= 1:
                 continue
@@ -180,7 +200,6 @@ class SingleRanks(Prices):
 
     def _slope(self, name: str, low: int, high: int) -> float:
         """Squared error between two ranks, for each part of the limits between them."""
-        dense = self.layers[name]
-        part = max(float(getattr(dense, f)) / limit for f, limit in self.limits.items())
-        spent = (self.share(name, high) - self.share(name, low)) * part
-        return (self.error(name, low) ** 2 - self.error(name, high) ** 2) / max(spent, 1e-30)
+        share, error = (1.0, 0.0) if high == DENSE_AGAIN else (self.share(name, high), self.error(name, high))
+        spent = (share - self.share(name, low)) * self.part(name)
+        return (self.error(name, low) ** 2 - error**2) / max(spent, 1e-30)

@@ -26,6 +26,10 @@ class Batch(NamedTuple):
         """The inputs for a network that may work in place, where the batch is needed again afterwards."""
         return tuple(x.clone() for x in self.inputs)
 
+    def on(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(tuple(x.to(device) for x in self.inputs), None if self.labels is None else self.labels.to(device))
+
 
 class Samples(Dataset[Batch], ABC):
     """A set of samples that can be read a batch at a time; also a map-style data set for ``DataLoader``."""

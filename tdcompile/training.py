@@ -109,13 +109,16 @@ class Trainer:
         for parameters, move in ((trained, True), (self._still, False)):
             for parameter in parameters:
                 parameter.requires_grad_(move)
-        unreached = count() > 1 and not _reached(graph, program.inputs, trained)
-        self._accelerator = accelerator = accelerator_of(program.target, settings.precision, unreached)
+        self._accelerator = accelerator = accelerator_of(program.target, settings.precision)
         loss = loss.to(accelerator.device)
+        graph.to(accelerator.device)
         # Depthwise convolutions, which CP makes, train two to three times as fast with the channels last.
         for network in (graph, loss):
             lay_out(network, torch.channels_last)
         self._objective = _Objective(graph, loss)
+        if count() > 1 and not self._objective.reaches(trained, fit.batch([0, 1]).on(accelerator.device)):
+            # not always: in every step it takes time to look for them
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self._order, self._images = torch.Generator(), Augmented(fit, settings.augment)
         processes = accelerator.num_processes
         loader = DataLoader(
@@ -265,12 +268,11 @@ class Trainer:
         assert self._heldout is not None  # ``_judge`` has looked
         self._graph.eval()
         loss, right, device = 0.0, 0, self._accelerator.device
-        for cpu in self._heldout.batches():
-            labels = None if cpu.labels is None else cpu.labels.to(device)
-            batch = Batch(tuple(x.to(device) for x in cpu.inputs), labels)
+        for batch in self._heldout.batches():
+            batch = batch.on(device)
             lost, scores = self._objective(batch)
             loss += float(lost) * len(scores)
-            right += 0 if labels is None else int((scores.argmax(1) == labels).sum())
+            right += 0 if batch.labels is None else int((scores.argmax(1) == batch.labels).sum())
         judged = len(self._heldout)
         return (None if self._heldout.classes is None else right / judged), loss / judged
 
@@ -297,6 +299,12 @@ class _Objective(nn.Module):
             given = [x.float() if x.is_floating_point() else x for x in given]
         with torch.autocast(device, enabled=False):
             return self._loss[0](given, batch), given[0].detach()
+
+    def reaches(self, trained: Sequence[nn.Parameter], batch: Batch) -> bool:
+        """Whether every parameter has a gradient: not so where it makes nothing but whole numbers."""
+        with evaluating(self.graph), torch.enable_grad():
+            found = torch.autograd.grad(self(batch)[0], trained, allow_unused=True)
+        return all(gradient is not None for gradient in found)
 
 
 def saved_of(step: Plugin, graph: fx.GraphModule, train: Samples, program: Program) -> Saved:
@@ -339,25 +347,8 @@ class Average:
             self._graph.load_state_dict(own)
 
 
-def _reached(graph: fx.GraphModule, inputs: tuple[Tensor, ...], trained: Sequence[nn.Parameter]) -> bool:
-    """Whether every parameter has a gradient: not so where it makes nothing but whole numbers."""
-    with evaluating(graph), torch.enable_grad():
-        outputs = [y for y in tensors_in(graph(*(x.clone() for x in inputs))) if y.requires_grad]
-        found = torch.autograd.grad([y.sum() for y in outputs], trained, allow_unused=True) if outputs else [None]
-    return all(gradient is not None for gradient in found)
-
-
-def accelerator_of(target: Target, precision: str, unreached: bool = False) -> Accelerator:
-    """One for the target's kind of device; accelerate remembers the first device and precision a process asked for.
-
-    Args:
-        target: what is compiled for.
-        precision: what autocast computes in.
-        unreached: whether there are parameters without a gradient: looking for them takes time in every step.
-
-    Raises:
-        InputError: fp16 without a GPU.
-    """
+def accelerator_of(target: Target, precision: str) -> Accelerator:
+    """One for the target's kind of device; accelerate remembers the first device and precision a process asked for."""
     cpu = no_gpu(target.device)
     if cpu and precision == "fp16":
         raise InputError("training in fp16 needs a CUDA device; on CPU precision is fp32 or bf16")
@@ -365,12 +356,7 @@ def accelerator_of(target: Target, precision: str, unreached: bool = False) -> A
     AcceleratorState._reset_state(reset_partial_state=other)
     mixed = "no" if precision == "fp32" else precision
     # A step's batch is shared out among the processes: where they divide it, they change neither steps nor rates.
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision=mixed,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unreached)],
-    )
+    return Accelerator(cpu=cpu, mixed_precision=mixed, dataloader_config=DataLoaderConfiguration(split_batches=True))
 
 
 def _rate(step: int, warm: int, total: int) -> float:

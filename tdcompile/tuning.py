@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tdcompile.errors import InputError
+from tdcompile.errors import UnwrittenError
 from tdcompile.facts import Fact
 from tdcompile.plugin import Plugin
 
@@ -67,13 +67,14 @@ class Saved:
 
     def read(self, device: torch.device) -> dict[str, Any] | None:
         """The state of a run, its tensors on the device; None where there is none, or one of another run."""
+        where = "cpu" if device.type == "cpu" else device  # torch knows no place 'cpu:0', as several processes have it
         if self.folder is None or not (self.folder / "state.pt").is_file():
             return None
         path = self.folder / "state.pt"
         try:
             if not zipfile.is_zipfile(path):  # torch's reader of its older format raises anything at all
                 raise OSError("it is no whole zip file")
-            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location=where, weights_only=True)
         except (RuntimeError, OSError, pickle.UnpicklingError) as error:
             log.warning("the saved training state %s cannot be read and is left aside: %s", path, error)
             return None
@@ -86,7 +87,7 @@ class Saved:
         """Keep a state, whole or not at all.
 
         Raises:
-            InputError: the folder cannot be written.
+            UnwrittenError: the folder cannot be written.
         """
         if self.folder is None:
             return
@@ -96,7 +97,7 @@ class Saved:
             torch.save({**state, "key": self.key}, part)
             os.replace(part, self.folder / "state.pt")
         except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
-            raise InputError(f"the training state cannot be written to {self.folder}: {error}") from error
+            raise UnwrittenError(f"the training state cannot be written to {self.folder}: {error}") from error
 
     def clear(self) -> None:
         """Forget the state: what the run made is kept elsewhere."""

@@ -23,13 +23,17 @@ from safetensors.torch import save_file
 import tdcompile.commands.compile as compile_command
 import tdcompile.compiler
 from tdcompile.backend.export import export_onnx
+from tdcompile.checkpoint import Checkpoint
 from tdcompile.cli import VERBS, main
 from tdcompile.commands.compile import name_of, workspace_of
 from tdcompile.commands.job import recipe_of, to_toml
 from tdcompile.commands.options import OPTIONS
 from tdcompile.errors import InputError
+from tdcompile.program import Program
 from tdcompile.recipes import Recipe, load_recipe
 from tdcompile.report import Report
+from tdcompile.training import Trainer
+from tdcompile.tuning import Tuning
 
 NET = """
 import os
@@ -304,6 +308,33 @@ def test_a_failure_after_finished_passes_keeps_them(tdc: Any, home: Path, monkey
     assert ran.code == 2
     assert "cannot write made: No space left on device; go on with: tdcompile compile" in ran.sentence
     assert workspace_of(home / "made").is_dir()
+
+
+def test_a_disk_that_is_full_after_tuning_does_not_cost_it(
+    tdc: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, epochs, epoch = Checkpoint._write, [], Trainer._epoch
+
+    def full(self: Checkpoint, program: Program, *rest: Any) -> None:
+        if Tuning in program.facts:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, program, *rest)
+
+    def counted(self: Trainer, number: int, *rest: Any) -> float:
+        epochs.append(number)
+        return epoch(self, number, *rest)
+
+    monkeypatch.setattr(Trainer, "_epoch", counted)
+    command = ["compile", "net.py:build", *SMALL, "--data", "npz:good.npz", "--tune", "epochs=1,lr=0.01", "-o", "made"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "_write", full)
+        ran = tdc(*command)
+    assert ran.code == 2
+    assert "No space left on device" in ran.sentence
+    assert "go on with: tdcompile compile" in ran.sentence
+    assert tdc(*command, "--resume").code == 0
+    assert epochs == [1]
+    assert not workspace_of(home / "made").exists()
 
 
 def test_a_disk_that_is_full_at_the_end_does_not_cost_the_run(

@@ -7,7 +7,7 @@ from torch import nn
 
 import tdcompile
 from tdcompile.decomposition import Decomposition
-from tdcompile.distillation import Distillation, Layerwise
+from tdcompile.distillation import Distillation, Layerwise, energies
 from tdcompile.errors import InputError
 from tdcompile.layer import Layer
 from tdcompile.pipeline import Pipeline
@@ -176,15 +176,25 @@ def test_without_a_plan_it_is_refused() -> None:
         Pipeline.parse("finetune{outputs=1,epochs=1,trial=0}").run(program)
 
 
-def test_of_other_outputs_what_is_finite_and_has_energy_counts_and_whole_numbers_do_not() -> None:
-    class Many(nn.Module):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            mask = torch.where(x > 0, 0.0, -torch.inf)
-            return x, {"places": 2 * x, "mask": mask}, torch.zeros_like(x), x.argmax(1), x[:0]
+class Many(nn.Module):
+    """Scores, places, a mask, zeros but for rounding, whole numbers, and nothing."""
 
+    def forward(self, x: torch.Tensor) -> tuple[object, ...]:
+        mask = torch.where(x > 0, 0.0, -torch.inf)
+        centred = (x - x.mean(1, keepdim=True)).mean(1)
+        return x, {"places": 2 * x, "mask": mask}, centred, x.argmax(1), x[:0], torch.fft.fft(x)
+
+
+def test_of_the_other_outputs_those_count_that_are_finite_and_more_than_rounding() -> None:
     x = torch.randn(6, 4)
-    loss = Distillation(Many(), 4.0, 0.0)
-    wanted = Many()(x)
-    assert float(loss(wanted, Batch((x,), None))) == pytest.approx(0.0, abs=1e-6)
-    given = (x, {"places": 3 * x, "mask": wanted[1]["mask"] + 0.0}, torch.full_like(x, 0.5), x.argmin(1), x[:0])
-    assert float(loss(given, Batch((x,), None))) == pytest.approx(0.25 + 0.25, rel=1e-5)
+    found, left = energies(Many(), Tensors(x), 0.5)
+    assert found == {1: pytest.approx(8 * float(x.square().mean()))}
+    assert left.keys() == {2, 3}
+    assert "finite" in left[2]
+    assert "zero" in left[3]
+    assert energies(Many(), Tensors(x), 0.0) == ({}, {})
+    loss, batch = Distillation(Many(), 4.0, 0.0, others=found), Batch((x,), None)
+    assert float(loss(Many()(x), batch)) == pytest.approx(0.0, abs=1e-6)
+    scores, named, *rest = Many()(x)
+    given = (scores, {"places": 3 * x, "mask": named["mask"] + 1.0}, torch.zeros(6), *rest[1:])
+    assert float(loss(given, batch)) == pytest.approx(0.5 * 0.25, rel=1e-5)

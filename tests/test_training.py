@@ -43,7 +43,7 @@ class Overflowing(nn.Module):
 def scaled(monkeypatch: pytest.MonkeyPatch, loss: nn.Module, saved: Saved, steps: int = 10) -> Trainer:
     """A trainer in fp16 with a gradient scaler, which accelerate has on GPUs alone, on a CPU."""
 
-    def accelerator(target: Target, precision: str, unreached: bool) -> Accelerator:
+    def accelerator(target: Target, precision: str) -> Accelerator:
         AcceleratorState._reset_state()
         made = Accelerator(cpu=True)
         made.scaler, made.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3), True

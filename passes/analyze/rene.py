@@ -88,7 +88,7 @@ class Rene(AnalysisPass):
             raise InputError(f"'{self.spec()}': step, steps, samples and batch at least 1, factor at least 2")
 
     def analyze(self, program: Program) -> RankPlan:
-        """The plan; layers that no form applies to stay dense, and those of rank 1 alone where the budget lets them.
+        """The plan; dense stay layers that no form applies to, and of those with rank 1 alone what the budget lets.
 
         Raises:
             InputError: ``mode=data`` without labelled training samples.
@@ -101,12 +101,12 @@ class Rene(AnalysisPass):
         prices = SingleRanks(program, forms)
         most = {name: prices.most(name) for name in forms}
         if self.budget:
-            prices.check(prices.spent(dict.fromkeys(most, 1)), "one rank a layer")
+            prices.reachable(most)
         searched = [name for name, top in most.items() if top > 1]
+        chosen = {name: 1 for name, top in most.items() if top == 1 and self.budget}
         if self.budget and not within(prices.spent(dict.fromkeys(searched, 1)), prices.limits):
-            searched = [*most]  # the rest too, whose one rank is 1
+            searched = [*most]  # the rest too, or the search would be for a budget that is out of its reach
         grids = {name: intervals(most[name], self.step) for name in searched}
-        chosen: dict[str, int] = {}
         settled = _Settled({}, {})
         generator, rounds = program.generator(self.name), 0
         while grids:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from tdcompile.amp import Precision
 from tdcompile.augment import Asked, fitting
 from tdcompile.backend.inference import folded
-from tdcompile.distillation import Distillation
+from tdcompile.distillation import Distillation, energies, left_out
 from tdcompile.errors import InputError
 from tdcompile.kinds import Rewritten, TunePass
 from tdcompile.layer import Refusal
@@ -46,7 +46,7 @@ class Anneal(TunePass):
         lr: highest rate, for a batch of 128 and in proportion for others.
         decay: share of the steps over which the dense share falls to zero; then the adapters train alone.
         selections: how often ranks are selected anew, the last time when the dense share reaches zero.
-        temperature, labels: of the loss, as in ``finetune``.
+        temperature, labels, others: of the loss, as in ``finetune``.
         augment, precision: as in ``finetune``.
     """
 
@@ -60,6 +60,7 @@ class Anneal(TunePass):
     clip: float = 5.0
     temperature: float = 4.0
     labels: float = 0.1
+    others: float = 1.0
     augment: Asked = "auto"
     precision: Precision = "fp32"
 
@@ -67,8 +68,10 @@ class Anneal(TunePass):
         """Raises InputError where an option is out of its range."""
         if not (self.epochs > 0 and self.lr > 0 and self.batch >= 1 and self.selections >= 1 and 0 < self.decay < 1):
             raise InputError(f"'{self.spec()}': epochs, lr, batch, selections above 0, decay a share in (0, 1)")
-        if not (self.clip > 0 and self.temperature > 0 and 0 <= self.labels <= 1):
-            raise InputError(f"'{self.spec()}': clip and temperature above 0, labels a share in [0, 1]")
+        if not (self.clip > 0 and self.temperature > 0 and 0 <= self.labels <= 1 and self.others >= 0):
+            raise InputError(
+                f"'{self.spec()}': clip and temperature above 0, labels a share in [0, 1], others 0 or more"
+            )
 
     def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
         """Anneal, and leave every parallel layer that is worth it without its dense share, within the budget.
@@ -100,15 +103,15 @@ class Anneal(TunePass):
         )
         teacher = copy_weights(folded(program, program.dense))
         labels = self.labels if train.classes else 0.0
-        loss = Distillation(teacher, self.temperature, labels, precision=self.precision)
+        others, left = energies(program.dense, train, self.others)
+        loss = Distillation(teacher, self.temperature, labels, precision=self.precision, others=others)
         # Nothing is held out: an epoch that still has a dense share must not be taken for the best one.
         saved, moving = saved_of(self, graph, train, program), _moving(graph)
         Trainer(graph, loss, train, None, settings, program, self.name, saved, schedule, moving).run()
         dense = schedule.finish()
-        return Rewritten(
-            graph,
-            [dense.get(name) or Change(name, self.name, f"ranks {list(p.ranks)}") for name, p in layers.items()],
-        )
+        unlearnt = [left_out(self.name, place, why) for place, why in left.items()]
+        changes = [dense.get(name) or Change(name, self.name, f"ranks {list(p.ranks)}") for name, p in layers.items()]
+        return Rewritten(graph, [*unlearnt, *changes])
 
 
 def _moving(graph: fx.GraphModule) -> list[nn.Parameter]:

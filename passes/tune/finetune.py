@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -13,7 +14,7 @@ from torch import fx, nn
 from tdcompile.amp import Precision
 from tdcompile.augment import Asked, fitting
 from tdcompile.backend.inference import folded
-from tdcompile.distillation import Distillation, Layerwise
+from tdcompile.distillation import Distillation, Layerwise, energies, left_out
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
 from tdcompile.kinds import Rewritten, TunePass
@@ -49,6 +50,7 @@ class Finetune(TunePass):
         clip: largest norm of the gradient; a chain of factors multiplies its gradients.
         temperature: T.
         labels: share of the label loss; without labels it is left out.
+        others: of the outputs but the first, each by its squared difference over its energy; 0 leaves them out.
         outputs: of layer-output distillation beside it, the mean squared difference of each replaced layer's output.
         weights: of weight distillation, the same of each replaced layer's weight (RENE, arXiv 2409.03555).
         holdout: share of the training samples held out to choose the best epoch by (at most 5,000); 0 keeps the last.
@@ -72,6 +74,7 @@ class Finetune(TunePass):
     clip: float = 5.0
     temperature: float = 4.0
     labels: float = 0.1
+    others: float = 1.0
     outputs: float = 0.0
     weights: float = 0.0
     holdout: float = 0.05
@@ -95,7 +98,7 @@ class Finetune(TunePass):
         for option in ("momentum", "warmup", "holdout", "average"):
             if not 0 <= getattr(self, option) < 1:
                 raise InputError(f"finetune{{{option}={getattr(self, option)}}} is to be a share in [0, 1)")
-        for option in ("outputs", "weights"):
+        for option in ("others", "outputs", "weights"):
             if not getattr(self, option) >= 0:
                 raise InputError(f"finetune{{{option}={getattr(self, option)}}} is to be at least 0")
         if not 0 <= self.labels <= 1:
@@ -116,10 +119,12 @@ class Finetune(TunePass):
         settings = self._settings(program)
         watched = self.outputs or self.weights  # layer by layer, the dense network's own layers are looked at
         teacher = copy_weights(program.dense if watched else folded(program, program.dense))
-        lesson = _Lesson(teacher, fit, heldout, program)
+        others, left = energies(program.dense, train, self.others)
+        lesson = _Lesson(teacher, fit, heldout, program, others)
         settings = replace(settings, lr=self._rate(graph, lesson, settings))
         tuning = self._trained(graph, lesson, settings, self.name, saved)
-        return Rewritten(graph, [Change("", self.name, f"{_told(tuning)}, rate {settings.lr:.3g}")], [tuning])
+        told = [left_out(self.name, place, why) for place, why in left.items()]
+        return Rewritten(graph, [*told, Change("", self.name, f"{_told(tuning)}, rate {settings.lr:.3g}")], [tuning])
 
     def _trained(
         self, graph: fx.GraphModule, lesson: _Lesson, settings: Settings, purpose: str, saved: Saved
@@ -132,7 +137,7 @@ class Finetune(TunePass):
             known = {name: site.layer for name, site in sites_of(program.dense, program.inputs).items()}
             layers = Layerwise(lesson.teacher, graph, plan, known, self.outputs, self.weights)
         labels = self.labels if lesson.fit.classes else 0.0
-        loss = Distillation(lesson.teacher, self.temperature, labels, layers, settings.precision)
+        loss = Distillation(lesson.teacher, self.temperature, labels, layers, settings.precision, lesson.others)
         with layers.watching() if layers else nullcontext():
             return Trainer(graph, loss, lesson.fit, lesson.heldout, settings, program, purpose, saved).run()
 
@@ -192,6 +197,7 @@ class _Lesson:
     fit: Samples
     heldout: Samples | None
     program: Program
+    others: Mapping[int, float]
 
 
 def _told(tuning: Tuning) -> str:

@@ -22,7 +22,7 @@ from tdcompile.commands.interruption import was_interrupted
 from tdcompile.commands.job import load_job, recipe_of, to_toml
 from tdcompile.compiler import compile as compile_module
 from tdcompile.compiler import prepare
-from tdcompile.errors import BudgetError, InputError
+from tdcompile.errors import BudgetError, InputError, UnwrittenError
 from tdcompile.kinds import AnalysisPass, TunePass
 from tdcompile.pipeline import Pipeline
 from tdcompile.processes import from_first, is_first, no_gpu
@@ -117,8 +117,9 @@ def _compile(recipe: Recipe, out: Path, given: Mapping[str, Any]) -> Answer:
         from_first(partial(compiled.save, out, command), no_gpu(recipe.device().device))
     except (Exception, KeyboardInterrupt) as error:
         # What an earlier run has kept stays. Of this one nothing stays that could not be gone on with: from a mistake
-        # one cannot, but where everything is compiled, only the place to write it to was wrong.
-        hopeless = isinstance(error, InputError | BudgetError) and compiled is None
+        # one cannot, but from a full disk; where everything is compiled, only the place to write it to was wrong.
+        unwritten = isinstance(error, UnwrittenError) or (isinstance(error, InputError) and compiled is not None)
+        hopeless = isinstance(error, InputError | BudgetError) and compiled is None and not unwritten
         if fresh and is_first() and (hopeless or not (workspace / "state").exists()):
             shutil.rmtree(workspace, ignore_errors=True)
         go_on = f"go on with: {_resumed(command)}" if (workspace / "state").exists() else "nothing was written"
@@ -126,7 +127,7 @@ def _compile(recipe: Recipe, out: Path, given: Mapping[str, Any]) -> Answer:
             raise KeyboardInterrupt(go_on) from error
         if isinstance(error, OSError):
             raise InputError(f"cannot write {error.filename or out}: {error.strerror or error}; {go_on}") from error
-        if isinstance(error, InputError) and compiled is not None:
+        if unwritten:
             raise InputError(f"{error}; {go_on}") from error
         raise
     report = compiled.report

@@ -130,7 +130,8 @@ def test_an_interrupted_run_goes_on_from_its_last_finished_pass(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_a_disk_that_is_full_after_the_last_epoch_does_not_cost_the_training(tmp_path, monkeypatch):
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_disk_that_is_full_after_the_last_epoch_does_not_cost_the_training(tmp_path, monkeypatch, resume):
     options = {"data": points(), "budget": {"params": 0.6}, "tune": "epochs=2,batch=16,lr=0.01"}
     whole = tdcompile.compile(network(), X, **options)
     save, epochs = Checkpoint.save, []
@@ -151,10 +152,11 @@ def test_a_disk_that_is_full_after_the_last_epoch_does_not_cost_the_training(tmp
         return epoch(self, number, curve)
 
     monkeypatch.setattr(Trainer, "_epoch", counted)
-    resumed = tdcompile.compile(network(), X, workspace=tmp_path, resume=True, **options)
-    assert not epochs
+    resumed = tdcompile.compile(network(), X, workspace=tmp_path, resume=resume, **options)
+    assert epochs == ([] if resume else [1, 2])
     assert resumed.onnx.read_bytes() == whole.onnx.read_bytes()
     assert not (tmp_path / "finetune").exists()
+    assert not (whole.folder / "finetune").exists()  # nor where nobody gave a workspace
 
 
 def test_the_state_of_another_compilation_is_refused_and_stays(tmp_path):

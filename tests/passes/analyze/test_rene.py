@@ -208,6 +208,14 @@ def test_a_layer_that_has_rank_1_alone_is_replaced_where_the_budget_needs_it(
     assert plan.reasons.get("0") is None if ranks else "rank" in plan.reasons["0"].reason
 
 
+def test_of_two_layers_of_rank_1_alone_one_is_enough() -> None:
+    given = program(nn.Conv2d(1, 24, 5, padding=2), nn.ReLU(), nn.Conv2d(24, 1, 5, padding=2), share=0.9)
+    plan = Rene().analyze(given)
+    assert sorted(choice.ranks for choice in plan.choices.values()) == [(), (1, 1)]
+    free = Rene(budget=False).analyze(given)
+    assert {choice.ranks for choice in free.choices.values()} == {()}
+
+
 def test_coefficients_at_rest_stay_as_they_are() -> None:
     plan = Rene(step=8, factor=8, steps=5, lr_coefficients=0.0, budget=False).analyze(program(low_rank(3)))
     assert plan.choices["0"].ranks == (1, 1)  # of equal coefficients that of the smallest rank

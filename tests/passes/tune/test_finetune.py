@@ -17,8 +17,9 @@ from tdcompile.kinds import progress
 from tdcompile.layer import Refusal
 from tdcompile.passes.tune import finetune
 from tdcompile.passes.tune.finetune import Distillation, Finetune
+from tdcompile.pipeline import Pipeline
 from tdcompile.program import Change, Program
-from tdcompile.target import Target
+from tdcompile.target import Budget, Target
 from tdcompile.task import Batch, Samples, Task, Tensors, accuracy
 from tdcompile.training import Settings, lay_out
 from tdcompile.tuning import Epoch, Saved, Tuning
@@ -176,9 +177,10 @@ def test_a_run_that_had_ended_is_taken_as_it_ended(taught: Program, tmp_path: Pa
 def test_a_saved_state_is_read_to_where_the_network_is(tmp_path: Path) -> None:
     saved = Saved(tmp_path, "mine")
     saved.write({"weights": {"w": torch.ones(2)}, "curve": []})
-    state = saved.read(torch.device("meta"))
-    assert state is not None
-    assert state["weights"]["w"].device.type == "meta"
+    for place, kind in (("meta", "meta"), ("cpu:0", "cpu")):  # of several processes on CPUs each is on cpu:0
+        state = saved.read(torch.device(place))
+        assert state is not None
+        assert state["weights"]["w"].device.type == kind
 
 
 @pytest.mark.parametrize("changed", ["options", "seed", "weights", "teacher"])
@@ -525,6 +527,37 @@ def test_every_output_learns_and_what_no_gradient_reaches_stays_in_one_process_a
     for rank in range(2):
         made = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, value in alone.graph.state_dict().items():
+            torch.testing.assert_close(made[name], value, atol=1e-4, rtol=1e-3)
+
+
+LAYERED = "score{by=none},propose{decompose=channel+svd},choose,factorize"
+
+
+def _interrupted_in_two(rank: int, port: int, out: str) -> None:
+    """A process of a run over gloo that is interrupted in its third epoch, and goes on."""
+    import os
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    tune, before = replace(SHARED, epochs=3, outputs=1.0), layered().with_(workspace=Path(out))
+    interrupted(tune, before, step=23)
+    steps, tuned = steps_of(tune, before)
+    torch.save((steps, tuned.graph.state_dict()), f"{out}/{rank}.pt")
+
+
+def layered() -> Program:
+    dense = sharable().graph
+    return Pipeline.parse(LAYERED).run(sharable().with_(dense=dense, graph=dense, budget=Budget(macs=0.7)))
+
+
+def test_two_processes_with_the_losses_of_layers_go_on_from_their_state(tmp_path: Path, free_port: int) -> None:
+    torch.multiprocessing.spawn(_interrupted_in_two, (free_port, str(tmp_path)), nprocs=2)
+    alone = replace(SHARED, epochs=3, outputs=1.0).run(layered()).graph.state_dict()
+    for rank in range(2):
+        steps, made = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert steps == list(range(19, 28))
+        for name, value in alone.items():
             torch.testing.assert_close(made[name], value, atol=1e-4, rtol=1e-3)
 
 
