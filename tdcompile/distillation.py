@@ -97,7 +97,8 @@ def energies(teacher: nn.Module, train: Samples, weight: float) -> tuple[dict[in
     if not weight:
         return {}, {}
     found, left = {}, {}
-    outputs = outputs_of(teacher, train.batch(range(min(len(train), _SEEN))).inputs)
+    device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
+    outputs = outputs_of(teacher, train.batch(range(min(len(train), _SEEN))).on(device).inputs)
     learnt = {place: y.double() for place, y in enumerate(outputs) if y.is_floating_point() and y.numel()}
     squares = {place: float(y.square().mean()) for place, y in learnt.items()}
     largest = max((square for square in squares.values() if math.isfinite(square)), default=0.0)
