@@ -296,7 +296,7 @@ class _Driver:
 
 
 def _forget(program: Program, step: Plugin) -> None:
-    """Of a pass that trains the state of its training."""
+    """Drop the state of its training, of a pass that trains."""
     if isinstance(step, TunePass):
         Saved(kept_in(program.workspace, step), "").clear()
 

@@ -152,7 +152,7 @@ class SingleRanks(Prices):
             if name not in self.forms:
                 reasons[name] = Refusal(name, "refused", "neither the search's form nor svd applies to it")
             elif name not in ranks:
-                alone = "the search's form has rank 1 alone here, and dense is worth more to the budget"
+                alone = "the search's form has rank 1 alone here, so nothing to search for; dense loses nothing"
                 reasons[name] = Refusal(name, "dense_is_best", alone)
             elif self.share(name, rank := ranks[name]) >= 1:
                 reasons[name] = Refusal(name, "not_cheaper", f"at the rank found, {rank}, it costs more than dense")
