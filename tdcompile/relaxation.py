@@ -13,6 +13,7 @@ from tdcompile.decomposition import Decomposition
 from tdcompile.errors import TdcompileError
 from tdcompile.program import Site
 from tdcompile.ranks import Ranks
+from tdcompile.single_rank import WHOLE
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Relaxed(nn.Module):
     Args:
         site: the layer.
         form: the decomposition; ``tie`` gives its ranks for one number.
-        candidates: rising.
+        candidates: rising; ``WHOLE``, the last if at all, is the weight itself.
         shares: what each candidate costs, as a share of the dense layer or of the largest rank.
     """
 
@@ -73,6 +74,7 @@ class Relaxed(nn.Module):
                 nn.Parameter(factor.float()) for factor in form.factorize(site.layer, site.weight, tie(rank), None)
             )
             for rank in candidates
+            if rank != WHOLE
         )
         self.shares = torch.tensor(shares)
         self.energy = site.weight.float().square().sum().clamp_min(1e-30)
@@ -93,7 +95,8 @@ class Relaxed(nn.Module):
     def branches(self) -> list[Tensor]:
         """W^(r) of every candidate, of the weight's shape."""
         each = ([*factors.parameters()] for factors in self.factors)
-        return [self.form.reconstruct(self.site.layer, factors).float() for factors in each]
+        made = [self.form.reconstruct(self.site.layer, factors).float() for factors in each]
+        return made if len(made) == len(self.candidates) else [*made, self.site.weight.float()]
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The mixed weight, and the relative squared error of the mixture plus that which its branches have each."""
@@ -113,7 +116,7 @@ class Relaxed(nn.Module):
         return (self.gates * self.shares).sum()
 
     def chosen(self) -> int:
-        """The candidate with the largest coefficient; of equal ones the smallest."""
+        """The candidate with the largest coefficient; of equal ones the first."""
         return self.candidates[int(self.gates.argmax())]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from tdcompile.program import Program
 from tdcompile.ranks import DENSE, Candidate, RankPlan, Ranks, within
 from tdcompile.target import Cost
 
-DENSE_AGAIN = 0  # in place of a rank: the layer stays as it was
+WHOLE = 0  # in place of a rank: the layer stays dense, which costs what it costs and loses nothing
 _GAIN = 1e-6  # of squared relative error: less is nothing to pay for
 
 
@@ -47,6 +47,8 @@ class SingleRanks(Prices):
 
     def cost(self, name: str, rank: int) -> Cost:
         """Of a layer at a rank."""
+        if rank == WHOLE:
+            return self.layers[name]
         if (name, rank) not in self._costs:
             self._costs[name, rank] = self.at(name, self.forms[name], self.ranks(name, rank))
         return self._costs[name, rank]
@@ -58,6 +60,8 @@ class SingleRanks(Prices):
 
     def error(self, name: str, rank: int) -> float:
         """Relative, of the weight."""
+        if rank == WHOLE:
+            return 0.0
         if (name, rank) not in self._errors:
             self._learn(name, [rank])
         return self._errors[name, rank]
@@ -86,43 +90,36 @@ class SingleRanks(Prices):
         return self.network({n: self.cost(n, rank) for n, rank in ranks.items() if self.share(n, rank) < 1})
 
     def fitted(self, ranks: Mapping[str, int]) -> dict[str, int]:
-        """The ranks made to fit the budget, about a tenth at a time.
+        """The ranks made to fit the budget.
 
-        Down goes the layer whose squared error grows least for what it saves, while the plan is over the budget; then
-        up the layer whose squared error falls most for what it costs, while the plan stays within. A layer that gains
-        nothing by more rank, or would cost as much as dense, does not go up. One that has rank 1 alone may become dense
-        again: it is not among the ranks then.
+        While the plan is over it, the layer goes down whose squared error grows least for what it saves; then, as long
+        as anything fits, the layer goes up whose squared error falls most for what it costs. Such a step may be of many
+        ranks, and to ``WHOLE`` or back: errors fall in leaps where a form ends to be cheaper than dense. A layer that
+        gains nothing by more rank does not go up.
 
         Raises:
             BudgetError: not even the smallest ranks meet the budget.
         """
-        made, ladders = dict(ranks), {name: self._ladder(name, rank) for name, rank in ranks.items()}
+        made = {name: rank if self.share(name, rank) < 1 else WHOLE for name, rank in ranks.items()}
+        ladders = {name: self._ladder(name, rank) for name, rank in made.items()}
         for name, ladder in ladders.items():
-            self._learn(name, ladder)
+            self._learn(name, [rank for rank in ladder if rank != WHOLE])
+        falls = {name: self._falls(name, ladders[name], rank) for name, rank in made.items()}
         while not within(self.spent(made), self.limits):
-            steps = [
-                (self._slope(name, less, rank), name, less)
-                for name, rank in made.items()
-                if (less := self._cheaper(name, ladders[name], rank)) is not None
-            ]
+            steps = [(fall[0], name) for name, fall in falls.items() if fall]
             if not steps:  # it raises
                 self.check(self.spent(made), "one rank a layer")
-            _, name, less = min(steps)
+            (_, less), name = min(steps)
             made[name] = less
-        growing = set(made)
-        while growing:
-            steps = [
-                (self._slope(name, made[name], more), name, more) for name, more in self._ups(made, ladders, growing)
-            ]
-            growing = {name for _, name, _ in steps}
-            if steps:
-                _, name, more = max(steps)
-                grown = {**made, name: more} if more != DENSE_AGAIN else {n: r for n, r in made.items() if n != name}
-                if within(self.spent(grown), self.limits):
-                    made = grown
-                    growing &= set(made)
-                else:
-                    growing.remove(name)
+            falls[name] = self._falls(name, ladders[name], made[name])
+        rises = {name: self._rises(name, ladders[name], rank) for name, rank in made.items()}
+        while steps := [(rise[0], name) for name, rise in rises.items() if rise]:
+            (_, more), name = max(steps)
+            if within(self.spent({**made, name: more}), self.limits):
+                made[name] = more
+                rises[name] = self._rises(name, ladders[name], more)
+            else:
+                rises[name].pop(0)  # the budget only fills from here on
         return made
 
     def reachable(self, names: Iterable[str]) -> None:
@@ -140,7 +137,7 @@ class SingleRanks(Prices):
         """The plan of these ranks; a layer stays dense that is kept, has no rank, or would cost as much as dense.
 
         Args:
-            ranks: by layer.
+            ranks: by layer, ``WHOLE`` for what stays dense.
             kept: why layers are not to be replaced.
             selector: what found the ranks.
         """
@@ -154,6 +151,8 @@ class SingleRanks(Prices):
             elif name not in ranks:
                 alone = "the search's form has rank 1 alone here, so nothing to search for; dense loses nothing"
                 reasons[name] = Refusal(name, "dense_is_best", alone)
+            elif ranks[name] == WHOLE:
+                reasons[name] = self._whole(name)
             elif self.share(name, rank := ranks[name]) >= 1:
                 reasons[name] = Refusal(name, "not_cheaper", f"at the rank found, {rank}, it costs more than dense")
             else:
@@ -164,33 +163,34 @@ class SingleRanks(Prices):
         spent = self.network({name: choice.cost for name, choice in choices.items()})
         return RankPlan(choices, spent, self.dense, selector=selector, reasons=reasons)
 
+    def _whole(self, name: str) -> Refusal:
+        """Why a layer stays dense though the search might have given it a rank."""
+        least = min(self._ladder(name, 1), key=partial(self.share, name))
+        if least == WHOLE:
+            return Refusal(name, "not_cheaper", "no rank for this layer is cheaper than dense")
+        lost = (
+            f"rank {least} saves {1 - self.share(name, least):.3g} of its cost at error {self.error(name, least):.3g}"
+        )
+        return Refusal(name, "dense_is_best", f"dense is best here under the budget: {lost}")
+
     def _ladder(self, name: str, rank: int) -> list[int]:
-        """Ranks from 1 to the largest, about a tenth apart, and this one."""
-        rungs, at = {rank}, 1
+        """Ranks from 1 to the largest, about a tenth apart, and this one, as far as cheaper than dense; then dense."""
+        rungs, at = {rank, self.most(name)}, 1
         while at <= self.most(name):
             rungs.add(at)
             at = max(at + 1, int(at * 1.1))
-        return sorted({*rungs, self.most(name)})
+        return [*sorted(rung for rung in rungs if rung != WHOLE and self.share(name, rung) < 1), WHOLE]
 
-    def _cheaper(self, name: str, ladder: Sequence[int], rank: int) -> int | None:
-        """The next smaller rank that costs less: prices that were measured need not fall at every rank."""
-        lower = (less for less in reversed(ladder) if less < rank)
-        return next((less for less in lower if self.share(name, less) < self.share(name, rank)), None)
+    def _falls(self, name: str, ladder: Sequence[int], rank: int) -> list[tuple[float, int]]:
+        """What is cheaper, with the squared error that each part of the limits saved costs, the least first."""
+        share = self.share(name, rank)
+        return sorted((self._slope(name, less, rank), less) for less in ladder if self.share(name, less) < share)
 
-    def _ups(
-        self, made: Mapping[str, int], ladders: Mapping[str, Sequence[int]], growing: Iterable[str]
-    ) -> Iterator[tuple[str, int]]:
-        """For each layer that still grows the next larger rank, where it lowers the error and is cheaper than dense."""
-        for name in growing:
-            if self.most(name) == 1:
-                if self.share(name, 1) < 1:
-                    yield name, DENSE_AGAIN
-                continue
-            more = next((rung for rung in ladders[name] if rung > made[name]), None)
-            if more is None or self.share(name, more) >= 1:
-                continue
-            if self.error(name, made[name]) ** 2 - self.error(name, more) ** 2 > _GAIN:
-                yield name, more
+    def _rises(self, name: str, ladder: Sequence[int], rank: int) -> list[tuple[float, int]]:
+        """What has less error, with how much less for each part of the limits that it costs, the most first."""
+        error = self.error(name, rank) ** 2
+        better = [more for more in ladder if error - self.error(name, more) ** 2 > _GAIN]
+        return sorted(((self._slope(name, rank, more), more) for more in better), reverse=True)
 
     def _learn(self, name: str, ranks: Sequence[int]) -> None:
         site, missing = self.sites[name], [rank for rank in ranks if (name, rank) not in self._errors]
@@ -200,6 +200,5 @@ class SingleRanks(Prices):
 
     def _slope(self, name: str, low: int, high: int) -> float:
         """Squared error between two ranks, for each part of the limits between them."""
-        share, error = (1.0, 0.0) if high == DENSE_AGAIN else (self.share(name, high), self.error(name, high))
-        spent = (share - self.share(name, low)) * self.part(name)
-        return (self.error(name, low) ** 2 - error**2) / max(spent, 1e-30)
+        spent = (self.share(name, high) - self.share(name, low)) * self.part(name)
+        return (self.error(name, low) ** 2 - self.error(name, high) ** 2) / max(spent, 1e-30)

@@ -10,9 +10,9 @@ import tdcompile
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import BudgetError
 from tdcompile.program import Program, sites
-from tdcompile.ranks import within
+from tdcompile.ranks import DENSE, within
 from tdcompile.registry import make
-from tdcompile.single_rank import SingleRanks
+from tdcompile.single_rank import WHOLE, SingleRanks
 from tdcompile.target import Cost
 
 
@@ -30,9 +30,9 @@ def program(share: float, *layers: nn.Module) -> Program:
     return made.with_(budget=tdcompile.Budget(macs=share))
 
 
-def prices(share: float) -> SingleRanks:
+def prices(share: float, other: int = 12) -> SingleRanks:
     torch.manual_seed(0)
-    given = program(share, conv(3), nn.ReLU(), conv(12))
+    given = program(share, conv(3), nn.ReLU(), conv(other))
     return SingleRanks(given, {name: make(Decomposition, "tucker2") for name in sites(given)})
 
 
@@ -43,7 +43,7 @@ def test_a_fit_keeps_to_the_budget_and_leaves_no_room_for_one_rank_more(share: f
     made = table.fitted({"0": one, "2": other})
     assert within(table.spent(made), table.limits)
     for name, rank in made.items():
-        if rank < table.most(name) and table.share(name, rank + 1) < 1:
+        if rank != WHOLE and rank < table.most(name) and table.share(name, rank + 1) < 1:
             more = {**made, name: rank + (1 if rank < 20 else rank // 10)}  # steps are a tenth
             gains = table.error(name, rank) ** 2 - table.error(name, more[name]) ** 2
             assert gains <= 1e-6 or not within(table.spent(more), table.limits)
@@ -54,19 +54,38 @@ def test_the_layer_that_needs_rank_keeps_it() -> None:
     assert made["2"] > 2 * made["0"]
 
 
-def test_a_plan_far_below_its_budget_grows() -> None:
-    table = prices(0.9)
-    assert sum(table.fitted({"0": 2, "2": 2}).values()) > 8
+@pytest.mark.parametrize(("share", "dense"), [(0.62, ["2"]), (1.0, ["0", "2"])])
+def test_a_plan_far_below_its_budget_grows_to_where_layers_are_dense_again(share: float, dense: list[str]) -> None:
+    table = prices(share, 16)
+    made = table.fitted({"0": 2, "2": 2})
+    choices = table.plan(made, {}, "a test").choices
+    assert [name for name, rank in made.items() if rank == WHOLE] == dense
+    assert [name for name, choice in choices.items() if choice.decomposition == DENSE] == dense
+    assert made["0"] != 2
+
+
+@pytest.mark.parametrize("start", [WHOLE, 16])
+def test_what_is_dense_at_the_start_goes_down_where_the_budget_asks_for_it(start: int) -> None:
+    made = prices(0.4).fitted({"0": start, "2": start})
+    assert made == {"0": 5, "2": 11}  # the best of all pairs
+
+
+def test_a_dense_layers_reason_says_what_the_cheapest_rank_would_have_cost() -> None:
+    table = prices(1.0)
+    reason = table.plan({"0": 3, "2": WHOLE}, {}, "a test").reasons["2"]
+    assert (reason.code, reason.reason) == (
+        "dense_is_best",
+        f"dense is best here under the budget: rank 1 saves {1 - table.share('2', 1):.3g} of its cost "
+        f"at error {table.error('2', 1):.3g}",
+    )
 
 
 def test_rank_that_gains_nothing_is_not_paid_for() -> None:
     torch.manual_seed(0)
-    given = program(1.0, conv(3, noise=0.0), nn.ReLU(), conv(12))
+    given = program(1.0, conv(3, noise=0.0), nn.ReLU(), conv(16))
     table = SingleRanks(given, {name: make(Decomposition, "tucker2") for name in sites(given)})
     made = table.fitted({"0": 3, "2": 6})
-    assert made["0"] == 3
-    assert made["2"] > 6
-    assert table.share("2", made["2"]) < 1
+    assert made == {"0": 3, "2": WHOLE}
 
 
 def test_a_price_that_does_not_fall_at_the_next_rank_does_not_end_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,10 @@ from tdcompile.errors import InputError, TdcompileError
 from tdcompile.facts import Fact
 from tdcompile.kinds import AnalysisPass, tick
 from tdcompile.program import Program, Site, kept_dense, sites
-from tdcompile.ranks import RankPlan, within
+from tdcompile.ranks import RankPlan
 from tdcompile.registry import make
 from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
-from tdcompile.single_rank import SingleRanks
+from tdcompile.single_rank import WHOLE, SingleRanks
 from tdcompile.task import Batch, logits
 
 _CLIP = 5.0  # without it a search over CP diverges
@@ -88,7 +88,7 @@ class Rene(AnalysisPass):
             raise InputError(f"'{self.spec()}': step, steps, samples and batch at least 1, factor at least 2")
 
     def analyze(self, program: Program) -> RankPlan:
-        """The plan; dense stay layers that no form applies to, and of those with rank 1 alone what the budget lets.
+        """The plan; dense stay layers that no form applies to, and those that the budget lets.
 
         Raises:
             InputError: ``mode=data`` without labelled training samples.
@@ -102,18 +102,19 @@ class Rene(AnalysisPass):
         most = {name: prices.most(name) for name in forms}
         if self.budget:
             prices.reachable(most)
-        searched = [name for name, top in most.items() if top > 1]
-        chosen = {name: 1 for name, top in most.items() if top == 1 and self.budget}
-        if self.budget and not within(prices.spent(dict.fromkeys(searched, 1)), prices.limits):
-            searched = [*most]  # the rest too, or the search would be for a budget that is out of its reach
-        grids = {name: intervals(most[name], self.step) for name in searched}
+        chosen = dict[str, int]()
+        grids = {name: intervals(top, self.step) for name, top in most.items() if top > 1 or self.budget}
         settled = _Settled({}, {})
         generator, rounds = program.generator(self.name), 0
         while grids:
             relaxed = [self._relaxed(found[name], prices, grid) for name, grid in grids.items()]
             self._search(program, relaxed, prices, settled, generator, rounds)
             chosen |= {layer.site.name: layer.chosen() for layer in relaxed}
-            finer = {n: grid.around(chosen[n], self.factor, most[n], self.reach) for n, grid in grids.items()}
+            finer = {
+                name: grid.around(chosen[name], self.factor, most[name], self.reach)
+                for name, grid in grids.items()
+                if chosen[name] != WHOLE
+            }
             grids = {name: grid for name, grid in finer.items() if grid is not None}
             for layer in relaxed:
                 if (name := layer.site.name) not in grids:
@@ -131,7 +132,8 @@ class Rene(AnalysisPass):
     def _relaxed(self, site: Site, prices: SingleRanks, grid: Interval) -> Relaxed:
         candidates, name = grid.ranks(), site.name
         if self.budget:
-            shares = [min(prices.share(name, rank), 1.0) for rank in candidates]  # at more the layer stays dense
+            candidates = [*(rank for rank in candidates if prices.share(name, rank) < 1), WHOLE]
+            shares = [prices.share(name, rank) for rank in candidates]
         else:
             shares = [rank / max(candidates) for rank in candidates]
         return Relaxed(site, prices.forms[name], partial(prices.ranks, name), candidates, shares)

@@ -109,6 +109,17 @@ def test_the_budget_is_kept_and_the_layer_that_needs_rank_gets_it() -> None:
     assert spent == plan.predicted.macs
 
 
+def test_a_layer_stays_dense_where_that_is_the_best_use_of_the_budget() -> None:
+    """A low rank is all that the first one needs, and any rank of the other loses much of its noise."""
+    given = program(low_rank(3), nn.ReLU(), low_rank(3, noise=3.0), share=0.62)
+    plan = Rene(step=6, factor=6, steps=10).analyze(given)
+    assert plan.choices["2"].decomposition == DENSE
+    assert plan.reasons["2"].code == "dense_is_best"
+    assert plan.choices["0"].error < 0.03
+    tighter = Rene(step=6, factor=6, steps=10).analyze(given.with_(budget=Budget(macs=0.5)))
+    assert tighter.choices["2"].decomposition == "tucker2"
+
+
 class Linked(nn.Module):
     """A head on the first layer's weight, and a layer with a hook."""
 
