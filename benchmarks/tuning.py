@@ -40,7 +40,7 @@ def main(
                 "finetune": options,
                 "rate": tuning.rate,
                 "held-out before %": percent(tuning.start_accuracy),
-                "held-out after %": percent(kept.heldout_accuracy) if kept else "no epoch was better",
+                "held-out after %": percent(kept.heldout_accuracy) if kept else "the start was kept",
                 "test before %": percent(before),
                 "test after %": percent(accuracy(after.graph, test)),
                 "seconds": time.perf_counter() - begun,

@@ -154,7 +154,7 @@ def test_it_says_at_which_rate_the_tuning_was_and_what_it_kept() -> None:
     assert "2 epochs at a rate of 0.03" in render_html(report())
     assert "the weights of epoch 2 were kept" in render_html(report())
     none = {"epochs": 2, "kept_epoch": 0, "rate": 0.03, "seconds": 60.0}
-    assert "none did better on held-out samples than the start" in render_html(report(tuning=none))
+    assert "all did worse on held-out samples than the start" in render_html(report(tuning=none))
 
 
 def test_the_names_that_others_rely_on_are_there() -> None:

@@ -54,6 +54,7 @@ class Finetune(TunePass):
         outputs: of layer-output distillation beside it, the mean squared difference of each replaced layer's output.
         weights: of weight distillation, the same of each replaced layer's weight (RENE, arXiv 2409.03555).
         holdout: share of the training samples held out to choose the best epoch by (at most 5,000); 0 keeps the last.
+            The weights before training are kept where every epoch is worse on them by more than a hundredth.
         augment: ``auto`` shifts images of at least 16 pixels a side, and mirrors those of three channels too.
         bn: ``frozen`` leaves batch-norm statistics as they are; ``train`` normalises by those of each batch, over all
             processes together.
@@ -202,7 +203,7 @@ class _Lesson:
 
 def _told(tuning: Tuning) -> str:
     best = next((e for e in tuning.curve if e.epoch == tuning.best_epoch), None)
-    kept = f"{tuning.epochs} epochs, epoch {tuning.best_epoch} kept" if best else "no epoch did better than the start"
+    kept = f"{tuning.epochs} epochs, epoch {tuning.best_epoch} kept" if best else "every epoch did worse than the start"
     if best is None or best.heldout_accuracy is None or tuning.start_accuracy is None:
         return kept
     return f"{kept}, held-out accuracy {tuning.start_accuracy:.1%} before and {best.heldout_accuracy:.1%} after"

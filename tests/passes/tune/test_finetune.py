@@ -21,7 +21,7 @@ from tdcompile.pipeline import Pipeline
 from tdcompile.program import Change, Program
 from tdcompile.target import Budget, Target
 from tdcompile.task import Batch, Samples, Task, Tensors, accuracy
-from tdcompile.training import Settings, lay_out
+from tdcompile.training import Settings, Trainer, lay_out
 from tdcompile.tuning import Epoch, Saved, Tuning
 
 FAST = Finetune(epochs=3, batch=32, holdout=0.1, trial=0)
@@ -225,7 +225,28 @@ def test_where_every_epoch_does_worse_the_start_is_kept(taught: Program) -> None
     after = replace(FAST, lr=5.0, clip=1e9, epochs=1).run(start)
     assert after.facts[Tuning].best_epoch == 0
     assert same(after, start)
-    assert "no epoch did better" in after.history[-1].what  # type: ignore[union-attr]  # asserted by the attribute
+    assert "every epoch did worse" in after.history[-1].what  # type: ignore[union-attr]  # asserted by the attribute
+
+
+@pytest.mark.parametrize(
+    ("judged", "kept"),
+    [
+        ([(0.900, 0.1), (0.893, 0.3), (0.892, 0.2)], 1),
+        ([(0.900, 0.1), (0.893, 0.3), (0.893, 0.2)], 2),
+        ([(0.900, 0.3), (0.889, 0.2), (0.888, 0.1)], 0),
+        ([(None, 0.2), (None, 0.3), (None, 0.1)], 2),
+        ([(None, 0.1), (None, 0.12), (None, 0.11)], 0),
+    ],
+    ids=str,
+)
+def test_the_start_has_to_be_better_by_a_hundredth_for_it_may_know_the_held_out_samples_by_heart(
+    taught: Program, monkeypatch: pytest.MonkeyPatch, judged: list[tuple[float | None, float]], kept: int
+) -> None:
+    answers = iter(judged)
+    monkeypatch.setattr(Trainer, "_judge", lambda self: next(answers))
+    after = replace(FAST, epochs=2).run(taught)
+    assert after.facts[Tuning].best_epoch == kept
+    assert same(after, taught) == (kept == 0)
 
 
 def test_without_holdout_the_last_epoch_is_kept(taught: Program) -> None:
