@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import BudgetError
@@ -39,7 +40,7 @@ class Prices:
         self._rest = self.dense - known
         self._budget = program.budget
 
-    @property
+    @cached_property
     def limits(self) -> dict[str, float]:
         """The most that a plan may cost, by field.
 

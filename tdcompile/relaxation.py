@@ -98,18 +98,16 @@ class Relaxed(nn.Module):
         made = [self.form.reconstruct(self.site.layer, factors).float() for factors in each]
         return made if len(made) == len(self.candidates) else [*made, self.site.weight.float()]
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """The mixed weight, and the relative squared error of the mixture plus that which its branches have each."""
-        gates, branches = self.gates, self.branches()
-        weight = self.site.weight.float()
-        mixed = torch.stack([gate * branch for gate, branch in zip(gates, branches, strict=True)]).sum(0)
-        return mixed, (weight - mixed).square().sum() / self.energy
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mixed weight, its squared relative error, and that of its branches, Σ_r p_r ‖W − W^(r)‖² / ‖W‖².
 
-    def single(self) -> Tensor:
-        """Σ_r p_r ‖W − W^(r)‖² / ‖W‖²: what is left once one branch alone stays."""
+        The last is what is left once one branch alone stays.
+        """
+        gates, branches = self.gates, torch.stack(self.branches())
         weight = self.site.weight.float()
-        each = torch.stack([(weight - branch).square().sum() for branch in self.branches()])
-        return (self.gates * each).sum() / self.energy
+        mixed = torch.tensordot(gates, branches, 1)
+        each = (weight - branches).square().flatten(1).sum(1)
+        return mixed, (weight - mixed).square().sum() / self.energy, (gates * each).sum() / self.energy
 
     def share(self) -> Tensor:
         """The expected cost, Σ_r p_r · share_r."""
@@ -118,6 +116,17 @@ class Relaxed(nn.Module):
     def chosen(self) -> int:
         """The candidate with the largest coefficient; of equal ones the first."""
         return self.candidates[int(self.gates.argmax())]
+
+    def middle(self) -> int:
+        """The rank that a finer interval is to be around: the chosen one, or that which costs as much as the mixture.
+
+        The latter where the layer is best dense: were it so for good before the others are done, their mixtures, which
+        keep to a budget together with this one, would have less left than they share now.
+        """
+        if self.chosen() != WHOLE or self.candidates == [WHOLE]:
+            return self.chosen()
+        aside = (self.shares - self.share().detach()).abs()
+        return self.candidates[int(aside[:-1].argmin())]
 
 
 def rank_loss(shares: Sequence[Tensor], gamma: float, beta: float) -> Tensor:

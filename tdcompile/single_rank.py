@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from heapq import heapify, heappop, heappush
 
 import torch
 from torch import Tensor
@@ -44,6 +45,10 @@ class SingleRanks(Prices):
             each = sum(part.macs for part in form.blueprint(layer, (1,)))
             return max(1, min(layer.macs // max(each, 1), form.exact_ranks(layer)[0]))
         return min(layer.in_channels, layer.out_channels)
+
+    def end(self, name: str) -> int:
+        """The largest rank that is cheaper than dense, of those about a tenth apart; ``WHOLE`` where none is."""
+        return max(self._ladder(name, 1))
 
     def cost(self, name: str, rank: int) -> Cost:
         """Of a layer at a rank."""
@@ -104,23 +109,38 @@ class SingleRanks(Prices):
         ladders = {name: self._ladder(name, rank) for name, rank in made.items()}
         for name, ladder in ladders.items():
             self._learn(name, [rank for rank in ladder if rank != WHOLE])
-        falls = {name: self._falls(name, ladders[name], rank) for name, rank in made.items()}
-        while not within(self.spent(made), self.limits):
-            steps = [(fall[0], name) for name, fall in falls.items() if fall]
-            if not steps:  # it raises
-                self.check(self.spent(made), "one rank a layer")
-            (_, less), name = min(steps)
-            made[name] = less
-            falls[name] = self._falls(name, ladders[name], made[name])
+        spent = self._descend(made, ladders)
         rises = {name: self._rises(name, ladders[name], rank) for name, rank in made.items()}
-        while steps := [(rise[0], name) for name, rise in rises.items() if rise]:
-            (_, more), name = max(steps)
-            if within(self.spent({**made, name: more}), self.limits):
-                made[name] = more
+        best = [(-rise[0][0], name) for name, rise in rises.items() if rise]
+        heapify(best)
+        while best:
+            name = heappop(best)[1]
+            more = rises[name].pop(0)[1]
+            grown = spent - self.cost(name, made[name]) + self.cost(name, more)
+            if within(grown, self.limits):
+                made[name], spent = more, grown
                 rises[name] = self._rises(name, ladders[name], more)
-            else:
-                rises[name].pop(0)  # the budget only fills from here on
+            if rises[name]:
+                heappush(best, (-rises[name][0][0], name))
         return made
+
+    def _descend(self, made: dict[str, int], ladders: Mapping[str, Sequence[int]]) -> Cost:
+        """Bring the ranks down, in place, until they keep to the budget; what the network costs then."""
+        spent = self.spent(made)
+        best = [(*fall, name) for name, rank in made.items() if (fall := self._fall(name, ladders[name], rank))]
+        heapify(best)
+        while not within(spent, self.limits):
+            if not best:  # by the limit that is worst off in each layer
+                made |= self._least(made)
+                spent = self.spent(made)
+                self.check(spent, "one rank a layer")
+                return spent
+            _, less, name = heappop(best)
+            spent = spent - self.cost(name, made[name]) + self.cost(name, less)
+            made[name] = less
+            if (fall := self._fall(name, ladders[name], less)) is not None:
+                heappush(best, (*fall, name))
+        return spent
 
     def reachable(self, names: Iterable[str]) -> None:
         """See before a search whether the smallest ranks of these layers meet the budget.
@@ -128,10 +148,7 @@ class SingleRanks(Prices):
         Raises:
             BudgetError: they do not; the message says what can be reached.
         """
-        least = dict.fromkeys(names, 1)
-        if not within(self.spent(least), self.limits):  # measured prices may be lowest elsewhere
-            cheapest = {n: min(self._ladder(n, 1), key=partial(self.share, n)) for n in least}
-            self.check(self.spent(cheapest), "one rank a layer")
+        self.check(self.spent(self._least(names)), "one rank a layer")
 
     def plan(self, ranks: Mapping[str, int], kept: Mapping[str, Refusal], selector: str) -> RankPlan:
         """The plan of these ranks; a layer stays dense that is kept, has no rank, or would cost as much as dense.
@@ -173,18 +190,27 @@ class SingleRanks(Prices):
         )
         return Refusal(name, "dense_is_best", f"dense is best here under the budget: {lost}")
 
+    def _least(self, names: Iterable[str]) -> dict[str, int]:
+        """Rank 1 for each; where that does not keep to the budget, the cheapest, as measured prices may have it."""
+        ones = {name: 1 if self.share(name, 1) < 1 else WHOLE for name in names}
+        if within(self.spent(ones), self.limits):
+            return ones
+        return {name: min(self._ladder(name, 1), key=partial(self.share, name)) for name in ones}
+
     def _ladder(self, name: str, rank: int) -> list[int]:
         """Ranks from 1 to the largest, about a tenth apart, and this one, as far as cheaper than dense; then dense."""
-        rungs, at = {rank, self.most(name)}, 1
+        rungs, at = {rank, self.most(name)}, 1  # not every one: a measured price takes time
         while at <= self.most(name):
             rungs.add(at)
             at = max(at + 1, int(at * 1.1))
         return [*sorted(rung for rung in rungs if rung != WHOLE and self.share(name, rung) < 1), WHOLE]
 
-    def _falls(self, name: str, ladder: Sequence[int], rank: int) -> list[tuple[float, int]]:
-        """What is cheaper, with the squared error that each part of the limits saved costs, the least first."""
+    def _fall(self, name: str, ladder: Sequence[int], rank: int) -> tuple[float, int] | None:
+        """What is cheaper at the least squared error for each part of the limits saved, that error first."""
         share = self.share(name, rank)
-        return sorted((self._slope(name, less, rank), less) for less in ladder if self.share(name, less) < share)
+        return min(
+            ((self._slope(name, less, rank), less) for less in ladder if self.share(name, less) < share), default=None
+        )
 
     def _rises(self, name: str, ladder: Sequence[int], rank: int) -> list[tuple[float, int]]:
         """What has less error, with how much less for each part of the limits that it costs, the most first."""

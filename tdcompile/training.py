@@ -33,7 +33,7 @@ from tdcompile.tuning import Epoch, Saved, Tuning, kept_in, key_of
 # What the start is held to have known by heart: the share of the held-out samples that the best epoch may answer wrong
 # beyond it and still be kept. They are often among those that the dense network was trained on, which a start that is
 # near it still knows, and no epoch learns (this project's measurement, ``docs/results.md``).
-_BY_HEART = 0.01
+_BY_HEART = 0.01 + 1e-9  # accuracies are ratios of whole numbers: one that is worse by just this much is still kept
 
 # Steps in a row that fp16 may leave out: its scale starts at 2^16 and is halved each time.
 _SKIPS = 20
@@ -376,9 +376,11 @@ def _rate(step: int, warm: int, total: int) -> float:
 
 def _merit(epoch: Epoch) -> tuple[float, float]:
     """By which weights are chosen: held-out accuracy, of which the start's counts for less, then loss."""
+    accuracy, loss = epoch.heldout_accuracy or 0.0, epoch.heldout_loss or 0.0
+    if not math.isfinite(loss):
+        return -1.0, -math.inf
     known = _BY_HEART if epoch.epoch == 0 else 0.0
-    accuracy = 0.0 if epoch.heldout_accuracy is None else epoch.heldout_accuracy - known
-    return accuracy, -(epoch.heldout_loss or 0.0)
+    return max(0.0, accuracy - known), -loss
 
 
 def _copied(module: nn.Module) -> dict[str, Tensor]:

@@ -33,7 +33,8 @@ def resident():
 
 
 def printed(code: str) -> list[int]:
-    ran = subprocess.run([sys.executable, "-c", BLOCKS + code], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", BLOCKS + code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
     return [int(number) for number in ran.stdout.split()]
 
 

@@ -1,5 +1,7 @@
 """``SingleRanks``: a fit uses its budget, takes from the layer that needs rank least, and says where there is none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -97,6 +99,21 @@ def test_a_price_that_does_not_fall_at_the_next_rank_does_not_end_the_fit(monkey
 
     monkeypatch.setattr(table, "cost", bumpy)
     assert within(table.spent(table.fitted({"0": 8, "2": 8})), table.limits)
+
+
+def test_of_two_limits_the_one_that_is_over_is_met_though_the_other_is_worst_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = program(1.0, conv(3)).with_(budget=tdcompile.Budget(macs=0.06, params=0.95))
+    table = SingleRanks(given, {"0": make(Decomposition, "tucker2")})
+    honest, rough = table.cost, {1: 0.90, 2: 0.91, 3: 0.92, 4: 0.89}
+
+    def bumpy(name: str, rank: int) -> Cost:
+        cost = honest(name, rank)
+        return replace(cost, params=rough.get(rank, 0.93) * honest(name, WHOLE).params)
+
+    monkeypatch.setattr(table, "cost", bumpy)
+    assert within(table.spent(table.fitted({"0": 8})), table.limits)
 
 
 def test_a_budget_that_not_even_rank_one_meets_is_told() -> None:

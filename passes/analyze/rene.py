@@ -41,8 +41,8 @@ class Rene(AnalysisPass):
     The paper's ``tt`` of a convolution, 1x1, k x k, 1x1 at one rank, has the graph of Tucker-2 at tied ranks, which is
     what is registered here as ``tucker2`` and fits better at equal ranks; linear layers and 1x1 convolutions become
     ``svd``. Ours are: errors relative to each layer's weight; ``single``, which makes branches good on their own; and
-    ``budget``, where a share is a layer's cost, mixtures are projected to the budget after each step, and the plan is
-    made to fit.
+    ``budget``, where a share is a layer's cost, the dense layer is one more candidate, mixtures are projected to the
+    budget after each step, and the plan is made to fit.
 
     Attributes:
         form: ``tt``, ``cp`` or ``cp4`` for convolutions.
@@ -88,7 +88,7 @@ class Rene(AnalysisPass):
             raise InputError(f"'{self.spec()}': step, steps, samples and batch at least 1, factor at least 2")
 
     def analyze(self, program: Program) -> RankPlan:
-        """The plan; dense stay layers that no form applies to, and those that the budget lets.
+        """The plan; dense stay layers that no form applies to, or for which the search finds no cheaper rank.
 
         Raises:
             InputError: ``mode=data`` without labelled training samples.
@@ -102,18 +102,18 @@ class Rene(AnalysisPass):
         most = {name: prices.most(name) for name in forms}
         if self.budget:
             prices.reachable(most)
-        chosen = dict[str, int]()
-        grids = {name: intervals(top, self.step) for name, top in most.items() if top > 1 or self.budget}
-        settled = _Settled({}, {})
-        generator, rounds = program.generator(self.name), 0
+        ends = {name: prices.end(name) for name in forms} if self.budget else most
+        chosen = {name: WHOLE for name, end in ends.items() if end == WHOLE}
+        searched = [name for name, end in ends.items() if end > (WHOLE if self.budget else 1)]
+        grids = {name: intervals(ends[name], self.step) for name in searched}
+        settled, generator, rounds = _Settled({}, {}), program.generator(self.name), 0
         while grids:
             relaxed = [self._relaxed(found[name], prices, grid) for name, grid in grids.items()]
             self._search(program, relaxed, prices, settled, generator, rounds)
             chosen |= {layer.site.name: layer.chosen() for layer in relaxed}
             finer = {
-                name: grid.around(chosen[name], self.factor, most[name], self.reach)
-                for name, grid in grids.items()
-                if chosen[name] != WHOLE
+                (name := layer.site.name): grids[name].around(layer.middle(), self.factor, ends[name], self.reach)
+                for layer in relaxed
             }
             grids = {name: grid for name, grid in finer.items() if grid is not None}
             for layer in relaxed:
@@ -148,6 +148,8 @@ class Rene(AnalysisPass):
         rounds: int,
     ) -> None:
         weights = [p for layer in layers for p in layer.factors.parameters()]
+        if not weights:
+            return  # each has one candidate, dense
         coefficients = [layer.coefficients for layer in layers]
         one, other = (
             torch.optim.SGD(group, rate, momentum=0.9, nesterov=True)
@@ -180,10 +182,8 @@ class Rene(AnalysisPass):
         return 1.0 if self.budget else 0.1
 
     def _loss(self, layers: Sequence[Relaxed], settled: _Settled, data: _Batches | None) -> Tensor:
-        mixed, errors = zip(*(layer() for layer in layers), strict=True)
-        error = torch.stack(errors).sum()
-        if self.single:
-            error = error + self.single * torch.stack([layer.single() for layer in layers]).sum()
+        mixed, errors, singles = zip(*(layer() for layer in layers), strict=True)
+        error = torch.stack(errors).sum() + self.single * torch.stack(singles).sum()
         if data is not None:
             moving = {f"{layer.site.name}.weight": w for layer, w in zip(layers, mixed, strict=True)}
             error = data.loss({**settled.weights, **moving})

@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import tdcompile
@@ -20,7 +21,7 @@ from tdcompile.program import Program, sites
 from tdcompile.ranks import DENSE, RankPlan, within
 from tdcompile.registry import make
 from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
-from tdcompile.single_rank import SingleRanks
+from tdcompile.single_rank import WHOLE, SingleRanks
 from tdcompile.target import Budget
 from tdcompile.task import Samples, Task, Tensors, accuracy
 
@@ -118,6 +119,42 @@ def test_a_layer_stays_dense_where_that_is_the_best_use_of_the_budget() -> None:
     assert plan.choices["0"].error < 0.03
     tighter = Rene(step=6, factor=6, steps=10).analyze(given.with_(budget=Budget(macs=0.5)))
     assert tighter.choices["2"].decomposition == "tucker2"
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(16, 16), nn.Conv2d(16, 16, 1)], ids=["linear", "1x1"])
+@pytest.mark.parametrize("step", [2, 10, 40])
+def test_ranks_are_looked_for_where_they_are_cheaper_than_dense(layer: nn.Module, step: int) -> None:
+    shape = (2, 16) if isinstance(layer, nn.Linear) else (2, 16, 4, 4)
+    given = tdcompile.trace(nn.Sequential(layer, nn.ReLU()).eval(), (torch.randn(shape),))
+    plan = Rene(step=step, steps=5).analyze(given.with_(budget=tdcompile.Budget(macs=0.9)))
+    assert plan.choices["0"].ranks == (7,)
+
+
+def test_where_no_rank_is_cheaper_nothing_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SingleRanks, "cost", lambda self, name, rank: self.layers[name])
+    plan = Rene(steps=5).analyze(program(low_rank(3), share=1.0))
+    assert (plan.choices["0"].decomposition, plan.reasons["0"].code) == (DENSE, "not_cheaper")
+
+
+def test_of_a_layer_that_may_stay_dense_the_weight_itself_is_a_candidate() -> None:
+    given = program(low_rank(3, noise=1.0))
+    form, site = make(Decomposition, "tucker2"), sites(given)["0"]
+    layer = Relaxed(site, form, lambda r: (r, r), [2, 6, WHOLE], [0.25, 0.75, 1.0])
+    assert torch.equal(layer.branches()[-1], site.weight)
+    errors = [(site.weight - branch).square().sum() / layer.energy for branch in layer.branches()[:-1]]
+    with torch.no_grad():
+        assert float(layer()[2]) == pytest.approx(sum(map(float, errors)) / 3, rel=1e-4)
+
+
+def test_around_what_a_finer_interval_is_where_dense_is_best() -> None:
+    """Around the rank that costs as much as the mixture, so that the layers' mixtures still keep to a budget."""
+    given, form = program(low_rank(3)), make(Decomposition, "tucker2")
+    layer = Relaxed(sites(given)["0"], form, lambda r: (r, r), [2, 4, 6, WHOLE], [0.2, 0.5, 0.9, 1.0])
+    with torch.no_grad():
+        layer.coefficients.copy_(torch.tensor([1.1, 0.0, 0.0, 1.2]))  # it costs 0.64
+        assert (layer.chosen(), layer.middle()) == (WHOLE, 4)
+        layer.coefficients.copy_(torch.tensor([1.2, 0.0, 0.0, 1.1]))
+        assert (layer.chosen(), layer.middle()) == (2, 2)
 
 
 class Linked(nn.Module):
@@ -249,7 +286,7 @@ def test_the_mixture_and_the_rank_loss_are_the_papers() -> None:
     layer = Relaxed(site, form, lambda r: (r, r), [2, 6], [0.25, 0.75])
     branches = [form.reconstruct(site.layer, form.factorize(site.layer, site.weight, (r, r), None)) for r in (2, 6)]
     with torch.no_grad():
-        mixed, error = layer()
+        mixed, error, _ = layer()
         price = rank_loss([layer.share(), layer.share()], 0.4, 0.8)
     torch.testing.assert_close(mixed, (branches[0] + branches[1]) / 2, atol=1e-5, rtol=1e-5)
     expected = (site.weight - mixed).square().sum() / site.weight.square().sum()
@@ -266,6 +303,28 @@ def test_coefficients_can_look_at_held_out_data() -> None:
     assert plan.predicted.macs <= 0.5 * plan.dense.macs
     with pytest.raises(InputError, match="looks at labels"):
         Rene(mode="data").analyze(program(*layers))
+
+
+class Narrow(nn.Module):
+    """A wide layer that decides the label, beside a narrow one that does not and is below the first grid's step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard, self.ignored = nn.Linear(24, 24), nn.Linear(20, 20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 32 * self.heard(x) + 0.0 * F.pad(self.ignored(x[:, :20]), (0, 4))
+
+
+def test_with_data_a_layer_that_does_not_count_is_not_left_dense() -> None:
+    torch.manual_seed(0)
+    net, x = Narrow().eval(), torch.randn(512, 24)
+    given = tdcompile.trace(net, (x[:2],)).with_(
+        budget=tdcompile.Budget(macs=0.7), task=Task(Tensors(x, net(x).argmax(1)))
+    )
+    plan = Rene(mode="data", steps=40).analyze(given)
+    assert plan.choices["heard"].decomposition == DENSE
+    assert plan.choices["ignored"].decomposition == "svd"
 
 
 class Heard(nn.Module):
