@@ -23,7 +23,7 @@ FLOORS = """
 
     samples ranks kinds decomposition fractions approximation importance network polyadic selection
 
-    registry divergence trial relaxation progressive pricing single_rank pipeline planfile distillation training
+    registry divergence trial pricing single_rank relaxation progressive pipeline planfile distillation training
     tables
 
     frontend.turns frontend.constants frontend.calls frontend.functional frontend.symbolic frontend.exported
