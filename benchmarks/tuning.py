@@ -43,8 +43,10 @@ def main(
             seconds = time.perf_counter() - begun
             state = torch.load(Path(folder) / "finetune" / "state.pt", weights_only=True)
         tuning, kept = after.facts[Tuning], accuracy(after.graph, test)
-        after.graph.load_state_dict(state["average"] or state["model"])
-        last = tuning.curve[-1]
+        last, ended = tuning.curve[-1], kept
+        if tuning.best_epoch != last.epoch:
+            after.graph.load_state_dict(state["average"] or state["model"])
+            ended = accuracy(after.graph, test)
         rows.append(
             {
                 "finetune": options,
@@ -53,7 +55,7 @@ def main(
                 "held-out last %": percent(last.heldout_accuracy),
                 "kept": f"epoch {tuning.best_epoch}" if tuning.best_epoch else "the start",
                 "test before %": percent(before),
-                "test last %": percent(accuracy(after.graph, test)),
+                "test last %": percent(ended),
                 "test kept %": percent(kept),
                 "seconds": seconds,
             }

@@ -75,14 +75,14 @@ class SingleRanks(Prices):
         """What the network costs over the limit, the worst limit counting.
 
         Args:
-            shares: of the dense layer's cost, of the layers that are searched.
+            shares: of the dense layer's cost, at most 1, of the layers that are searched.
             settled: the same of layers whose search is over; the rest is dense.
         """
         loads = []
         for f, limit in self.limits.items():
             each = {name: float(getattr(cost, f)) for name, cost in self.layers.items()}
-            fixed = sum(cost * min(settled.get(name, 1.0), 1.0) for name, cost in each.items() if name not in shares)
-            moving = torch.stack([share.clamp(max=1) * each[name] for name, share in shares.items()]).sum()
+            fixed = sum(cost * settled.get(name, 1.0) for name, cost in each.items() if name not in shares)
+            moving = torch.stack([share * each[name] for name, share in shares.items()]).sum()
             loads.append((float(getattr(self.dense, f)) - sum(each.values()) + fixed + moving) / limit)
         return torch.stack(loads).max()
 
@@ -182,7 +182,7 @@ class SingleRanks(Prices):
 
     def _whole(self, name: str) -> Refusal:
         """Why a layer stays dense though the search might have given it a rank."""
-        least = min(self._ladder(name, 1), key=partial(self.share, name))
+        least = self._cheapest(name)
         if least == WHOLE:
             return Refusal(name, "not_cheaper", "no rank for this layer is cheaper than dense")
         lost = (
@@ -195,7 +195,10 @@ class SingleRanks(Prices):
         ones = {name: 1 if self.share(name, 1) < 1 else WHOLE for name in names}
         if within(self.spent(ones), self.limits):
             return ones
-        return {name: min(self._ladder(name, 1), key=partial(self.share, name)) for name in ones}
+        return {name: self._cheapest(name) for name in ones}
+
+    def _cheapest(self, name: str) -> int:
+        return min(self._ladder(name, 1), key=partial(self.share, name))
 
     def _ladder(self, name: str, rank: int) -> list[int]:
         """Ranks from 1 to the largest, about a tenth apart, and this one, as far as cheaper than dense; then dense."""

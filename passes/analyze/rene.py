@@ -99,10 +99,9 @@ class Rene(AnalysisPass):
         kept = kept_dense(program, found)
         forms = {n: form for n, site in found.items() if n not in kept and (form := self._form(site)) is not None}
         prices = SingleRanks(program, forms)
-        most = {name: prices.most(name) for name in forms}
         if self.budget:
-            prices.reachable(most)
-        ends = {name: prices.end(name) for name in forms} if self.budget else most
+            prices.reachable(forms)
+        ends = {name: prices.end(name) if self.budget else prices.most(name) for name in forms}
         chosen = {name: WHOLE for name, end in ends.items() if end == WHOLE}
         searched = [name for name, end in ends.items() if end > (WHOLE if self.budget else 1)]
         grids = {name: intervals(ends[name], self.step) for name in searched}
