@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint bench clean
+.PHONY: help install quickstart test test-slow lint bench results clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ bench: $(STAMP) ## the benchmarks that need no data: latency, never slower, comp
 	$(BIN)/python benchmarks/latency.py --json out/bench/latency.json
 	$(BIN)/python benchmarks/latency.py --budget 1.0 --networks resnet18,resnet50,vgg16,mobilenet_v2 --json out/bench/never_slower.json
 	$(BIN)/python benchmarks/compile_time.py --json out/bench/compile_time.json
+
+results: $(STAMP) ## rewrite the tables in docs/results/ from docs/measurements/
+	$(BIN)/python benchmarks/results.py
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache

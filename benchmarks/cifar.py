@@ -14,6 +14,7 @@ from tdcompile.compiler import Compiled
 from tdcompile.target import Target
 from tdcompile.task import Task
 
+HOSVD = "plain HOSVD, uniform ranks"
 UNIFORM = "propose{{decompose=tucker2}},score{{by=none}},choose{{by=uniform}},factorize{tail},fold-batchnorm,drop-dead"
 
 
@@ -43,8 +44,8 @@ def main(
 
     rows = []
     if baseline:
-        rows.append(_row("plain HOSVD, uniform ranks", compiled(pipeline=UNIFORM.format(tail=""))))
-        rows.append(_row("the same, norms re-estimated", compiled(pipeline=UNIFORM.format(tail=",recalibrate"))))
+        rows.append(_row(HOSVD, compiled(pipeline=UNIFORM.format(tail=""))))
+        rows.append(_row(f"{HOSVD}, batch norm re-estimated", compiled(pipeline=UNIFORM.format(tail=",recalibrate"))))
     for form in decompose.split(";"):
         for selector in ranks.split(";"):
             for score in importance.split(";"):

@@ -1,15 +1,18 @@
-"""What the benchmarks share: one table, in Markdown and JSON, with the command, seed, versions and machine of it."""
+"""Parts of all benchmarks: reference networks, and a table in Markdown and JSON with where it is from."""
 
 from __future__ import annotations
 
-import json
 import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+from results import Table
 
 import tdcompile
 from tdcompile.backend.runtime import environment
@@ -46,36 +49,68 @@ def traced(
     return program.with_(task=Task(train, test, source=data), budget=Budget(macs=macs), seed=seed), train, test
 
 
-def percent(share: float | None) -> str | None:
-    """An accuracy in [0, 1] as a table has it."""
-    return None if share is None else f"{share * 100:.2f}"
+def percent(share: float | None) -> float | None:
+    """Return an accuracy in [0, 1] in percent, to two digits."""
+    return None if share is None else round(share * 100, 2)
 
 
-def publish(title: str, rows: Sequence[dict[str, Any]], seed: int, target: Target, file: Path | None) -> None:
-    """Print the rows as a Markdown table under what made them, and write the same as JSON."""
+def publish(
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    seed: int,
+    target: Target,
+    file: Path | None,
+    formats: Mapping[str, str] | None = None,
+) -> None:
+    """Print the rows as a Markdown table and write them as JSON in the schema of ``docs/measurements/``.
+
+    Args:
+        formats: Format specifications of columns that need another one than ``Table.of_records`` gives them.
+    """
     described = environment(target)
-    command = shlex.join(["python", *sys.argv])
-    print(f"### {title}\n\n`{command}`, seed {seed}, {machine(described)}\n")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(_text(row.get(column)) for column in columns) + " |")
-    print(flush=True)
+    if "transformers" in sys.modules:  # the benchmark compiles its networks
+        described["transformers"] = version("transformers")
+    table = Table.of_records(
+        rows,
+        formats or {},
+        title=title,
+        command=shlex.join(["python", *map(_portable, sys.argv)]),
+        data=_option("--data"),
+        seed=seed,
+        machine=machine(described),
+        date=date.today().isoformat(),
+        commit=_commit(),
+        environment=described,
+    )
+    print(f"### {title}\n\n{table.markdown()}\n\n{table.provenance()}\n", flush=True)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        document = {"title": title, "command": command, "seed": seed, "environment": described, "rows": list(rows)}
-        file.write_text(json.dumps(document, indent=1) + "\n")
+        table.write(file)
 
 
 def machine(described: dict[str, str]) -> str:
-    """One line about the machine."""
+    """Describe the machine and the versions that figures depend on in one line."""
     device = described.get("gpu") or described["cpu"]
-    runtime = next((f"{k} {v}" for k, v in described.items() if k.startswith("onnxruntime")), "")
-    return f"{device}, {described['cores']} cores, {described['threads']} thread(s), {runtime}"
+    parts = [device, f"{described['cores']} cores", f"{described['threads']} thread(s)"]
+    named = ("onnxruntime", "torch", "transformers")
+    return ", ".join([*parts, *(f"{name} {text}" for name, text in described.items() if name.startswith(named))])
 
 
-def _text(value: object) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _portable(argument: str) -> str:
+    """Drop the folders of this machine from an absolute path, also after a scheme such as ``parquet:``."""
+    scheme, colon, path = argument.rpartition(":")
+    return f"{scheme}{colon}{PurePath(path).name}" if PurePath(path).is_absolute() else argument
+
+
+def _option(name: str) -> str | None:
+    """Return the value that the command line gives an option."""
+    words = [word for argument in sys.argv for word in argument.split("=", 1)] + [""]
+    return _portable(words[words.index(name) + 1]) if name in words else None
+
+
+def _commit() -> str | None:
+    """Return the commit of the project's checkout, or ``None`` outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

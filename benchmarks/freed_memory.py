@@ -30,7 +30,7 @@ def main(
     for name, size in zip(networks.split(","), map(int, images.split(",")), strict=True):
         module, example = network(name, seed)
         x = torch.randn(size, *example.shape[1:], generator=torch.Generator().manual_seed(seed))
-        for what, trains in (("answers", False), ("steps", True)):
+        for what, trains in (("inference", False), ("training steps", True)):
             module.train(trains).requires_grad_(trains)
             returned, kept = [], []
             for turn in range(rounds + 1):
@@ -42,11 +42,11 @@ def main(
             rows.append(
                 {
                     "network": name,
-                    f"{batches} batches": f"{what}, {size} images each",
+                    f"{batches} batches": f"{what}, {size} images a batch",
                     "seconds, returned": median(returned),
                     "seconds, kept": median(kept),
                     "ratio": median(kept) / median(returned),
-                    "lowest and highest": f"{ratios[0]:.3f} – {ratios[-1]:.3f}",
+                    "lowest and highest": [ratios[0], ratios[-1]],
                 }
             )
     publish("Freed memory kept by the process", rows, seed, Target(), json)

@@ -43,7 +43,7 @@ def main(
                 "dense ms": dense_ms,
                 "compiled ms": dense_ms * share,
                 "share measured": share,
-                "lowest and highest": f"{shares[0]:.3f} – {shares[-1]:.3f}",
+                "lowest and highest": [shares[0], shares[-1]],
                 "dense against itself": noise[1].median / noise[0].median,
                 "MACs dense / compiled": report.ratio.macs,
                 "realised": 1 / share / report.ratio.macs,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json as jsons
-import math
 import random
 import sys
 import time
@@ -17,11 +14,11 @@ from typing import Annotated, Any
 import torch
 import typer
 import zoo
-from common import machine, publish
+from common import publish
+from results import Table
 from torch import nn
 
 import tdcompile
-from tdcompile.backend.runtime import environment
 from tdcompile.compiler import Compiled
 from tdcompile.decomposition import Decomposition
 from tdcompile.errors import BudgetError, InputError, TdcompileError
@@ -34,10 +31,13 @@ from tdcompile.target import Budget, Cost, Target
 Build = Callable[[], zoo.Built]
 
 
-_COLUMNS = (
-    *("network", "front end", "layers", "rewritten", "left dense", "budget", "MACs", "latency", "parity"),
-    *("full ranks", "seconds"),
-)
+_FORMATS = {
+    "MACs dense / compiled": ".2f",
+    "latency dense / compiled": ".2f",
+    "parity": ".0e",
+    "full ranks": ".0e",
+    "seconds": ".0f",
+}
 # How far a network may be from itself at full ranks.
 IDENTITY = 1e-4
 # Forms that an iteration finds: at their exact ranks they are only nearly the layer.
@@ -52,14 +52,13 @@ def main(
     frontend: Annotated[str, typer.Option(help="auto, fx or export")] = "auto",
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here; rows of other networks stay")] = None,
-    page: Annotated[Path | None, typer.Option(help="also write all rows here, as a page in Markdown")] = None,
 ) -> None:
     """Random weights: what is tested is that a network compiles and stays right, not how accurate it is.
 
     Every model is run in onnxruntime against its PyTorch network at batches of 1, 2 and 5.
     """
-    known = jsons.loads(json.read_text())["rows"] if json is not None and json.is_file() else []
-    rows: dict[str, dict[str, Any]] = {row["network"]: row for row in known}
+    known = Table.read(json).records() if json is not None and json.is_file() else []
+    rows: dict[str, dict[str, Any]] = {str(row["network"]): row for row in known}
     for name, build in _networks(sources.split(",")):
         if not any(part in name for part in only.split(",")):
             continue
@@ -68,9 +67,7 @@ def main(
         print({key: f"{v:.3g}" if isinstance(v, float) else v for key, v in rows[name].items()}, flush=True)
     counts = Counter(row["outcome"] for row in rows.values())
     title = f"{len(rows)} networks: " + ", ".join(f"{count} {what}" for what, count in counts.most_common())
-    publish(title, list(rows.values()), seed, Target(), json)
-    if page is not None:
-        page.write_text(_page(title, list(rows.values()), seed))
+    publish(title, list(rows.values()), seed, Target(), json, _FORMATS)
 
 
 def _tried(build: Build, frontend: str, seed: int) -> dict[str, Any]:
@@ -112,45 +109,6 @@ def _at_full_ranks(module: nn.Module, inputs: Any, frontend: str, seed: int) -> 
     return worst
 
 
-def _page(title: str, rows: list[dict[str, Any]], seed: int) -> str:
-    """The table as a page of the documentation."""
-    versions = f"transformers {importlib.metadata.version('transformers')}, torch {torch.__version__}"
-    compiled = [row for row in rows if row["outcome"] == "compiled"]
-    others = [row for row in rows if row["outcome"] != "compiled"]
-    return "\n".join(
-        [
-            "# Networks that nobody wrote for tdcompile",
-            "",
-            "Made by `python benchmarks/model_sweep.py --json FILE --page docs/models.md`, "
-            f"seed {seed}, {versions}, {machine(environment(Target()))}.",
-            "Each network is built from its configuration (`benchmarks/zoo.py`), small, with random weights, compiled "
-            "to the share of its MACs that stands there, exported, and run in onnxruntime against its PyTorch network "
-            "at batches of 1, 2 and 5.",
-            "Parity is the largest difference over the largest output; MACs and latency are those of the dense network "
-            "over those of the compiled one, timed while other processes ran. Full ranks: the largest difference of a "
-            "plan which puts every layer in a form drawn by chance (cp and cp4 aside) at the ranks that reproduce it.",
-            "",
-            f"**{title}**",
-            "",
-            f"| {' | '.join(_COLUMNS)} |",
-            "|---" * len(_COLUMNS) + "|",
-            *(
-                f"| {row['network']} | {row['front end']} | {row['layers']} | {row['rewritten']} | {row['left dense']} "
-                f"| {row['budget']} | {row['MACs dense / compiled']:.2f}× | {row['latency dense / compiled']:.2f}× "
-                f"| {row['parity']:.0e} | {row.get('full ranks', math.nan):.0e} | {row['seconds']:.0f} |"
-                for row in compiled
-            ),
-            "",
-            "## What did not compile",
-            "",
-            "| network | outcome | what was said |",
-            "|---|---|---|",
-            *(f"| {row['network']} | {row['outcome']} | {row['why'].replace('|', '/')} |" for row in others),
-            "",
-        ]
-    )
-
-
 def _networks(sources: list[str]) -> Iterator[tuple[str, Build]]:
     for source in sources:
         if source != "models":
@@ -171,7 +129,7 @@ def _row(compiled: Compiled) -> dict[str, Any]:
         "front end": report.frontend,
         "layers": len(report.layers),
         "rewritten": len(report.layers) - len(dense),
-        "left dense": ", ".join(f"{count} {code}" for code, count in reasons.most_common()) or "–",
+        "left dense": ", ".join(f"{count} {code}" for code, count in reasons.most_common()) or None,
         "MACs dense / compiled": report.ratio.macs,
         "latency dense / compiled": report.ratio.latency,
         "parity": report.parity.max_rel,

@@ -97,7 +97,8 @@ def _known(name: str, text: str, seeds: int, noise: float, more: str) -> dict[st
             exact.append(all(r == rank for r in found))
     return {
         "search": name + more.replace(",", ", "),
-        "layers right": f"{sum(exact)} of {len(exact)}",
+        "layers right": sum(exact),
+        "layers": len(exact),
         "mean distance": fmean(aside),
         "spread": pstdev(aside),
         "failed": failed,

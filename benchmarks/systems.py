@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import publish, trained
+from common import percent, publish, trained
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -109,7 +109,7 @@ def main(
                 watch=passes,
             ).report
         except TdcompileError as error:  # a system that cannot keep to the budget is a row of the table too
-            rows.append({"system": name, "accuracy %": f"none: {error}"})
+            rows.append({"system": name, "failed": str(error)})
             continue
         finally:
             searched = passes.close()
@@ -117,9 +117,9 @@ def main(
         rows.append(
             {
                 "system": name,
-                "dense %": f"{(report.dense.accuracy or 0) * 100:.2f}",
-                "before tuning %": "–" if before is None or not epochs else f"{before * 100:.2f}",
-                "accuracy %": f"{(report.compiled.accuracy or 0) * 100:.2f}",
+                "dense %": percent(report.dense.accuracy),
+                "before tuning %": percent(before) if epochs else None,
+                "accuracy %": percent(report.compiled.accuracy),
                 "MACs dense / compiled": report.ratio.macs,
                 "params dense / compiled": report.ratio.params,
                 "latency dense / compiled": report.ratio.latency,

@@ -46,7 +46,7 @@ def main(
     sources: dict[str, dict[str, Moments] | None] = {"weights alone": None}
     for rank in map(int, ranks.split(",")):
         sources[f"sketch of rank {rank}"] = _moments(shown, f"calibrate{{largest={min(widths) - 1},sketch={rank}}}")
-    sources["moments"] = _moments(shown, entire)
+    sources["full covariance"] = _moments(shown, entire)
     rows = []
     for kind in find(Decomposition).values():
         form = kind()
