@@ -1,7 +1,6 @@
 """``Tensors``: samples in memory, of one input or several, and what it refuses."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -53,18 +52,6 @@ def test_a_task_takes_samples_alone(part):
         with pytest.raises(InputError, match=re.escape(told)):
             tdcompile.Task(**{part: wrong})
     assert len(getattr(tdcompile.Task(**{part: Tensors(x, y)}), part)) == 4
-
-
-def test_the_docs_compare_two_scores_on_one_network(capsys):
-    page = (Path(__file__).resolve().parent.parent / "docs" / "plugins.md").read_text()
-    section = page.partition("### Two scores on one network\n")[2].partition("\n## ")[0]
-    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    names = {"__name__": "docs_example"}
-    exec(compile(block, "docs/plugins.md", "exec"), names)
-    found = names["found"]
-    assert found["fisher"].keys() == found["taylor"].keys() == {"0", "2"}
-    assert found["fisher"] != found["taylor"]
-    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 class Drawn(Tensors):

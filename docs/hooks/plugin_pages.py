@@ -1,0 +1,89 @@
+"""Tables of the plug-ins and recipes that ship, read from the registry and from docstrings."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import griffe
+
+from tdcompile.decomposition import Decomposition
+from tdcompile.importance import Importance
+from tdcompile.kinds import Pass
+from tdcompile.network import Network
+from tdcompile.plugin import Plugin, text_of
+from tdcompile.ranks import RankSelector
+from tdcompile.recipes import recipes
+from tdcompile.registry import find
+from tdcompile.target import CostModel
+
+# Class docstrings leave types to the fields, which griffe would warn about.
+logging.getLogger("griffe").setLevel(logging.ERROR)
+
+KINDS: Mapping[str, type[Plugin]] = {
+    "passes": Pass,
+    "decompositions": Decomposition,
+    "selectors": RankSelector,
+    "scores": Importance,
+    "costs": CostModel,
+    "networks": Network,
+}
+
+
+def plugin_reference(kind: str) -> str:
+    """One section for each plug-in of a kind: summary, description, options."""
+    return "\n\n".join(_section(name, plugin) for name, plugin in find(KINDS[kind]).items() if _ships(plugin))
+
+
+def recipe_table() -> str:
+    """The shipped recipes, each with its description and the options it sets."""
+    lines = ["| recipe | description | options it sets |", "|---|---|---|"]
+    for name, recipe in recipes().items():
+        options = ", ".join(f"`{key}`" for key in recipe if key != "description") or "none"
+        lines.append(f"| `{name}` | {recipe.get('description', '')} | {options} |")
+    return "\n".join(lines)
+
+
+def _ships(plugin: type[Plugin]) -> bool:
+    """Whether the plug-in is the project's own and not another installed package's."""
+    return plugin.__module__.startswith("tdcompile.")
+
+
+def _section(name: str, plugin: type[Plugin]) -> str:
+    sections = griffe.Docstring(inspect.getdoc(plugin) or "", lineno=1).parse("google")
+    text = [section.value for section in sections if section.kind is griffe.DocstringSectionKind.text]
+    meanings = {
+        attribute.name: attribute.description
+        for section in sections
+        if section.kind is griffe.DocstringSectionKind.attributes
+        for attribute in section.value
+    }
+    parts = [f"### `{name}`", *text, *_background(plugin)]
+    if fields := dataclasses.fields(plugin):
+        rows = [f"| `{f.name}` | `{_default(f)}` | {_cell(meanings.get(f.name, ''))} |" for f in fields]
+        parts.append("\n".join(["| option | default | meaning |", "|---|---|---|", *rows]))
+    return "\n\n".join(parts)
+
+
+def _background(plugin: type[Plugin]) -> list[str]:
+    """What the module says beyond its first sentence, where the module holds this plug-in alone."""
+    module = sys.modules[plugin.__module__]
+    members = [m for m in vars(module).values() if isinstance(m, type) and m.__module__ == module.__name__]
+    if [m for m in members if issubclass(m, Plugin)] != [plugin]:
+        return []
+    _, _, rest = (inspect.getdoc(module) or "").partition("\n\n")
+    return [rest] if rest else []
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return text_of(field.default) or '""'
+    return "required" if field.default_factory is dataclasses.MISSING else text_of(field.default_factory())
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
