@@ -11,8 +11,8 @@ from common import percent, publish, trained
 
 import tdcompile
 from tdcompile.compiler import Compiled
-from tdcompile.target import Target
-from tdcompile.task import Task
+from tdcompile.data.task import Task
+from tdcompile.ir.target import Target
 
 HOSVD = "plain HOSVD, uniform ranks"
 UNIFORM = "propose{{decompose=tucker2}},score{{by=none}},choose{{by=uniform}},factorize{tail},fold-batchnorm,drop-dead"

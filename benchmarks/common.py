@@ -15,14 +15,14 @@ import torch
 from results import Table
 
 import tdcompile
-from tdcompile.backend.runtime import environment
-from tdcompile.data import load_data
-from tdcompile.network import Network
-from tdcompile.program import Program
-from tdcompile.registry import make
-from tdcompile.source import load_weights
-from tdcompile.target import Budget, Target
-from tdcompile.task import Samples, Task
+from tdcompile.backend.environment import environment
+from tdcompile.core.network import Network
+from tdcompile.core.registry import make
+from tdcompile.data.loading import load_data
+from tdcompile.data.task import Samples, Task
+from tdcompile.frontend.load_network import load_weights
+from tdcompile.ir.program import Program
+from tdcompile.ir.target import Budget, Target
 
 
 def network(name: str, seed: int) -> tuple[torch.nn.Module, torch.Tensor]:

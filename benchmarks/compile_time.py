@@ -14,7 +14,7 @@ import typer
 from common import network, publish
 
 import tdcompile
-from tdcompile.target import Target
+from tdcompile.ir.target import Target
 
 
 def main(

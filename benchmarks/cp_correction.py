@@ -10,15 +10,15 @@ from typing import Annotated
 import typer
 from common import percent, publish, traced
 
-from tdcompile.decomposition import Decomposition, relative_error
-from tdcompile.degeneracy import sensitivity
-from tdcompile.pipeline import Pipeline
-from tdcompile.polyadic import mode_matrices
-from tdcompile.program import Program, sites
-from tdcompile.ranks import DENSE, RankPlan
-from tdcompile.registry import make
-from tdcompile.target import Target
-from tdcompile.task import accuracy
+from tdcompile.core.decomposition import Decomposition, relative_error
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.registry import make
+from tdcompile.data.task import accuracy
+from tdcompile.ir.plan import DENSE, RankPlan
+from tdcompile.ir.program import Program, sites
+from tdcompile.ir.target import Target
+from tdcompile.numerics.cp import sensitivity
+from tdcompile.passes.decompose._cp import mode_matrices
 
 
 def main(

@@ -12,8 +12,8 @@ import torch
 import typer
 from common import network, publish
 
-from tdcompile.memory import freed_memory_kept
-from tdcompile.target import Target
+from tdcompile.ir.target import Target
+from tdcompile.support.heap import freed_memory_kept
 
 
 def main(

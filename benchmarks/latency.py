@@ -9,9 +9,9 @@ import typer
 from common import network, publish
 
 import tdcompile
-from tdcompile.backend.runtime import time_models
-from tdcompile.ranks import DENSE
-from tdcompile.target import Target
+from tdcompile.backend.session import time_models
+from tdcompile.ir.plan import DENSE
+from tdcompile.ir.target import Target
 
 
 def main(

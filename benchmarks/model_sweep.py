@@ -20,13 +20,13 @@ from torch import nn
 
 import tdcompile
 from tdcompile.compiler import Compiled
-from tdcompile.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.network import Network
+from tdcompile.core.registry import find
 from tdcompile.errors import BudgetError, InputError, TdcompileError
-from tdcompile.network import Network
-from tdcompile.ranks import Candidates, RankPlan
-from tdcompile.registry import find
-from tdcompile.surgery import outputs_of
-from tdcompile.target import Budget, Cost, Target
+from tdcompile.ir.modules import outputs_of
+from tdcompile.ir.plan import Candidates, RankPlan
+from tdcompile.ir.target import Budget, Cost, Target
 
 Build = Callable[[], zoo.Built]
 

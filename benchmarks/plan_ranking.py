@@ -15,13 +15,14 @@ import typer
 from common import publish, traced
 from scipy.stats import kendalltau
 
-from tdcompile.pipeline import Pipeline
-from tdcompile.program import Program
-from tdcompile.ranks import DENSE, Candidates, Importances, RankPlan, RankSelector
-from tdcompile.registry import make
-from tdcompile.selection import LOSSES
-from tdcompile.target import Budget, Target
-from tdcompile.task import accuracy
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.registry import make
+from tdcompile.data.task import accuracy
+from tdcompile.ir.plan import DENSE, Candidates, Importances, RankPlan
+from tdcompile.ir.program import Program
+from tdcompile.ir.target import Budget, Target
+from tdcompile.planning.allocation import LOSSES
 
 
 def main(

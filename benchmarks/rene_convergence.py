@@ -19,18 +19,18 @@ from common import publish
 from torch import nn
 
 import tdcompile
-from tdcompile.data import load_data
-from tdcompile.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.network import Network
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.registry import make
+from tdcompile.data.loading import load_data
+from tdcompile.data.task import Task, accuracy
 from tdcompile.errors import BudgetError, TdcompileError
-from tdcompile.network import Network
-from tdcompile.pipeline import Pipeline
-from tdcompile.program import Program, kept_dense, sites
-from tdcompile.ranks import DENSE, RankPlan, within
-from tdcompile.registry import make
-from tdcompile.single_rank import SingleRanks
-from tdcompile.source import load_weights
-from tdcompile.target import Budget, Target
-from tdcompile.task import Task, accuracy
+from tdcompile.frontend.load_network import load_weights
+from tdcompile.ir.plan import DENSE, RankPlan, within
+from tdcompile.ir.program import Program, kept_dense, sites
+from tdcompile.ir.target import Budget, Target
+from tdcompile.passes.analyze._rene_ranks import SingleRanks
 
 CHANNELS, LAYERS = 32, 4
 SEARCHES = {

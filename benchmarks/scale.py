@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import tdcompile
 from tdcompile.backend.export import export_onnx
-from tdcompile.pipeline import Pipeline
-from tdcompile.program import parameters_of
-from tdcompile.source import load_weights
-from tdcompile.target import Budget, Target
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.frontend.load_network import load_weights
+from tdcompile.ir.program import parameters_of
+from tdcompile.ir.target import Budget, Target
 
 
 class Block(nn.Module):

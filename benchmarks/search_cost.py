@@ -12,12 +12,13 @@ import typer
 from common import network, publish
 
 import tdcompile
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.registry import find, make
 from tdcompile.errors import BudgetError
-from tdcompile.pipeline import Pipeline
-from tdcompile.ranks import DENSE, Candidate, Candidates, RankSelector, Spectrum
-from tdcompile.registry import find, make
-from tdcompile.selection import LOSSES
-from tdcompile.target import Budget, Cost, Target
+from tdcompile.ir.plan import DENSE, Candidate, Candidates, Spectrum
+from tdcompile.ir.target import Budget, Cost, Target
+from tdcompile.planning.allocation import LOSSES
 
 
 def main(

@@ -12,10 +12,10 @@ from common import network as random_network
 from common import publish
 
 import tdcompile
-from tdcompile.pipeline import Pipeline
-from tdcompile.target import Budget, Target
-from tdcompile.task import Task, Tensors
-from tdcompile.tuning import Tuning
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.data.task import Task, Tensors
+from tdcompile.ir.target import Budget, Target
+from tdcompile.training.run_state import Tuning
 
 
 def main(

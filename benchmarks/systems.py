@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import tdcompile
+from tdcompile.core.passes import Pass
+from tdcompile.data.task import Task
 from tdcompile.errors import TdcompileError
-from tdcompile.kinds import Pass
-from tdcompile.program import Program
-from tdcompile.target import Target
-from tdcompile.task import Task
+from tdcompile.ir.program import Program
+from tdcompile.ir.target import Target
 
 # {tune} is the tuning that all of them get, {training} its options for what is nothing but training.
 # Plain weights where the authors used plain weights.

@@ -11,10 +11,10 @@ import torch
 import typer
 from common import percent, publish, traced
 
-from tdcompile.pipeline import Pipeline
-from tdcompile.target import Target
-from tdcompile.task import accuracy
-from tdcompile.tuning import Tuning
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.data.task import accuracy
+from tdcompile.ir.target import Target
+from tdcompile.training.run_state import Tuning
 
 PLAN = "calibrate,score,propose,choose,factorize,recalibrate,refit"
 

@@ -11,14 +11,13 @@ from typing import Annotated
 import typer
 from common import publish, traced
 
-from tdcompile.calibration import Calibration
-from tdcompile.decomposition import Decomposition, relative_error
-from tdcompile.layer import Moments
-from tdcompile.pipeline import Pipeline
-from tdcompile.program import Program, Site, sites
-from tdcompile.ranks import Ranks
-from tdcompile.registry import find
-from tdcompile.target import Target
+from tdcompile.core.decomposition import Decomposition, relative_error
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.registry import find
+from tdcompile.ir.measurements import Calibration, Moments
+from tdcompile.ir.plan import Ranks
+from tdcompile.ir.program import Program, Site, sites
+from tdcompile.ir.target import Target
 
 
 def main(

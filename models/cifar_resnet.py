@@ -8,9 +8,11 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdcompile.network import Network
+from tdcompile.core.network import Network
+from tdcompile.ir.saved_classes import saved_as
 
 
+@saved_as("cifar-resnet/shortcut", "tdcompile.models.cifar_resnet:Shortcut")
 class Shortcut(nn.Module):
     """Option A of the paper: every second pixel, and zero channels on both sides of the old ones."""
 
@@ -23,6 +25,7 @@ class Shortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
 
 
+@saved_as("cifar-resnet/block", "tdcompile.models.cifar_resnet:Block")
 class Block(nn.Module):
     """Two 3×3 convolutions around a shortcut."""
 
@@ -40,6 +43,7 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
+@saved_as("cifar-resnet/cifar-res-net", "tdcompile.models.cifar_resnet:CifarResNet")
 class CifarResNet(nn.Module):
     """A stem of 16 channels, three stages of 16, 32 and 64, global average pooling, one linear layer."""
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from tdcompile.network import Network
+from tdcompile.core.network import Network
 
 # The widths of each stage's 3×3 convolutions, at 16×16 and at 8×8; a 2×2 max pool ends a stage.
 STAGES = ((64, 64, 128, 128, 128, 128), (128, 128))

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from tdcompile.network import Network
+from tdcompile.core.network import Network
 
 # The widths of the six convolutions, and the ones that a 3×3 max pool of stride 2 follows.
 WIDTHS = (64, 64, 128, 128, 128, 128)

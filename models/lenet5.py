@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from tdcompile.network import Network
+from tdcompile.core.network import Network
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tdcompile.network import Network
+from tdcompile.core.network import Network
+from tdcompile.ir.saved_classes import saved_as
 
 STEM, HEAD = 32, 1280
 # Table 2 of the paper: expansion, width, blocks, stride of the first block.
@@ -29,6 +30,7 @@ def _conv(channels: int, width: int, kernel: int, stride: int = 1, groups: int =
     return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU6())
 
 
+@saved_as("mobilenet-v2/inverted-residual", "tdcompile.models.mobilenet_v2:InvertedResidual")
 class InvertedResidual(nn.Module):
     """A depthwise 3×3 convolution between a widening and a narrowing 1×1; the last has no activation."""
 

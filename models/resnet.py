@@ -11,9 +11,11 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdcompile.network import Network
+from tdcompile.core.network import Network
+from tdcompile.ir.saved_classes import saved_as
 
 
+@saved_as("resnet/basic-block", "tdcompile.models.resnet:BasicBlock")
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions around a shortcut."""
 
@@ -34,6 +36,7 @@ class BasicBlock(nn.Module):
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
+@saved_as("resnet/bottleneck", "tdcompile.models.resnet:Bottleneck")
 class Bottleneck(nn.Module):
     """A 3×3 convolution between two 1×1, around a shortcut."""
 
@@ -57,6 +60,7 @@ class Bottleneck(nn.Module):
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
+@saved_as("resnet/res-net", "tdcompile.models.resnet:ResNet")
 class ResNet(nn.Module):
     """A stem, four stages of 64 to 512, global average pooling, one linear layer.
 

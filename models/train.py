@@ -17,16 +17,16 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from tdcompile import registry
-from tdcompile.amp import Precision, strided_in_fp32
-from tdcompile.augment import Augment, Augmented
-from tdcompile.data import load_data
+from tdcompile.core import registry
+from tdcompile.core.network import Network
+from tdcompile.data.loading import load_data
+from tdcompile.data.task import Batch, Samples, accuracy, logits
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.memory import freed_memory_kept
-from tdcompile.network import Network
-from tdcompile.program import sites_of
-from tdcompile.target import Target
-from tdcompile.task import Batch, Samples, accuracy, logits
+from tdcompile.ir.program import sites_of
+from tdcompile.ir.target import Target
+from tdcompile.support.heap import freed_memory_kept
+from tdcompile.training.augment import Augment, Augmented
+from tdcompile.training.mixed_precision import Precision, strided_in_fp32
 
 MOMENTUM = 0.9
 
@@ -74,7 +74,10 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
         InputError: there are no labels, more classes than the network has, inputs it does not run on, or fp16 on CPU.
         TdcompileError: the loss became NaN or Inf.
     """
-    from tdcompile.training import accelerator_of, lay_out  # the registry imports this file too, and must stay quick
+    from tdcompile.training.trainer import (  # the registry imports this file too, and must stay quick
+        accelerator_of,
+        lay_out,
+    )
 
     _check_classes(module, samples)
     target = Target("cuda" if torch.cuda.is_available() else "cpu")

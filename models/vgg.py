@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from tdcompile.network import Network
+from tdcompile.core.network import Network
 
 # Configuration D of the paper: the widths of each stage's convolutions; a 2×2 max pool ends a stage.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdcompile.network import Network
+from tdcompile.core.network import Network
+from tdcompile.ir.saved_classes import saved_as
 
 IMAGE, PATCH = 224, 16
 EPSILON = 1e-6  # of the layer norms; PyTorch's own default is ten times that
 
 
+@saved_as("vit-tiny/attention", "tdcompile.models.vit_tiny:Attention")
 class Attention(nn.Module):
     """Multi-head self-attention of plain linear layers, so that tracing sees each of them."""
 
@@ -32,6 +34,7 @@ class Attention(nn.Module):
         return out
 
 
+@saved_as("vit-tiny/mlp", "tdcompile.models.vit_tiny:Mlp")
 class Mlp(nn.Module):
     """Two linear layers and a GELU."""
 
@@ -46,6 +49,7 @@ class Mlp(nn.Module):
         return out
 
 
+@saved_as("vit-tiny/block", "tdcompile.models.vit_tiny:Block")
 class Block(nn.Module):
     """Attention and MLP, each behind a layer norm and around a shortcut."""
 
@@ -63,6 +67,7 @@ class Block(nn.Module):
         return out
 
 
+@saved_as("vit-tiny/patch-embed", "tdcompile.models.vit_tiny:PatchEmbed")
 class PatchEmbed(nn.Module):
     """Square patches to tokens by one strided convolution."""
 
@@ -76,6 +81,7 @@ class PatchEmbed(nn.Module):
         return tokens
 
 
+@saved_as("vit-tiny/vision-transformer", "tdcompile.models.vit_tiny:VisionTransformer")
 class VisionTransformer(nn.Module):
     """Patches and a class token through the blocks; the class token is classified."""
 

@@ -10,27 +10,27 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tdcompile.artifact import load
+    from tdcompile.artifact.folder import load
     from tdcompile.compiler import Compiled, compile  # the field's word, as in torch.compile
+    from tdcompile.core.passes import AnalysisPass, RewritePass, Rewritten, TunePass
+    from tdcompile.core.pipeline import Pipeline
+    from tdcompile.data.task import Batch, Samples, Task, Tensors
     from tdcompile.errors import TdcompileError
     from tdcompile.frontend.tracing import trace
-    from tdcompile.kinds import AnalysisPass, RewritePass, Rewritten, TunePass
-    from tdcompile.pipeline import Pipeline
-    from tdcompile.program import Program, sites
+    from tdcompile.ir.program import Program, sites
+    from tdcompile.ir.target import Budget, Target
     from tdcompile.studies.experiment import study
-    from tdcompile.target import Budget, Target
-    from tdcompile.task import Batch, Samples, Task, Tensors
 
 _HOMES = {
-    "artifact": ("load",),
+    "artifact.folder": ("load",),
     "compiler": ("Compiled", "compile"),
     "errors": ("TdcompileError",),
     "studies.experiment": ("study",),
-    "kinds": ("AnalysisPass", "RewritePass", "Rewritten", "TunePass"),
-    "pipeline": ("Pipeline",),
-    "program": ("Program", "sites"),
-    "target": ("Budget", "Target"),
-    "task": ("Batch", "Samples", "Task", "Tensors"),
+    "core.passes": ("AnalysisPass", "RewritePass", "Rewritten", "TunePass"),
+    "core.pipeline": ("Pipeline",),
+    "ir.program": ("Program", "sites"),
+    "ir.target": ("Budget", "Target"),
+    "data.task": ("Batch", "Samples", "Task", "Tensors"),
     "frontend.tracing": ("trace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -2,6 +2,6 @@
 
 import sys
 
-from tdcompile.cli import main
+from tdcompile.cli.main import main
 
 sys.exit(main())

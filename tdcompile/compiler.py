@@ -17,30 +17,30 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
-from tdcompile.artifact import check_out, save_weights, write_folder
-from tdcompile.backend.runtime import open_session
-from tdcompile.checkpoint import Checkpoint
-from tdcompile.data import Given
+from tdcompile.artifact.checkpoint import Checkpoint
+from tdcompile.artifact.folder import check_out, save_weights, write_folder
+from tdcompile.artifact.measure import measure
+from tdcompile.artifact.report import Report, render_html
+from tdcompile.artifact.summary import Run, summarise
+from tdcompile.backend.session import open_session
+from tdcompile.core.passes import AnalysisPass, TunePass
+from tdcompile.core.pipeline import Pipeline, Silent, Watch, run_step
+from tdcompile.core.plugin import Plugin
+from tdcompile.data.loading import Given
+from tdcompile.data.task import Task, accuracy
 from tdcompile.errors import InputError, nearest
-from tdcompile.facts import Fact
-from tdcompile.frontend.precision import samples_like
+from tdcompile.frontend.half_precision import samples_like
 from tdcompile.frontend.tracing import must_be_network, trace
-from tdcompile.kinds import AnalysisPass, TunePass
-from tdcompile.layer import Refusal
-from tdcompile.outcome import measure
-from tdcompile.pipeline import Pipeline, Silent, Watch, run_step
-from tdcompile.planfile import adopt
-from tdcompile.plugin import Plugin
-from tdcompile.processes import from_first, is_first, no_gpu
-from tdcompile.program import Program, sites
-from tdcompile.ranks import RankPlan
+from tdcompile.ir.facts import Fact
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.modules import evaluating, outputs_of
+from tdcompile.ir.plan import RankPlan
+from tdcompile.ir.program import Program, sites
+from tdcompile.ir.target import Budget, Target
+from tdcompile.planning.plan_file import adopt
 from tdcompile.recipes import Recipe, known_beside, load_recipe
-from tdcompile.report import Report, render_html
-from tdcompile.summary import Run, summarise
-from tdcompile.surgery import evaluating, outputs_of
-from tdcompile.target import Budget, Target
-from tdcompile.task import Task, accuracy
-from tdcompile.tuning import Saved, kept_in, key_of
+from tdcompile.training.distributed import from_first, is_first, no_gpu
+from tdcompile.training.run_state import Saved, kept_in, key_of
 
 T = TypeVar("T")
 
@@ -190,9 +190,17 @@ def _compiled(
         outcome = measure(program, folder, stamp=stamp)
         seconds = {**driver.seconds, "verify": time.perf_counter() - began}
         before = outcome.compiled.accuracy if driver.before_tuning is None else driver.before_tuning
-        run = Run(named, str(pipeline), seconds, time.perf_counter() - start, before)
+        run = Run(
+            named,
+            str(pipeline),
+            seconds,
+            time.perf_counter() - start,
+            before,
+            max_drop=chosen.max_drop,
+            min_speedup=chosen.min_speedup,
+        )
         made.append(outcome.compiled.module)
-        return summarise(program, chosen, outcome, run), folder
+        return summarise(program, outcome, run), folder
 
     report, where = driver.first(verified)
     module = made[0] if made else program.graph

@@ -12,15 +12,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from tdcompile.data import Given, given
+from tdcompile.core.passes import Pass
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.registry import get
+from tdcompile.core.spec import Spec, parse_options, parse_spec, parse_specs, split
+from tdcompile.data.loading import Given, given
+from tdcompile.data.task import Task
 from tdcompile.errors import InputError, nearest
-from tdcompile.kinds import Pass
-from tdcompile.pipeline import Pipeline
-from tdcompile.ranks import RankPlan, RankSelector
-from tdcompile.registry import get
-from tdcompile.spec import Spec, parse_options, parse_spec, parse_specs, split
-from tdcompile.target import UNLIMITED, Budget, Target
-from tdcompile.task import Task
+from tdcompile.ir.plan import RankPlan
+from tdcompile.ir.target import UNLIMITED, Budget, Target
 
 SHIPPED = "recipes.toml"
 _OF_PIPELINE = ("decompose", "ranks", "importance", "tune", "plan", "grain")  # what a pipeline is made of

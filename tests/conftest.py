@@ -9,9 +9,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from tdcompile.backend.runtime import open_session
+from tdcompile.backend.session import open_session
 from tdcompile.errors import UnavailableError
-from tdcompile.target import Target
+from tdcompile.ir.target import Target
 
 
 @functools.cache

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tdcompile.decomposition import Decomposition
-from tdcompile.layer import Layer, Moments
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.measurements import Moments
+from tdcompile.numerics.covariance import Range, Sketch
 from tdcompile.passes.analyze.calibrate import Calibrate
 from tdcompile.passes.decompose.svd import SVD
 from tdcompile.passes.decompose.tt_linear import TTLinear
-from tdcompile.sketch import Range, Sketch
 
 WIDE, TALL = Layer("linear", 8192, 2048), Layer("linear", 1024, 16384)
 VGG = Layer("linear", 25088, 4096)  # VGG-16's first linear layer: its moment matrix would take 2.5 GB in float32

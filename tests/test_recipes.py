@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdcompile.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.importance import Importance
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.registry import find
 from tdcompile.errors import InputError
-from tdcompile.importance import Importance
-from tdcompile.pipeline import Pipeline
-from tdcompile.ranks import RankSelector
 from tdcompile.recipes import Recipe, load_recipe, recipes
-from tdcompile.registry import find
 
 
 def names(recipe: Recipe) -> list[str]:

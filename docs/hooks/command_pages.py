@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from tdcompile import cli
+from tdcompile.cli import main as cli
 
 
 def root() -> Any:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from tdcompile.decomposition import Decomposition
-from tdcompile.kinds import AnalysisPass, Pass, RewritePass, TunePass
-from tdcompile.layer import Layer
-from tdcompile.ranks import Ranks
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.passes import AnalysisPass, Pass, RewritePass, TunePass
+from tdcompile.core.registry import find
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.plan import Ranks
 from tdcompile.recipes import Recipe
-from tdcompile.registry import find
 
 WIDTH, HEIGHT, GAP = 132, 56, 34  # of a box, and between two boxes of a row
 IN_A_ROW = 5

@@ -11,15 +11,15 @@ from typing import Any
 
 import griffe
 
-from tdcompile.decomposition import Decomposition
-from tdcompile.importance import Importance
-from tdcompile.kinds import Pass
-from tdcompile.network import Network
-from tdcompile.plugin import Plugin, text_of
-from tdcompile.ranks import RankSelector
+from tdcompile.core.cost_model import CostModel
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.importance import Importance
+from tdcompile.core.network import Network
+from tdcompile.core.passes import Pass
+from tdcompile.core.plugin import Plugin, text_of
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.registry import find
 from tdcompile.recipes import recipes
-from tdcompile.registry import find
-from tdcompile.target import CostModel
 
 # Class docstrings leave types to the fields, which griffe would warn about.
 logging.getLogger("griffe").setLevel(logging.ERROR)

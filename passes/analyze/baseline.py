@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from tdcompile.backend.inference import export_folded, timing_inputs
-from tdcompile.backend.runtime import time_models
-from tdcompile.calibration import Baseline
-from tdcompile.facts import Fact
-from tdcompile.kinds import AnalysisPass
-from tdcompile.program import Program
+from tdcompile.backend.lowering import export_folded, timing_inputs
+from tdcompile.backend.session import time_models
+from tdcompile.core.passes import AnalysisPass
+from tdcompile.ir.facts import Fact
+from tdcompile.ir.measurements import Baseline
+from tdcompile.ir.program import Program
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tdcompile.calibration import Calibration
+from tdcompile.core.passes import AnalysisPass
 from tdcompile.errors import InputError
-from tdcompile.facts import Fact
-from tdcompile.kinds import AnalysisPass, tick
-from tdcompile.layer import Layer, Moments
-from tdcompile.patches import patches_at, positions
-from tdcompile.program import Program, Site, sites
-from tdcompile.sketch import Range
-from tdcompile.surgery import input_of
+from tdcompile.ir.facts import Fact
+from tdcompile.ir.im2col import patches_at, positions
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.measurements import Calibration, Moments
+from tdcompile.ir.modules import input_of
+from tdcompile.ir.program import Program, Site, sites
+from tdcompile.numerics.covariance import Range
+from tdcompile.support.progress import tick
 
 log = logging.getLogger("tdcompile")
 

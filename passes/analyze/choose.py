@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from tdcompile.core.passes import AnalysisPass
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.registry import make
 from tdcompile.errors import TdcompileError, during
-from tdcompile.facts import Fact
-from tdcompile.kinds import AnalysisPass
-from tdcompile.program import Program
-from tdcompile.ranks import Candidates, Importances, RankPlan, RankSelector
-from tdcompile.registry import make
+from tdcompile.ir.facts import Fact
+from tdcompile.ir.plan import Candidates, Importances, RankPlan
+from tdcompile.ir.program import Program
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdcompile.calibration import Baseline, Calibration
-from tdcompile.decomposition import Decomposition
+from tdcompile.core.cost_model import CostModel
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.passes import AnalysisPass
+from tdcompile.core.registry import find, make
 from tdcompile.errors import InputError, TdcompileError, during
-from tdcompile.facts import Fact
-from tdcompile.kinds import AnalysisPass, tick
-from tdcompile.layer import Layer, Moments, Refusal
-from tdcompile.linalg import gram
-from tdcompile.pricing import price
-from tdcompile.program import Program, Site, kept_dense, parameters_of, sites
-from tdcompile.ranks import DENSE, Candidate, Candidates, Ranks, Spectrum
-from tdcompile.registry import find, make
-from tdcompile.target import Cost, CostModel, total
-from tdcompile.workers import side_by_side
+from tdcompile.ir.facts import Fact
+from tdcompile.ir.layer import Layer, Refusal
+from tdcompile.ir.measurements import Baseline, Calibration, Moments
+from tdcompile.ir.plan import DENSE, Candidate, Candidates, Ranks, Spectrum
+from tdcompile.ir.program import Program, Site, kept_dense, parameters_of, sites
+from tdcompile.ir.target import Cost, total
+from tdcompile.numerics.low_rank import gram
+from tdcompile.planning.pricing import price
+from tdcompile.support.process_pool import side_by_side
+from tdcompile.support.progress import tick
 
 # A price is a measurement, and in the graph a layer may cost a little more or less than alone.
 _MARGIN = 1.1

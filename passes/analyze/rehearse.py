@@ -14,21 +14,23 @@ import numpy as np
 import torch
 from torch import fx
 
-from tdcompile.backend.attribution import layer_seconds
-from tdcompile.backend.inference import export_folded, timing_inputs
-from tdcompile.backend.runtime import time_models
-from tdcompile.backend.transplant import Graft, transplant
-from tdcompile.calibration import Baseline, Rehearsal, Round
-from tdcompile.decomposition import Decomposition
+from tdcompile.backend.graft import Graft, transplant
+from tdcompile.backend.lowering import export_folded, timing_inputs
+from tdcompile.backend.profile import layer_seconds
+from tdcompile.backend.session import time_models
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.passes import AnalysisPass
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.facts import Fact
-from tdcompile.kinds import AnalysisPass, tick
-from tdcompile.layer import Refusal
-from tdcompile.planfile import HAND
-from tdcompile.program import Program, sites
-from tdcompile.ranks import DENSE, Candidate, Candidates, Importances, RankPlan, RankSelector
-from tdcompile.registry import make
-from tdcompile.surgery import copy_graph, replace_module
+from tdcompile.ir.facts import Fact
+from tdcompile.ir.graph_edits import copy_graph, replace_module
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.measurements import Baseline, Rehearsal, Round
+from tdcompile.ir.plan import DENSE, Candidate, Candidates, Importances, RankPlan
+from tdcompile.ir.program import Program, sites
+from tdcompile.planning.plan_file import HAND
+from tdcompile.support.progress import tick
 
 _FARTHEST = 2.0  # no form's price is corrected by more than this factor, or its inverse
 _CONFIRMED = 3  # plans that are measured a second time where none has stood

@@ -12,16 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from tdcompile.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.passes import AnalysisPass
+from tdcompile.core.registry import make
+from tdcompile.data.task import Batch, logits
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.facts import Fact
-from tdcompile.kinds import AnalysisPass, tick
-from tdcompile.program import Program, Site, kept_dense, sites
-from tdcompile.ranks import RankPlan
-from tdcompile.registry import make
-from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
-from tdcompile.single_rank import WHOLE, SingleRanks
-from tdcompile.task import Batch, logits
+from tdcompile.ir.facts import Fact
+from tdcompile.ir.plan import RankPlan
+from tdcompile.ir.program import Program, Site, kept_dense, sites
+from tdcompile.passes.analyze._rene_ranks import WHOLE, SingleRanks
+from tdcompile.passes.analyze._rene_relaxation import Interval, Relaxed, intervals, rank_loss
+from tdcompile.support.progress import tick
 
 _CLIP = 5.0  # without it a search over CP diverges
 _STEEPEST, _HALVINGS = 1e6, 30  # of the projection: the largest multiplier, and bisections

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tdcompile.core.importance import Importance
+from tdcompile.core.passes import AnalysisPass
+from tdcompile.core.registry import make
 from tdcompile.errors import TdcompileError, during
-from tdcompile.facts import Fact
-from tdcompile.importance import Importance
-from tdcompile.kinds import AnalysisPass
-from tdcompile.program import Program, sites
-from tdcompile.ranks import Importances
-from tdcompile.registry import make
+from tdcompile.ir.facts import Fact
+from tdcompile.ir.plan import Importances
+from tdcompile.ir.program import Program, sites
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tdcompile.layer import Layer
-from tdcompile.target import Cost, CostModel, Target
+from tdcompile.core.cost_model import CostModel
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.target import Cost, Target
 
 _BYTES = {"fp32": 4, "fp16": 2}
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tdcompile.backend.microbench import CostCache, measure
-from tdcompile.layer import Layer
-from tdcompile.target import Cost, CostModel, Target
+from tdcompile.backend.layer_timing import CostCache, measure
+from tdcompile.core.cost_model import CostModel
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.target import Cost, Target
 
 # Channels at which layers are measured: powers of two and half-way between them, where networks' own channels lie.
 LADDER = tuple(sorted({2**n for n in range(13)} | {3 * 2**n for n in range(11)}))

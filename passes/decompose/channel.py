@@ -13,10 +13,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tdcompile.decomposition import Decomposition, grid
-from tdcompile.layer import Layer, Moments, Refusal, in_groups
-from tdcompile.linalg import balance, low_rank, low_rank_errors, operands
-from tdcompile.ranks import Ranks
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.measurements import Moments
+from tdcompile.ir.plan import Ranks
+from tdcompile.numerics.low_rank import balance, low_rank, low_rank_errors, operands
+from tdcompile.planning.rank_grid import grid
 
 
 @dataclass(frozen=True)

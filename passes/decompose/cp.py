@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tdcompile.layer import Layer
-from tdcompile.polyadic import Polyadic
-from tdcompile.ranks import Ranks
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.plan import Ranks
+from tdcompile.passes.decompose._cp import Polyadic
 
 
 @dataclass(frozen=True)

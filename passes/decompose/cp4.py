@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tdcompile.layer import Layer, Refusal
-from tdcompile.polyadic import Polyadic
-from tdcompile.ranks import Ranks
+from tdcompile.ir.layer import Layer, Refusal
+from tdcompile.ir.plan import Ranks
+from tdcompile.passes.decompose._cp import Polyadic
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdcompile.decomposition import Decomposition, energy
+from tdcompile.core.decomposition import Decomposition, energy
+from tdcompile.core.registry import find, make
+from tdcompile.core.spec import parse_spec
 from tdcompile.errors import InputError
-from tdcompile.layer import Layer, Moments, Refusal, in_groups
-from tdcompile.ranks import Ranks
-from tdcompile.registry import find, make
-from tdcompile.spec import parse_spec
+from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.measurements import Moments
+from tdcompile.ir.plan import Ranks
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdcompile.decomposition import Decomposition, grid
-from tdcompile.inputmap import core_of, input_map, residuals
-from tdcompile.layer import Layer, Moments, Refusal, in_groups
-from tdcompile.linalg import balance, operands
-from tdcompile.ranks import Ranks
-from tdcompile.sketch import Sketch
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.measurements import Moments
+from tdcompile.ir.plan import Ranks
+from tdcompile.numerics.covariance import Sketch
+from tdcompile.numerics.input_basis import core_of, input_map, residuals
+from tdcompile.numerics.low_rank import balance, operands
+from tdcompile.planning.rank_grid import grid
 
 
 @dataclass(frozen=True)

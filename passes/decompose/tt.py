@@ -10,13 +10,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdcompile.anchors import anchored, spread
-from tdcompile.decomposition import Decomposition, train_space
-from tdcompile.layer import Layer, Moments, Refusal, in_groups
-from tdcompile.linalg import balance
-from tdcompile.metric import OutputMetric
-from tdcompile.multilinear import share_bond, tail, tt_compose, tt_svd
-from tdcompile.ranks import Ranks
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.measurements import Moments
+from tdcompile.ir.plan import Ranks
+from tdcompile.numerics.low_rank import balance
+from tdcompile.numerics.output_error import OutputMetric
+from tdcompile.numerics.tensor_train import share_bond, tail, tt_compose, tt_svd
+from tdcompile.passes.decompose._error_estimates import anchored, spread
+from tdcompile.planning.rank_grid import train_space
 
 # How finely the ranks are divided, how many members are at least factorised for an estimate, and the operations that
 # an estimate may take to do so for more of them.

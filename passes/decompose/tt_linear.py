@@ -10,14 +10,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tdcompile.anchors import anchored, spread
-from tdcompile.decomposition import Decomposition, train_space
-from tdcompile.inputmap import between
-from tdcompile.layer import Layer, Moments, Refusal, in_groups
-from tdcompile.linalg import cholesky, energy, ridge
-from tdcompile.metric import OutputMetric
-from tdcompile.multilinear import precise_in, share_bond, tail, tt_compose, tt_svd
-from tdcompile.ranks import Ranks
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.measurements import Moments
+from tdcompile.ir.plan import Ranks
+from tdcompile.ir.saved_classes import saved_as
+from tdcompile.numerics.input_basis import between
+from tdcompile.numerics.low_rank import cholesky, energy, ridge
+from tdcompile.numerics.output_error import OutputMetric
+from tdcompile.numerics.tensor_train import precise_in, share_bond, tail, tt_compose, tt_svd
+from tdcompile.passes.decompose._error_estimates import anchored, spread
+from tdcompile.planning.rank_grid import train_space
 
 # How many ranks are proposed beside the exact ones, and how many of them are factorised for an estimate.
 MEMBERS, ANCHORS = 12, 4
@@ -192,6 +195,7 @@ class LastCore(Layer):
         return math.prod(self.weight_shape) + (self.out_channels * self.extent[-1] if self.bias else 0)
 
 
+@saved_as("tt-chain", "tdcompile.passes.decompose.tt_linear:TTChain")
 class TTChain(nn.Module):
     """Applies the cores of a TT-matrix to ``(..., C)``, the last core first; the parameters are in that order."""
 

@@ -17,11 +17,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdcompile.decomposition import Decomposition, grid
-from tdcompile.inputmap import core_of, input_map, refine, regress, residuals, settle
-from tdcompile.layer import Layer, Moments, Refusal, in_groups
-from tdcompile.linalg import balance, leading, operands, unfold
-from tdcompile.ranks import Ranks
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.measurements import Moments
+from tdcompile.ir.plan import Ranks
+from tdcompile.numerics.input_basis import core_of, input_map, refine, regress, residuals, settle
+from tdcompile.numerics.low_rank import balance, leading, operands, unfold
+from tdcompile.planning.rank_grid import grid
 
 # Candidates for each of the two ranks: their product is what selectors have to look through.
 LEVELS = 20

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tdcompile.core.importance import Importance
+from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.importance import Importance
-from tdcompile.program import Program
-from tdcompile.registry import make
-from tdcompile.surgery import outputs_of
+from tdcompile.ir.modules import outputs_of
+from tdcompile.ir.program import Program
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 
 import torch
 
-from tdcompile.approximation import feature_errors, weight_errors
-from tdcompile.divergence import drawn
+from tdcompile.core.importance import Importance, normalised
 from tdcompile.errors import InputError
-from tdcompile.importance import Importance, normalised
-from tdcompile.kinds import tick
-from tdcompile.program import Program, sites
-from tdcompile.trial import FORMS, trials
+from tdcompile.ir.program import Program, sites
+from tdcompile.passes.importance._divergence import drawn
+from tdcompile.passes.importance._trial import FORMS, trials
+from tdcompile.planning.approximation_error import feature_errors, weight_errors
+from tdcompile.support.progress import tick
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tdcompile.core.importance import Importance, normalised
+from tdcompile.data.task import logits
 from tdcompile.errors import InputError
-from tdcompile.importance import Importance, normalised
-from tdcompile.kinds import tick
-from tdcompile.program import Program, Site, sites
-from tdcompile.task import logits
+from tdcompile.ir.program import Program, Site, sites
+from tdcompile.support.progress import tick
 
 
 @dataclass(frozen=True)

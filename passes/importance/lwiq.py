@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from tdcompile.core.importance import Importance, normalised
+from tdcompile.data.task import Batch, Samples
 from tdcompile.errors import InputError
-from tdcompile.importance import Importance, normalised
-from tdcompile.kinds import tick
-from tdcompile.program import Program, Site, sites
-from tdcompile.surgery import calls_of, module_at, only_user
-from tdcompile.task import Batch, Samples
+from tdcompile.ir.graph_edits import calls_of, module_at, only_user
+from tdcompile.ir.program import Program, Site, sites
+from tdcompile.support.progress import tick
 
 # What stands behind a layer without being one: its norm, its activation, its dropout.
 _BEHIND = (

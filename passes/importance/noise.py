@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tdcompile.divergence import answers, divergence, drawn
+from tdcompile.core.importance import Importance, normalised
 from tdcompile.errors import InputError
-from tdcompile.importance import Importance, normalised
-from tdcompile.kinds import tick
-from tdcompile.program import Program, sites
+from tdcompile.ir.program import Program, sites
+from tdcompile.passes.importance._divergence import answers, divergence, drawn
+from tdcompile.support.progress import tick
 
 
 @dataclass(frozen=True)

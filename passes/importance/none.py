@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tdcompile.importance import Importance
-from tdcompile.program import Program, sites
+from tdcompile.core.importance import Importance
+from tdcompile.ir.program import Program, sites
 
 
 @dataclass(frozen=True)

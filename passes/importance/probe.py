@@ -10,13 +10,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tdcompile.divergence import answers, divergence, drawn
+from tdcompile.core.importance import Importance, normalised
+from tdcompile.data.task import Batch
 from tdcompile.errors import InputError
-from tdcompile.importance import Importance, normalised
-from tdcompile.kinds import tick
-from tdcompile.program import Program, sites
-from tdcompile.task import Batch
-from tdcompile.trial import FORMS, trials
+from tdcompile.ir.program import Program, sites
+from tdcompile.passes.importance._divergence import answers, divergence, drawn
+from tdcompile.passes.importance._trial import FORMS, trials
+from tdcompile.support.progress import tick
 
 log = logging.getLogger("tdcompile")
 

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tdcompile.core.importance import Importance, normalised
 from tdcompile.errors import InputError
-from tdcompile.importance import Importance, normalised
-from tdcompile.program import Program, sites
+from tdcompile.ir.program import Program, sites
 
 _COLUMNS = 4096  # of a weight turned to float64 at a time, so that a large layer is never held twice
 _LEAST = 0.01  # of the mean: a layer that happens to be exact at half its rank is not worth nothing

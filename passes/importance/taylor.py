@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdcompile.divergence import drawn
+from tdcompile.core.importance import Importance, normalised
+from tdcompile.data.task import logits
 from tdcompile.errors import InputError
-from tdcompile.importance import Importance, normalised
-from tdcompile.kinds import tick
-from tdcompile.layer import owner
-from tdcompile.program import Program, sites
-from tdcompile.surgery import input_of
-from tdcompile.task import logits
-from tdcompile.trial import FORMS, Trial, trials
+from tdcompile.ir.layer import owner
+from tdcompile.ir.modules import input_of
+from tdcompile.ir.program import Program, sites
+from tdcompile.passes.importance._divergence import drawn
+from tdcompile.passes.importance._trial import FORMS, Trial, trials
+from tdcompile.support.progress import tick
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tdcompile.core.rank_selector import RankSelector
 from tdcompile.errors import InputError
-from tdcompile.ranks import Candidates, RankPlan, RankSelector
-from tdcompile.selection import first_fit, ladder, limits_of, settle, within_error
-from tdcompile.target import Budget
+from tdcompile.ir.plan import Candidates, RankPlan
+from tdcompile.ir.target import Budget
+from tdcompile.planning.allocation import first_fit, ladder, limits_of, settle, within_error
 
 _ROUNDING = 1e-12  # of 1 - keep, so that an error of exactly the square root is let in
 

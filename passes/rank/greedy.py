@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from tdcompile.ranks import Candidate, Candidates, RankPlan, RankSelector, within
-from tdcompile.selection import LOSSES, filled, gainful, limits_of, load, settle, weighted
-from tdcompile.target import Budget
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.ir.plan import Candidate, Candidates, RankPlan, within
+from tdcompile.ir.target import Budget
+from tdcompile.planning.allocation import LOSSES, filled, gainful, limits_of, load, settle, weighted
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack, vstack
 
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.noise import native_output_to_stderr
-from tdcompile.ranks import Candidate, Candidates, RankPlan, RankSelector, pareto, within
-from tdcompile.registry import make
-from tdcompile.selection import LOSSES, limits_of, load, settle
-from tdcompile.target import Budget
+from tdcompile.ir.plan import Candidate, Candidates, RankPlan, pareto, within
+from tdcompile.ir.target import Budget
+from tdcompile.planning.allocation import LOSSES, limits_of, load, settle
+from tdcompile.support.quiet import native_output_to_stderr
 
 log = logging.getLogger("tdcompile")
 

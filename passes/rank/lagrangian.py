@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from tdcompile.ranks import Candidate, Candidates, RankPlan, RankSelector, within
-from tdcompile.selection import LOSSES, filled, limits_of, load, settle, weighted
-from tdcompile.target import Budget
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.ir.plan import Candidate, Candidates, RankPlan, within
+from tdcompile.ir.target import Budget
+from tdcompile.planning.allocation import LOSSES, filled, limits_of, load, settle, weighted
 
 _DOUBLINGS, _BISECTIONS = 200, 100
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tdcompile.core.rank_selector import RankSelector
 from tdcompile.errors import InputError
-from tdcompile.ranks import Candidate, Candidates, RankPlan, RankSelector, within
-from tdcompile.selection import LOSSES, filled, first_fit, gainful, limits_of, load, settle, weighted
-from tdcompile.target import Budget
+from tdcompile.ir.plan import Candidate, Candidates, RankPlan, within
+from tdcompile.ir.target import Budget
+from tdcompile.planning.allocation import LOSSES, filled, first_fit, gainful, limits_of, load, settle, weighted
 
 _PREFERRED = ("tt", "svd", "tt-linear")  # the paper's tensor train, and what a layer has that no train fits
 _LEVELS, _LARGEST = 400, 64.0

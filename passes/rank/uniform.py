@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.spec import parse_spec
 from tdcompile.errors import InputError, nearest
-from tdcompile.layer import Refusal
-from tdcompile.ranks import DENSE, Candidate, Candidates, RankPlan, RankSelector, Spectrum, within
-from tdcompile.selection import first_fit, full_ranks, gainful, limits_of, load, settle
-from tdcompile.spec import parse_spec
-from tdcompile.target import Budget
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.plan import DENSE, Candidate, Candidates, RankPlan, Spectrum, within
+from tdcompile.ir.target import Budget
+from tdcompile.planning.allocation import first_fit, full_ranks, gainful, limits_of, load, settle
 
 Step = tuple[float, Candidate]
 

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
+from tdcompile.core.rank_selector import RankSelector
 from tdcompile.errors import InputError
-from tdcompile.layer import Refusal
-from tdcompile.ranks import Candidate, Candidates, RankPlan, RankSelector, Spectrum
-from tdcompile.selection import first_fit, full_ranks, gainful, limits_of, load, settle
-from tdcompile.target import Budget
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.plan import Candidate, Candidates, RankPlan, Spectrum
+from tdcompile.ir.target import Budget
+from tdcompile.planning.allocation import first_fit, full_ranks, gainful, limits_of, load, settle
 
 _STEPS = 64  # of the search over the weakening factor
 

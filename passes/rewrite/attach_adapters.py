@@ -7,14 +7,15 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, fx
 
-from tdcompile.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.passes import RewritePass, Rewritten
+from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.kinds import RewritePass, Rewritten, tick
-from tdcompile.layer import Refusal
-from tdcompile.program import Change, Program, Site, kept_dense, sites
-from tdcompile.progressive import Parallel
-from tdcompile.registry import make
-from tdcompile.surgery import replace_module
+from tdcompile.ir.graph_edits import replace_module
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.program import Change, Program, Site, kept_dense, sites
+from tdcompile.support.progress import tick
+from tdcompile.training.adapters import Parallel
 
 FORMS = ("tucker2", "svd")
 

@@ -10,16 +10,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from tdcompile.decomposition import relative_error
+from tdcompile.core.decomposition import relative_error
+from tdcompile.core.passes import RewritePass, Rewritten
 from tdcompile.errors import TdcompileError
-from tdcompile.facts import Fact
-from tdcompile.kinds import RewritePass, Rewritten
-from tdcompile.layer import Refusal
-from tdcompile.pricing import Prices
-from tdcompile.program import Change, Program, Site
-from tdcompile.progressive import Parallel, parallels
-from tdcompile.ranks import DENSE, Candidate, RankPlan
-from tdcompile.surgery import outputs_of, replace_module
+from tdcompile.ir.facts import Fact
+from tdcompile.ir.graph_edits import replace_module
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.modules import outputs_of
+from tdcompile.ir.plan import DENSE, Candidate, RankPlan
+from tdcompile.ir.program import Change, Program, Site
+from tdcompile.planning.pricing import Prices
+from tdcompile.training.adapters import Parallel, parallels
 
 _ROUNDING = 1e-5  # of the largest output; twenty to a hundred layers measured differ by 1e-7 to 1.5e-6
 

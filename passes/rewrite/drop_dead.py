@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from tdcompile.kinds import RewritePass, Rewritten
-from tdcompile.program import Change, Program
-from tdcompile.surgery import called_differently, drop_node, module_at
+from tdcompile.core.passes import RewritePass, Rewritten
+from tdcompile.ir.graph_edits import drop_node, module_at
+from tdcompile.ir.modules import called_differently
+from tdcompile.ir.program import Change, Program
 
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 

@@ -7,17 +7,18 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
-from tdcompile.calibration import Calibration
-from tdcompile.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.passes import RewritePass, Rewritten
 from tdcompile.errors import InputError, during, nearest
-from tdcompile.facts import Fact
-from tdcompile.kinds import RewritePass, Rewritten, tick
-from tdcompile.layer import Layer, Moments, Refusal
-from tdcompile.planfile import check, estimated
-from tdcompile.program import Change, Program, kept_dense, sites
-from tdcompile.ranks import DENSE, RankPlan, Ranks
-from tdcompile.surgery import replace_module
-from tdcompile.workers import side_by_side
+from tdcompile.ir.facts import Fact
+from tdcompile.ir.graph_edits import replace_module
+from tdcompile.ir.layer import Layer, Refusal
+from tdcompile.ir.measurements import Calibration, Moments
+from tdcompile.ir.plan import DENSE, RankPlan, Ranks
+from tdcompile.ir.program import Change, Program, kept_dense, sites
+from tdcompile.planning.plan_file import check, estimated
+from tdcompile.support.process_pool import side_by_side
+from tdcompile.support.progress import tick
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights, fuse_linear_bn_eval
 
-from tdcompile.kinds import RewritePass, Rewritten
-from tdcompile.layer import Layer, TransposedConv
-from tdcompile.program import Change, Program, sites
-from tdcompile.surgery import called_differently, calls_of, drop_node, module_at, only_user, parent_of
+from tdcompile.core.passes import RewritePass, Rewritten
+from tdcompile.ir.graph_edits import calls_of, drop_node, module_at, only_user
+from tdcompile.ir.layer import Layer, TransposedConv
+from tdcompile.ir.modules import called_differently, parent_of
+from tdcompile.ir.program import Change, Program, sites
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

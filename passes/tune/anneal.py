@@ -11,22 +11,22 @@ from typing import ClassVar
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from tdcompile.amp import Precision
-from tdcompile.augment import Asked, fitting
-from tdcompile.backend.inference import folded
-from tdcompile.distillation import Distillation, energies, left_out
+from tdcompile.backend.lowering import folded
+from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.errors import InputError
-from tdcompile.kinds import Rewritten, TunePass
-from tdcompile.layer import Refusal
-from tdcompile.pricing import Prices
-from tdcompile.processes import from_first, no_gpu
-from tdcompile.program import Change, Program
-from tdcompile.progressive import Parallel, energy_ranks, parallels
-from tdcompile.ranks import DENSE, Candidate, Ranks, within
-from tdcompile.selection import gainful
-from tdcompile.surgery import copy_weights
-from tdcompile.target import Cost
-from tdcompile.training import Settings, Trainer, saved_of
+from tdcompile.ir.graph_edits import copy_weights
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.plan import DENSE, Candidate, Ranks, within
+from tdcompile.ir.program import Change, Program
+from tdcompile.ir.target import Cost
+from tdcompile.planning.allocation import gainful
+from tdcompile.planning.pricing import Prices
+from tdcompile.training.adapters import Parallel, energy_ranks, parallels
+from tdcompile.training.augment import Asked, fitting
+from tdcompile.training.distillation import Distillation, energies, left_out
+from tdcompile.training.distributed import from_first, no_gpu
+from tdcompile.training.mixed_precision import Precision
+from tdcompile.training.trainer import Settings, Trainer, saved_of
 
 _BISECTIONS = 40
 

@@ -11,20 +11,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx, nn
 
-from tdcompile.amp import Precision
-from tdcompile.augment import Asked, fitting
-from tdcompile.backend.inference import folded
-from tdcompile.distillation import Distillation, Layerwise, energies, left_out
+from tdcompile.backend.lowering import folded
+from tdcompile.core.passes import Rewritten, TunePass
+from tdcompile.data.task import Samples
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.facts import Fact
-from tdcompile.kinds import Rewritten, TunePass
-from tdcompile.layer import Refusal
-from tdcompile.program import Change, Program, sites_of
-from tdcompile.ranks import RankPlan
-from tdcompile.surgery import copy_weights
-from tdcompile.task import Samples
-from tdcompile.training import Settings, Trainer, saved_of
-from tdcompile.tuning import Saved, Tuning
+from tdcompile.ir.facts import Fact
+from tdcompile.ir.graph_edits import copy_weights
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.plan import RankPlan
+from tdcompile.ir.program import Change, Program, sites_of
+from tdcompile.training.augment import Asked, fitting
+from tdcompile.training.distillation import Distillation, Layerwise, energies, left_out
+from tdcompile.training.mixed_precision import Precision
+from tdcompile.training.run_state import Saved, Tuning
+from tdcompile.training.trainer import Settings, Trainer, saved_of
 
 _RATE = 0.03 / 128  # the highest rate that is tried for each sample of a batch; see ``lr``
 _SHARES = (1.0, 1 / 3, 1 / 10, 1 / 30, 1 / 100)  # of it: what a good start needs is far below what a bad one does

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tdcompile.core.passes import Rewritten, TunePass
+from tdcompile.data.task import Samples
 from tdcompile.errors import InputError
-from tdcompile.facts import Aspect
-from tdcompile.kinds import Rewritten, TunePass, tick
-from tdcompile.layer import Refusal
-from tdcompile.program import Change, Program
-from tdcompile.surgery import copy_weights, input_of
-from tdcompile.task import Samples
+from tdcompile.ir.facts import Aspect
+from tdcompile.ir.graph_edits import copy_weights
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.modules import input_of
+from tdcompile.ir.program import Change, Program
+from tdcompile.support.progress import tick
 
 
 @dataclass(frozen=True)

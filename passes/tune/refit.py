@@ -21,18 +21,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tdcompile.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.passes import Rewritten, TunePass
+from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.kinds import Rewritten, TunePass, tick
-from tdcompile.layer import Layer, Moments, Refusal, owner
-from tdcompile.patches import patches_at, positions, values_at
-from tdcompile.program import Change, Program, Site, kept_dense, sites_of
-from tdcompile.ranks import DENSE, Candidate, RankPlan
-from tdcompile.registry import make
-from tdcompile.regression import Sums
-from tdcompile.streams import Stream, follows
-from tdcompile.surgery import calls_of, module_at, only_user, parent_of, tensors_in
-from tdcompile.target import Cost
+from tdcompile.ir.graph_edits import calls_of, module_at, only_user
+from tdcompile.ir.im2col import patches_at, positions, values_at
+from tdcompile.ir.layer import Layer, Refusal, owner
+from tdcompile.ir.measurements import Moments
+from tdcompile.ir.modules import parent_of, tensors_in
+from tdcompile.ir.plan import DENSE, Candidate, RankPlan
+from tdcompile.ir.program import Change, Program, Site, kept_dense, sites_of
+from tdcompile.ir.target import Cost
+from tdcompile.passes.tune._least_squares import Sums
+from tdcompile.passes.tune._node_values import Stream, follows
+from tdcompile.support.progress import tick
 
 _ATEN = torch.ops.aten
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_", _ATEN.add.Tensor, _ATEN.add_.Tensor)

@@ -1,1 +1,1 @@
-"""From a graph to an ONNX model in onnxruntime: export, parity, timing."""
+"""From a graph to onnxruntime: export, parity, sessions, timing."""

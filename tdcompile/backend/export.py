@@ -18,10 +18,9 @@ from onnx import helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from tdcompile.errors import InputError, TdcompileError, first_line
-from tdcompile.frontend.turns import limits
-from tdcompile.noise import hushed
-from tdcompile.signature import BATCH, Axis, batch_of, shares_batch
-from tdcompile.surgery import evaluating, separate_attention
+from tdcompile.ir.dynamic_shapes import BATCH, Axis, batch_of, limits, shares_batch
+from tdcompile.ir.modules import evaluating, separate_attention
+from tdcompile.support.quiet import hushed
 
 # A protobuf message ends at 2 GiB; the graph itself, beside its weights, needs some of that.
 LARGEST_SINGLE_FILE = 2**31 - 2**26

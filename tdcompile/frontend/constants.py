@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tdcompile.surgery import attribute, module_at
+from tdcompile.ir.graph_edits import attribute, module_at
 
 
 class Constants:

@@ -11,14 +11,15 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from tdcompile.errors import FixedAxisError, InputError
-from tdcompile.frontend.answers import Case, answer, apart, cases_of, difference, keeping
-from tdcompile.frontend.fronts import Frontend, Fronts, Traced, at
-from tdcompile.frontend.precision import half_kinds, in_single, inputs_in_single
-from tdcompile.frontend.unparametrised import unparametrised
-from tdcompile.layer import Refusal
-from tdcompile.program import Program, sites_of
-from tdcompile.signature import Axis, Call, batch_of, open_axes, shares_batch
-from tdcompile.surgery import evaluating, keep_separate, not_finite, parent_of, separate_attention
+from tdcompile.frontend.equivalence import Case, answer, apart, cases_of, difference, keeping
+from tdcompile.frontend.half_precision import half_kinds, in_single, inputs_in_single
+from tdcompile.frontend.parametrizations import unparametrised
+from tdcompile.frontend.select import Frontend, Fronts, Traced, at
+from tdcompile.frontend.signature import Call
+from tdcompile.ir.dynamic_shapes import Axis, batch_of, open_axes, shares_batch
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.modules import evaluating, keep_separate, not_finite, parent_of, separate_attention
+from tdcompile.ir.program import Program, sites_of
 
 # What is said where a network pads.
 _PADDING = (

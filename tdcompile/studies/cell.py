@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tdcompile.approximation import feature_errors, weight_errors
-from tdcompile.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.passes import Pass
+from tdcompile.core.registry import make
+from tdcompile.data.task import Batch, Task, accuracy
 from tdcompile.errors import FixedAxisError, InputError, TdcompileError, UnavailableError, first_line
-from tdcompile.fractions import ranks_for, weights_of
-from tdcompile.frontend.fronts import Frontend
+from tdcompile.frontend.select import Frontend
 from tdcompile.frontend.tracing import trace
-from tdcompile.kinds import Pass
-from tdcompile.program import Program, sites
-from tdcompile.ranks import Ranks
-from tdcompile.registry import make
+from tdcompile.ir.graph_edits import copy_graph, copy_weights, replace_module
+from tdcompile.ir.plan import Ranks
+from tdcompile.ir.program import Program, sites
+from tdcompile.ir.target import Target
+from tdcompile.planning.approximation_error import feature_errors, weight_errors
+from tdcompile.planning.rank_grid import ranks_for, weights_of
 from tdcompile.studies.findings import Cell, Failure
-from tdcompile.surgery import copy_graph, copy_weights, replace_module
-from tdcompile.target import Target
-from tdcompile.task import Batch, Task, accuracy
-from tdcompile.tuning import key_of
+from tdcompile.training.run_state import key_of
 
 _DIGITS = 12  # of 1 - compression, so that 1 - 0.9 is 0.1
 

@@ -13,9 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.extras import extra
 from tdcompile.studies.cell import Bench, Load, Point
 from tdcompile.studies.findings import Cell, Failure
+from tdcompile.support.optional_import import extra
 
 Work = Sequence[tuple[Point, str]]  # points of the grid, each with its cell's key
 Outcomes = Iterator[Cell | Failure]

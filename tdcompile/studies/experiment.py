@@ -11,23 +11,23 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from tdcompile.backend.runtime import environment
-from tdcompile.data import Given
-from tdcompile.data import given as samples_of
-from tdcompile.decomposition import Decomposition
+from tdcompile.backend.environment import environment
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.passes import Pass
+from tdcompile.core.registry import make
+from tdcompile.core.spec import split
+from tdcompile.data.loading import Given
+from tdcompile.data.loading import given as samples_of
+from tdcompile.data.task import Task
 from tdcompile.errors import InputError, TdcompileError, nearest
-from tdcompile.kinds import Pass
-from tdcompile.program import Site
-from tdcompile.registry import make
-from tdcompile.spec import split
+from tdcompile.ir.program import Site
+from tdcompile.ir.target import Target
 from tdcompile.studies.cell import Bench, Load, Point, Subject
 from tdcompile.studies.correlation import taus
 from tdcompile.studies.crew import Outcomes, Work, in_turn, over_processes, over_ray
 from tdcompile.studies.findings import Cell, Failure, Findings, Omission
 from tdcompile.studies.ledger import Ledger
 from tdcompile.studies.page import render_html
-from tdcompile.target import Target
-from tdcompile.task import Task
 
 METHODS = ("cp4", "tucker2", "tt")
 COMPRESSIONS = (0.5, 0.75, 0.9)

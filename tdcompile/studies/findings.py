@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 from rich.text import Text
 
-from tdcompile.report import percent
+from tdcompile.support.formatting import percent
 
 When = Literal["before", "after"]
 Question = Literal["methods", "layers", "overall"]

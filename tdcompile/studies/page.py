@@ -9,7 +9,6 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
-from tdcompile.report import percent
 from tdcompile.studies.findings import (
     ERRORS,
     QUESTIONS,
@@ -22,6 +21,7 @@ from tdcompile.studies.findings import (
     notes,
     told,
 )
+from tdcompile.support.formatting import percent
 
 _WIDTH, _HEIGHT = 400, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 378, 12, 222

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 import tdcompile.backend.export
 from tdcompile.backend.export import export_onnx, restamp
-from tdcompile.backend.runtime import infer, open_session
+from tdcompile.backend.session import infer, open_session
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.target import Target
+from tdcompile.ir.target import Target
 
 
 class Net(nn.Module):

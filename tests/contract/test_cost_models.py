@@ -5,9 +5,10 @@ from dataclasses import fields, replace
 
 import pytest
 
-from tdcompile.layer import Layer
-from tdcompile.registry import find, make
-from tdcompile.target import Cost, CostModel, Target
+from tdcompile.core.cost_model import CostModel
+from tdcompile.core.registry import find, make
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.target import Cost, Target
 
 MODELS = sorted(find(CostModel))
 CONV = Layer("conv", 16, 32, (14, 14), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdcompile.decomposition import Decomposition, energy, relative_error
-from tdcompile.layer import Layer, Moments, TransposedConv, owner
-from tdcompile.linalg import PRECISE
-from tdcompile.registry import find, make
-from tdcompile.sketch import Sketch
+from tdcompile.core.decomposition import Decomposition, energy, relative_error
+from tdcompile.core.registry import find, make
+from tdcompile.ir.layer import Layer, TransposedConv, owner
+from tdcompile.ir.measurements import Moments
+from tdcompile.numerics.covariance import Sketch
+from tdcompile.numerics.low_rank import PRECISE
 
 FORMS = find(Decomposition)
 GRAIN = 4
@@ -325,7 +326,7 @@ def test_a_layer_too_large_for_float64_fares_as_in_it(
     space = decomposition.rank_space(layer, GRAIN)
     middle = space[len(space) // 2]
     wanted = decomposition.errors(layer, weight, space, moments)
-    monkeypatch.setattr("tdcompile.linalg.PRECISE", precise)
+    monkeypatch.setattr("tdcompile.numerics.low_rank.PRECISE", precise)
     assert decomposition.errors(layer, weight, space, moments) == pytest.approx(wanted, rel=0.02, abs=2e-3)
     factors = decomposition.factorize(layer, weight, middle, moments)
     assert {factor.dtype for factor in factors} == {weight.dtype}
@@ -348,7 +349,7 @@ def test_a_layer_too_large_for_float64_fares_as_in_it(
 def test_data_that_show_little_give_finite_factors_and_errors_that_hold(
     form: str, name: str, data: str, kind: str, precise: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tdcompile.linalg.PRECISE", precise)
+    monkeypatch.setattr("tdcompile.numerics.low_rank.PRECISE", precise)
     decomposition, _, layer, weight, _ = accepted(form, name)
     moments, truly = of_little(kind, layer)
     if data == "sketch":

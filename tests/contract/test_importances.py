@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import tdcompile
+from tdcompile.core.importance import Importance
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.registry import find, make
+from tdcompile.data.task import Samples, Task, Tensors
 from tdcompile.errors import InputError
-from tdcompile.importance import Importance
-from tdcompile.pipeline import Pipeline
-from tdcompile.program import Program, sites
-from tdcompile.ranks import Importances
-from tdcompile.registry import find, make
-from tdcompile.task import Samples, Task, Tensors
+from tdcompile.ir.plan import Importances
+from tdcompile.ir.program import Program, sites
 
 SCORES = sorted(find(Importance))
 NEED_DATA = {"fisher", "lwiq", "noise", "probe", "taylor"}

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tdcompile.facts import Aspect, Fact
-from tdcompile.kinds import AnalysisPass, Pass, RewritePass, TunePass
-from tdcompile.pipeline import Pipeline
-from tdcompile.registry import find
+from tdcompile.core.passes import AnalysisPass, Pass, RewritePass, TunePass
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.registry import find
+from tdcompile.ir.facts import Aspect, Fact
 
 PASSES = find(Pass)
 

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.registry import find, make
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.layer import Refusal
-from tdcompile.ranks import DENSE, Candidate, Candidates, RankPlan, RankSelector, Spectrum, within
-from tdcompile.registry import find, make
-from tdcompile.target import Budget, Cost
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.plan import DENSE, Candidate, Candidates, RankPlan, Spectrum, within
+from tdcompile.ir.target import Budget, Cost
 
 SELECTORS = sorted(find(RankSelector))
 EXPECTED = {"uniform", "energy", "equal-error", "vbmf", "knapsack", "lagrangian", "greedy", "lwiq"}

@@ -18,12 +18,12 @@ import torch
 import yaml
 
 import tdcompile
-from tdcompile import registry
-from tdcompile.decomposition import Decomposition, relative_error
-from tdcompile.layer import Layer
-from tdcompile.network import Network
-from tdcompile.plugin import Plugin
-from tdcompile.ranks import RankPlan
+from tdcompile.core import registry
+from tdcompile.core.decomposition import Decomposition, relative_error
+from tdcompile.core.network import Network
+from tdcompile.core.plugin import Plugin
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.plan import RankPlan
 from tdcompile.recipes import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -13,9 +13,9 @@ import pytest
 from mkdocs.exceptions import PluginError
 
 import tdcompile
-from tdcompile.decomposition import Decomposition
-from tdcompile.layer import Layer
-from tdcompile.registry import find
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.registry import find
+from tdcompile.ir.layer import Layer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 import tdcompile
 from tdcompile.backend.export import export_onnx
-from tdcompile.backend.runtime import infer, open_session
-from tdcompile.backend.validate import check_parity
+from tdcompile.backend.parity import check_parity
+from tdcompile.backend.session import infer, open_session
+from tdcompile.core.importance import Importance
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.registry import find
+from tdcompile.core.spec import parse_spec
+from tdcompile.data.task import Batch, Samples, Task
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.importance import Importance
-from tdcompile.layer import Refusal
-from tdcompile.pipeline import Pipeline
-from tdcompile.program import Change, Program
-from tdcompile.registry import find
-from tdcompile.spec import parse_spec
-from tdcompile.surgery import outputs_of, tensors_in
-from tdcompile.target import Target
-from tdcompile.task import Batch, Samples, Task
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.modules import outputs_of, tensors_in
+from tdcompile.ir.program import Change, Program
+from tdcompile.ir.target import Target
 
 
 @dataclass

@@ -9,13 +9,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tdcompile
-from tdcompile.checkpoint import Checkpoint
+from tdcompile.artifact.checkpoint import Checkpoint
 from tdcompile.compiler import Compiled
+from tdcompile.core.pipeline import Silent
+from tdcompile.data.task import Tensors
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.pipeline import Silent
-from tdcompile.task import Tensors
-from tdcompile.training import Trainer
-from tdcompile.tuning import Tuning
+from tdcompile.training.run_state import Tuning
+from tdcompile.training.trainer import Trainer
 
 
 def points(count=96, classes=2, seed=0):

@@ -17,13 +17,13 @@ from torch.nn.utils import parametrizations
 
 import tdcompile
 from tdcompile.backend.export import export_onnx
-from tdcompile.backend.validate import check_parity
-from tdcompile.decomposition import Decomposition
-from tdcompile.program import Program
-from tdcompile.ranks import DENSE, Candidate, RankPlan
-from tdcompile.registry import find, make
-from tdcompile.surgery import outputs_of
-from tdcompile.target import Cost, Target
+from tdcompile.backend.parity import check_parity
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.registry import find, make
+from tdcompile.ir.modules import outputs_of
+from tdcompile.ir.plan import DENSE, Candidate, RankPlan
+from tdcompile.ir.program import Program
+from tdcompile.ir.target import Cost, Target
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

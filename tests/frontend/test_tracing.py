@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import tdcompile
-from tdcompile.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.frontend.exported import _known_integers
-from tdcompile.layer import Refusal
-from tdcompile.ranks import Candidate, RankPlan
-from tdcompile.registry import make
-from tdcompile.surgery import outputs_of
-from tdcompile.target import Cost
+from tdcompile.frontend.torch_export import _known_integers
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.modules import outputs_of
+from tdcompile.ir.plan import Candidate, RankPlan
+from tdcompile.ir.target import Cost
 
 
 def plan_of(program, form="channel"):
@@ -160,7 +160,7 @@ class Tied(nn.Module):
 def test_a_tied_weight_is_left_alone_with_that_reason():
     program = tdcompile.trace(Tied().eval(), (torch.randint(0, 16, (2, 5)),))
     program = program.with_(budget=tdcompile.Budget(macs=1.0))
-    from tdcompile.ranks import Candidates
+    from tdcompile.ir.plan import Candidates
 
     facts = tdcompile.Pipeline.parse("propose").run(program).facts
     assert [(r.layer, r.code) for r in facts[Candidates].refusals] == [("head", "tied_parameter")]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tdcompile
-from tdcompile.pipeline import Silent
+from tdcompile.core.pipeline import Silent
 
 FILE = Path(__file__).with_name("resnet_block.txt")
 

@@ -9,11 +9,11 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tdcompile.core.network import Network
 from tdcompile.errors import InputError
 from tdcompile.models.cifar_resnet import ResNet20
 from tdcompile.models.digits_net import DigitsNet
 from tdcompile.models.vit_tiny import ViTTiny
-from tdcompile.network import Network
 
 FILES = ("lenet5", "garipovnet", "cifar_resnet", "resnet", "vgg", "mobilenet_v2", "vit_tiny", "digits_net")
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
-from tdcompile.data import load_data
+from tdcompile.data.loading import load_data
+from tdcompile.data.task import Samples, Tensors, accuracy
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.models.digits_net import DigitsNet
 from tdcompile.models.lenet5 import LeNet5
 from tdcompile.models.train import Schedule, app, fit, save
-from tdcompile.task import Samples, Tensors, accuracy
 
 
 def stripes(count: int, classes: int = 4, labelled: bool = True) -> Tensors:

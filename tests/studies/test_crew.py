@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 import tdcompile
+from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError, TdcompileError
+from tdcompile.ir.target import Target
 from tdcompile.studies import crew
 from tdcompile.studies.cell import Bench, Point, Subject
 from tdcompile.studies.findings import Cell
-from tdcompile.target import Target
-from tdcompile.task import Task, Tensors
 
 GRID: dict[str, Any] = {"methods": ("tucker2", "tt"), "compressions": (0.5, 0.9), "layers": ("0", "2")}
 POINTS = [Point(layer, "tt", share, 0) for layer in ("0", "2") for share in (0.5, 0.9)]

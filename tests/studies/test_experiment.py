@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 import tdcompile
-from tdcompile.approximation import weight_errors
-from tdcompile.cli import main
-from tdcompile.data import load_data
-from tdcompile.decomposition import Decomposition
+from tdcompile.cli.main import main
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.registry import make
+from tdcompile.data.loading import load_data
+from tdcompile.data.task import Task, accuracy
 from tdcompile.errors import InputError, TdcompileError, UnavailableError
-from tdcompile.fractions import ranks_for
-from tdcompile.program import sites_of
-from tdcompile.registry import make
+from tdcompile.ir.program import sites_of
+from tdcompile.planning.approximation_error import weight_errors
+from tdcompile.planning.rank_grid import ranks_for
 from tdcompile.studies.cell import Bench, Point
 from tdcompile.studies.correlation import kendall
 from tdcompile.studies.crew import over_ray
 from tdcompile.studies.findings import Cell, Failure, Findings, notes
-from tdcompile.task import Task, accuracy
 
 NET = """
 from torch import nn

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import tdcompile
-from tdcompile.calibration import Calibration
+from tdcompile.data.task import Tensors
 from tdcompile.errors import InputError
+from tdcompile.ir.measurements import Calibration
 from tdcompile.passes.analyze.calibrate import Calibrate
-from tdcompile.task import Tensors
 
 
 def drawn(*shape):

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import tdcompile
-from tdcompile import registry
+from tdcompile.core import registry
+from tdcompile.core.cost_model import CostModel
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plugin import Plugin
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.layer import Layer, Moments
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.measurements import Moments
+from tdcompile.ir.plan import DENSE, Candidates, Ranks
+from tdcompile.ir.target import Cost, Target
 from tdcompile.passes.analyze.propose import Propose
 from tdcompile.passes.decompose.svd import SVD
-from tdcompile.pipeline import Pipeline
-from tdcompile.plugin import Plugin
-from tdcompile.ranks import DENSE, Candidates, Ranks
-from tdcompile.target import Cost, CostModel, Target
 
 
 @dataclass(frozen=True)

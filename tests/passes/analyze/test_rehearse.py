@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import tdcompile
-from tdcompile.backend.runtime import Timing
-from tdcompile.calibration import Baseline, Rehearsal
+from tdcompile.backend.session import Timing
+from tdcompile.ir.measurements import Baseline, Rehearsal
+from tdcompile.ir.plan import DENSE, Candidate, Candidates, Importances, RankPlan
+from tdcompile.ir.target import Cost
 from tdcompile.passes.analyze import rehearse
-from tdcompile.ranks import DENSE, Candidate, Candidates, Importances, RankPlan
-from tdcompile.target import Cost
 
 
 def table():

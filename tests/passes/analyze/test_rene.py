@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import tdcompile
-from tdcompile.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.registry import make
+from tdcompile.data.task import Samples, Task, Tensors, accuracy
 from tdcompile.errors import BudgetError, InputError, TdcompileError
+from tdcompile.ir.plan import DENSE, RankPlan, within
+from tdcompile.ir.program import Program, sites
+from tdcompile.ir.target import Budget
 from tdcompile.passes.analyze import rene
+from tdcompile.passes.analyze._rene_ranks import WHOLE, SingleRanks
+from tdcompile.passes.analyze._rene_relaxation import Interval, Relaxed, intervals, rank_loss
 from tdcompile.passes.analyze.rene import Rene
-from tdcompile.pipeline import Pipeline
-from tdcompile.program import Program, sites
-from tdcompile.ranks import DENSE, RankPlan, within
-from tdcompile.registry import make
-from tdcompile.relaxation import Interval, Relaxed, intervals, rank_loss
-from tdcompile.single_rank import WHOLE, SingleRanks
-from tdcompile.target import Budget
-from tdcompile.task import Samples, Task, Tensors, accuracy
 
 MODES: tuple[Literal["recon", "data"], ...] = ("recon", "data")
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdcompile.layer import Layer
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.target import Cost, Target
 from tdcompile.passes.cost.analytic import Analytic
-from tdcompile.target import Cost, Target
 
 CONV = Layer("conv", 8, 16, (10, 12), (3, 3), (2, 1), ((1, 1), (1, 1)), (1, 1))
 

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdcompile.backend import microbench
-from tdcompile.layer import Layer
+from tdcompile.backend import layer_timing as microbench
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.target import Target
 from tdcompile.passes.cost import measured
 from tdcompile.passes.cost.measured import Measured, corners, rungs
-from tdcompile.target import Target
 
 CONV = Layer("conv", 20, 40, (6, 6), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 

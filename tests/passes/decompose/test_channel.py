@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tdcompile.decomposition import relative_error
-from tdcompile.layer import Layer, Moments
+from tdcompile.core.decomposition import relative_error
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.measurements import Moments
 from tdcompile.passes.decompose.channel import Channel
 
 LAYER = Layer("conv", 8, 12, (9, 10), (3, 5), (2, 1), ((1, 1), (2, 3)), (1, 2), padding_mode="reflect")

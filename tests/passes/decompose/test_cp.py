@@ -7,15 +7,16 @@ import torch
 from torch import nn
 
 import tdcompile
-from tdcompile import polyadic
-from tdcompile.decomposition import relative_error
-from tdcompile.degeneracy import sensitivity
+from tdcompile.core.decomposition import relative_error
+from tdcompile.core.pipeline import Pipeline
 from tdcompile.errors import InputError
-from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.ir.layer import Layer, Refusal
+from tdcompile.ir.measurements import Moments
+from tdcompile.ir.plan import Candidate, RankPlan
+from tdcompile.ir.target import Cost
+from tdcompile.numerics.cp import sensitivity
+from tdcompile.passes.decompose import _cp as polyadic
 from tdcompile.passes.decompose.cp import CP
-from tdcompile.pipeline import Pipeline
-from tdcompile.ranks import Candidate, RankPlan
-from tdcompile.target import Cost
 
 
 def layer_of(*channels: int, kernel: tuple[int, ...] = (3, 3), bias: bool = True) -> Layer:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tdcompile.decomposition import relative_error
-from tdcompile.layer import Layer
+from tdcompile.core.decomposition import relative_error
+from tdcompile.ir.layer import Layer
 from tdcompile.passes.decompose.cp4 import CP4
 
 

@@ -9,19 +9,20 @@ import torch
 from torch import nn
 
 import tdcompile
-from tdcompile.calibration import Calibration
-from tdcompile.decomposition import relative_error
+from tdcompile.core.decomposition import relative_error
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.registry import find
+from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError
-from tdcompile.layer import Layer, Moments, Refusal
+from tdcompile.ir.layer import Layer, Refusal
+from tdcompile.ir.measurements import Calibration, Moments
+from tdcompile.ir.plan import Candidates, RankPlan
 from tdcompile.passes.analyze.calibrate import Calibrate
 from tdcompile.passes.analyze.propose import Propose
 from tdcompile.passes.decompose.channel import Channel
 from tdcompile.passes.decompose.grouped import Grouped
-from tdcompile.pipeline import Pipeline
-from tdcompile.ranks import Candidates, RankPlan, RankSelector
-from tdcompile.registry import find
-from tdcompile.task import Task, Tensors
-from tdcompile.trial import trials
+from tdcompile.passes.importance._trial import trials
 
 CONV = nn.Conv2d(32, 48, 3, padding=1, groups=4)
 

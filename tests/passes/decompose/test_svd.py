@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tdcompile.decomposition import relative_error
-from tdcompile.layer import Layer, Moments
+from tdcompile.core.decomposition import relative_error
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.measurements import Moments
 from tdcompile.passes.decompose.svd import SVD
 
 LINEAR = Layer("linear", 24, 16)

@@ -8,10 +8,11 @@ import torch
 from tensorly.decomposition import tensor_train
 from torch import nn
 
-from tdcompile.decomposition import relative_error
-from tdcompile.fractions import weights_of
-from tdcompile.layer import Layer, Moments
+from tdcompile.core.decomposition import relative_error
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.measurements import Moments
 from tdcompile.passes.decompose.tt import TT
+from tdcompile.planning.rank_grid import weights_of
 
 MODULE = nn.Conv2d(24, 20, 3, padding=1)
 LAYER = Layer("conv", 24, 20, (8, 8), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdcompile.decomposition import Decomposition, relative_error
+from tdcompile.core.decomposition import Decomposition, relative_error
+from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.layer import Layer, Moments
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.measurements import Moments
+from tdcompile.numerics.covariance import Sketch
 from tdcompile.passes.decompose.tt_linear import TTLinear, modes_of
-from tdcompile.registry import make
-from tdcompile.sketch import Sketch
 
 
 @given(st.integers(1, 2000), st.integers(1, 4))

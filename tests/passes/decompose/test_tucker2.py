@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdcompile.decomposition import relative_error
-from tdcompile.layer import Layer, Moments
+from tdcompile.core.decomposition import relative_error
+from tdcompile.core.plugin import Plugin
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.measurements import Moments
 from tdcompile.passes.decompose.tucker2 import Tucker2
-from tdcompile.plugin import Plugin
 
 LAYER = Layer("conv", 12, 16, (9, 10), (3, 3), (2, 1), ((1, 1), (0, 1)), (1, 2), padding_mode="replicate")
 

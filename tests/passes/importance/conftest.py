@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from tdcompile.data.task import Task, Tensors
 from tdcompile.frontend.tracing import trace
-from tdcompile.program import Program
-from tdcompile.task import Task, Tensors
+from tdcompile.ir.program import Program
 
 
 class Net(nn.Module):

@@ -2,14 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from tdcompile.approximation import feature_errors
-from tdcompile.divergence import drawn
+from tdcompile.core.importance import Importance
+from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.importance import Importance
+from tdcompile.ir.program import sites
+from tdcompile.passes.importance._divergence import drawn
+from tdcompile.passes.importance._trial import trials
 from tdcompile.passes.importance.error import Error
-from tdcompile.program import sites
-from tdcompile.registry import make
-from tdcompile.trial import trials
+from tdcompile.planning.approximation_error import feature_errors
 
 
 def test_without_data_the_weights_relative_error_is_the_candidates_own(program):

@@ -3,10 +3,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError
 from tdcompile.frontend.tracing import trace
 from tdcompile.passes.importance.fisher import Fisher
-from tdcompile.task import Task, Tensors
 
 
 def test_scores_are_finite_of_mean_one_and_zero_for_what_the_loss_ignores(program):

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import tdcompile
+from tdcompile.core.importance import Importance
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.registry import make
+from tdcompile.data.task import Batch, Samples, Task, Tensors
 from tdcompile.errors import InputError
-from tdcompile.importance import Importance
+from tdcompile.ir.plan import RankPlan
+from tdcompile.ir.program import Program
 from tdcompile.passes.importance.lwiq import _points, _Proxy
-from tdcompile.pipeline import Pipeline
-from tdcompile.program import Program
-from tdcompile.ranks import RankPlan
-from tdcompile.registry import make
-from tdcompile.task import Batch, Samples, Task, Tensors
 
 
 class Hidden(Samples):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from tdcompile.core.importance import Importance
+from tdcompile.core.registry import make
+from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError
 from tdcompile.frontend.tracing import trace
-from tdcompile.importance import Importance
-from tdcompile.program import Program
-from tdcompile.registry import make
-from tdcompile.task import Task, Tensors
-from tdcompile.trial import trials
+from tdcompile.ir.program import Program
+from tdcompile.passes.importance._trial import trials
 
 
 def program() -> tuple[nn.Sequential, Program, torch.Tensor]:

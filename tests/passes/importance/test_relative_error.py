@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from tdcompile.data.task import Task
 from tdcompile.errors import InputError
 from tdcompile.passes.importance.relative_error import RelativeError
-from tdcompile.task import Task
 
 
 def test_a_layer_of_half_rank_is_worth_least_and_never_nothing(program):

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from tdcompile.ranks import DENSE, Candidate, Candidates, Spectrum
-from tdcompile.target import Cost
+from tdcompile.ir.plan import DENSE, Candidate, Candidates, Spectrum
+from tdcompile.ir.target import Cost
 
 Table = Callable[..., Candidates]
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.ranks import DENSE, Candidate, Candidates, RankPlan, RankSelector
-from tdcompile.registry import make
-from tdcompile.selection import LOSSES
-from tdcompile.target import Budget, Cost
+from tdcompile.ir.plan import DENSE, Candidate, Candidates, RankPlan
+from tdcompile.ir.target import Budget, Cost
+from tdcompile.planning.allocation import LOSSES
 
 
 def table(layers: int, ranks: int, seed: int, form: str = "tt") -> Candidates:

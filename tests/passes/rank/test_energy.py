@@ -1,9 +1,9 @@
 import pytest
 
 from tdcompile.errors import BudgetError, InputError
+from tdcompile.ir.plan import DENSE
+from tdcompile.ir.target import Budget
 from tdcompile.passes.rank.energy import Energy
-from tdcompile.ranks import DENSE
-from tdcompile.target import Budget
 
 
 def test_every_layer_keeps_the_energy_at_the_least_cost(table):

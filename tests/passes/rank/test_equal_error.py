@@ -1,9 +1,9 @@
 import pytest
 
 from tdcompile.errors import BudgetError
+from tdcompile.ir.plan import within
+from tdcompile.ir.target import Budget
 from tdcompile.passes.rank.equal_error import EqualError
-from tdcompile.ranks import within
-from tdcompile.target import Budget
 
 
 @pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.8])

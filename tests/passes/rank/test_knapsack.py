@@ -6,11 +6,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError, InputError
+from tdcompile.ir.plan import DENSE, Candidate, Candidates, within
+from tdcompile.ir.target import Budget, Cost
 from tdcompile.passes.rank.knapsack import Knapsack
-from tdcompile.ranks import DENSE, Candidate, Candidates, RankSelector, within
-from tdcompile.registry import make
-from tdcompile.target import Budget, Cost
 
 
 def loss(choices, importances):

@@ -1,9 +1,9 @@
 import pytest
 
 from tdcompile.errors import BudgetError, InputError
+from tdcompile.ir.plan import DENSE, Candidate, Candidates, Spectrum
+from tdcompile.ir.target import Budget, Cost
 from tdcompile.passes.rank.uniform import Uniform
-from tdcompile.ranks import DENSE, Candidate, Candidates, Spectrum
-from tdcompile.target import Budget, Cost
 
 
 def test_every_layer_takes_the_same_fraction(table):

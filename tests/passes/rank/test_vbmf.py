@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdcompile.errors import BudgetError, InputError
+from tdcompile.ir.plan import DENSE, Candidate, Candidates, Spectrum
+from tdcompile.ir.target import Budget, Cost
 from tdcompile.passes.rank.vbmf import VBMF, evbmf_rank
-from tdcompile.ranks import DENSE, Candidate, Candidates, Spectrum
-from tdcompile.target import Budget, Cost
 
 
 def spectrum(rank, rows, columns, noise, scale=1.0, seed=0):

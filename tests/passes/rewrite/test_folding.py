@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import tdcompile
-from tdcompile.surgery import outputs_of
+from tdcompile.ir.modules import outputs_of
 
 
 def trained(*modules):

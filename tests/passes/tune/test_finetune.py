@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import tdcompile
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.data.task import Batch, Samples, Task, Tensors, accuracy
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.kinds import progress
-from tdcompile.layer import Refusal
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.program import Change, Program
+from tdcompile.ir.target import Budget, Target
 from tdcompile.passes.tune import finetune
 from tdcompile.passes.tune.finetune import Distillation, Finetune
-from tdcompile.pipeline import Pipeline
-from tdcompile.program import Change, Program
-from tdcompile.target import Budget, Target
-from tdcompile.task import Batch, Samples, Task, Tensors, accuracy
-from tdcompile.training import Settings, Trainer, lay_out
-from tdcompile.tuning import Epoch, Saved, Tuning
+from tdcompile.support.progress import progress
+from tdcompile.training.run_state import Epoch, Saved, Tuning
+from tdcompile.training.trainer import Settings, Trainer, lay_out
 
 FAST = Finetune(epochs=3, batch=32, holdout=0.1, trial=0)
 

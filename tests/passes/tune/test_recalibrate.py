@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError
-from tdcompile.facts import Aspect, Fact, Facts
-from tdcompile.layer import Refusal
+from tdcompile.ir.facts import Aspect, Fact, Facts
+from tdcompile.ir.graph_edits import copy_weights
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.program import Change, Program
 from tdcompile.passes.tune.recalibrate import Recalibrate
-from tdcompile.program import Change, Program
-from tdcompile.surgery import copy_weights
-from tdcompile.task import Task, Tensors
 
 
 def program(module: nn.Module, x: Tensor | None, seed: int = 0) -> Program:

@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 import tdcompile
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.data.task import Batch, Samples, Task, Tensors
 from tdcompile.errors import InputError
-from tdcompile.frontend.fronts import Frontend
-from tdcompile.layer import Refusal
-from tdcompile.pipeline import Pipeline
-from tdcompile.program import Change, Program, parameters_of
-from tdcompile.ranks import DENSE, RankPlan
-from tdcompile.surgery import outputs_of, works_in_place
-from tdcompile.task import Batch, Samples, Task, Tensors
+from tdcompile.frontend.select import Frontend
+from tdcompile.ir.graph_edits import works_in_place
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.modules import outputs_of
+from tdcompile.ir.plan import DENSE, RankPlan
+from tdcompile.ir.program import Change, Program, parameters_of
 
 
 def images(count: int = 200, seed: int = 0) -> Tensors:

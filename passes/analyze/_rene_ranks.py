@@ -1,0 +1,234 @@
+"""``SingleRanks``: layers in forms of one rank number each: what they cost and lose, and their fit to a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from heapq import heapify, heappop, heappush
+
+import torch
+from torch import Tensor
+
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.plan import DENSE, Candidate, RankPlan, Ranks, within
+from tdcompile.ir.program import Program
+from tdcompile.ir.target import Cost
+from tdcompile.planning.pricing import Prices
+from tdcompile.planning.rank_grid import tied
+
+WHOLE = 0  # in place of a rank: the layer stays dense, which costs what it costs and loses nothing
+_GAIN = 1e-6  # of squared relative error: less is nothing to pay for
+
+
+class SingleRanks(Prices):
+    """Costs and errors by layer and rank, each worked out once, errors for all ranks of a ladder together.
+
+    Args:
+        program: gives the layers and the budget.
+        forms: the decomposition of each layer that may be replaced.
+    """
+
+    def __init__(self, program: Program, forms: Mapping[str, Decomposition]) -> None:
+        super().__init__(program)
+        self.forms = forms
+        self._costs: dict[tuple[str, int], Cost] = {}
+        self._errors: dict[tuple[str, int], float] = {}
+
+    def ranks(self, name: str, rank: int) -> Ranks:
+        """The form's ranks for one number, each at most what the layer has."""
+        return tied(self.forms[name].exact_ranks(self.sites[name].layer), rank)
+
+    def most(self, name: str) -> int:
+        """The largest rank to look at: the smaller of C and T, and for CP as far as it is cheaper than dense."""
+        layer, form = self.sites[name].layer, self.forms[name]
+        if form.name.startswith("cp"):
+            each = sum(part.macs for part in form.blueprint(layer, (1,)))
+            return max(1, min(layer.macs // max(each, 1), form.exact_ranks(layer)[0]))
+        return min(layer.in_channels, layer.out_channels)
+
+    def end(self, name: str) -> int:
+        """The largest rank that is cheaper than dense, of those about a tenth apart; ``WHOLE`` where none is."""
+        return max(self._ladder(name, 1))
+
+    def cost(self, name: str, rank: int) -> Cost:
+        """Of a layer at a rank."""
+        if rank == WHOLE:
+            return self.layers[name]
+        if (name, rank) not in self._costs:
+            self._costs[name, rank] = self.at(name, self.forms[name], self.ranks(name, rank))
+        return self._costs[name, rank]
+
+    def share(self, name: str, rank: int) -> float:
+        """Cost over that of the dense layer, in the field that is worst off."""
+        cost, dense = self.cost(name, rank), self.layers[name]
+        return max(float(getattr(cost, f)) / max(float(getattr(dense, f)), 1e-30) for f in self.limits)
+
+    def error(self, name: str, rank: int) -> float:
+        """Relative, of the weight."""
+        if rank == WHOLE:
+            return 0.0
+        if (name, rank) not in self._errors:
+            self._learn(name, [rank])
+        return self._errors[name, rank]
+
+    def load(self, shares: Mapping[str, Tensor], settled: Mapping[str, float]) -> Tensor:
+        """What the network costs over the limit, the worst limit counting.
+
+        Args:
+            shares: of the dense layer's cost, at most 1, of the layers that are searched.
+            settled: the same of layers whose search is over; the rest is dense.
+        """
+        loads = []
+        for f, limit in self.limits.items():
+            each = {name: float(getattr(cost, f)) for name, cost in self.layers.items()}
+            fixed = sum(cost * settled.get(name, 1.0) for name, cost in each.items() if name not in shares)
+            moving = torch.stack([share * each[name] for name, share in shares.items()]).sum()
+            loads.append((float(getattr(self.dense, f)) - sum(each.values()) + fixed + moving) / limit)
+        return torch.stack(loads).max()
+
+    def part(self, name: str) -> float:
+        """What the dense layer costs, as a part of the limit that it takes most of."""
+        return max(float(getattr(self.layers[name], f)) / limit for f, limit in self.limits.items())
+
+    def spent(self, ranks: Mapping[str, int]) -> Cost:
+        """Of the network, with each layer at its rank where that is cheaper than dense."""
+        return self.network({n: self.cost(n, rank) for n, rank in ranks.items() if self.share(n, rank) < 1})
+
+    def fitted(self, ranks: Mapping[str, int]) -> dict[str, int]:
+        """The ranks made to fit the budget.
+
+        While the plan is over it, the layer goes down whose squared error grows least for what it saves; then, as long
+        as anything fits, the layer goes up whose squared error falls most for what it costs. Such a step may be of many
+        ranks, and to ``WHOLE`` or back: errors fall in leaps where a form ends to be cheaper than dense. A layer that
+        gains nothing by more rank does not go up.
+
+        Raises:
+            BudgetError: not even the smallest ranks meet the budget.
+        """
+        made = {name: rank if self.share(name, rank) < 1 else WHOLE for name, rank in ranks.items()}
+        ladders = {name: self._ladder(name, rank) for name, rank in made.items()}
+        for name, ladder in ladders.items():
+            self._learn(name, [rank for rank in ladder if rank != WHOLE])
+        spent = self._descend(made, ladders)
+        rises = {name: self._rises(name, ladders[name], rank) for name, rank in made.items()}
+        best = [(-rise[0][0], name) for name, rise in rises.items() if rise]
+        heapify(best)
+        while best:
+            name = heappop(best)[1]
+            more = rises[name].pop(0)[1]
+            grown = spent - self.cost(name, made[name]) + self.cost(name, more)
+            if within(grown, self.limits):
+                made[name], spent = more, grown
+                rises[name] = self._rises(name, ladders[name], more)
+            if rises[name]:
+                heappush(best, (-rises[name][0][0], name))
+        return made
+
+    def _descend(self, made: dict[str, int], ladders: Mapping[str, Sequence[int]]) -> Cost:
+        """Bring the ranks down, in place, until they keep to the budget; what the network costs then."""
+        spent = self.spent(made)
+        best = [(*fall, name) for name, rank in made.items() if (fall := self._fall(name, ladders[name], rank))]
+        heapify(best)
+        while not within(spent, self.limits):
+            if not best:  # by the limit that is worst off in each layer
+                made |= self._least(made)
+                spent = self.spent(made)
+                self.check(spent, "one rank a layer")
+                return spent
+            _, less, name = heappop(best)
+            spent = spent - self.cost(name, made[name]) + self.cost(name, less)
+            made[name] = less
+            if (fall := self._fall(name, ladders[name], less)) is not None:
+                heappush(best, (*fall, name))
+        return spent
+
+    def reachable(self, names: Iterable[str]) -> None:
+        """See before a search whether the smallest ranks of these layers meet the budget.
+
+        Raises:
+            BudgetError: they do not; the message says what can be reached.
+        """
+        self.check(self.spent(self._least(names)), "one rank a layer")
+
+    def plan(self, ranks: Mapping[str, int], kept: Mapping[str, Refusal], selector: str) -> RankPlan:
+        """The plan of these ranks; a layer stays dense that is kept, has no rank, or would cost as much as dense.
+
+        Args:
+            ranks: by layer, ``WHOLE`` for what stays dense.
+            kept: why layers are not to be replaced.
+            selector: what found the ranks.
+        """
+        choices, reasons = {}, dict(kept)
+        for name in self.sites:
+            choices[name] = Candidate(DENSE, (), 0.0, self.layers[name])
+            if name in reasons:
+                continue
+            if name not in self.forms:
+                reasons[name] = Refusal(name, "refused", "neither the search's form nor svd applies to it")
+            elif name not in ranks:
+                alone = "the search's form has rank 1 alone here, so nothing to search for; dense loses nothing"
+                reasons[name] = Refusal(name, "dense_is_best", alone)
+            elif ranks[name] == WHOLE:
+                reasons[name] = self._whole(name)
+            elif self.share(name, rank := ranks[name]) >= 1:
+                reasons[name] = Refusal(name, "not_cheaper", f"at the rank found, {rank}, it costs more than dense")
+            else:
+                form, cost = self.forms[name], self.cost(name, rank)
+                choices[name] = Candidate(
+                    str(form.spec()), self.ranks(name, rank), self.error(name, rank), cost, form.modes
+                )
+        spent = self.network({name: choice.cost for name, choice in choices.items()})
+        return RankPlan(choices, spent, self.dense, selector=selector, reasons=reasons)
+
+    def _whole(self, name: str) -> Refusal:
+        """Why a layer stays dense though the search might have given it a rank."""
+        least = self._cheapest(name)
+        if least == WHOLE:
+            return Refusal(name, "not_cheaper", "no rank for this layer is cheaper than dense")
+        lost = (
+            f"rank {least} saves {1 - self.share(name, least):.3g} of its cost at error {self.error(name, least):.3g}"
+        )
+        return Refusal(name, "dense_is_best", f"dense is best here under the budget: {lost}")
+
+    def _least(self, names: Iterable[str]) -> dict[str, int]:
+        """Rank 1 for each; where that does not keep to the budget, the cheapest, as measured prices may have it."""
+        ones = {name: 1 if self.share(name, 1) < 1 else WHOLE for name in names}
+        if within(self.spent(ones), self.limits):
+            return ones
+        return {name: self._cheapest(name) for name in ones}
+
+    def _cheapest(self, name: str) -> int:
+        return min(self._ladder(name, 1), key=partial(self.share, name))
+
+    def _ladder(self, name: str, rank: int) -> list[int]:
+        """Ranks from 1 to the largest, about a tenth apart, and this one, as far as cheaper than dense; then dense."""
+        rungs, at = {rank, self.most(name)}, 1  # not every one: a measured price takes time
+        while at <= self.most(name):
+            rungs.add(at)
+            at = max(at + 1, int(at * 1.1))
+        return [*sorted(rung for rung in rungs if rung != WHOLE and self.share(name, rung) < 1), WHOLE]
+
+    def _fall(self, name: str, ladder: Sequence[int], rank: int) -> tuple[float, int] | None:
+        """What is cheaper at the least squared error for each part of the limits saved, that error first."""
+        share = self.share(name, rank)
+        return min(
+            ((self._slope(name, less, rank), less) for less in ladder if self.share(name, less) < share), default=None
+        )
+
+    def _rises(self, name: str, ladder: Sequence[int], rank: int) -> list[tuple[float, int]]:
+        """What has less error, with how much less for each part of the limits that it costs, the most first."""
+        error = self.error(name, rank) ** 2
+        better = [more for more in ladder if error - self.error(name, more) ** 2 > _GAIN]
+        return sorted(((self._slope(name, rank, more), more) for more in better), reverse=True)
+
+    def _learn(self, name: str, ranks: Sequence[int]) -> None:
+        site, missing = self.sites[name], [rank for rank in ranks if (name, rank) not in self._errors]
+        space = [self.ranks(name, rank) for rank in missing]
+        found = self.forms[name].errors(site.layer, site.weight, space, None) if space else []
+        self._errors |= {(name, rank): float(error) for rank, error in zip(missing, found, strict=True)}
+
+    def _slope(self, name: str, low: int, high: int) -> float:
+        """Squared error between two ranks, for each part of the limits between them."""
+        spent = (self.share(name, high) - self.share(name, low)) * self.part(name)
+        return (self.error(name, low) ** 2 - self.error(name, high) ** 2) / max(spent, 1e-30)

@@ -1,0 +1,226 @@
+"""What the CP forms of a convolution share: a 1x1 to r channels, depthwise layers on them, a 1x1 to the output."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.errors import InputError
+from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.measurements import Moments
+from tdcompile.ir.plan import Ranks
+from tdcompile.numerics.cp import (
+    CYCLES,
+    DEGENERATE,
+    allowed,
+    balanced,
+    columns_product,
+    component_norm,
+    correct,
+    cp_als,
+    cp_compose,
+    cp_exact,
+    mode_weights,
+    sensitivity,
+    slice_start,
+)
+from tdcompile.numerics.output_error import OutputMetric
+from tdcompile.passes.decompose._error_estimates import anchored, spread
+
+# How many ranks are proposed, the exact one included, and how many of them at least are factorised for an estimate.
+MEMBERS, ANCHORS = 12, 4
+# Alternating least squares stops at so many sweeps, or earlier where it would take more operations than these: a
+# factorisation is made for the chosen layers, an estimate (of that many anchors) for every layer of a network.
+SWEEPS, FACTORIZE, ESTIMATE = 30, 3e10, 3e9
+
+
+@dataclass(frozen=True)
+class Polyadic(Decomposition):
+    """W[t, c, k...] ≈ Σ_r A[t, r] B[c, r] D[k, r]...: a CP of the tensor that ``tensor_shape`` makes of the weight.
+
+    Attributes:
+        correct: by how much, as a ratio, the error may grow for factors that a little noise, or training, harms less
+            (``tdcompile.degeneracy``); 1 leaves them as they were found.
+    """
+
+    modes: ClassVar[tuple[str, ...]] = ("",)
+    correct: float = 1.01
+
+    def __post_init__(self) -> None:
+        """Raises InputError where ``correct`` is below 1."""
+        if not 1 <= self.correct < math.inf:
+            raise InputError(f"'{self.spec()}': correct is how much the error may grow as a ratio, a number from 1 up")
+
+    @abstractmethod
+    def tensor_shape(self, layer: Layer) -> tuple[int, ...]:
+        """``(T, C, ...)``, then one mode for each depthwise layer."""
+
+    def refuse(self, layer: Layer) -> Refusal | None:
+        """Ungrouped convolutions with more than one tap are accepted."""
+        if layer.kind != "conv":
+            return Refusal("", "kind", f"{self.name} is a form of convolutions")
+        if layer.transposed:
+            return Refusal("", "transposed", "it is a transposed convolution; channel and tucker2 fit it")
+        if (grouped := in_groups(layer)) is not None:
+            return grouped
+        if layer.pointwise:
+            return Refusal("", "pointwise", f"{self.name} needs a kernel of more than one tap")
+        return None
+
+    def exact_ranks(self, layer: Layer) -> Ranks:
+        """The product of all modes but the longest."""
+        shape = self.tensor_shape(layer)
+        return (math.prod(shape) // max(shape),)
+
+    def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
+        """Geometric from the grain to the last that costs fewer MACs than the dense layer, then the exact rank."""
+        (exact,) = self.exact_ranks(layer)
+        each = sum(part.macs for part in self.blueprint(layer, (1,)))
+        top = min((layer.macs - 1) // each, exact - 1) // grain
+        steps = MEMBERS - 2
+        multiples = {int(top ** (i / steps) + 1e-9) for i in range(steps + 1)} if top else set()
+        return [*((grain * multiple,) for multiple in sorted(multiples)), (exact,)]
+
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+        """Alternating least squares, then error-preserving correction; with moments of the whitened weight.
+
+        With moments the last factor is found again in the metric of the output. At the exact rank the factors are
+        written down, not searched for.
+        """
+        tensor = self._tensor(layer, weight)
+        if ranks >= self.exact_ranks(layer):
+            last, *others = cp_exact(tensor, ranks[0])
+        else:
+            last, *others = self._factors(tensor, ranks[0], OutputMetric(weight, moments.metric) if moments else None)
+        found = [*(factor.T for factor in others), last]
+        parts = self.blueprint(layer, ranks)
+        return tuple(f.reshape(part.weight_shape).to(weight.dtype) for f, part in zip(found, parts, strict=True))
+
+    def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
+        """The sum of the components."""
+        return cp_compose(mode_matrices(factors)).reshape(layer.weight_shape)
+
+    @torch.no_grad()
+    def caution(self, layer: Layer, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
+        """Where the components still cancel, after the ridges of ``cp_als`` and the correction."""
+        found = [matrix.detach().double() for matrix in mode_matrices(factors)]
+        size, times = float(weight.norm()), component_norm(found)
+        if times <= DEGENERATE * size:
+            return None
+        times /= max(size, torch.finfo(weight.dtype).tiny)
+        return (
+            f"its {self.name} of rank {found[0].shape[1]} is degenerate: components {times:.0f} times the weight "
+            "cancel; training may diverge, and another rank or form may suit it"
+        )
+
+    @torch.no_grad()
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+        """What the SVDs of the slices leave at each rank, brought to the truth by a factorisation at a few ranks.
+
+        The correction for sensitivity is not done for an estimate: it uses up the error that it is allowed.
+        """
+        tensor = self._tensor(layer, weight)
+        metric = OutputMetric(weight, moments.metric) if moments is not None else None
+        root = metric.channel_root(tensor.shape[1]) if metric is not None else None
+        whitened = tensor if root is None else _whiten(tensor, root)
+        left, start = slice_start(whitened)
+        inner = sorted({rank for (rank,) in space if (rank,) < self.exact_ranks(layer)})
+
+        def truth(index: int) -> float:
+            factors = _fit(whitened, start, inner[index], ESTIMATE / ANCHORS)
+            if metric is None or root is None:
+                return float((tensor - cp_compose(factors)).norm() / tensor.norm().clamp_min(torch.finfo().tiny))
+            return _refit(_unwhiten(factors, root), metric)[1]
+
+        costs = [(_sweeps(tensor, rank, ESTIMATE / ANCHORS), _operations(tensor, rank)) for rank in inner]
+        anchors = spread([sweeps * each for sweeps, each in costs if sweeps > 1], ESTIMATE, ANCHORS)
+        found = anchored(inner, [float(left[rank]) for rank in inner], anchors, truth)
+        known = dict(zip(inner, (allowed(error, self.correct) for error in found), strict=True))
+        return [known.get(rank, 0.0) for (rank,) in space]
+
+    def _tensor(self, layer: Layer, weight: Tensor) -> Tensor:
+        return weight.detach().double().reshape(self.tensor_shape(layer))
+
+    def _factors(self, tensor: Tensor, rank: int, metric: OutputMetric | None) -> list[Tensor]:
+        if metric is not None:
+            return self._fit_output(tensor, rank, metric)
+        return self._corrected(tensor, _fit(tensor, slice_start(tensor)[1], rank, FACTORIZE))
+
+    @torch.no_grad()
+    def _corrected(self, tensor: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+        """The factors, less sensitive at an error that is at most the allowed one."""
+        size, found = float(tensor.norm()), list(factors)
+        if self.correct > 1 and size > 0:
+            bound = allowed(float((tensor - cp_compose(found)).norm()) / size, self.correct)
+            # A pass multiplies the tensor once for each mode, and has an eigendecomposition where a sweep solves.
+            affordable = int(FACTORIZE / (4 * _operations(tensor, found[0].shape[1])))
+            found = correct(tensor, found, bound, min(max(affordable, 1), CYCLES))
+        return found
+
+    @torch.no_grad()
+    def _fit_output(self, tensor: Tensor, rank: int, metric: OutputMetric) -> list[Tensor]:
+        """The better of the plain CP and that of the weight whitened by the channels' second moment, both refitted.
+
+        The correction is made where that one was fitted, and its last factor found in the metric of the output. It
+        counts where the output's error stays within what is allowed, and below that of the plain CP before its refit.
+        """
+        root = metric.channel_root(tensor.shape[1])
+        whitened = _whiten(tensor, root)
+        plain = _fit(tensor, slice_start(tensor)[1], rank, FACTORIZE)
+        aware = _fit(whitened, slice_start(whitened)[1], rank, FACTORIZE)
+        found, error = _refit(_unwhiten(aware, root), metric)
+        other, above = _refit(plain, metric)
+        found, error = (other, above) if above < error else (found, error)
+        if self.correct == 1:
+            return found
+        corrected = self._corrected(tensor, plain) if found is other else self._corrected(whitened, aware)
+        calmer = corrected if found is other else _unwhiten(corrected, root)
+        bound = min(allowed(error, self.correct), metric.error(cp_compose(plain)))
+        _, *others = calmer
+        last = metric.refit_within(columns_product(others).T, mode_weights(calmer, 0), bound)
+        if last is None:
+            return found
+        calmer = balanced([last, *others])
+        return calmer if sensitivity(calmer) < sensitivity(found) else found
+
+
+def mode_matrices(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors ``(I_n, rank)`` of a CP, that of the outputs first, from the weights of its chain of layers."""
+    *others, last = (factor.flatten(1) for factor in factors)
+    return [last, *(factor.T for factor in others)]
+
+
+def _fit(tensor: Tensor, start: Sequence[Tensor], rank: int, operations: float) -> list[Tensor]:
+    return cp_als(tensor, [factor[:, :rank] for factor in start], max(_sweeps(tensor, rank, operations), 1))
+
+
+def _sweeps(tensor: Tensor, rank: int, operations: float) -> int:
+    return int(min(SWEEPS, operations / _operations(tensor, rank)))
+
+
+def _operations(tensor: Tensor, rank: int) -> float:
+    """Floating-point operations of one sweep: two products with the tensor, and a Cholesky solve for each mode."""
+    return 4 * tensor.numel() * rank + tensor.ndim * rank**3 / 3 + 2 * rank**2 * sum(tensor.shape)
+
+
+def _refit(factors: Sequence[Tensor], metric: OutputMetric) -> tuple[list[Tensor], float]:
+    last, *others = factors
+    last, error = metric.refit(last, columns_product(others).T)
+    return balanced([last, *others]), error
+
+
+def _whiten(tensor: Tensor, root: Tensor) -> Tensor:
+    """Lᵀ applied to the channels of ``(T, C, ...)``."""
+    return torch.einsum("tc...,cd->td...", tensor, root)
+
+
+def _unwhiten(factors: Sequence[Tensor], root: Tensor) -> list[Tensor]:
+    last, first, *others = factors
+    return [last, torch.linalg.solve_triangular(root.T, first, upper=True), *others]

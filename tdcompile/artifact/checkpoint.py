@@ -1,0 +1,185 @@
+"""A compilation on disk between two passes: facts as JSON, tensors as safetensors, and which step was the last."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+from pydantic_core import PydanticSerializationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tdcompile.artifact.folder import load_graph, save_weights
+from tdcompile.core.registry import foreign_packages
+from tdcompile.errors import InputError, TdcompileError, UnwrittenError, first_line
+from tdcompile.ir.facts import Fact, Facts
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.measurements import Calibration, Moments
+from tdcompile.ir.program import Change, Program
+from tdcompile.numerics.covariance import Sketch
+
+log = logging.getLogger("tdcompile")
+_HISTORY: TypeAdapter[tuple[Change | Refusal, ...]] = TypeAdapter(tuple[Change | Refusal, ...])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that holds the last finished step of one compilation.
+
+    Attributes:
+        folder: the folder, made when something is saved.
+        key: what the compilation is, part by part: options, network, data; another one's state is not taken.
+    """
+
+    folder: Path
+    key: Mapping[str, str]
+
+    def save(self, program: Program, done: int, seconds: dict[str, float], before_tuning: float | None) -> None:
+        """Keep a program after ``done`` steps; the former state stands until this one is complete.
+
+        Args:
+            seconds: of each pass so far.
+            before_tuning: the accuracy before the first training pass, once it is known.
+
+        Raises:
+            UnwrittenError: the state cannot be written, for example because the disk is full.
+        """
+        try:
+            self._write(program, done, seconds, before_tuning)
+        except (OSError, SafetensorError) as error:
+            raise UnwrittenError(f"the state of this run cannot be kept in {self.folder}: {error}") from error
+
+    def _write(self, program: Program, done: int, seconds: dict[str, float], before_tuning: float | None) -> None:
+        draft = self.folder / f"state.{os.getpid()}"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        facts: dict[str, Any] = {}
+        for fact in program.facts:
+            if isinstance(fact, Calibration):
+                save_file(_tensors(fact), draft / "moments.safetensors")
+                facts["Calibration"] = {
+                    "skipped": dict(fact.skipped),
+                    "samples": fact.samples,
+                    "patches": {name: m.samples for name, m in fact.moments.items()},
+                }
+            else:
+                facts[type(fact).__name__] = _plain(fact)
+        if program.graph is not program.dense:
+            save_weights(program.graph, draft / "graph.safetensors", {})
+        history = _HISTORY.dump_python(program.history, mode="json")
+        state = {"key": dict(self.key), "done": done, "facts": facts, "history": history, "seconds": seconds}
+        state |= {"before_tuning": before_tuning, "eval": program.task.evaluate}
+        (draft / "state.json").write_text(json.dumps(state))
+        state_folder, former = self.folder / "state", self.folder / "state.former"
+        shutil.rmtree(former, ignore_errors=True)
+        if state_folder.exists():
+            state_folder.rename(former)
+        draft.rename(state_folder)  # until here ``restore`` finds the former one
+        shutil.rmtree(former, ignore_errors=True)
+
+    def restore(self, program: Program) -> tuple[Program, int, dict[str, float], float | None] | None:
+        """The program as it was saved, the steps done, and the rest; None where there is no state that can be read.
+
+        Raises:
+            InputError: the state is of another compilation; it is left as it is.
+        """
+        folder = self.folder / "state"
+        folder = folder if folder.exists() else self.folder / "state.former"
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            others = self._others(state, program)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._warn(error)
+            return None
+        if others:
+            raise InputError(
+                f"the state in {self.folder} is of another compilation, with another {', another '.join(others)}: "
+                "give what was given then, or leave out --resume, which starts anew"
+            )
+        try:
+            facts = [_fact(name, value, folder) for name, value in state["facts"].items()]
+            graph = program.dense
+            if (folder / "graph.safetensors").exists():
+                graph = load_graph(folder / "graph.safetensors", trusted=_packages(program))
+            history = _HISTORY.validate_python(tuple(state["history"]))
+            restored = replace(program, graph=graph, facts=Facts(*facts), history=history)
+            return restored, int(state["done"]), dict(state["seconds"]), state["before_tuning"]
+        except (OSError, ValueError, KeyError, ValidationError, SafetensorError, TdcompileError) as error:
+            self._warn(error)
+            return None
+
+    def _others(self, state: Mapping[str, Any], program: Program) -> list[str]:
+        """The parts of the key in which a state is another compilation's, with what is short enough to be told."""
+        saved = state["key"]
+        if not isinstance(saved, Mapping):
+            return ["version of tdcompile"]
+        others = [name for name in {**self.key, **saved} if saved.get(name) != self.key.get(name)]
+        told = {name: saved[name] for name in others if len(saved.get(name, "")) in range(1, 64)}  # no digests
+        if state["before_tuning"] is not None and state["eval"] != program.task.evaluate:
+            others, told["eval"] = [*others, "eval"], json.dumps(state["eval"])  # the accuracy was taken over so many
+        return [f"{name} ({told[name]})" if name in told else name for name in others]
+
+    def _warn(self, error: Exception) -> None:
+        log.warning("the state in %s cannot be read (%s): starting anew", self.folder, error)
+
+    def drop(self) -> None:
+        """Forget the state: the compilation is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _plain(fact: Fact) -> Any:
+    """JSON for a fact.
+
+    Raises:
+        TdcompileError: it holds what has no text form.
+    """
+    try:
+        return TypeAdapter(type(fact)).dump_python(fact, mode="json")
+    except (PydanticSchemaGenerationError, PydanticSerializationError) as error:
+        raise TdcompileError(
+            f"the fact {type(fact).__name__} cannot be kept between passes: it is to hold numbers, texts, and lists "
+            f"and mappings of them ({first_line(error)})"
+        ) from error
+
+
+def _packages(program: Program) -> tuple[str, ...]:
+    """The packages of the user's own classes and plug-ins: they are imported already, so the state may name them."""
+    return (*{type(module).__module__ for module in program.dense.modules()}, *foreign_packages())
+
+
+def _tensors(calibration: Calibration) -> dict[str, Tensor]:
+    """What moments are made of, by ``kind/layer``."""
+    tensors: dict[str, Tensor] = {}
+    for layer, moments in calibration.moments.items():
+        if isinstance(moments.metric, Sketch):
+            tensors |= {f"factor/{layer}": moments.metric.factor, f"rest/{layer}": moments.metric.rest}
+        else:
+            tensors[f"second/{layer}"] = moments.metric
+    return tensors
+
+
+def _metric(tensors: dict[str, Tensor], layer: str) -> Tensor | Sketch:
+    if f"factor/{layer}" in tensors:
+        return Sketch(tensors[f"factor/{layer}"], tensors[f"rest/{layer}"])
+    return tensors[f"second/{layer}"]
+
+
+def _fact(name: str, value: dict[str, Any], folder: Path) -> Fact:
+    if name == "Calibration":
+        tensors = load_file(folder / "moments.safetensors")
+        moments = {layer: Moments(_metric(tensors, layer), count) for layer, count in value["patches"].items()}
+        return Calibration(moments, value["skipped"], value["samples"])
+    kinds = {kind.__name__: kind for kind in Fact.__subclasses__()}
+    fact: Fact = TypeAdapter(kinds[name]).validate_python(value)
+    return fact

@@ -1,0 +1,162 @@
+"""``measure``: the compiled and the dense network exported, verified and measured side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+
+from tdcompile.backend.export import Exported, export_onnx, restamp
+from tdcompile.backend.lowering import folded, timing_inputs
+from tdcompile.backend.parity import Parity, check_parity
+from tdcompile.backend.profile import layer_seconds
+from tdcompile.backend.session import Timing, time_models
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.registry import make
+from tdcompile.data.task import accuracy
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.measurements import Baseline
+from tdcompile.ir.modules import outputs_of
+from tdcompile.ir.plan import DENSE, RankPlan
+from tdcompile.ir.program import Program, Site, parameters_of, sites_of
+
+
+class Part(NamedTuple):
+    """What one module computes: the layer of each of its calls, and its parameters."""
+
+    calls: Sequence[Layer]
+    params: int
+
+
+@dataclass(frozen=True)
+class MeasuredNetwork:
+    """One of the two networks, measured.
+
+    Attributes:
+        parts: the convolutions and linear layers that compute it, by the names of their modules.
+        macs: of one sample, in those.
+        layer_seconds: of each layer of the dense network, inside this model's graph.
+        accuracy: on the test samples; None without labels.
+    """
+
+    module: fx.GraphModule
+    exported: Exported
+    params: int
+    parts: Mapping[str, Part]
+    macs: int
+    parity: Parity
+    timing: Timing
+    layer_seconds: Mapping[str, float]
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Both networks and how far apart their outputs are: the approximation error, relative to the largest output."""
+
+    dense: MeasuredNetwork
+    compiled: MeasuredNetwork
+    approximation: tuple[float, float]
+
+
+def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds: float = 3.0) -> Outcome:
+    """Export both networks, verify each against its PyTorch graph in onnxruntime, time them interleaved, test them.
+
+    Args:
+        folder: where the models are written.
+        seconds: how long the two are timed.
+        stamp: what goes into the models' metadata.
+
+    Raises:
+        ParityError: a model does not compute what its PyTorch graph computes.
+    """
+    dense_graph, compiled_graph = folded(program, program.dense), folded(program, program.graph)
+    plan = program.facts.get(RankPlan)
+    names = list(plan.choices) if plan else []
+    stamps = [{**stamp, "model": role} for role in ("dense", "compiled")]
+
+    def export(graph: fx.GraphModule, name: str, metadata: Mapping[str, str]) -> Exported:
+        return export_onnx(
+            graph,
+            program.inputs,
+            folder / name,
+            dynamic_batch=program.dynamic_batch,
+            axes=program.axes,
+            metadata=metadata,
+        )
+
+    exports = [
+        _known(program, folder / "dense.onnx", stamps[0]) or export(dense_graph, "dense.onnx", stamps[0]),
+        export(compiled_graph, "model.onnx", stamps[1]),
+    ]
+    paths, inputs = [exported.path for exported in exports], timing_inputs(program)
+    parities = [
+        check_parity(path, graph, program.inputs, program.target, axes=program.axes, seed=program.seed)
+        for path, graph in zip(paths, (dense_graph, compiled_graph), strict=True)
+    ]
+    timings = time_models(paths, inputs, program.target, seconds=seconds)
+    task = program.task
+    dense_parts = _parts(sites_of(dense_graph, program.inputs))
+    parts = _compiled_parts(program, compiled_graph, dense_parts)
+    networks = [
+        MeasuredNetwork(
+            module=graph,
+            exported=exported,
+            params=sum(p.numel() for p in graph.parameters()),
+            parts=layers,
+            macs=sum(call.macs for part in layers.values() for call in part.calls),
+            parity=parity,
+            timing=timing,
+            layer_seconds=layer_seconds(exported.path, names, inputs, program.target) if names else {},
+            accuracy=accuracy(graph, task.test, task.evaluate),
+        )
+        for graph, layers, exported, parity, timing in zip(
+            (dense_graph, compiled_graph), (dense_parts, parts), exports, parities, timings, strict=True
+        )
+    ]
+    return Outcome(networks[0], networks[1], _approximation(dense_graph, compiled_graph, program))
+
+
+def parts_of(parts: Mapping[str, Part], name: str) -> list[Part]:
+    """Those of one layer of the dense network: the layer itself, or what stands in its place."""
+    return [part for own, part in parts.items() if own == name or own.startswith(f"{name}.")]
+
+
+def _parts(found: Mapping[str, Site]) -> dict[str, Part]:
+    return {name: Part(site.calls, site.layer.params) for name, site in found.items()}
+
+
+def _compiled_parts(program: Program, graph: fx.GraphModule, before: Mapping[str, Part]) -> dict[str, Part]:
+    """With those inside forms that compute by a module of their own, ``tt-linear`` for one, as their blueprints say."""
+    known, plan = _parts(sites_of(graph, program.inputs)), program.facts.get(RankPlan)
+    found: dict[str, Part] = {}
+    for name, choice in (plan.choices if plan else {}).items():
+        if choice.decomposition != DENSE and not parts_of(known, name):
+            form = make(Decomposition, choice.decomposition)
+            calls = [part for call in before[name].calls for part in form.blueprint(call, choice.ranks)]
+            found[name] = Part(calls, parameters_of(graph.get_submodule(name)))
+    return {**known, **found}
+
+
+def _known(program: Program, path: Path, stamp: Mapping[str, str]) -> Exported | None:
+    """The dense model as ``baseline`` has exported it, with the metadata of this compilation; None without one."""
+    baseline = program.facts.get(Baseline)
+    if baseline is None or baseline.dynamic_batch != program.dynamic_batch or not baseline.model.is_file():
+        return None
+    return restamp(baseline.model, path, stamp, baseline.notes)
+
+
+@torch.no_grad()
+def _approximation(dense: nn.Module, compiled: nn.Module, program: Program) -> tuple[float, float]:
+    """Largest difference of the outputs, absolute and in relation to the largest dense output, on real data if any."""
+    samples = program.task.test or program.task.train
+    inputs = next(samples.batches(64)).inputs if samples is not None else program.inputs
+    pairs = list(zip(outputs_of(dense, inputs), outputs_of(compiled, inputs), strict=True))
+    pairs = [(a.double(), b.double()) for a, b in pairs if a.numel() and not a.is_complex()]
+    worst = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
+    largest = max((float(a.abs().max()) for a, _ in pairs), default=0.0)
+    return worst, worst / max(largest, torch.finfo(torch.float32).tiny)

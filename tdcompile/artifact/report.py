@@ -1,0 +1,245 @@
+"""``Report``: every figure of one compilation, its schema, and how it is shown: tables and one self-contained page."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Literal
+
+from jinja2 import Environment, StrictUndefined
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+from rich.text import Text
+
+from tdcompile.support.formatting import change, count, milliseconds, percent, size, times
+
+
+class _Part(BaseModel):
+    """Immutable, and strict about names and about NaN and Inf, for which JSON has no form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Figures(_Part):
+    """What a network costs and achieves."""
+
+    params: int
+    macs: int
+    """Multiply-accumulates of one sample, in convolutions and linear layers."""
+    latency_ms: float | None
+    """Median of one run in onnxruntime on the target; null where nothing was timed."""
+    onnx_bytes: int
+    accuracy: float | None
+    """Top-1 on the test samples, in [0, 1]; null without labels."""
+
+
+class CompiledFigures(Figures):
+    """The figures of the compiled network."""
+
+    accuracy_before_tuning: float | None = None
+
+
+class Ratio(_Part):
+    """Dense over compiled: 2 is half of the dense figure."""
+
+    params: float
+    macs: float
+    latency: float | None
+
+
+class Agreement(_Part):
+    """The export error: the ONNX model in onnxruntime against the PyTorch network it came from, on equal inputs."""
+
+    provider: str
+    max_abs: float
+    max_rel: float
+    """The largest difference over the largest value of the same output."""
+    cases: int
+
+
+class Approximation(_Part):
+    """The approximation error: the compiled PyTorch network against the dense one, on equal inputs; expected."""
+
+    max_abs: float
+    max_rel: float
+
+
+class Reason(_Part):
+    """Why a layer was left dense: a code for machines and a sentence for people."""
+
+    code: str
+    reason: str
+
+
+class LayerRow(_Part):
+    """One convolution or linear layer of the dense network and what became of it."""
+
+    name: str
+    decomposition: str
+    """``dense`` where it was left alone."""
+    ranks: tuple[int, ...]
+    error: float
+    """Relative error of the layer's output."""
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+    ms_before: float | None = None
+    """Inside the whole graph."""
+    ms_after: float | None = None
+    refusal: Reason | None = None
+
+
+class Gate(_Part):
+    """A condition on the result that was asked for."""
+
+    name: str
+    limit: float
+    value: float | None
+    passed: bool
+    sentence: str
+
+
+class Epoch(_Part):
+    """One epoch of tuning; held out is a part of the training samples."""
+
+    epoch: int
+    train_loss: float
+    heldout_accuracy: float | None
+
+
+class Iteration(_Part):
+    """One round of the in-graph check: a plan predicted, measured, and the layers that were slower put back."""
+
+    round: int
+    predicted_ms: float
+    measured_ms: float
+    put_back: tuple[str, ...] = ()
+
+
+class Tuned(_Part):
+    """How tuning went: its highest learning rate, and the epoch whose weights were kept, 0 for those before it."""
+
+    epochs: int
+    kept_epoch: int
+    rate: float | None
+    seconds: float
+
+
+class Report(_Part):
+    """Every figure of one compilation."""
+
+    schema_version: Literal[1] = 1
+    source: str
+    verdict: str
+    """One sentence."""
+    seed: int
+    pipeline: str
+    frontend: str = "fx"
+    """What traced the network: ``fx`` or ``export``."""
+    selector: str
+    gap: float | None
+    """Relative optimality gap of the plan that the selector proved."""
+    budget: dict[str, float]
+    """The share of each dense figure that may be kept."""
+    gates: tuple[Gate, ...] = ()
+    dense: Figures
+    compiled: CompiledFigures
+    ratio: Ratio
+    realised: float | None
+    """Latency ratio over MAC ratio: 1 where every saved operation saved its time."""
+    predicted_latency_ms: float | None
+    parity: Agreement
+    dense_parity: Agreement | None = None
+    approximation_error: Approximation | None = None
+    layers: tuple[LayerRow, ...]
+    iterations: tuple[Iteration, ...] = ()
+    tuning: Tuned | None = None
+    tuning_curve: tuple[Epoch, ...] = ()
+    seconds: dict[str, float]
+    """Of each pass, and ``total``."""
+    peak_memory_mb: float
+    environment: dict[str, str]
+    notes: tuple[str, ...] = ()
+    """What did not go the usual way, a sentence each."""
+
+    @property
+    def met(self) -> bool:
+        """Whether the budget and every gate were met."""
+        return all(gate.passed for gate in self.gates)
+
+    def to_json(self) -> str:
+        """The text of ``report.json``."""
+        return self.model_dump_json(indent=1) + "\n"
+
+    @classmethod
+    def schema_json(cls) -> str:  # type: ignore[override]  # pydantic's own, of this name, is deprecated
+        """The JSON schema of ``report.json``."""
+        return json.dumps(cls.model_json_schema(mode="serialization"), indent=1) + "\n"
+
+
+def tables(report: Report) -> list[Table]:
+    """The report for a terminal: the compiled network against the dense one, and the layers."""
+    return [_networks(report), _layers(report)]
+
+
+def render_html(report: Report) -> str:
+    """The report as one page that needs no other file, no script and no network."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"count": count, "ms": milliseconds, "percent": percent, "times": times, "size": size}
+    template = environment.from_string(
+        files("tdcompile.artifact").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    return template.render(report=report, rows=comparison(report), change=change) + "\n"
+
+
+def comparison(report: Report) -> list[tuple[str, str, str, str]]:
+    """What, dense, compiled and their ratio, as text."""
+    dense, compiled, ratio = report.dense, report.compiled, report.ratio
+    rows = [
+        ("latency", milliseconds(dense.latency_ms), milliseconds(compiled.latency_ms), times(ratio.latency)),
+        ("MACs", count(dense.macs), count(compiled.macs), times(ratio.macs)),
+        ("parameters", count(dense.params), count(compiled.params), times(ratio.params)),
+        (
+            "ONNX file",
+            size(dense.onnx_bytes),
+            size(compiled.onnx_bytes),
+            times(dense.onnx_bytes / compiled.onnx_bytes if compiled.onnx_bytes else None),
+        ),
+    ]
+    if dense.accuracy is not None and compiled.accuracy is not None:
+        drop = f"{(compiled.accuracy - dense.accuracy) * 100:+.2f} points"
+        rows.append(("accuracy", percent(dense.accuracy), percent(compiled.accuracy), drop))
+    return rows
+
+
+def _networks(report: Report) -> Table:
+    table = Table(title="dense against compiled", title_justify="left")
+    for heading, side in (("", "left"), ("dense", "right"), ("compiled", "right"), ("dense / compiled", "right")):
+        table.add_column(heading, justify="left" if side == "left" else "right")
+    for row in comparison(report):
+        table.add_row(*row)
+    return table
+
+
+def _layers(report: Report) -> Table:
+    timed = any(layer.ms_before is not None for layer in report.layers)
+    table = Table(title="layers", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("form")
+    for heading in ("error", "params", "MACs", *(["ms"] if timed else [])):
+        table.add_column(heading, justify="right")
+    table.add_column("left dense because", overflow="fold")
+    for layer in report.layers:
+        form = " ".join((layer.decomposition, "×".join(map(str, layer.ranks)))).strip()
+        cells = [
+            layer.name,
+            form,
+            percent(layer.error),
+            change(count(layer.params_before), count(layer.params_after)),
+            change(count(layer.macs_before), count(layer.macs_after)),
+            *([change(milliseconds(layer.ms_before, ""), milliseconds(layer.ms_after, ""))] if timed else []),
+            layer.refusal.code if layer.refusal else "",
+        ]
+        table.add_row(*map(Text, cells))  # Text: names may hold what rich takes for markup
+    return table

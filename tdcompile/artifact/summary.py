@@ -1,0 +1,230 @@
+"""``summarise``: a program and its outcome as a ``Report``: figures, rows, gates and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tdcompile.artifact.measure import MeasuredNetwork, Outcome, Part, parts_of
+from tdcompile.artifact.report import (
+    Agreement,
+    Approximation,
+    CompiledFigures,
+    Epoch,
+    Figures,
+    Gate,
+    Iteration,
+    LayerRow,
+    Ratio,
+    Reason,
+    Report,
+    Tuned,
+)
+from tdcompile.backend.environment import environment, peak_memory_mb
+from tdcompile.backend.parity import Parity
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.measurements import Rehearsal
+from tdcompile.ir.plan import DENSE, Candidate, RankPlan
+from tdcompile.ir.program import Program, sites_of
+from tdcompile.ir.target import LIMITED, Cost
+from tdcompile.training.run_state import Tuning
+
+# A measured latency may miss its budget by so much before the budget counts as missed: two runs of one model on an
+# idle machine differ by about as much.
+LATENCY_TOLERANCE = 0.04
+# What is counted is exact but for rounding.
+ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the driver saw: seconds of each pass and in all, and the accuracy before the first training pass.
+
+    Attributes:
+        source: what the network came from, or the name of its class.
+        max_drop: gate: largest allowed loss of accuracy, in points.
+        min_speedup: gate: smallest allowed ratio of dense to compiled latency.
+    """
+
+    source: str
+    pipeline: str
+    seconds: Mapping[str, float]
+    total: float
+    before_tuning: float | None
+    max_drop: float | None = None
+    min_speedup: float | None = None
+
+
+def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
+    """All figures of a compilation; a gate that was not passed, or a budget that was missed, is in ``gates``."""
+    dense, compiled = outcome.dense, outcome.compiled
+    plan, rehearsal, tuning = program.facts.get(RankPlan), program.facts.get(Rehearsal), program.facts.get(Tuning)
+    ratio = Ratio(
+        params=dense.params / compiled.params,
+        macs=dense.macs / max(compiled.macs, 1),
+        latency=dense.timing.median / compiled.timing.median,
+    )
+    gates = tuple(_gates(program, run, outcome))
+    return Report(
+        source=run.source,
+        verdict=_verdict(outcome, ratio, gates),
+        seed=program.seed,
+        pipeline=run.pipeline,
+        frontend=program.frontend,
+        selector=plan.selector if plan else "",
+        gap=plan.gap if plan else None,
+        budget=program.budget.shares,
+        gates=gates,
+        dense=Figures(**_figures(dense)),
+        compiled=CompiledFigures(**_figures(compiled), accuracy_before_tuning=run.before_tuning),
+        ratio=ratio,
+        realised=ratio.latency / ratio.macs if ratio.latency is not None else None,
+        predicted_latency_ms=_predicted(plan, dense),
+        parity=_agreement(compiled.parity),
+        dense_parity=_agreement(dense.parity),
+        approximation_error=Approximation(max_abs=outcome.approximation[0], max_rel=outcome.approximation[1]),
+        layers=tuple(_rows(program, plan, outcome)),
+        iterations=tuple(
+            Iteration(
+                round=number,
+                predicted_ms=entry.predicted * 1e3,
+                measured_ms=entry.measured * 1e3,
+                put_back=entry.put_back,
+            )
+            for number, entry in enumerate(rehearsal.rounds if rehearsal else (), start=1)
+        ),
+        tuning=Tuned(epochs=tuning.epochs, kept_epoch=tuning.best_epoch, rate=tuning.rate, seconds=tuning.seconds)
+        if tuning and tuning.epochs
+        else None,
+        tuning_curve=tuple(
+            Epoch(epoch=e.epoch, train_loss=e.train_loss, heldout_accuracy=e.heldout_accuracy)
+            for e in (tuning.curve if tuning else ())
+        ),
+        seconds={**run.seconds, "total": run.total},
+        peak_memory_mb=peak_memory_mb(),
+        environment=environment(program.target),
+        notes=tuple(_notes(program, outcome)),
+    )
+
+
+def _figures(network: MeasuredNetwork) -> dict[str, Any]:
+    return {
+        "params": network.params,
+        "macs": network.macs,
+        "latency_ms": network.timing.median * 1e3,
+        "onnx_bytes": network.exported.bytes,
+        "accuracy": network.accuracy,
+    }
+
+
+def _agreement(parity: Parity) -> Agreement:
+    return Agreement(provider=parity.provider, max_abs=parity.max_abs, max_rel=parity.max_rel, cases=len(parity.cases))
+
+
+def _predicted(plan: RankPlan | None, dense: MeasuredNetwork) -> float | None:
+    """The plan's predicted share of the dense latency, at what the dense network takes now."""
+    if plan is None or not plan.dense.seconds or not plan.predicted.seconds:
+        return None
+    return plan.predicted.seconds / plan.dense.seconds * dense.timing.median * 1e3
+
+
+def _rows(program: Program, plan: RankPlan | None, outcome: Outcome) -> Iterator[LayerRow]:
+    """One row a layer of the dense network, in the order of its first call."""
+    for name, whole in outcome.dense.parts.items():
+        choice = plan.choices.get(name) if plan else None
+        parts = parts_of(outcome.compiled.parts, name)
+        known = plan.reasons.get(name) if plan else None
+        yield LayerRow(
+            name=name,
+            decomposition=choice.decomposition if choice else DENSE,
+            ranks=choice.ranks if choice else (),
+            error=choice.error if choice else 0.0,
+            macs_before=_macs([whole]),
+            macs_after=_macs(parts),
+            params_before=whole.params,
+            params_after=sum(part.params for part in parts),
+            ms_before=_milliseconds(outcome.dense, name),
+            ms_after=_milliseconds(outcome.compiled, name),
+            refusal=_reason(choice, known),
+        )
+
+
+def _macs(parts: Sequence[Part]) -> int:
+    return sum(call.macs for part in parts for call in part.calls)
+
+
+def _milliseconds(network: MeasuredNetwork, name: str) -> float | None:
+    seconds = network.layer_seconds.get(name)
+    return seconds * 1e3 if seconds else None
+
+
+def _reason(choice: Candidate | None, known: Refusal | None) -> Reason | None:
+    if choice is not None and choice.decomposition != DENSE:
+        return None
+    if known is None:
+        return Reason(code="not_in_plan", reason="the plan does not mention it")
+    return Reason(code=known.code, reason=known.reason)
+
+
+def _gates(program: Program, run: Run, outcome: Outcome) -> Iterator[Gate]:
+    """The budget, measured on the result, and what --max-drop and --min-speedup asked for."""
+    dense, compiled = outcome.dense, outcome.compiled
+    yield from budget_gates(program, outcome)
+    if run.min_speedup is not None:
+        speedup = dense.timing.median / compiled.timing.median
+        yield Gate(
+            name="min-speedup",
+            limit=run.min_speedup,
+            value=speedup,
+            passed=speedup >= run.min_speedup,
+            sentence=f"{speedup:.2f} times as fast as dense, {run.min_speedup:g} wanted",
+        )
+    if run.max_drop is not None:
+        yield drop_gate(run.max_drop, dense.accuracy, compiled.accuracy)
+
+
+def budget_gates(program: Program, outcome: Outcome) -> Iterator[Gate]:
+    """What was to be kept and what was; a measured latency a little above its share passes, and is told as it is."""
+    costs = [Cost(n.params, n.macs, 0.0, n.timing.median) for n in (outcome.dense, outcome.compiled)]
+    for name, share in program.budget.shares.items():
+        before, after = (getattr(cost, LIMITED[name]) for cost in costs)
+        kept = after / before if before else 1.0
+        passed = kept <= share * (1 + (LATENCY_TOLERANCE if name == "latency" else ROUNDING))
+        word = "keeps" if kept <= share * (1 + ROUNDING) else "comes near enough to" if passed else "was to keep"
+        sentence = f"{name} {word} {share:g} of the dense network's: {kept:.3f} measured"
+        yield Gate(name=name, limit=share, value=kept, passed=passed, sentence=sentence)
+
+
+def drop_gate(limit: float, dense: float | None, compiled: float | None) -> Gate:
+    """Whether accuracy, in [0, 1], falls by at most so many points; unknown accuracies do not pass."""
+    if dense is None or compiled is None:
+        sentence = f"accuracy may drop by {limit:g} points, and there are no labelled test samples to tell"
+        return Gate(name="max-drop", limit=limit, value=None, passed=False, sentence=sentence)
+    drop = (dense - compiled) * 100
+    sentence = f"accuracy drops by {drop:.2f} points, {limit:g} allowed"
+    return Gate(name="max-drop", limit=limit, value=drop, passed=drop <= limit + 1e-9, sentence=sentence)
+
+
+def _verdict(outcome: Outcome, ratio: Ratio, gates: Sequence[Gate]) -> str:
+    missed = [gate.sentence for gate in gates if not gate.passed]
+    speed = ratio.latency or 1.0
+    pace = f"{speed:.2f} times as fast" if speed >= 1.0 else f"{1 / speed:.2f} times as slow"
+    pace += " as the dense network"
+    accuracy = ""
+    if outcome.dense.accuracy is not None and outcome.compiled.accuracy is not None:
+        accuracy = f", accuracy {outcome.dense.accuracy:.2%} to {outcome.compiled.accuracy:.2%}"
+    head = f"{pace}, with {ratio.macs:.2f} times fewer MACs and {ratio.params:.2f} times fewer parameters{accuracy}"
+    if speed < 1.0 and "latency" not in {gate.name for gate in gates}:
+        head += "; it was chosen without measuring time: --budget latency=SHARE keeps only what is faster"
+    return f"{head}; not met: {'; '.join(missed)}" if missed else f"{head}; verified in onnxruntime"
+
+
+def _notes(program: Program, outcome: Outcome) -> Iterator[str]:
+    """What did not go the usual way: untraced leaves, skipped passes, an export that was not simplified."""
+    layers = set(sites_of(program.dense, program.inputs))
+    for entry in program.history:
+        if isinstance(entry, Refusal) and entry.layer not in layers:
+            yield entry.reason
+    for network, role in ((outcome.dense, "dense"), (outcome.compiled, "compiled")):
+        yield from (f"{role} model: {note}" for note in network.exported.notes)

@@ -1,0 +1,117 @@
+"""``transplant``: layers of an ONNX model replaced by chains of small ones with random weights, without exporting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from tdcompile.ir.layer import Layer
+
+_KINDS = {"conv": ("Conv",), "linear": ("Gemm", "MatMul")}
+
+
+@dataclass(frozen=True)
+class Graft:
+    """What takes the place of a layer: the layer itself, how often the network calls it, and the chain."""
+
+    layer: Layer
+    calls: int
+    chain: tuple[Layer, ...]
+
+
+def transplant(model: Path, grafts: Mapping[str, Graft], path: Path) -> bool:
+    """Write the model with each layer's node replaced by its chain; False, and nothing written, where that cannot be.
+
+    It cannot where a node's name or padding does not tell it as the layer's own (a layer padded by a node beside it,
+    or one that onnxsim has merged with another), and where the weights stand in a file of their own.
+
+    Args:
+        model: written by ``export_onnx``, which names nodes ``<module>/<operator>``.
+        grafts: by module name.
+        path: the file to write.
+    """
+    proto = onnx.load(model, load_external_data=False)
+    stored = {weight.name: weight for weight in proto.graph.initializer}
+    if any(weight.external_data for weight in stored.values()):
+        return False
+    found: dict[str, list[onnx.NodeProto]] = {name: [] for name in grafts}
+    for node in proto.graph.node:
+        name = node.name.rpartition("/")[0]
+        if name in found and _computes(node, grafts[name].layer, stored):
+            found[name].append(node)
+    if any(len(nodes) != grafts[name].calls for name, nodes in found.items()):
+        return False
+    names = {node.name: name for name, nodes in found.items() for node in nodes}
+    nodes: list[onnx.NodeProto] = []
+    for node in proto.graph.node:
+        if node.name in names:
+            nodes += _chain(node, names[node.name], grafts[names[node.name]].chain, stored)
+        else:
+            nodes.append(node)
+    used = {value for node in nodes for value in node.input}
+    del proto.graph.node[:], proto.graph.initializer[:]
+    proto.graph.node.extend(nodes)
+    proto.graph.initializer.extend(weight for name, weight in stored.items() if name in used)
+    path.write_bytes(proto.SerializeToString())
+    return True
+
+
+def _computes(node: onnx.NodeProto, layer: Layer, stored: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether the node is the layer, its padding included."""
+    if node.op_type not in _KINDS[layer.kind] or node.input[1] not in stored or layer.padding_mode != "zeros":
+        return False
+    if layer.kind == "linear":
+        return True
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    automatic = given.get("auto_pad", b"NOTSET") != b"NOTSET"
+    return not automatic and list(given.get("pads", [0] * (2 * len(layer.kernel)))) == _pads(layer)
+
+
+def _chain(
+    node: onnx.NodeProto, name: str, chain: Sequence[Layer], stored: dict[str, onnx.TensorProto]
+) -> list[onnx.NodeProto]:
+    """A chain's nodes from the node's input to its output, with its bias; their weights are added to the stored."""
+    kind = numpy_helper.to_array(stored[node.input[1]]).dtype
+    made, source = [], node.input[0]
+    for i, part in enumerate(chain):
+        last = i == len(chain) - 1
+        weight, out = f"{name}.{i}.weight", node.output[0] if last else f"{node.output[0]}.{i}"
+        stored[weight] = numpy_helper.from_array(_noise(part).astype(kind), weight)
+        inputs = [source, weight, *(node.input[2:] if last else ())]
+        made.append(_node(part, inputs, out, f"{name}.{i}/{node.name.rpartition('/')[2]}"))
+        source = out
+    return made
+
+
+def _node(part: Layer, inputs: Sequence[str], out: str, name: str) -> onnx.NodeProto:
+    if part.kind == "linear":
+        return helper.make_node("Gemm" if len(inputs) > 2 else "MatMul", inputs, [out], name=name)
+    return helper.make_node(
+        "Conv",
+        inputs,
+        [out],
+        name=name,
+        kernel_shape=part.kernel,
+        strides=part.stride,
+        dilations=part.dilation,
+        pads=_pads(part),
+        group=part.groups,
+    )
+
+
+def _pads(layer: Layer) -> list[int]:
+    return [before for before, _ in layer.padding] + [after for _, after in layer.padding]
+
+
+def _noise(part: Layer) -> NDArray[np.float32]:
+    """Weights that neither blow a signal up nor let it die; a short piece of noise, repeated, times like a long one."""
+    shape = part.weight_shape if part.kind == "conv" else part.weight_shape[::-1]
+    piece = np.random.default_rng(0).standard_normal(8191, dtype=np.float32)
+    return np.resize(piece, shape) / np.float32(math.sqrt(math.prod(part.weight_shape[1:])))

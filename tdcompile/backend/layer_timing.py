@@ -1,0 +1,227 @@
+"""Timing of single layers in onnxruntime, many in one session, and the cache of what was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import platformdirs
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from tdcompile.backend.environment import environment
+from tdcompile.backend.profile import node_seconds
+from tdcompile.backend.session import time_models
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.target import Target
+from tdcompile.support.progress import tick
+
+TOGETHER = 48  # layers in one session
+BYTES = 128 << 20  # of weights and activations in one session
+PATIENCE = 0.5  # seconds of runs a session may take before their number is cut
+FEWEST_RUNS = 3
+MACS_PER_SECOND = 5e10  # what a core reaches, roughly: only the number of runs depends on it
+_INDEX = re.compile(r"layer(\d+)(?!\d)")
+# Below this share of the time of its own a process that measures for so many seconds is not alone on its processor.
+_OWN, _LONG = 0.8, 2.0
+
+log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: ``TDCOMPILE_CACHE``, or the user's cache folder."""
+    return Path(os.environ.get("TDCOMPILE_CACHE") or platformdirs.user_cache_dir("tdcompile"))
+
+
+class CostCache:
+    """Seconds by layer, for one target on one machine and one version of onnxruntime; a JSON file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._seconds: dict[str, float] = _read(file)
+
+    @classmethod
+    def of(cls, target: Target) -> Self:
+        """The cache for a target; the same object at every call in one process and folder."""
+        return cls._opened(target, str(cache_folder()))
+
+    @classmethod
+    @cache
+    def _opened(cls, target: Target, folder: str) -> Self:
+        described = environment(target)
+        device = described.get("gpu") or described["cpu"]
+        key = f"{target.provider}|{device}|{target.threads}|{target.precision}|{target.batch}|{ort.__version__}"
+        return cls(Path(folder) / f"layers-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json")
+
+    def __contains__(self, layer: Layer) -> bool:
+        return repr(layer) in self._seconds
+
+    def __getitem__(self, layer: Layer) -> float:
+        return self._seconds[repr(layer)]
+
+    def add(self, layers: Sequence[Layer], seconds: Sequence[float]) -> None:
+        """Keep measurements."""
+        self._seconds.update(zip(map(repr, layers), seconds, strict=True))
+
+    def save(self) -> None:
+        """Write the file whole, with what another process has added meanwhile."""
+        self._seconds = {**_read(self._file), **self._seconds}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        draft = self._file.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(self._seconds))
+        draft.replace(self._file)
+
+
+def _read(file: Path) -> dict[str, float]:
+    try:
+        return {str(key): float(value) for key, value in json.loads(file.read_text()).items()}
+    except (OSError, ValueError, AttributeError):  # no cache yet, or one that was damaged: measure again
+        return {}
+
+
+def measure(layers: Sequence[Layer], target: Target, runs: int) -> Iterator[tuple[list[Layer], list[float]]]:
+    """Seconds of each layer, in batches: median of ``runs`` runs of ``target.batch`` samples.
+
+    On CPU layers are put side by side in one model and their kernels' times are read from onnxruntime's profiler, which
+    leaves out the reordering of memory that a layer alone would pay and a layer in a network does not. On CUDA,
+    where that profiler sees launches alone, each layer is a model of its own.
+    """
+    done, begun, used = 0, time.perf_counter(), time.process_time()
+    for batch in _batches(layers):
+        if target.device == "cpu":
+            seconds = _profiled(batch, target, _runs(batch, target, runs))
+        else:
+            seconds = [_alone(layer, target) for layer in batch]
+        done += len(batch)
+        tick(done, len(layers), "layers measured")
+        yield batch, seconds
+    if target.device == "cpu":
+        warn_if_busy(time.perf_counter() - begun, time.process_time() - used)
+
+
+def warn_if_busy(wall: float, own: float) -> None:
+    """Say so where other processes took a good part of the time in which layers were measured.
+
+    Args:
+        wall: seconds by the clock.
+        own: seconds of processor time in this process, of all its threads.
+    """
+    if wall > _LONG and own < _OWN * wall:
+        log.warning(
+            "other processes took %.0f %% of the time in which layers were measured: prices, and the plan with them, "
+            "may be off, and a latency budget out of reach; measure on a quieter machine",
+            100 * (1 - own / wall),
+        )
+
+
+def _runs(layers: Sequence[Layer], target: Target, most: int) -> int:
+    """Fewer runs where one takes long: a long kernel's time varies less, and nobody waits for the ninth of them."""
+    seconds = sum(layer.macs for layer in layers) * target.batch / MACS_PER_SECOND
+    return max(FEWEST_RUNS, min(most, round(PATIENCE / max(seconds, 1e-9))))
+
+
+def _profiled(layers: Sequence[Layer], target: Target, runs: int) -> list[float]:
+    nodes = node_seconds(model_of(layers, target).SerializeToString(), _inputs(layers, target), target, runs=runs)
+    seconds = [0.0] * len(layers)
+    for name, value in nodes.items():
+        match = _INDEX.search(name)
+        if match:
+            seconds[int(match[1])] += value
+    return seconds
+
+
+def _alone(layer: Layer, target: Target) -> float:
+    model = model_of([layer], target).SerializeToString()
+    return time_models([model], _inputs([layer], target), target, seconds=0.05)[0].median
+
+
+def _batches(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+    """Layers by size, so that small ones share a session and a large one has it alone."""
+    batch: list[Layer] = []
+    used = 0
+    for layer in sorted(layers, key=_footprint):
+        if batch and (len(batch) == TOGETHER or used + _footprint(layer) > BYTES):
+            yield batch
+            batch, used = [], 0
+        batch.append(layer)
+        used += _footprint(layer)
+    if batch:
+        yield batch
+
+
+def _footprint(layer: Layer) -> int:
+    activations = layer.in_channels * math.prod(layer.extent) + layer.out_channels * math.prod(layer.out_extent)
+    return 4 * (layer.params + activations)
+
+
+def _input_shape(layer: Layer, batch: int) -> list[int]:
+    inner = (*layer.extent, layer.in_channels) if layer.kind == "linear" else (layer.in_channels, *layer.extent)
+    return [batch, *inner]
+
+
+def _inputs(layers: Sequence[Layer], target: Target) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.float16 if target.precision == "fp16" else torch.float32
+    return [torch.randn(_input_shape(layer, target.batch), generator=generator).to(kind) for layer in layers]
+
+
+def model_of(layers: Sequence[Layer], target: Target) -> onnx.ModelProto:
+    """An ONNX model that computes the layers side by side, each on an input of its own that a ReLU has just written.
+
+    Nodes and values of layer ``i`` are called ``layer<i>...``: onnxruntime names what it makes of a convolution after
+    the value it writes.
+    """
+    kind, number = (TensorProto.FLOAT16, np.float16) if target.precision == "fp16" else (TensorProto.FLOAT, np.float32)
+    # Time does not depend on values as long as none is zero or denormal: a short piece of noise, repeated, will do.
+    noise = np.random.default_rng(0).standard_normal(8191, dtype=np.float32).astype(number)
+    nodes, inputs, outputs, weights = [], [], [], []
+    for i, layer in enumerate(layers):
+        shape = _input_shape(layer, target.batch)
+        inputs.append(helper.make_tensor_value_info(f"input{i}", kind, shape))
+        nodes.append(helper.make_node("Relu", [f"input{i}"], [f"fresh{i}"], name=f"fresh{i}"))
+        stored = layer.weight_shape if layer.kind == "conv" else layer.weight_shape[::-1]
+        if layer.transposed:
+            stored = (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel)
+        weight = np.resize(noise, stored)
+        weights.append(numpy_helper.from_array(weight, f"weight{i}"))
+        weights.append(numpy_helper.from_array(np.zeros(layer.out_channels, number), f"bias{i}"))
+        nodes += _nodes(layer, i)
+        outputs.append(helper.make_tensor_value_info(f"layer{i}", kind, None))
+    graph = helper.make_graph(nodes, "layers", inputs, outputs, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def _nodes(layer: Layer, i: int) -> list[onnx.NodeProto]:
+    name, source, weight, bias = f"layer{i}", f"fresh{i}", f"weight{i}", f"bias{i}"
+    if layer.kind == "linear" and not layer.extent:
+        return [helper.make_node("Gemm", [source, weight, bias], [name], name=name)]
+    if layer.kind == "linear":
+        product = helper.make_node("MatMul", [source, weight], [f"{name}_product"], name=f"{name}_product")
+        return [product, helper.make_node("Add", [f"{name}_product", bias], [name], name=name)]
+    pads = [before for before, _ in layer.padding] + [after for _, after in layer.padding]
+    return [
+        helper.make_node(
+            "ConvTranspose" if layer.transposed else "Conv",
+            [source, weight, bias],
+            [name],
+            name=name,
+            kernel_shape=layer.kernel,
+            strides=layer.stride,
+            dilations=layer.dilation,
+            pads=pads,
+            group=layer.groups,
+            output_padding=layer.output_padding or None,  # an attribute that is None is left out
+        )
+    ]

@@ -1,0 +1,276 @@
+"""Parity: an ONNX model, run by onnxruntime, against the PyTorch network it came from or against another model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tdcompile.backend.session import infer, open_session
+from tdcompile.errors import InputError, ParityError
+from tdcompile.ir.dynamic_shapes import Axis, resized
+from tdcompile.ir.modules import outputs_of
+from tdcompile.ir.target import Target
+
+Outputs = list[NDArray[np.generic]]
+
+# (relative, absolute). fp32: both sides round to 2⁻²⁴ and sum in another order, which a deep network grows to about
+# 1e-5 of its output's scale; a wrong operator is off by far more than 1e-3. fp16: one rounding is 2⁻¹¹ ≈ 5e-4 of the
+# value, and each layer adds its own.
+TOLERANCE = {"fp32": (1e-3, 1e-4), "fp16": (2e-2, 2e-3)}
+
+LONGER = (0, 1, 3)  # by how much open axes are longer than in the example
+
+_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How well two models agree.
+
+    Attributes:
+        max_abs: the largest difference of any output value.
+        max_rel: the largest difference over the largest value of the reference's same output.
+        cases: ``(batch, seed, max_abs)`` of each run.
+    """
+
+    provider: str
+    max_abs: float
+    max_rel: float
+    cases: tuple[tuple[int, int, float], ...]
+
+
+def check_parity(
+    model: Path,
+    reference: nn.Module,
+    inputs: Sequence[Tensor],
+    target: Target,
+    *,
+    axes: Sequence[Axis] = (),
+    batches: Sequence[int] = (1, 2, 5),
+    seeds: int = 3,
+    rtol: float | None = None,
+    atol: float | None = None,
+    seed: int = 0,
+) -> Parity:
+    """Run a model against the PyTorch network it came from, on random inputs that are drawn like the example inputs.
+
+    A model whose batch is fixed is run at that batch alone. The first batch size is run with every seed, the others
+    with one: a batch of five is five samples already. Open axes are tried at their length in the example, and longer.
+
+    Args:
+        model: the ONNX file.
+        reference: the network, run in eval mode where it lies.
+        inputs: example inputs, in the order of ``forward``.
+        axes: those that are open beside the batch axis.
+        target: the provider to run on; TF32 is off.
+        batches: batch sizes to try.
+        seeds: how many random draws.
+        rtol: a difference may be ``atol + rtol * max|reference|``; ``TOLERANCE`` of the target's precision otherwise.
+        atol: see ``rtol``.
+        seed: where the draws start.
+
+    Raises:
+        ParityError: outputs differ in number, shape or value, or are not finite.
+        InputError: the inputs do not fit the model.
+    """
+    session = open_session(model, target, tf32=False)
+    device = next((t.device for t in (*reference.parameters(), *reference.buffers())), torch.device("cpu"))
+
+    def refer(drawn: Sequence[Tensor]) -> Outputs:
+        return [output.cpu().numpy() for output in outputs_of(reference, [x.to(device) for x in drawn])]
+
+    judge = _Judge(f"{model.name} and the PyTorch network", session, target, rtol, atol)
+    plan = _plan(session, batches, seeds, seed, LONGER if axes else (0,))
+    try:
+        return judge.run(refer, inputs, plan, axes)
+    except ParityError as error:
+        as_written = replace(judge, session=open_session(model, target, tf32=False, optimised=False))
+        try:
+            as_written.run(refer, inputs, plan, axes)
+        except ParityError:
+            raise error from None
+        raise ParityError(
+            f"{error}; without onnxruntime's own optimisations of the graph they agree: the model is right, and "
+            "onnxruntime computes it wrongly on this machine"
+        ) from error
+
+
+def compare_models(
+    a: Path,
+    b: Path,
+    target: Target,
+    *,
+    inputs: Sequence[Tensor] | None = None,
+    batches: Sequence[int] = (1, 2, 5),
+    seeds: int = 3,
+    rtol: float | None = None,
+    atol: float | None = None,
+    seed: int = 0,
+) -> Parity:
+    """Run one ONNX model against another, the reference, on the same random inputs.
+
+    Args:
+        a: the model to judge.
+        b: the reference.
+        target: the provider to run both on; TF32 is off.
+        inputs: example inputs to draw like; made from the model's own types and shapes otherwise.
+        batches: as in ``check_parity``, like the rest.
+        seeds: see ``batches``.
+        rtol: see ``batches``.
+        atol: see ``batches``.
+        seed: see ``batches``.
+
+    Raises:
+        ParityError: outputs differ in shape or value, or are not finite.
+        InputError: the models take other inputs or give another number of outputs, or an axis that is not the batch is
+            open and no inputs are given.
+    """
+    session, other = (open_session(path, target, tf32=False) for path in (a, b))
+    if _signature(session) != _signature(other):
+        raise InputError(
+            f"{a.name} and {b.name} are not interchangeable: {_describe(session)} against {_describe(other)}"
+        )
+    judge = _Judge(f"{a.name} and {b.name}", session, target, rtol, atol)
+    examples = inputs or [_example(value) for value in session.get_inputs()]
+    return judge.run(lambda drawn: infer(other, drawn), examples, _plan(session, batches, seeds, seed))
+
+
+def _plan(
+    session: ort.InferenceSession, batches: Sequence[int], seeds: int, seed: int, longer: Sequence[int] = (0,)
+) -> list[tuple[int, int, int]]:
+    """The ``(batch, seed, longer)`` of each run: by how much open axes are longer than in the example."""
+    sizes = [value.shape[0] for value in session.get_inputs() if value.shape]
+    if sizes and all(isinstance(size, int) for size in sizes):
+        batches = sizes[:1]
+    plan = [(batches[0], seed + draw, 0) for draw in range(seeds)] + [(batch, seed, 0) for batch in batches[1:]]
+    return plan + [(batches[-1], seed, more) for more in longer if more]
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Runs a session against a reference and holds the difference to the tolerance."""
+
+    what: str
+    session: ort.InferenceSession
+    target: Target
+    rtol: float | None
+    atol: float | None
+
+    def run(
+        self,
+        refer: Callable[[Sequence[Tensor]], Outputs],
+        inputs: Sequence[Tensor],
+        plan: Sequence[tuple[int, int, int]],
+        axes: Sequence[Axis] = (),
+    ) -> Parity:
+        wanted = self.session.get_inputs()
+        if len(wanted) != len(inputs):
+            raise InputError(f"the model takes {len(wanted)} inputs, and {len(inputs)} example inputs are given")
+        cases, worst = [], 0.0
+        for batch, seed, more in plan:
+            generator = torch.Generator().manual_seed(seed)
+            drawn = [
+                _draw(x, batch if value.shape and not isinstance(value.shape[0], int) else None, generator)
+                for x, value in zip(resized(inputs, axes, more), wanted, strict=True)
+            ]
+            where = f"at batch {batch}, seed {seed}" + (f", open axes longer by {more}" if more else "")
+            most, relative = self._compare(infer(self.session, drawn), refer(drawn), where)
+            cases.append((batch, seed, most))
+            worst = max(worst, relative)
+        return Parity(self.session.get_providers()[0], max(case[2] for case in cases), worst, tuple(cases))
+
+    def _compare(self, got: Outputs, expected: Outputs, where: str) -> tuple[float, float]:
+        names = [value.name for value in self.session.get_outputs()]
+        if len(got) != len(expected):
+            raise ParityError(f"{self.what} give {len(got)} and {len(expected)} outputs")
+        found = [self._differ(*pair, where) for pair in zip(names, got, expected, strict=True)]
+        return max((most for most, _ in found), default=0.0), max((rel for _, rel in found), default=0.0)
+
+    def _differ(
+        self, name: str, got: NDArray[np.generic], expected: NDArray[np.generic], where: str
+    ) -> tuple[float, float]:
+        """The largest difference of one output, absolute and over the reference's largest value."""
+        if got.shape != expected.shape:
+            raise ParityError(f"{self.what} give '{name}' in the shapes {got.shape} and {expected.shape} {where}")
+        left, right = got.astype(np.float64), expected.astype(np.float64)
+        infinite = np.isinf(right) & (left == right)  # scores that a network masks, in the same places
+        for side, values in (("the reference", right), ("the model", left)):
+            if not (np.isfinite(values) | infinite).all() or (values.size and infinite.all()):
+                raise ParityError(
+                    f"{self.what}: '{name}' of {side} is not finite {where}; look for NaN or Inf in weights and data"
+                )
+        if not left.size:
+            return 0.0, 0.0
+        left[infinite] = right[infinite] = 0.0
+        difference = np.abs(left - right)
+        most, scale = float(difference.max()), float(np.abs(right).max())
+        rtol, atol = TOLERANCE[self.target.precision]
+        allowed = (atol if self.atol is None else self.atol) + (rtol if self.rtol is None else self.rtol) * scale
+        if most > allowed:
+            place = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
+            raise ParityError(
+                f"{self.what} differ {where}: '{name}' by {most:.3g} at {place}, where {allowed:.3g} is allowed "
+                f"on a scale of {scale:.3g}"
+            )
+        return most, most / scale if scale else 0.0
+
+
+def _draw(example: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:
+    """Random values like the example's: normal with its mean and deviation, or picked from its own for other types.
+
+    Of a mask, which is of Booleans or holds infinity, whole rows are picked: one that hides everything has no answer.
+    """
+    shape = example.shape if batch is None else (batch, *example.shape[1:])
+    values = example.detach().cpu().flatten()
+    if example.dim() > 1 and len(values) and (example.dtype == torch.bool or bool(values.isinf().any())):
+        rows = values.reshape(-1, shape[-1])
+        return rows[torch.randint(len(rows), shape[:-1], generator=generator)]
+    if not example.is_floating_point():
+        return values[torch.randint(len(values), shape, generator=generator)]
+    values = values.double()
+    deviation = float(values.std()) if len(values) > 1 else 0.0
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (drawn * (deviation or 1.0) + float(values.mean())).to(example.dtype)
+
+
+def _example(value: ort.NodeArg) -> Tensor:
+    """A tensor to draw like, from an input's type and shape."""
+    if value.type not in _TYPES:
+        raise InputError(f"input '{value.name}' is {value.type}: {', '.join(_TYPES)} can be drawn at random")
+    shape = [size if isinstance(size, int) else 2 for size in value.shape]
+    if not all(isinstance(size, int) for size in value.shape[1:]):
+        raise InputError(f"input '{value.name}' {value.shape} is open beside its batch: give example inputs")
+    kind = _TYPES[value.type]
+    if kind.is_floating_point:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(kind)
+    return torch.arange(int(np.prod(shape))).reshape(shape).remainder(2).to(kind)  # 0 and 1 are valid as index and mask
+
+
+def _signature(session: ort.InferenceSession) -> tuple[list[tuple[str, list[int | None]]], int]:
+    """Types and shapes of the inputs, open axes as None, and the number of outputs."""
+    inputs = [
+        (value.type, [size if isinstance(size, int) else None for size in value.shape])
+        for value in session.get_inputs()
+    ]
+    return inputs, len(session.get_outputs())
+
+
+def _describe(session: ort.InferenceSession) -> str:
+    inputs = ", ".join(f"{value.name} {value.type} {value.shape}" for value in session.get_inputs())
+    return f"inputs {inputs}, {len(session.get_outputs())} outputs"

@@ -1,0 +1,96 @@
+"""Seconds of each layer inside a whole model: onnxruntime's profile, brought back to the names of the network."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import onnx
+from torch import Tensor
+
+from tdcompile.backend.session import WARM_UP, Model, bind, open_session
+from tdcompile.ir.target import Target
+
+
+def layer_seconds(
+    model: Path, layers: Iterable[str], inputs: Sequence[Tensor], target: Target, runs: int = 7
+) -> dict[str, float]:
+    """Median seconds of the kernels of each layer in one run; 0.0 where no kernel is known to be its.
+
+    Args:
+        model: written by ``export_onnx``, which names nodes ``<module>/<operator>``.
+        layers: module names; a layer that became ``name.0``, ``name.1``, ... is counted under ``name``.
+    """
+    seconds = dict.fromkeys(layers, 0.0)
+    for kernel, value in node_seconds(model, inputs, target, runs=runs).items():
+        layer = _layer_of(kernel, seconds)
+        if layer is not None:
+            seconds[layer] += value
+    return seconds
+
+
+def _layer_of(node: str, layers: Mapping[str, float]) -> str | None:
+    """The layer whose module, or a part of it, a node's name begins with."""
+    parts = node.rpartition("/")[0].split(".")
+    return next((name for i in range(len(parts), 0, -1) if (name := ".".join(parts[:i])) in layers), None)
+
+
+_KERNEL = "_kernel_time"
+
+
+_BLOCKED = "_nchwc"
+
+
+def node_seconds(model: Model, inputs: Sequence[Tensor], target: Target, runs: int = 10) -> dict[str, float]:
+    """Median kernel seconds of each node, by the name it has in the model, from onnxruntime's profiler.
+
+    A fused node goes by the name of the operator that gave it its kind (Conv of Conv + Relu); nodes that onnxruntime
+    adds (``ReorderInput``, ``MemcpyToHost``) are summed under their kind. The profiler costs time of its own, and on
+    CUDA it sees launches: use it to compare nodes, not for latency.
+    """
+    proto = onnx.load(model, load_external_data=False) if isinstance(model, Path) else onnx.load_from_string(model)
+    warm_up = WARM_UP[target.device]
+    with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
+        session = open_session(model, target, profile=Path(folder) / "profile")
+        run = bind(session, inputs, target)
+        for _ in range(warm_up - 1 + runs):  # the first was made above
+            run()
+        events = json.loads(Path(session.end_profiling()).read_bytes())
+    taken: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+            facts = event["args"]
+            key = event["name"].removesuffix(_KERNEL), facts["op_name"], facts.get("node_index", "")
+            taken[key].append(event["dur"] * 1e-6)
+    producers = {output: node for node in proto.graph.node for output in node.output}
+    names = {node.name for node in proto.graph.node}
+    seconds: dict[str, float] = defaultdict(float)
+    for (name, kind, _), times in taken.items():
+        skip = len(times) * warm_up // (warm_up + runs)
+        seconds[_original(name, kind, names, producers)] += statistics.median(times[skip:])
+    return dict(seconds)
+
+
+def _original(name: str, kind: str, names: set[str], producers: dict[str, onnx.NodeProto]) -> str:
+    """The model's own name of a node that onnxruntime has fused, blocked or put in; its kind where it has none.
+
+    onnxruntime names a fusion ``fused <node>`` or ``<node>/<Fusion>``, and a blocked convolution after the value it
+    gives, which is that of the activation fused into it.
+    """
+    name = name.removeprefix("fused ")
+    if name not in names and name.endswith(_BLOCKED):
+        behind = [name.removesuffix(_BLOCKED)]
+        while behind:
+            node = producers.get(behind.pop(0))
+            if node is not None and node.op_type == kind:
+                return node.name
+            behind += node.input if node is not None else ()
+    while name not in names:
+        name, slash, _ = name.rpartition("/")
+        if not slash:
+            return kind
+    return name

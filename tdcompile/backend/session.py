@@ -1,0 +1,233 @@
+"""onnxruntime: sessions on the provider asked for and no other, fair timing, seconds by node, and what runs here."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tdcompile.backend.environment import distributions
+
+# isort: split
+# torch comes first: it brings the CUDA libraries, and on Windows it cannot be imported once onnxruntime has its own
+import onnxruntime as ort
+
+from tdcompile.errors import InputError, UnavailableError, first_line
+from tdcompile.ir.target import Target
+
+Model = Path | bytes
+
+_QUIET, _WARNING, _FATAL = 3, 2, 4  # onnxruntime's severities: errors alone, its default, nothing
+WARM_UP = {"cpu": 3, "cuda": 20}  # the first runs on CUDA search for convolution algorithms
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one run: the median and the tenth and ninetieth percentile of ``runs`` runs."""
+
+    median: float
+    p10: float
+    p90: float
+    runs: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """The quantiles of single runs."""
+        p10, median, p90 = np.quantile(seconds, (0.1, 0.5, 0.9))
+        return cls(float(median), float(p10), float(p90), len(seconds))
+
+
+def open_session(
+    model: Model, target: Target, *, profile: Path | None = None, tf32: bool = True, optimised: bool = True
+) -> ort.InferenceSession:
+    """A session that runs on the target's provider, deterministic and without spinning threads.
+
+    Args:
+        model: a file, or a serialized model.
+        target: where to run it, and on how many threads.
+        profile: where onnxruntime's profile goes: what its name begins with.
+        optimised: let onnxruntime rewrite the model, as deployment does.
+        tf32: let CUDA round fp32 products to TF32, as deployment does; validation does not.
+
+    Raises:
+        InputError: there is no such file, or onnxruntime cannot load the model.
+        UnavailableError: two onnxruntimes are installed, or the provider did not load.
+    """
+    wheels = distributions()
+    if len(wheels) > 1:
+        raise UnavailableError(
+            f"{' and '.join(wheels)} are installed together and overwrite each other: "
+            "uninstall them all, then install one"
+        )
+    if isinstance(model, Path) and not model.is_file():
+        raise InputError(f"there is no model {model}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = target.threads
+    options.inter_op_num_threads = 1
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
+    options.use_deterministic_compute = True
+    options.log_severity_level = _QUIET
+    # spinning threads of one session slow another in the same process tenfold
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    said = _preload() if target.device == "cuda" else ""
+    source = str(model) if isinstance(model, Path) else model
+    # a provider that fails to load is told by its absence below, with the reason, not by a line on standard error
+    ort.set_default_logger_severity(_FATAL)
+    try:
+        session = ort.InferenceSession(source, options, providers=_providers(target, tf32), enable_fallback=0)
+    except Exception as error:  # onnxruntime's errors share no root of their own
+        what = model.name if isinstance(model, Path) else "the model"
+        raise InputError(f"onnxruntime cannot load {what}: {error}") from error
+    finally:
+        ort.set_default_logger_severity(_WARNING)
+    if session.get_providers()[0] != target.provider:
+        raise UnavailableError(_missing(target.provider, said))
+    return session
+
+
+def _providers(target: Target, tf32: bool) -> list[str | tuple[str, dict[str, str]]]:
+    if target.device == "cpu":
+        return [target.provider]
+    return [(target.provider, {"cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": str(int(tf32))})]
+
+
+@functools.cache
+def _preload() -> str:
+    """Load the CUDA libraries of the installed wheels, once; what onnxruntime prints about those it did not find."""
+    said = io.StringIO()
+    with redirect_stdout(said):
+        ort.preload_dlls()
+    return said.getvalue()
+
+
+def _missing(provider: str, said: str) -> str:
+    """Why a provider did not load, with the versions found and what to do."""
+    lost = [line.partition(": ")[2] or line for line in said.splitlines() if line.startswith("Failed to load")]
+    if not lost and (reason := _load_error(provider)):
+        lost = [reason]
+    found = (
+        ", ".join(f"{name} {version}" for name, version in distributions().items()) or f"onnxruntime {ort.__version__}"
+    )
+    wants = f" for CUDA {ort.cuda_version}" if ort.cuda_version else " without CUDA"
+    cuda = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return (
+        f"onnxruntime did not load {provider}: {'; '.join(lost) or 'no CUDA device answers'} "
+        f"(found {found} built{wants}, torch {torch.__version__} built {cuda}); "
+        "install the CUDA libraries with pip install 'tdcompile[cuda]', or compile for --target cpu"
+    )
+
+
+def _load_error(provider: str) -> str:
+    """What the loader says about the provider's own library; empty where it loads or is not there."""
+    kind = provider.removesuffix("ExecutionProvider").lower()
+    for library in sorted((Path(ort.__file__).parent / "capi").glob(f"*onnxruntime_providers_{kind}.*")):
+        try:
+            ctypes.CDLL(str(library))
+        except OSError as error:
+            return str(error)
+    return ""
+
+
+def infer(session: ort.InferenceSession, inputs: Sequence[Tensor]) -> list[NDArray[np.generic]]:
+    """The outputs for inputs in the graph's order.
+
+    Raises:
+        InputError: the inputs do not fit the model.
+    """
+    wanted = session.get_inputs()
+    _count(wanted, inputs)
+    feed = {value.name: x.detach().cpu().numpy() for value, x in zip(wanted, inputs, strict=True)}
+    with _fitting(wanted, inputs):
+        return list(session.run(None, feed))
+
+
+@contextmanager
+def _fitting(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> Iterator[None]:
+    """A run that fails is blamed on what it was given.
+
+    Raises:
+        InputError: the inputs do not fit the model.
+    """
+    try:
+        yield
+    except Exception as error:  # onnxruntime's errors share no root of their own
+        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
+        expected = ", ".join(f"{value.shape} {value.type}" for value in wanted)
+        raise InputError(f"the model takes {expected} and cannot run on {given}: {first_line(error)}") from error
+
+
+def _count(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> None:
+    if len(wanted) != len(inputs):
+        raise InputError(
+            f"the model takes {len(wanted)} inputs ({', '.join(v.name for v in wanted)}), not {len(inputs)}"
+        )
+
+
+def time_models(
+    models: Sequence[Model], inputs: Sequence[Tensor], target: Target, *, seconds: float = 3.0, min_runs: int = 20
+) -> list[Timing]:
+    """Time models against each other: all open, in rounds of one run each, so that a drift of the clock hits all alike.
+
+    Inputs and outputs stay on the device, and a run ends when the device has finished.
+
+    Args:
+        models: files or serialized models that take the same inputs.
+        inputs: one run's inputs, the target's batch already in them.
+        target: where to run.
+        seconds: how long the rounds go on, all models together.
+        min_runs: fewest rounds, however long they take.
+
+    Raises:
+        InputError: the inputs do not fit a model, or see ``open_session``.
+    """
+    runs = [bind(open_session(model, target), inputs, target) for model in models]
+    for _ in range(WARM_UP[target.device] - 1):  # the first was made above
+        for run in runs:
+            run()
+    taken: list[list[float]] = [[] for _ in runs]
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < min_runs or time.perf_counter() < end:
+        for run, times in zip(runs, taken, strict=True):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        rounds += 1
+    return [Timing.of(times) for times in taken]
+
+
+def bind(session: ort.InferenceSession, inputs: Sequence[Tensor], target: Target) -> Callable[[], None]:
+    """One synchronised run over values that already lie on the device; the first one is made here.
+
+    Raises:
+        InputError: the inputs do not fit the model.
+    """
+    _count(session.get_inputs(), inputs)
+    binding = session.io_binding()
+    for value, x in zip(session.get_inputs(), inputs, strict=True):
+        there = ort.OrtValue.ortvalue_from_numpy(x.detach().cpu().numpy(), target.device, 0)
+        binding.bind_ortvalue_input(value.name, there)
+    for value in session.get_outputs():
+        binding.bind_output(value.name, target.device)
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    with _fitting(session.get_inputs(), inputs):
+        run()
+    return run

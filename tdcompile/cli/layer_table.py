@@ -1,0 +1,95 @@
+"""``anatomy``: every layer of a network, how much of its weight a rank holds, and which decompositions apply to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.registry import find, make
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.program import Program, Site, sites
+from tdcompile.numerics.low_rank import low_rank_errors, operands, unfold
+from tdcompile.support.progress import tick
+
+ENERGIES = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class LayerAnatomy:
+    """One layer.
+
+    Attributes:
+        kind: ``linear``, ``conv3x3``, ...; a grouped convolution says so.
+        calls: how often the network calls it; MACs are of all calls.
+        break_even: the rank of the ``T x CK`` unfolding at which two factors have as many weights as one matrix.
+        energy_ranks: for the unfoldings ``out`` (T x CK) and ``in`` (C x TK), the ranks that hold ``ENERGIES`` of the
+            weight's squared norm.
+        forms: names of the decompositions that apply.
+        refusals: of the others, by name, why not.
+    """
+
+    name: str
+    kind: str
+    weight: tuple[int, ...]
+    stride: tuple[int, ...]
+    calls: int
+    params: int
+    macs: int
+    break_even: int
+    energy_ranks: Mapping[str, tuple[int, ...]]
+    forms: tuple[str, ...]
+    refusals: Mapping[str, str]
+
+
+def anatomy(program: Program) -> list[LayerAnatomy]:
+    """All layers in the order of their first call.
+
+    Raises:
+        InputError: the network does not run on its inputs.
+    """
+    forms = {name: make(Decomposition, name) for name in find(Decomposition)}
+    found = sites(program)
+    layers = []
+    for done, site in enumerate(found.values(), start=1):
+        tick(done, len(found), site.name)
+        layers.append(_layer(site, forms))
+    return layers
+
+
+def _layer(site: Site, forms: Mapping[str, Decomposition]) -> LayerAnatomy:
+    layer = site.layer
+    answers = {name: form.refuse(layer) for name, form in forms.items()}
+    rows, columns = layer.out_channels, layer.in_channels // layer.groups * layer.taps
+    return LayerAnatomy(
+        name=site.name,
+        kind=_kind(layer),
+        weight=layer.weight_shape,
+        stride=layer.stride,
+        calls=len(site.calls),
+        params=layer.params,
+        macs=sum(call.macs for call in site.calls),
+        break_even=rows * columns // (rows + columns),
+        energy_ranks={"out": _energy_ranks(site.weight, 0), "in": _energy_ranks(site.weight, 1)},
+        forms=tuple(name for name, refusal in answers.items() if refusal is None),
+        refusals={name: refusal.reason for name, refusal in answers.items() if refusal is not None},
+    )
+
+
+def _kind(layer: Layer) -> str:
+    if layer.kind == "linear":
+        return "linear"
+    grouped = " depthwise" if layer.depthwise else f" {layer.groups} groups" if layer.groups > 1 else ""
+    return f"conv{'x'.join(map(str, layer.kernel))}{grouped}"
+
+
+def _energy_ranks(weight: Tensor, mode: int) -> tuple[int, ...]:
+    """The smallest ranks of an unfolding whose truncation keeps each of ``ENERGIES``: 1 - error² of it."""
+    flat = unfold(weight, mode)
+    flat, _ = operands(flat, None, min(flat.shape))
+    kept = 1 - low_rank_errors(flat, None).cpu() ** 2
+    # At full rank rounding may leave less than everything, so that rank always counts.
+    return tuple(min(int(torch.searchsorted(kept, energy - 1e-12)), len(kept) - 1) for energy in ENERGIES)

@@ -1,0 +1,1 @@
+"""The contracts: plug-ins and their registry, passes and their pipeline."""

@@ -1,0 +1,112 @@
+"""The contract of decompositions: a layer becomes a chain of small layers whose composition approximates it."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tdcompile.core.plugin import Plugin
+from tdcompile.ir.layer import Layer, Refusal, owner
+from tdcompile.ir.measurements import Moments
+from tdcompile.ir.plan import Ranks
+from tdcompile.numerics.low_rank import blocks
+
+
+class Decomposition(Plugin):
+    """Replaces one layer by smaller ones; exact at ``exact_ranks``, for every stride, padding and dilation it accepts.
+
+    Attributes:
+        modes: for each rank, the unfolding of the weight that it truncates: ``out`` (T x CK), ``in`` (C x TK), or
+            ``""`` for another one.
+    """
+
+    modes: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def refuse(self, layer: Layer) -> Refusal | None:
+        """Why this form does not apply to the layer (``Refusal.layer`` is left empty), or None where it does."""
+
+    @abstractmethod
+    def exact_ranks(self, layer: Layer) -> Ranks:
+        """Ranks at which any weight of this shape is reproduced."""
+
+    @abstractmethod
+    def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
+        """Candidate ranks: multiples of the grain (see ``grid``), cheapest first in MACs, the exact ranks last."""
+
+    @abstractmethod
+    def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
+        """The small layers in order: pure arithmetic. Only the last has a bias, and only where the layer has one."""
+
+    @abstractmethod
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+        """One factor for each layer of the blueprint, of its ``weight_shape`` and the weight's dtype, balanced.
+
+        Args:
+            weight: ``(T, C / groups, *kernel)``.
+            moments: of the layer's input; with them the error of the layer's output is minimised, else the weight's.
+                ``flat @ moments.metric`` works at any size; ``moments.second`` has the entries, up to 16,384 inputs.
+        """
+
+    @abstractmethod
+    def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
+        """The weight ``(T, C / groups, *kernel)`` that the factors compute together."""
+
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+        """For all ranks of a space the relative error of ``factorize``, in one go where a spectrum gives it.
+
+        Here the slow way, one factorisation for each; a form with a closed expression overrides it.
+        """
+        return [
+            relative_error(weight, self.reconstruct(layer, self.factorize(layer, weight, ranks, moments)), moments)
+            for ranks in space
+        ]
+
+    def caution(self, layer: Layer, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
+        """What is to be known of these factors before they are trained, in a sentence; None where there is nothing."""
+        return None
+
+    def build(self, layer: Layer, ranks: Ranks, factors: Sequence[Tensor], bias: Tensor | None) -> nn.Module:
+        """The module that computes the layer from its factors: by default the blueprint's layers in a row.
+
+        Args:
+            factors: what ``factorize`` gave; copied.
+            bias: of the layer, ``(T,)``; copied into the last small layer.
+        """
+        modules = [part.build() for part in self.blueprint(layer, ranks)]
+        for module, factor in zip(modules, factors, strict=True):
+            part = owner(module)
+            part.weight = nn.Parameter(factor.detach().clone().reshape(part.weight.shape))
+        if bias is not None:
+            owner(modules[-1]).bias = nn.Parameter(bias.detach().clone())
+        return nn.Sequential(*flatten(modules))
+
+
+def flatten(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules with sequences opened, so that a pad stands beside its convolution."""
+    return [part for m in modules for part in (flatten(list(m)) if isinstance(m, nn.Sequential) else [m])]
+
+
+def relative_error(weight: Tensor, approximation: Tensor, moments: Moments | None) -> float:
+    """‖(W−W̃)S^½‖_F / ‖W S^½‖_F with W as T x CK, in float64; S is the identity without moments."""
+    lost, whole, tiny = 0.0, 0.0, torch.finfo(torch.float64).tiny  # round-off may leave an energy below zero
+    if moments is not None and moments.groups > 1:
+        own, other = (each.detach().flatten(1).double() for each in (weight, approximation))
+        return math.sqrt(max(energy(own - other, moments), 0.0) / max(energy(own, moments), tiny))
+    ours, theirs = (blocks(each.detach().flatten(1), torch.float64) for each in (weight, approximation))
+    for own, other in zip(ours, theirs, strict=True):
+        lost, whole = lost + energy(own - other, moments), whole + energy(own, moments)
+    return math.sqrt(max(lost, 0.0) / max(whole, tiny))
+
+
+def energy(flat: Tensor, moments: Moments | None) -> float:
+    """‖W S^½‖_F² = trace(W S Wᵀ) for a float64 ``(T, C·K)``; of a layer in groups summed over them."""
+    if moments is not None and moments.groups > 1:
+        flat = flat.reshape(moments.groups, -1, flat.shape[1])
+    weighted = flat if moments is None else flat @ moments.metric
+    return float((weighted * flat).sum())

@@ -1,0 +1,119 @@
+"""Discovery of plug-ins: a walk of ``tdcompile.passes`` and ``tdcompile.models``, plus the entry points of others."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+from functools import cache, lru_cache
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import TypeVar
+
+from tdcompile.core.plugin import Plugin
+from tdcompile.core.spec import Spec, parse_spec
+from tdcompile.errors import InputError, TdcompileError, nearest
+
+PACKAGES = ("tdcompile.passes", "tdcompile.models")
+ENTRY_POINTS = "tdcompile.plugins"
+
+log = logging.getLogger("tdcompile")
+P = TypeVar("P", bound=Plugin)
+
+
+def find(kind: type[P]) -> dict[str, type[P]]:
+    """Every registered plug-in of a kind, by name, sorted; ``find(Decomposition)["tucker2"]``.
+
+    A class counts from its definition on; one that is defined again, in the same module by the same name, takes the
+    former one's place. A score and a selector may share a name; two plug-ins of one kind may not.
+
+    Raises:
+        TdcompileError: two classes of this kind have one name.
+    """
+    found: dict[str, type[P]] = {}
+    for plugin in _all():
+        if not issubclass(plugin, kind):
+            continue
+        known = found.get(plugin.name)
+        again = known is not None and _place(known) == _place(plugin)  # a cell of a notebook that was run again
+        if known is not None and not again:
+            raise TdcompileError(f"two plug-ins are called '{plugin.name}': {known.__module__} and {plugin.__module__}")
+        found[plugin.name] = plugin
+    return dict(sorted(found.items()))
+
+
+def get(kind: type[P], name: str) -> type[P]:
+    """The plug-in class of that kind and name.
+
+    Raises:
+        InputError: there is none; the message names the nearest.
+    """
+    known = find(kind)
+    if name not in known:
+        raise InputError(f"there is no {_called(kind)} '{name}': {nearest(name, known)}")
+    return known[name]
+
+
+def make(kind: type[P], text: str | Spec) -> P:
+    """A plug-in from its text form, e.g. ``make(RankSelector, "energy{keep=0.9}")``.
+
+    Raises:
+        InputError: unknown name or option, or a value that does not convert.
+    """
+    spec = parse_spec(text) if isinstance(text, str) else text
+    return get(kind, spec.name).from_options(spec.options)
+
+
+def _called(kind: type[Plugin]) -> str:
+    return {"RankSelector": "rank selector", "Importance": "score", "CostModel": "cost model"}.get(
+        kind.__name__, kind.__name__.lower()
+    )
+
+
+def _all() -> tuple[type[Plugin], ...]:
+    """Every concrete plug-in class, in the order of their definition: those with a ``name`` of their own."""
+    import_all()
+    return _listed(Plugin.defined)
+
+
+@lru_cache(maxsize=1)
+def _listed(defined: int) -> tuple[type[Plugin], ...]:
+    return tuple(plugin for plugin in _subclasses(Plugin) if vars(plugin).get("name"))
+
+
+def _place(plugin: type[Plugin]) -> tuple[str, str]:
+    return plugin.__module__, plugin.__qualname__
+
+
+@cache
+def import_all() -> None:
+    """Import every plug-in: those that ship and those of installed packages."""
+    for package in PACKAGES:
+        for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
+            importlib.import_module(module.name)
+    for point in entry_points(group=ENTRY_POINTS):
+        _import_foreign(point.value, point.dist.name if point.dist else point.name)
+
+
+def _import_foreign(target: str, distribution: str) -> ModuleType | None:
+    """Import somebody else's plug-ins; a broken one is a warning that names it, never a crash."""
+    try:
+        return importlib.import_module(target.partition(":")[0])
+    except Exception as error:  # noqa: BLE001  # whatever a stranger's module raises on import
+        log.warning("the plug-ins of %s are left out: %s does not import: %s", distribution, target, error)
+        return None
+
+
+def foreign_packages() -> tuple[str, ...]:
+    """The packages of plug-ins that are not the project's own: imported already, so that a file may name them."""
+    return tuple(sorted({plugin.__module__.partition(".")[0] for plugin in _all()} - {"tdcompile"}))
+
+
+def refresh() -> None:
+    """Look for packages of plug-ins again: one was installed after the first look."""
+    import_all.cache_clear()
+    _listed.cache_clear()
+
+
+def _subclasses(kind: type[Plugin]) -> list[type[Plugin]]:
+    return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]

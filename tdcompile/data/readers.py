@@ -1,0 +1,122 @@
+"""Where raw samples lie and how some of them are read: in an array, as encoded images, in the user's data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tdcompile.data.images import Shape, decode, to_input, to_tensor
+from tdcompile.errors import InputError, TdcompileError
+
+# Decoded images are kept up to this many bytes a set (all of CIFAR-10 is 184 MB): decoding again costs ten times
+# what reading them does, but a set of large images must not fill the memory.
+_KEEP = 512 * 2**20
+
+
+class Reader(Protocol):
+    """A count of samples, and any of them as a batch of the network's input, before normalising."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The samples at these places, ``(n, *shape)``."""
+
+
+class ArrayReader:
+    """Samples in one array ``(n, *any)``; see ``to_input`` for the rest."""
+
+    def __init__(self, x: Tensor, shape: Shape, *, stretch: bool = False, dtype: torch.dtype | None = None) -> None:
+        self._x, self._shape, self._stretch, self._dtype = x, shape, stretch, dtype
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The samples at these places, ``(n, *shape)``."""
+        rows = self._x[torch.as_tensor(indices)]
+        return to_input(rows, self._shape, stretch=self._stretch, dtype=self._dtype)
+
+
+class EncodedReader:
+    """Images in files or in memory, decoded when first read and then kept as uint8 if all of them would fit.
+
+    Args:
+        count: how many there are.
+        fetch: the encoded image at a place, or the path of its file.
+        shape: the network's input, without the batch.
+    """
+
+    def __init__(self, count: int, fetch: Callable[[int], bytes | Path], shape: Shape) -> None:
+        self._count, self._fetch, self._shape = count, fetch, shape
+        kept = count if count * int(np.prod(shape)) <= _KEEP else 0
+        self._pixels: NDArray[np.uint8] = np.empty((kept, *shape), np.uint8)  # takes no memory until written
+        self._known: NDArray[np.bool_] = np.zeros(kept, np.bool_)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The samples at these places, ``(n, *shape)``."""
+        places = np.asarray(indices)
+        if not len(self._known):
+            return to_input(torch.from_numpy(np.stack([self._decode(int(i)) for i in places])), self._shape)
+        for i in places[~self._known[places]]:
+            self._pixels[i] = self._decode(int(i))
+            self._known[i] = True
+        return to_input(torch.from_numpy(self._pixels[places]), self._shape)
+
+    def _decode(self, index: int) -> NDArray[np.uint8]:
+        image = self._fetch(index)
+        try:
+            return decode(image, self._shape)
+        except InputError as error:
+            place = f" ('{image}')" if isinstance(image, Path) else ""
+            raise InputError(f"sample {index}{place}: {error}") from error
+
+
+class DatasetReader:
+    """The user's map-style torch data set, whose items are ``x`` or ``(x, y)``."""
+
+    def __init__(self, dataset: Dataset[Any], shape: Shape, dtype: torch.dtype | None = None) -> None:
+        if not hasattr(dataset, "__len__"):
+            raise InputError(f"the data set {type(dataset).__name__} has no length; a map-style one is needed")
+        self._dataset, self._shape, self._dtype, self._count = dataset, shape, dtype, len(dataset)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The samples at these places, ``(n, *shape)``."""
+        rows = [to_tensor(self._item(int(i))[0], f"sample {i}")[None] for i in indices]
+        return torch.cat([to_input(row, self._shape, dtype=self._dtype) for row in rows])
+
+    def labels(self) -> Sequence[object] | None:
+        """All labels: the set's own ``targets`` where they are what its items carry, else by reading every item."""
+        if not self._count or len(self._item(0)) == 1:
+            return None
+        targets = getattr(self._dataset, "targets", None)
+        if targets is not None and getattr(self._dataset, "target_transform", None) is None:
+            return list(targets)
+        return [self._item(i)[1] for i in range(self._count)]
+
+    def _item(self, index: int) -> tuple[object, ...]:
+        try:
+            item = self._dataset[index]
+        except TdcompileError:
+            raise
+        except Exception as error:
+            raise InputError(f"sample {index} cannot be read: {type(error).__name__}: {error}") from error
+        if isinstance(item, Mapping):
+            keys = ", ".join(map(str, item))
+            raise InputError(f"sample {index} is a {type(item).__name__} of {keys}; items are x or (x, y)")
+        parts = tuple(item) if isinstance(item, tuple | list) else (item,)
+        if len(parts) not in (1, 2):
+            raise InputError(f"sample {index} has {len(parts)} members; x or (x, y) is needed")
+        return parts

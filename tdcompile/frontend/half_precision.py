@@ -1,0 +1,75 @@
+"""``in_single``: a network of half precision as one of single precision, for which onnxruntime has kernels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import chain, zip_longest
+
+import torch
+from torch import Tensor, nn
+
+from tdcompile.data.task import Batch, Samples
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def in_single(module: nn.Module) -> nn.Module:
+    """The network itself, or, where a weight is fp16 or bf16, a copy in fp32, which holds the same values.
+
+    onnxruntime has no kernels for bf16 on a CPU and few for fp16, and factors are computed from spectra that half
+    precision does not tell apart.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if not any(tensor.dtype in HALF for tensor in tensors):
+        return module
+    known: dict[int, object] = {}
+    for tensor in tensors:
+        if isinstance(tensor, nn.Parameter) and tensor.dtype in HALF:
+            known[id(tensor)] = nn.Parameter(tensor.detach().float(), requires_grad=tensor.requires_grad)
+        else:
+            known[id(tensor)] = tensor.float() if tensor.dtype in HALF else tensor
+    single = copy.deepcopy(module, known)
+    for part in single.modules():  # what a module goes by when it makes tensors of its own
+        for name, value in vars(part).items():
+            if isinstance(value, torch.dtype) and value in HALF:
+                setattr(part, name, torch.float32)
+    return single
+
+
+def inputs_in_single(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same of inputs."""
+    return tuple(x.float() if x.dtype in HALF else x for x in tensors)
+
+
+def samples_like(samples: Samples | None, examples: tuple[Tensor, ...]) -> Samples | None:
+    """Data in the precision of the example inputs: files may hold fp16 or fp64, and a layer takes its own alone."""
+    return None if samples is None else _Like(samples, examples)
+
+
+class _Like(Samples):
+    def __init__(self, whole: Samples, examples: tuple[Tensor, ...]) -> None:
+        self._whole, self._kinds = whole, [x.dtype for x in examples]
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        inputs, labels = self._whole.batch(indices)
+        pairs = zip_longest(inputs, self._kinds[: len(inputs)])
+        return Batch(tuple(_cast(x, kind) for x, kind in pairs), labels)
+
+    @property
+    def classes(self) -> int | None:
+        return self._whole.classes
+
+
+def _cast(x: Tensor, kind: torch.dtype | None) -> Tensor:
+    both = kind is not None and x.is_floating_point() and kind.is_floating_point
+    return x.to(kind) if both else x
+
+
+def half_kinds(module: nn.Module) -> str:
+    """The half precisions in a network, for a sentence."""
+    kinds = {tensor.dtype for tensor in chain(module.parameters(), module.buffers())} & set(HALF)
+    return " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))

@@ -1,0 +1,172 @@
+"""``exported``: the front end that runs a network through ``torch.export`` and gives its ATen graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils import _pytree as pytree
+
+from tdcompile.errors import FixedAxisError, UntraceableError
+from tdcompile.frontend.guards import turns
+from tdcompile.frontend.signature import Call
+from tdcompile.ir.dynamic_shapes import BATCH, Axis, shares_batch
+from tdcompile.support.quiet import hushed
+
+
+def exported(
+    module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes: Sequence[Axis] = ()
+) -> tuple[fx.GraphModule, list[list[dict[str, int]]]]:
+    """The network's ATen graph, over the network's own tensors; its inputs are the call's tensors, in their order.
+
+    Beside it sizes of the open axes, by name, at which the network may go another way than the graph (``turns``).
+
+    Args:
+        module: in eval mode.
+        call: the example inputs.
+        dynamic_batch: leave the batch axis open.
+        axes: other axes to leave open.
+
+    Raises:
+        UntraceableError: ``torch.export`` cannot pass through the network; the message says where.
+        FixedAxisError: the network fixes an axis that is to be open.
+    """
+    opened: list[dict[int, str]] = [{} for _ in call.tensors]
+    for place, batched in enumerate(shares_batch(call.tensors)):
+        if batched and dynamic_batch:
+            opened[place][0] = "the batch axis"
+    for axis in axes:
+        opened[axis.input][axis.axis] = f"the axis '{axis.name}'"
+    if call.loose and any(opened):
+        raise UntraceableError(
+            f"torch.export leaves no axis open where forward takes a tensor by **kwargs, here {', '.join(call.loose)}: "
+            "name it in forward's signature, or give --no-dynamic-batch"
+        )
+    args, kwargs = call.split(call.tensors)
+    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # torch's own
+    for tensor, each in zip(call.tensors, opened, strict=True):
+        if each:
+            shapes[tensor] = dict.fromkeys(each, Dim.AUTO)
+    nested = shapes.dynamic_shapes(module, args, kwargs) if any(opened) else None  # type: ignore[no-untyped-call]
+    export = partial(torch.export.export, module, args, kwargs, dynamic_shapes=nested, strict=False)
+    try:
+        with hushed(), torch.no_grad():
+            try:
+                program = export()
+            except GuardOnDataDependentSymNode as error:
+                try:
+                    with _known_integers(module):
+                        program = export()
+                except Exception:  # noqa: BLE001  # the second try is no more than that: what the first said stands
+                    raise error from None
+    except Exception as error:  # a network's forward may raise anything on symbols
+        raise UntraceableError(_reason(error)) from error
+    held = program.module(check_guards=False)
+    assert isinstance(held, fx.GraphModule)  # what ``module`` returns
+    _same_axes(held, call, opened)
+    names: list[dict[int, str]] = [{0: BATCH} if 0 in open_ and dynamic_batch else {} for open_ in opened]
+    for axis in axes:
+        names[axis.input][axis.axis] = axis.name
+    sizes = {name: x.shape[axis] for x, each in zip(call.tensors, names, strict=True) for axis, name in each.items()}
+    graph = _flattened(held, call, program.call_spec.out_spec)
+    return fx.GraphModule(held, graph), turns(program, names, sizes)
+
+
+@contextmanager
+def _known_integers(module: nn.Module) -> Iterator[None]:
+    """For a while the integers that a network keeps in buffers, a stride say, are constants made in its code.
+
+    ``torch.export`` takes a buffer's value for unknown, and a size that is computed from it too.
+    """
+    changed: list[tuple[nn.Module, type[nn.Module], dict[str, Tensor | None]]] = []
+    try:
+        for part in module.modules():
+            found = {
+                name: value
+                for name, value in part.named_buffers(recurse=False)
+                if value.dim() == 0 and value.dtype in (torch.int32, torch.int64) and not value.is_meta
+            }
+            # torch's own keep counts of batches there, and a scripted part is not Python's to change
+            if not found or type(part).__module__.startswith("torch."):
+                continue
+            made = {name: property(_constant(value)) for name, value in found.items()}
+            changed.append((part, type(part), dict(part._buffers)))
+            part.__class__ = type(type(part).__name__, (type(part),), made)
+            for name in found:
+                del part._buffers[name]
+        yield
+    finally:
+        for part, kind, buffers in changed:
+            part.__class__ = kind
+            part._buffers.clear()  # and all of them anew: their order is that of the state dict
+            part._buffers.update(buffers)
+
+
+def _constant(value: Tensor) -> Callable[[nn.Module], Tensor]:
+    number, kind = value.item(), value.dtype
+    return lambda part: torch.tensor(number, dtype=kind)
+
+
+def _same_axes(held: fx.GraphModule, call: Call, opened: Sequence[Mapping[int, str]]) -> None:
+    inputs = _tensor_inputs(held)
+    for node, name, axes in zip(inputs, call.names, opened, strict=True):
+        for axis, what in axes.items():
+            if isinstance(node.meta["val"].shape[axis], int):
+                raise FixedAxisError(
+                    f"the network fixes {what} of its input '{name}' at {node.meta['val'].shape[axis]}"
+                )
+
+
+def _tensor_inputs(held: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in held.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
+
+
+def _flattened(held: fx.GraphModule, call: Call, spec: pytree.TreeSpec | None) -> fx.Graph:
+    """A graph whose inputs are the tensors alone, and whose output is nested as the network's, in plain containers."""
+    graph, known = fx.Graph(), dict[fx.Node, fx.Node]()
+    tensors = dict(zip(_tensor_inputs(held), call.names, strict=True))
+    for node in held.graph.nodes:
+        if node.op == "placeholder":
+            if node in tensors:
+                known[node] = graph.placeholder(tensors[node])
+                known[node].meta = dict(node.meta)
+            elif node.users:
+                raise UntraceableError(f"the value of the argument '{node.name}' is used as if it were an input")
+        elif node.op == "output":
+            leaves = pytree.tree_leaves(node.args[0])
+            values = [known[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+            graph.output(_nested(values, spec) if spec is not None else values[0])
+        else:
+            known[node] = graph.node_copy(node, known.__getitem__)
+    return graph
+
+
+def _nested(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
+    """The leaves in tuples and dicts: a dataclass or a model's own output type becomes what it holds, by name."""
+    remaining = iter(leaves)
+
+    def build(part: pytree.TreeSpec) -> Any:
+        if part.is_leaf():
+            return next(remaining)
+        children = [build(child) for child in part.children()]
+        keys = part.context
+        if isinstance(keys, list) and keys and isinstance(keys[0], list):
+            keys = keys[0]  # of a dataclass: the names of what it holds, and of what is None
+        named = isinstance(keys, list | tuple) and len(keys) == len(children) and all(isinstance(k, str) for k in keys)
+        if named and part.type is not tuple:
+            return dict(zip(keys, children, strict=True))
+        return tuple(children)
+
+    return build(spec)
+
+
+def _reason(error: Exception) -> str:
+    """One line of what ``torch.export`` says, which may be pages."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,1 @@
+"""The program under compilation: graph, layers, facts, plan, target."""

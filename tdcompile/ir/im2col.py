@@ -1,0 +1,64 @@
+"""``patches_at``: rows of a layer's im2col matrix at chosen output positions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdcompile.ir.layer import Layer
+
+
+def positions(layer: Layer, most: int, generator: torch.Generator) -> Tensor:
+    """At most so many flat indices into ``layer.out_extent``, all of them where there are not more."""
+    size = math.prod(layer.out_extent)
+    return torch.arange(size) if size <= most else torch.randperm(size, generator=generator)[:most]
+
+
+def patches_at(layer: Layer, x: Tensor, places: Tensor) -> Tensor:
+    """What the layer sees at some output positions, ``(N, places, C·K)`` in the order of ``weight.flatten(1)``.
+
+    Args:
+        x: the layer's input, ``(N, C, *spatial)`` or, for a linear layer, ``(N, ..., C)``, of which the first axes may
+            be one.
+        places: flat indices into ``layer.out_extent``.
+    """
+    if layer.kind == "linear":
+        return x.reshape(-1, math.prod(layer.extent), x.shape[-1])[:, places]
+    x = _spread(layer, x) if layer.transposed else _padded(layer, x)
+    stride = (1,) * len(layer.kernel) if layer.transposed else layer.stride
+    for axis, (kernel, step, dilation) in enumerate(zip(layer.kernel, stride, layer.dilation, strict=True)):
+        x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, step)[..., ::dilation]
+    axes = len(layer.kernel)
+    chosen = torch.unravel_index(places, x.shape[2 : 2 + axes])
+    x = x.movedim(1, axes + 1)  # (N, *extent, C, *kernel)
+    picked = x[(slice(None), *chosen)]  # type: ignore[index]  # a tensor for each axis
+    return (picked.flip(tuple(range(3, 3 + axes))) if layer.transposed else picked).flatten(2)
+
+
+def _padded(layer: Layer, x: Tensor) -> Tensor:
+    amounts = [amount for pair in reversed(layer.padding) for amount in pair]
+    return F.pad(x, amounts, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+
+
+def _spread(layer: Layer, x: Tensor) -> Tensor:
+    """The input over which a transposed convolution is one of stride 1 with its kernel reversed: zeros in between."""
+    extent = [(size - 1) * stride + 1 for size, stride in zip(layer.extent, layer.stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *extent)
+    spread[(..., *(slice(None, None, stride) for stride in layer.stride))] = x  # type: ignore[index]  # slices
+    amounts: list[int] = []
+    for (before, after), kernel, dilation, more in zip(
+        *(layer.padding, layer.kernel, layer.dilation, layer.output_padding), strict=True
+    ):
+        reach = dilation * (kernel - 1)
+        amounts = [reach - before, reach - after + more, *amounts]
+    return F.pad(spread, amounts)
+
+
+def values_at(layer: Layer, y: Tensor, places: Tensor) -> Tensor:
+    """The layer's output at the same positions, ``(N, places, T)``."""
+    if layer.kind == "linear":
+        return y.reshape(-1, math.prod(layer.extent), y.shape[-1])[:, places]
+    return y.flatten(2)[:, :, places].movedim(1, 2)

@@ -1,0 +1,288 @@
+"""CP by alternating least squares and the tensor train by SVD; the one file that calls tensorly, and no layers here.
+
+tensorly keeps its backend in a global, so every call sits in ``backend_context``. Its ``parafac`` is not used: for the
+short mode of a convolution it forms a Khatri-Rao product of T·C rows, gigabytes where a sweep here needs megabytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import cast
+
+import tensorly as tl
+import torch
+from torch import Tensor
+
+# Weight of the old factor in each least-squares update: it keeps the system solvable, and the error still only falls.
+PROXIMAL = 1e-8
+# Norm of the components over the norm of the tensor from which a CP counts as degenerate (Phan et al. 2020).
+DEGENERATE = 10.0
+
+
+@torch.no_grad()
+def cp_als(tensor: Tensor, start: Sequence[Tensor], sweeps: int, tolerance: float = 1e-5) -> list[Tensor]:
+    """A CP approximation: factors ``(I_n, rank)``, float64, the norm of each component spread equally over them.
+
+    Components that grow large and cancel each other are fitted again with a growing Tikhonov term.
+
+    Args:
+        tensor: ``(T, C, k1, k2, ...)``, the long modes first.
+        start: factors to start from (``slice_start``).
+        sweeps: the most passes over all modes.
+        tolerance: stop when a sweep lowers the squared relative error by less.
+    """
+    tensor, size = tensor.double(), float(tensor.double().norm())
+    for ridge in (0.0, 1e-3, 1e-2, 1e-1):
+        factors, residual = balanced(start), math.inf
+        for _ in range(sweeps):
+            factors, left = _sweep(tensor, factors, ridge)
+            if residual - left <= tolerance * size**2:
+                break
+            residual = left
+        if component_norm(factors) <= DEGENERATE * size:
+            break
+    return factors
+
+
+@torch.no_grad()
+def slice_start(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A CP from the SVDs of all T x C slices: what each rank leaves, and the factors, strongest component first.
+
+    The short modes are first rotated to their HOSVD bases, where few slices hold most of the energy. A singular
+    pair u, v of slice (i, j, ...) has the columns i, j, ... of those bases as its other factors, so the first r pairs
+    are a CP of rank r; all of them together are exact.
+
+    Returns:
+        The relative error at each rank from 0 on, and the factors with all components.
+    """
+    tensor = tensor.double()
+    short = list(range(2, tensor.ndim))
+    with tl.backend_context("pytorch"):
+        bases = [column_basis(tl.unfold(tensor, mode)) for mode in short]
+        slices = tl.tenalg.multi_mode_dot(tensor, bases, modes=short, transpose=True).flatten(2).permute(2, 0, 1)
+    tall = slices if slices.shape[1] >= slices.shape[2] else slices.mT
+    squares, narrow = torch.linalg.eigh(tall.mT @ tall)
+    order = squares.flatten().argsort(descending=True, stable=True)
+    row, column = order // narrow.shape[2], order % narrow.shape[2]
+    long = [(tall @ narrow)[row, :, column].T, narrow[row, :, column].T]
+    tails = [base[:, at] for base, at in zip(bases, torch.unravel_index(row, tensor.shape[2:]), strict=True)]
+    kept = squares.clamp_min(0).flatten()[order].cumsum(0)
+    left = 1 - torch.cat([kept.new_zeros(1), kept]) / kept[-1].clamp_min(torch.finfo(kept.dtype).tiny)
+    return left.clamp_min(0).sqrt(), [*(long if tall is slices else long[::-1]), *tails]
+
+
+@torch.no_grad()
+def cp_exact(tensor: Tensor, rank: int) -> list[Tensor]:
+    """An exact CP by construction: one component, unit vectors but for the longest mode, for each entry of the others.
+
+    Args:
+        tensor: of any shape.
+        rank: at least the product of all extents but the largest; the rest is filled with zeros.
+    """
+    tensor = tensor.double()
+    free = max(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
+    fibres = tensor.movedim(free, 0).flatten(1)
+    others = [size for mode, size in enumerate(tensor.shape) if mode != free]
+    positions = torch.unravel_index(torch.arange(fibres.shape[1], device=tensor.device), others)
+    factors = [
+        torch.eye(n, dtype=tensor.dtype, device=tensor.device)[:, p] for n, p in zip(others, positions, strict=True)
+    ]
+    factors.insert(free, fibres)
+    return balanced([torch.nn.functional.pad(factor, (0, rank - fibres.shape[1])) for factor in factors])
+
+
+def cp_compose(factors: Sequence[Tensor]) -> Tensor:
+    """The tensor that CP factors ``(I_n, rank)`` stand for."""
+    with tl.backend_context("pytorch"):
+        return cast(Tensor, tl.cp_to_tensor((None, list(factors))))
+
+
+def columns_product(factors: Sequence[Tensor]) -> Tensor:
+    """Khatri-Rao product: ``(I_1·I_2·..., rank)``, the last index running fastest."""
+    if len(factors) == 1:
+        return factors[0]
+    with tl.backend_context("pytorch"):
+        return cast(Tensor, tl.tenalg.khatri_rao(list(factors)))
+
+
+def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The same CP with the norm of each component spread equally over the modes; unequal ones diverge in training."""
+    norms = torch.stack([factor.norm(dim=0) for factor in factors])
+    scale = norms.prod(0) ** (1 / len(factors)) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return [factor * s for factor, s in zip(factors, scale, strict=True)]
+
+
+def component_norm(factors: Sequence[Tensor]) -> float:
+    """sqrt(Σ λ_r²), λ_r the norm of component r; far above the tensor's norm where components cancel."""
+    return float(torch.stack([factor.norm(dim=0) for factor in factors]).prod(0).norm())
+
+
+def _sweep(tensor: Tensor, factors: Sequence[Tensor], ridge: float) -> tuple[list[Tensor], float]:
+    """One pass over all modes, and the squared error after it; two products with the tensor in all."""
+    A, B, *short = factors
+    flat, rank = tensor.flatten(1), A.shape[1]
+    grams = [factor.T @ factor for factor in factors]
+    # Both B and the short modes need the tensor times the old A: once for all, (K, C, rank).
+    outer = (flat.T @ A).reshape(B.shape[0], -1, rank).movedim(1, 0)
+    inner = (outer * B).sum(1).reshape(*tensor.shape[2:], rank)
+    for i, old in enumerate(short):
+        others = [_along(short[j], j, len(short)) for j in range(len(short)) if j != i]
+        product = reduce(torch.mul, others, inner).movedim(i, 0).reshape(len(old), -1, rank).sum(1)
+        short[i] = _solve(product, reduce(torch.mul, grams[: i + 2] + grams[i + 3 :]), old, ridge)
+        grams[i + 2] = short[i].T @ short[i]
+    taps = columns_product(short)
+    B = _solve((outer * taps.unsqueeze(1)).sum(0), reduce(torch.mul, grams[2:], grams[0]), B, ridge)
+    grams[1] = B.T @ B
+    product, gram = flat @ columns_product([B, taps]), reduce(torch.mul, grams[1:])
+    A = _solve(product, gram, A, ridge)
+    left = float(flat.square().sum() - 2 * (product * A).sum() + (gram * (A.T @ A)).sum())
+    return balanced([A, B, *short]), left
+
+
+def _along(factor: Tensor, mode: int, modes: int) -> Tensor:
+    """``(k, rank)`` as ``(1, ..., k, ..., 1, rank)``, with k at that mode."""
+    return factor.reshape(*[1] * mode, len(factor), *[1] * (modes - mode - 1), -1)
+
+
+def _solve(product: Tensor, gram: Tensor, old: Tensor, ridge: float) -> Tensor:
+    """min_X ‖unfolding − X Zᵀ‖² + p‖X − old‖² + ridge‖X‖² from ``product`` = unfolding·Z and ``gram`` = ZᵀZ."""
+    mean = float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny ** 0.5
+    system = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (mean * (PROXIMAL + ridge))
+    found: Tensor = torch.cholesky_solve((product + mean * PROXIMAL * old).T, torch.linalg.cholesky(system)).T
+    return found
+
+
+def column_basis(matrix: Tensor) -> Tensor:
+    """Left singular vectors of a wide matrix, strongest first; all of them."""
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1]
+    return vectors.flip(1)
+
+
+# Correction stops after so many passes over the modes, or once one lowers the sensitivity by less than this share.
+CYCLES, SETTLED = 50, 0.01
+# Of the logarithm of a step's ridge, which leaves it as precise as float64 is.
+HALVINGS = 60
+
+
+def sensitivity(factors: Sequence[Tensor]) -> float:
+    """The sensitivity Σ_n I_n Σ_r Π_{m≠n} ‖a_r^(m)‖² of Phan et al. 2020, here for any number of modes.
+
+    Times σ² it is the expected squared change of the tensor, to first order, when noise of variance σ² is added to
+    every entry of the factors ``(I_n, rank)``.
+    """
+    squares = torch.stack([factor.square().sum(0) for factor in factors])
+    modes = range(len(factors))
+    return sum(len(factors[n]) * float(squares[[m for m in modes if m != n]].prod(0).sum()) for n in modes)
+
+
+def allowed(error: float, growth: float) -> float:
+    """The relative error at which noise over what is left of the signal, e² / (1 − e²), is ``growth``² times as much.
+
+    Where the error is small it is ``growth`` times as large, and never more; an error of 1 is never reached, at which a
+    CP of zeros would be the least sensitive one (this project's completion; the paper bounds the error itself).
+    """
+    return growth * error / math.sqrt(1 + (growth**2 - 1) * min(error, 1.0) ** 2)
+
+
+@torch.no_grad()
+def correct(tensor: Tensor, factors: Sequence[Tensor], bound: float, cycles: int = CYCLES) -> list[Tensor]:
+    """A CP of lower sensitivity whose relative error is at most ``bound``; else the one given, balanced.
+
+    Mode by mode the factor that minimises the sensitivity under the bound is found exactly (``bounded``). Between steps
+    the norm of each component is spread over the modes in proportion to √I_n, which of all ways is the least sensitive;
+    with the norms equal, as they are returned, the sensitivity is a constant times that, so it falls alike.
+
+    Args:
+        tensor: ``(I_1, I_2, ...)``.
+        factors: ``(I_n, rank)``, float64.
+        bound: of the error relative to the tensor's norm.
+        cycles: the most passes over all modes.
+    """
+    tensor = tensor.double()
+    energy = float(tensor.square().sum())
+    best = balanced(factors)
+    least, found = sensitivity(best), best
+    for _ in range(cycles):
+        for mode in range(tensor.ndim):
+            found = _spread(found)
+            gram = torch.stack([f.T @ f for n, f in enumerate(found) if n != mode]).prod(0)
+            product, weights = _contracted(tensor, found, mode), mode_weights(found, mode)
+            step = bounded(product, gram, weights, energy, bound**2 * energy)
+            found[mode] = found[mode] if step is None else step
+        found = balanced(found)
+        error, now = float((tensor - cp_compose(found)).norm()), sensitivity(found)
+        if error > bound * math.sqrt(energy) * (1 + 1e-9) or now >= least:  # round-off, where there is no slack
+            break
+        best, gained, least = found, 1 - now / least, now
+        if gained < SETTLED:
+            break
+    return best
+
+
+def bounded(product: Tensor, gram: Tensor, weights: Tensor, energy: float, bound: float) -> Tensor | None:
+    """The X that minimises Σ_r w_r ‖x_r‖² subject to ``energy`` − 2⟨X, P⟩ + ⟨X, X G⟩ ≤ ``bound``; None where none does.
+
+    With P = T_(n) Z and G = Zᵀ Z this is the residual of T_(n) ≈ X Zᵀ. The minimiser is the ridge solution
+    X(l) = P (G + l W)⁻¹ with the residual at its bound; the residual rises with l, so that l is found by bisection. In
+    the eigenvectors of W^-½ G W^-½ each trial is a sum over the rank.
+
+    Args:
+        product: P, ``(I, rank)``.
+        gram: G, ``(rank, rank)``.
+        weights: w, ``(rank,)``.
+        energy, bound: squared norms, the bound below the energy.
+    """
+    tiny = torch.finfo(gram.dtype).tiny ** 0.5
+    scale = weights.clamp_min(float(weights.max()) * torch.finfo(gram.dtype).eps + tiny).rsqrt()
+    values, vectors = torch.linalg.eigh(scale[:, None] * gram * scale)
+    turned = (product * scale) @ vectors
+    seen = values > values[-1] * len(values) * torch.finfo(gram.dtype).eps + tiny
+    values, vectors, turned = values[seen], vectors[:, seen], turned[:, seen]
+    explained = turned.square().sum(0) / values
+    slack = bound - (energy - float(explained.sum()))
+    if not 0 < slack < float(explained.sum()):
+        return None
+
+    def loss(log: float) -> float:
+        return float((explained * (math.exp(log) / (values + math.exp(log))).square()).sum())
+
+    low, high = math.log(float(values[0])) - 40, math.log(float(values[-1]))
+    while loss(high) < slack:
+        high += 1
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if loss(middle) <= slack else (low, middle)
+    found: Tensor = (turned / (values + math.exp(low))) @ vectors.T * scale
+    return found
+
+
+def mode_weights(factors: Sequence[Tensor], mode: int) -> Tensor:
+    """The w, ``(rank,)``, with Σ_r w_r ‖a_r^(n)‖² what the sensitivity has of the factor of mode n."""
+    squares = torch.stack([factor.square().sum(0) for factor in factors])
+    others = [n for n in range(len(factors)) if n != mode]
+    parts = [len(factors[n]) * squares[[m for m in others if m != n]].prod(0) for n in others]
+    return torch.stack(parts).sum(0)
+
+
+def _contracted(tensor: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
+    """The tensor times the factors of all modes but one, ``(I_n, rank)``; the longest goes first, to save memory."""
+    others = sorted((n for n in range(tensor.ndim) if n != mode), key=lambda n: len(factors[n]), reverse=True)
+    first, *rest = others
+    product: Tensor = torch.tensordot(
+        tensor, factors[first], dims=([first], [0])
+    )  # the other modes in order, then the rank
+    left = [n for n in range(tensor.ndim) if n != first]
+    for n in rest:
+        place = left.index(n)
+        product = (product.movedim(place, -2) * factors[n]).sum(-2)
+        left.remove(n)
+    return product
+
+
+def _spread(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The same CP with ‖a_r^(n)‖² in proportion to I_n, by which its sensitivity is least."""
+    sizes = [len(factor) for factor in factors]
+    mean = math.exp(sum(map(math.log, sizes)) / len(sizes))
+    return [factor * math.sqrt(size / mean) for factor, size in zip(balanced(factors), sizes, strict=True)]

@@ -1,0 +1,117 @@
+"""Tensor trains: TT-SVD, composition, and the truncated bases behind them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import tensorly as tl
+import torch
+from tensorly.decomposition import tensor_train
+from torch import Tensor
+
+from tdcompile.errors import InputError
+from tdcompile.numerics.cp import column_basis
+from tdcompile.numerics.low_rank import energy, gram
+
+# Matrices with a shorter side above the first are sketched where so many times fewer singular vectors are wanted,
+# with so many probes more than vectors and so many power iterations.
+SKETCHED, SKETCHED_SHARE, OVERSAMPLED, POWERS = 1024, 4, 16, 2
+
+
+# Tensors of more entries are decomposed into a train in their own precision: a copy in float64 would take twice theirs.
+LARGE = 2**22
+
+
+@torch.no_grad()
+def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    """Tensor-train cores ``(r_{k-1}, I_k, r_k)``, orthonormal from the left, the scale in the last.
+
+    In float64, or in its own precision where the tensor has more than ``LARGE`` entries.
+
+    Args:
+        tensor: of any shape.
+        ranks: the bonds between the modes.
+
+    Raises:
+        InputError: a bond is larger than the sides of the unfolding that it cuts.
+    """
+    before = 1
+    for place, bond in enumerate(ranks):
+        most = min(before * tensor.shape[place], math.prod(tensor.shape[place + 1 :]))
+        if not 1 <= bond <= most:
+            raise InputError(
+                f"rank {place + 1} of the tensor train {tuple(ranks)} of a {'x'.join(map(str, tensor.shape))} tensor "
+                f"is {bond}; with those before it, it can be 1 to {most}"
+            )
+        before = bond
+    with tl.backend_context("pytorch"):
+        return list(tensor_train(precise(tensor), [1, *ranks, 1], svd=_left_svd).factors)
+
+
+def tt_compose(cores: Sequence[Tensor]) -> Tensor:
+    """The tensor that tensor-train cores stand for."""
+    with tl.backend_context("pytorch"):
+        return cast(Tensor, tl.tt_to_tensor(list(cores)))
+
+
+def share_bond(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Two neighbouring cores with the norms on either side of each index of their bond made equal."""
+    tiny = torch.finfo(left.dtype).tiny
+    before, after = left.flatten(0, -2).norm(dim=0), right.flatten(1).norm(dim=1)
+    scale = torch.where((before > tiny) & (after > tiny), (after / before.clamp_min(tiny)).sqrt(), 1.0)
+    scale = scale.clamp_min(tiny)
+    return left * scale, right / scale.reshape(-1, *[1] * (right.ndim - 1))
+
+
+def tail(matrix: Tensor, most: int) -> Tensor:
+    """Energy Σ_{i>r} σ_i² that a matrix's best approximation of rank r leaves, for r from 0 to ``most``, float64."""
+    matrix = precise(matrix)
+    if _sketched(matrix, most):
+        squares = torch.linalg.vecdot(kept := _leading(matrix, most).T @ matrix, kept)
+    else:
+        rows, columns = matrix.shape
+        squares = torch.linalg.eigvalsh(gram(matrix, columnwise=rows > columns)).flip(0)[:most]
+    below = torch.cat([squares.new_zeros(1), squares.clamp_min(0)]).double().cumsum(0)
+    found: Tensor = (energy(matrix) - below).clamp_min(0)
+    return found
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """In float64, but as it is where it has more than ``LARGE`` entries and is not of half precision."""
+    return tensor.to(precise_in(tensor))
+
+
+def precise_in(tensor: Tensor) -> torch.dtype:
+    """What ``precise`` computes in."""
+    large = tensor.numel() > LARGE and tensor.dtype is not torch.float64
+    return torch.float32 if large else torch.float64
+
+
+def _left_svd(matrix: Tensor, n_eigenvecs: int, **_: object) -> tuple[Tensor, Tensor, Tensor]:
+    """U, ones and Uᵀ·matrix: all that tensorly's TT-SVD needs of an SVD, as it only multiplies the last two."""
+    left = _leading(matrix, n_eigenvecs)
+    return left, left.new_ones(n_eigenvecs), left.T @ matrix
+
+
+def _leading(matrix: Tensor, count: int) -> Tensor:
+    """The first left singular vectors; of a large matrix by a sketch of fixed seed (Halko et al. 2011, alg. 4.4)."""
+    rows, columns = matrix.shape
+    turned: Tensor
+    if _sketched(matrix, count):
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(columns, count + OVERSAMPLED, dtype=matrix.dtype, generator=generator).to(matrix.device)
+        turned = torch.linalg.qr(matrix @ probes)[0]
+        for _ in range(POWERS):
+            turned = torch.linalg.qr(matrix @ (matrix.T @ turned))[0]
+        return turned @ column_basis(turned.T @ matrix)[:, :count]
+    if rows <= columns:
+        turned = torch.linalg.eigh(gram(matrix)).eigenvectors.flip(1)
+        return turned[:, :count].to(matrix.dtype)
+    turned, small = torch.linalg.qr(matrix)
+    return turned @ column_basis(small)[:, :count]
+
+
+def _sketched(matrix: Tensor, count: int) -> bool:
+    return min(matrix.shape) > SKETCHED and SKETCHED_SHARE * count < min(matrix.shape)

@@ -1,0 +1,1 @@
+"""Rank choice and prices."""

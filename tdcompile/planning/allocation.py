@@ -1,0 +1,256 @@
+"""What rank selectors share: limits, the search along a path of plans, and the finished plan with its reasons."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
+
+from tdcompile.core.rank_selector import RankSelector
+from tdcompile.errors import BudgetError, InputError
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.plan import Candidate, Candidates, RankPlan, Spectrum, within
+from tdcompile.ir.target import LIMITED, Budget, Cost
+
+Choices = Mapping[str, Candidate]
+_WORD = {field: name for name, field in LIMITED.items()}
+_LEAST_SIGNAL = 0.02  # an error of 1 has a price too, and a solver's scales stay within a few powers of ten
+# What a relative error e of a layer's output costs: its noise over what is left of the signal, its square, or itself.
+LOSSES: Mapping[str, Callable[[float], float]] = {
+    "noise": lambda error: error**2 / max(1.0 - error**2, _LEAST_SIGNAL),
+    "squared": lambda error: error**2,
+    "linear": lambda error: error,
+}
+
+
+def limits_of(candidates: Candidates, budget: Budget) -> dict[str, float]:
+    """The most that each limited field of ``Cost`` may reach in the whole network.
+
+    Raises:
+        InputError: the dense network has no price in a limited field, so that a share of it limits nothing.
+    """
+    limits = budget.limits(candidates.dense)
+    for field in limits:
+        if getattr(candidates.dense, field) <= 0:
+            raise InputError(
+                f"a budget of {_WORD[field]} needs a cost model that gives {field}, and this one gives 0 for the dense "
+                f"network: take another cost model, or limit something else than {_WORD[field]}"
+            )
+    return limits
+
+
+def load(cost: Cost, limits: Mapping[str, float]) -> float:
+    """How much of the limits a cost takes, summed over the limited fields: what 'cheaper' means under several."""
+    return sum(float(getattr(cost, field)) / limit for field, limit in limits.items())
+
+
+def gainful(options: Sequence[Candidate], limits: Mapping[str, float]) -> list[Candidate]:
+    """The candidates that cost less than dense in a limited field and no more in any other; of finite error."""
+    dense = options[0].cost
+
+    def saves(cost: Cost) -> bool:
+        pairs = [(getattr(cost, field), getattr(dense, field)) for field in limits]
+        return all(new <= old for new, old in pairs) and any(new < old for new, old in pairs)
+
+    return [option for option in options[1:] if math.isfinite(option.error) and saves(option.cost)]
+
+
+def ladder(options: Sequence[Candidate], limits: Mapping[str, float]) -> list[Candidate]:
+    """Dense, then ever cheaper candidates at ever larger errors."""
+    rungs, lowest = [options[0]], load(options[0].cost, limits)
+    for price, option in sorted(
+        ((load(option.cost, limits), option) for option in gainful(options, limits)),
+        key=lambda pair: (pair[1].error, pair[0], pair[1].decomposition, pair[1].ranks),
+    ):
+        if price < lowest:
+            rungs.append(option)
+            lowest = price
+    return rungs
+
+
+def within_error(ladders: Mapping[str, Sequence[Candidate]], error: float) -> dict[str, Candidate]:
+    """For each layer the cheapest candidate whose relative error is at most this one; dense where there is none."""
+    return {
+        name: rungs[max(bisect_right(rungs, error, key=lambda rung: rung.error), 1) - 1]
+        for name, rungs in ladders.items()
+    }
+
+
+def first_fit(
+    plan: Callable[[float], Choices], levels: Sequence[float], candidates: Candidates, limits: Mapping[str, float]
+) -> Choices:
+    """The plan of the first level that keeps to the limits, by bisection; that of the last level where none does.
+
+    Args:
+        plan: the choices at a level.
+        candidates: what prices them.
+        limits: by field of ``Cost``.
+        levels: from the mildest plan to the strongest; each costs no more than the one before it. Under several
+            limits only their sum is sure to fall, so where the last level fails, every level is tried.
+    """
+
+    def fits(level: float) -> bool:
+        return within(candidates.cost(plan(level)), limits)
+
+    if len(limits) > 1 and not fits(levels[-1]):
+        return plan(next(filter(fits, levels), levels[-1]))
+    place = bisect_left(levels, True, hi=len(levels) - 1, key=fits)
+    return plan(levels[place])
+
+
+def full_ranks(options: Sequence[Candidate], spectra: Mapping[str, Spectrum]) -> tuple[int, ...]:
+    """Of the candidates of one form: the rank of the unfolding that each rank truncates, or its largest value."""
+    largest = [max(ranks) for ranks in zip(*(option.ranks for option in options), strict=True)]
+    modes = options[0].modes or ("",) * len(largest)
+    return tuple(
+        max(rank, min(spectra[mode].rows, spectra[mode].columns)) if mode in spectra else rank
+        for rank, mode in zip(largest, modes, strict=True)
+    )
+
+
+def weighted(importances: Mapping[str, float], price: Callable[[float], float]) -> Callable[[str, Candidate], float]:
+    """The loss of a candidate: its layer's importance, 1 where none is known, times the price of its error.
+
+    Raises:
+        InputError: an importance is negative or not finite.
+    """
+    if not all(math.isfinite(value) and value >= 0 for value in importances.values()):
+        raise InputError("an importance is negative or not finite: every layer's is at least 0")
+    return lambda name, option: importances.get(name, 1.0) * price(option.error)
+
+
+def filled(
+    choices: Choices, candidates: Candidates, loss: Callable[[str, Candidate], float], limits: Mapping[str, float]
+) -> dict[str, Candidate]:
+    """The choices after what room the limits leave is used, one layer at a time, by what lowers the loss most for it.
+
+    Args:
+        choices: a plan within the limits.
+        candidates: what prices them.
+        loss: of a layer's candidate.
+        limits: by field of ``Cost``.
+    """
+    made, cost = dict(choices), candidates.cost(choices)
+
+    def best(name: str) -> tuple[float, str, int] | None:
+        here, paid = loss(name, made[name]), load(made[name].cost, limits)
+        steps = [
+            ((loss(name, option) - here) / max(load(option.cost, limits) - paid, 1e-15), name, place)
+            for place, option in enumerate(candidates.layers[name])
+            if math.isfinite(option.error)
+            and loss(name, option) < here
+            and within(cost - made[name].cost + option.cost, limits)
+        ]
+        return min(steps, default=None)
+
+    steps = [step for step in map(best, made) if step]
+    heapq.heapify(steps)
+    while steps:
+        _, name, place = heapq.heappop(steps)
+        option = candidates.layers[name][place]
+        if loss(name, option) < loss(name, made[name]) and within(cost - made[name].cost + option.cost, limits):
+            cost, made[name] = cost - made[name].cost + option.cost, option
+        following = best(name)
+        if following:
+            heapq.heappush(steps, following)
+    return made
+
+
+def settle(
+    selector: RankSelector,
+    candidates: Candidates,
+    budget: Budget,
+    choices: Choices,
+    gap: float | None = None,
+    reasons: Mapping[str, Refusal] | None = None,
+) -> RankPlan:
+    """The finished plan: what it costs, and for every layer left dense the reason.
+
+    Args:
+        selector: whose plan it is.
+        candidates: what was chosen from.
+        budget: what was asked.
+        choices: a candidate for every layer.
+        gap: the relative optimality gap, where one was proved.
+        reasons: those that the selector knows better.
+
+    Raises:
+        BudgetError: the plan misses the budget; the message says what it reaches and what any plan can.
+    """
+    limits = limits_of(candidates, budget)
+    predicted, dense = candidates.cost(choices), candidates.dense
+    if not within(predicted, limits):
+        raise BudgetError(_miss(selector, candidates, budget, predicted))
+    known = {refusal.layer: refusal for refusal in candidates.refusals} | dict(reasons or {})
+    left = [name for name, options in candidates.layers.items() if choices[name] == options[0]]
+    why = {name: known.get(name) or _reason(name, candidates.layers[name], limits) for name in left}
+    ordered = {name: choices[name] for name in candidates.layers}
+    return RankPlan(ordered, predicted, dense, selector=str(selector.spec()), gap=gap, reasons=why)
+
+
+def label(candidate: Candidate) -> str:
+    """A candidate in a sentence.
+
+    >>> label(Candidate("tucker2", (64, 32), 0.1, Cost()))
+    'tucker2{64,32}'
+    """
+    ranks = ",".join(map(str, candidate.ranks))
+    return f"{candidate.decomposition}{{{ranks}}}" if ranks else candidate.decomposition
+
+
+def _reason(name: str, options: Sequence[Candidate], limits: Mapping[str, float]) -> Refusal:
+    if len(options) == 1:
+        return Refusal(name, "not_cheaper", "no candidate for this layer is cheaper than dense")
+    saving = gainful(options, limits)
+    cheapest = min(saving or options[1:], key=lambda option: (load(option.cost, limits), option.error))
+    field = max(limits, key=lambda f: getattr(options[0].cost, f) - getattr(cheapest.cost, f))
+    before, after = (getattr(option.cost, field) for option in (options[0], cheapest))
+    share = after / before if before else math.inf
+    if not saving:
+        sentence = f"no form is cheaper than dense here: {label(cheapest)} costs {share:.3g} times its {_WORD[field]}"
+        return Refusal(name, "not_cheaper", sentence)
+    return Refusal(
+        name,
+        "dense_is_best",
+        f"dense is best here under the budget: the cheapest alternative {label(cheapest)} "
+        f"saves {1 - share:.3g} of its {_WORD[field]} at error {cheapest.error:.3g}",
+    )
+
+
+def _miss(selector: RankSelector, candidates: Candidates, budget: Budget, reached: Cost) -> str:
+    dense, rest = candidates.dense, candidates.rest
+    lowest, closest = {}, {}
+    for name, field in ((name, LIMITED[name]) for name in budget.shares):
+        floor = sum(min(getattr(o.cost, field) for o in options) for options in candidates.layers.values())
+        lowest[name] = (getattr(rest, field) + floor) / getattr(dense, field)
+        closest[name] = getattr(reached, field) / getattr(dense, field)
+    if (sentence := out_of_reach(lowest, budget)) is not None:
+        return f"{sentence}; raise the budget or allow more decompositions"
+    return (
+        f"{selector.spec()} gives no plan within {budget}: its closest one keeps {_shares(closest)} "
+        f"(each on its own can go down to {_shares(lowest)}); raise the budget or choose the ranks another way"
+    )
+
+
+def out_of_reach(lowest: Mapping[str, float], budget: Budget) -> str | None:
+    """What a budget asks for below the lowest share of dense, by name, that any plan keeps; None where it does not.
+
+    >>> out_of_reach({"macs": 0.1}, Budget(macs=0.05))
+    'no plan keeps macs within 0.05 of dense: the cheapest one keeps 0.1 of macs'
+    """
+    short = {name: share for name, share in lowest.items() if share > budget.shares[name] * (1 + 1e-9)}
+    if not short:
+        return None
+    asked = " and ".join(f"{name} within {budget.shares[name]:g}" for name in short)
+    kept = " and ".join(f"{_up(share)} of {name}" for name, share in short.items())
+    return f"no plan keeps {asked} of dense: the cheapest one keeps {kept}"
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    return ",".join(f"{name}={_up(share)}" for name, share in shares.items())
+
+
+def _up(share: float) -> str:
+    """Three decimals, rounded up: a budget of the figure printed can be met."""
+    return f"{math.ceil(round(share * 1000, 6)) / 1000:g}"

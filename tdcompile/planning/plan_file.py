@@ -1,0 +1,135 @@
+"""``adopt``: take a plan that is given, from a file edited by hand or not, for the network at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.registry import find, make
+from tdcompile.errors import InputError, nearest
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.measurements import Calibration
+from tdcompile.ir.plan import DENSE, Candidate, RankPlan
+from tdcompile.ir.program import Program, Site, kept_dense, sites
+from tdcompile.ir.target import Cost
+from tdcompile.planning.pricing import Prices
+
+HAND = "hand"  # the selector of a plan that no selector has chosen as it is
+
+
+def adopt(program: Program, given: str) -> Program:
+    """The program with a given plan as a fact; layers that it does not mention stay dense.
+
+    Costs are counted anew. The error of a choice is the plan's where its cost is the plan's too, as then the ranks are;
+    else, as where the plan gives neither, that of the weight alone, until ``factorize`` has moments. The selector of a
+    plan that is not as it was chosen is ``hand``, and what the former one said of it, its gap and reasons, is dropped.
+
+    Args:
+        given: a file, or the text of a plan, which begins with a brace.
+
+    Raises:
+        InputError: no such file, no plan in it, or the plan is for another network: it names a layer that is not
+            there, a form that refuses its layer, or ranks that the layer does not have.
+    """
+    written = given.startswith("{")
+    source = "the plan" if written else given
+    plan, found = RankPlan.from_json(given if written else _read(Path(given)), source), sites(program)
+    kept = kept_dense(program, found)
+    for name in plan.choices:
+        if name not in found:
+            raise InputError(f"{source} is for another network: it has no layer '{name}'; {nearest(name, found)}")
+    prices, choices = Prices(program), dict[str, Candidate]()
+    for name, site in found.items():
+        dense = Candidate(DENSE, (), 0.0, prices.layers[name])
+        choice = plan.choices.get(name, dense)
+        factorised = choice.decomposition != DENSE and name not in program.keep_dense
+        choices[name] = _counted(site, choice, check(site, choice, kept), prices) if factorised else dense
+    spent = prices.network({name: choice.cost for name, choice in choices.items()})
+    if not _same(spent, plan.predicted):  # what was measured of another plan says nothing of this one
+        plan = replace(plan, predicted=spent, dense=prices.dense)
+    if changed := _changed(choices, plan.choices):
+        plan = replace(plan, selector=HAND, gap=None)
+    reasons = {
+        name: Refusal(name, "dense_in_plan", f"{Path(source).name} leaves it dense")
+        for name, choice in choices.items()
+        if choice.decomposition == DENSE
+    }
+    lasting = [name for name in reasons if not changed or _fits_none(found[name])]
+    reasons |= {name: plan.reasons[name] for name in lasting if name in plan.reasons}
+    reasons |= {name: refusal for name, refusal in kept.items() if name in reasons and changed}
+    reasons |= {name: Refusal(name, "excluded_by_user", why) for name, why in program.keep_dense.items()}
+    return program.with_(facts=program.facts.having(replace(plan, choices=choices, reasons=reasons)))
+
+
+def estimated(program: Program) -> Program:
+    """The program whose plan, where it is one by hand, has the errors of the layers' outputs: there are moments now.
+
+    The other plans have them: ``propose`` had the moments.
+    """
+    plan, calibration = program.facts[RankPlan], program.facts.get(Calibration)
+    if plan.selector != HAND or calibration is None:
+        return program
+    found, choices = sites(program), dict(plan.choices)
+    for name, choice in plan.choices.items():
+        if choice.decomposition != DENSE and name in found and (moments := calibration.moments.get(name)) is not None:
+            form, site = make(Decomposition, choice.decomposition), found[name]
+            (error,) = form.errors(site.layer, site.weight, [choice.ranks], moments)
+            choices[name] = replace(choice, error=float(error))
+    return program.with_(facts=program.facts.having(replace(plan, choices=choices)))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the plan {path} cannot be read: {error}") from error
+
+
+def _counted(site: Site, choice: Candidate, form: Decomposition, prices: Prices) -> Candidate:
+    """The choice with the cost and the error of its own ranks."""
+    cost = prices.at(site.name, form, choice.ranks)
+    if _same(cost, choice.cost):
+        return choice
+    (error,) = form.errors(site.layer, site.weight, [choice.ranks], None)
+    return replace(choice, error=error, cost=cost, modes=form.modes)
+
+
+def _changed(choices: Mapping[str, Candidate], given: Mapping[str, Candidate]) -> bool:
+    """Whether these are others than were given, or given without what they cost, as whoever chooses says it."""
+    return choices.keys() != given.keys() or any(
+        choice.decomposition != given[name].decomposition or not _same(choice.cost, given[name].cost)
+        for name, choice in choices.items()
+    )
+
+
+def _fits_none(site: Site) -> bool:
+    return all(make(Decomposition, name).refuse(site.layer) for name in find(Decomposition))
+
+
+def _same(cost: Cost, other: Cost) -> bool:
+    return (cost.macs, cost.params) == (other.macs, other.params)
+
+
+def check(site: Site, choice: Candidate, kept: Mapping[str, Refusal]) -> Decomposition:
+    """The decomposition of a choice, made sure that it fits the layer.
+
+    Args:
+        kept: see ``kept_dense``.
+
+    Raises:
+        InputError: the layer is to stay as it is, it refuses the layer, or the ranks are not ranks of it.
+    """
+    form = make(Decomposition, choice.decomposition)
+    refusal = kept.get(site.name) or form.refuse(site.layer)
+    if refusal is not None:
+        raise InputError(f"the plan wants {choice.decomposition} for '{site.name}': {refusal.reason}")
+    full = form.exact_ranks(site.layer)
+    fits = len(choice.ranks) == len(full) and all(1 <= r <= most for r, most in zip(choice.ranks, full, strict=True))
+    if not fits:
+        raise InputError(
+            f"the plan wants {choice.decomposition}{list(choice.ranks)} for '{site.name}': "
+            f"expected {len(full)} rank(s), each at least 1 and at most {list(full)}"
+        )
+    return form

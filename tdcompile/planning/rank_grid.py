@@ -1,0 +1,106 @@
+"""Ranks from the share of a layer's weights that a form is to keep, the rule of the approximation-error study.
+
+arXiv 2305.05318 states compression as a share that is *removed* in its text, and lists ranks by the share that is
+*kept* in its appendix; here every share is one that is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.errors import InputError
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.plan import Ranks
+
+
+def weights_of(form: Decomposition, layer: Layer, ranks: Ranks) -> int:
+    """How many weights the form has at these ranks; biases are not counted, for the dense layer has them too."""
+    return sum(math.prod(part.weight_shape) for part in form.blueprint(layer, ranks))
+
+
+def ranks_for(form: Decomposition, layer: Layer, kept: float) -> Ranks:
+    """The ranks at which a form keeps a share of the layer's weights, as nearly as whole ranks do.
+
+    All ranks are one share x of the exact ones. For CP, x P(exact) is the weights wanted, and for Tucker with full
+    kernel modes x is the common share of T and C that solves the quadratic a x² + b x; rounded to the nearest, these
+    are the ranks published for CP of four modes (``cp4``) and for Tucker. The published TT ranks follow no one rule, so
+    this is our completion for them: one rank for all bonds (``tied``), that whose weights come nearest.
+
+    Args:
+        form: one that does not refuse the layer.
+        layer: the dense one.
+        kept: in (0, 1], of the dense weights. The ranks are at least 1 and at most the exact ones, so what they really
+            keep (``weights_of``) may be more or less.
+
+    Raises:
+        InputError: the share is not in (0, 1].
+    """
+    if not 0.0 < kept <= 1.0:
+        raise InputError(f"{kept:g} is no share of a layer's weights to keep: 0.25 keeps a quarter")
+    wanted, exact = kept * math.prod(layer.weight_shape), form.exact_ranks(layer)
+    if len(exact) > 1 and not (
+        form.modes and all(form.modes)
+    ):  # a bond that is of no unfolding (out or in) lies inside a train
+        return _train(form, layer, exact, wanted)
+    share = _share(form, layer, exact, wanted)
+    return tuple(min(max(round(share * rank), 1), rank) for rank in exact)
+
+
+def _share(form: Decomposition, layer: Layer, exact: Ranks, wanted: float) -> float:
+    """The positive root of a x² + b x = wanted: a small layer lies between two ranks at most.
+
+    a and b follow from the weights at x = 1 and x = 2; the root is written so that it bears a = 0.
+    """
+    once, twice = (weights_of(form, layer, tuple(times * rank for rank in exact)) for times in (1, 2))
+    square, line = (twice - 2 * once) / 2, (4 * once - twice) / 2
+    return 2 * wanted / (line + math.sqrt(line**2 + 4 * square * wanted))
+
+
+def _train(form: Decomposition, layer: Layer, exact: Ranks, wanted: float) -> Ranks:
+    """Of one rank for all bonds, each at most the exact one, that whose weights come nearest; of two the smaller."""
+
+    def weights(rank: int) -> int:
+        return weights_of(form, layer, tied(exact, rank))
+
+    above = bisect_left(range(1, max(exact)), wanted, key=weights) + 1
+    return tied(exact, min((max(above - 1, 1), above), key=lambda rank: abs(weights(rank) - wanted)))
+
+
+def tied(exact: Ranks, rank: int) -> Ranks:
+    """One rank for all, each at most what it is at the exact ranks.
+
+    A train at such ranks exists: no bond is more than the one before it times the mode between them. At equal weights
+    it loses less than one whose bonds are in proportion to the exact ranks, of which those in the middle are largest.
+
+    >>> tied((16, 48, 32), 24)
+    (16, 24, 24)
+    """
+    return tuple(min(rank, most) for most in exact)
+
+
+def train_space(form: Decomposition, layer: Layer, grain: int, members: int) -> list[Ranks]:
+    """Ranks of a tensor train, one for all bonds: multiples of the grain with fewer MACs than dense, and the exact.
+
+    Args:
+        members: how many there are at most beside the exact ranks.
+    """
+    exact = form.exact_ranks(layer)
+
+    def macs(step: int) -> int:
+        return sum(part.macs for part in form.blueprint(layer, tied(exact, step * grain)))
+
+    top = bisect_right(range(1, max(exact) // grain + 1), layer.macs - 1, key=macs)
+    steps = sorted({math.ceil(top * i / members) for i in range(1, members + 1)} - {0})
+    return [*dict.fromkeys(ranks for step in steps if (ranks := tied(exact, step * grain)) != exact), exact]
+
+
+def grid(full: int, grain: int) -> list[int]:
+    """Ranks from the grain up to, and always with, the full rank: multiples of the grain, at most about 64 of them.
+
+    >>> grid(40, 16)
+    [16, 32, 40]
+    """
+    step = grain * max(1, math.ceil(full / grain / 64))
+    return [*range(step, full, step), full]

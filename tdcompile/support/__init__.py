@@ -1,0 +1,1 @@
+"""Optional imports, process pool, quiet, progress, formatting."""

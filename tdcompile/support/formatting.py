@@ -1,0 +1,46 @@
+"""Numbers as people read them: counts, sizes, milliseconds, shares, ratios."""
+
+from __future__ import annotations
+
+import math
+
+
+def change(before: str, after: str) -> str:
+    """``a → b``, or one of them where they read the same."""
+    return before if before == after else f"{before} → {after}"
+
+
+def count(number: float) -> str:
+    """12345678 as ``12.3 M``."""
+    for power, unit in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 0.9995 * 10**power:
+            return f"{_three(number / 10**power)} {unit}"
+    return f"{number:g}"
+
+
+def size(number: float) -> str:
+    """Bytes: 12345678 as ``12.3 MB``."""
+    text = count(number)
+    return f"{text}B" if text[-1].isalpha() else f"{text} B"
+
+
+def milliseconds(number: float | None, unit: str = " ms") -> str:
+    """``3.14 ms``, or a dash where nothing was measured."""
+    return "–" if number is None else f"{_three(number)}{unit}"
+
+
+def percent(share: float | None) -> str:
+    """0.8831 as ``88.31 %``."""
+    return "–" if share is None else f"{share * 100:.2f} %"
+
+
+def times(ratio: float | None) -> str:
+    """``2.41×``."""
+    return "–" if ratio is None else f"{ratio:.2f}×"
+
+
+def _three(number: float) -> str:
+    """Three significant digits without an exponent."""
+    rounded = float(f"{number:.3g}")
+    whole = math.floor(math.log10(abs(rounded))) if rounded else 0
+    return f"{rounded:.{min(max(0, 2 - whole), 6)}f}"

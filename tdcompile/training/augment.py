@@ -1,0 +1,84 @@
+"""``Augmented``: images shifted and mirrored at random while a network is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tdcompile.data.task import Batch, Samples
+from tdcompile.errors import InputError
+
+Augment = Literal["none", "shift", "shift-flip"]
+Asked = Literal["auto", Augment]
+_SHIFT = 8  # up to an eighth of the side: the customary 4 pixels of 32
+_SHIFTABLE = 16  # pixels: in a smaller image a shift moves what is looked for out of it
+
+
+def fitting(asked: Asked, inputs: Sequence[Tensor]) -> Augment:
+    """What was asked for; ``auto`` shifts images of 16 pixels a side and more, and mirrors those in colour too."""
+    if asked != "auto":
+        return asked
+    if not all(x.ndim == 4 and min(x.shape[2:]) >= _SHIFTABLE for x in inputs):
+        return "none"
+    return "shift-flip" if all(x.shape[1] == 3 for x in inputs) else "shift"
+
+
+class Augmented(Samples):
+    """A view of image samples, each moved in a way of its own until ``redraw`` moves it in another.
+
+    How a sample is moved depends on its place and the seed alone, not on the batch it is in or on what was read before:
+    processes that share out a batch see the images that one process would.
+
+    Args:
+        samples: whose inputs are images ``(n, C, H, W)``.
+        augment: ``shift`` by up to an eighth of each side, the border reflected; ``shift-flip`` mirrors half as well.
+        seed: all randomness comes from it.
+    """
+
+    def __init__(self, samples: Samples, augment: Augment, seed: int = 0) -> None:
+        self._samples, self._augment = samples, augment
+        self.redraw(seed)
+
+    def redraw(self, seed: int) -> None:
+        """Move every sample anew, as at the start of an epoch."""
+        self._draws = torch.rand(len(self._samples), 3, generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The samples at these places, each with a shift and flip of its own.
+
+        Raises:
+            InputError: an input is no image.
+        """
+        batch = self._samples.batch(indices)
+        if self._augment == "none":
+            return batch
+        draws = self._draws[torch.as_tensor(indices)]
+        return Batch(tuple(self._moved(x, draws) for x in batch.inputs), batch.labels)
+
+    @property
+    def classes(self) -> int | None:
+        """As of the samples."""
+        return self._samples.classes
+
+    def _moved(self, x: Tensor, draws: Tensor) -> Tensor:
+        if x.ndim != 4:
+            raise InputError(f"augment={self._augment} needs images; an input has the shape {tuple(x.shape[1:])}")
+        n, channels, height, width = x.shape
+        rows, columns = _places(draws[:, :1], height), _places(draws[:, 1:2], width)
+        if self._augment == "shift-flip":
+            columns = torch.where(draws[:, 2:] < 0.5, columns.flip(1), columns)
+        places = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, -1).expand(-1, channels, -1)
+        return x.flatten(2).gather(2, places.to(x.device)).view_as(x)
+
+
+def _places(draws: Tensor, side: int) -> Tensor:
+    """Where each of ``side`` pixels is taken from, ``(n, side)``: moved, and reflected at both ends."""
+    reach = side // _SHIFT
+    moved = (torch.arange(side) + (draws * (2 * reach + 1)).long() - reach).abs()
+    return side - 1 - (side - 1 - moved).abs()

@@ -1,0 +1,53 @@
+"""Automatic mixed precision: ``Precision``, what autocast computes in, and where bf16 is faster than fp32."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdcompile.ir.modules import computed_by
+
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def gain_of_bf16(device: str) -> float:
+    """How many times as fast in bf16 as in fp32 a convolution's step goes there, measured: 64 channels, 16x16."""
+    from torch.utils.benchmark import Timer  # a fifth of a second, for the doctor alone
+
+    x = torch.randn(32, 64, 16, 16, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(64, 64, 3, 3, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def step(half: bool) -> None:
+        with torch.autocast(device, torch.bfloat16, half):
+            loss = F.conv2d(x, weight, padding=1).sum()
+        torch.autograd.grad(loss, (x, weight))
+
+    whole, half = (
+        Timer("step(half)", globals={"step": step, "half": half}, num_threads=torch.get_num_threads())
+        .blocked_autorange(min_run_time=0.1)
+        .median
+        for half in (False, True)
+    )
+    return float(whole / half)
+
+
+def strided_in_fp32(network: nn.Module, precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+    """While it lasts, strided depthwise convolutions compute in fp32 where the rest trains in bf16 on a CPU.
+
+    Their gradient takes seven to fifteen times as long in bf16 as in fp32 (torch 2.13, AVX-512 BF16): in a ResNet-20
+    of CP layers two of them took a fifth of a step.
+    """
+    slow = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 != max(m.stride)]
+    if precision != "bf16" or device.type != "cpu":
+        slow = []
+    return computed_by(_in_fp32, slow)
+
+
+def _in_fp32(module: nn.Conv2d, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.Conv2d.forward(module, x.float())

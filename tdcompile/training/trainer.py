@@ -1,0 +1,403 @@
+"""``Trainer``: the training loop of tune passes, on Hugging Face accelerate: one CPU, one GPU or several."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, RandomSampler
+
+from tdcompile.core.plugin import Plugin
+from tdcompile.data.task import Batch, Samples
+from tdcompile.errors import InputError, TdcompileError
+from tdcompile.ir.modules import evaluating, tensors_in
+from tdcompile.ir.program import Program
+from tdcompile.ir.target import Target
+from tdcompile.support.progress import tick
+from tdcompile.training.augment import Augment, Augmented
+from tdcompile.training.distributed import count, devices, from_first, no_gpu, same_in_all
+from tdcompile.training.mixed_precision import Precision, strided_in_fp32
+from tdcompile.training.run_state import Epoch, Saved, Tuning, kept_in, key_of
+from tdcompile.training.sync_batchnorm import synchronised
+
+# What the start is held to have known by heart: the share of the held-out samples that the best epoch may answer wrong
+# beyond it and still be kept. They are often among those that the dense network was trained on, which a start that is
+# near it still knows, and no epoch learns (this project's measurement, ``docs/results.md``).
+_BY_HEART = 0.01 + 1e-9  # accuracies are ratios of whole numbers: one that is worse by just this much is still kept
+
+# Steps in a row that fp16 may leave out: its scale starts at 2^16 and is halved each time.
+_SKIPS = 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train: SGD with Nesterov momentum, a linear warm-up, a cosine to zero, clipped gradients, no decay.
+
+    Attributes:
+        epochs: may be a fraction.
+        lr: the highest rate.
+        batch: samples a step, over all processes together.
+        warmup: share of the steps in which the rate rises.
+        clip: largest norm of the gradient of all parameters together.
+        frozen: leave batch-norm statistics as they are.
+        average: decay of the exponential moving average of the weights, which is then judged and kept; 0 is none.
+        patience: stop after so many epochs without a better one; 0 never stops early.
+        precision: what autocast computes in; the weights stay in fp32.
+    """
+
+    epochs: float
+    lr: float
+    batch: int
+    momentum: float
+    warmup: float
+    clip: float
+    augment: Augment
+    frozen: bool
+    average: float = 0.0
+    patience: int = 0
+    precision: Precision = "fp32"
+
+
+class Trainer:
+    """Trains a graph in place and leaves it with the weights that did best on the held-out samples.
+
+    The weights of the start are kept only where those of every epoch answer more than a hundredth of these samples
+    worse, or without labels where none has a lower loss.
+
+    All randomness of an epoch comes from the program's seed, the purpose and the epoch's number, so that a run that
+    goes on from a saved epoch equals one that was never interrupted.
+
+    Several processes end as one does, but for rounding: they share out a batch in the same order, with the same shifts
+    and flips, and batch norm and gradients are those of the whole of it; where their number does not divide the batch,
+    it is rounded down to a multiple. Not synchronised are what dropout draws, the same for each share, and a batch norm
+    of a class with a ``forward`` of its own.
+
+    Args:
+        graph: with tensors of its own.
+        loss: maps the network's outputs, a list, and their batch to a scalar; its mode is its own affair.
+        fit: samples to train on, at least two.
+        heldout: samples to judge by; None keeps the last weights.
+        program: gives the target and the generators.
+        purpose: names the generators.
+        saved: written after each epoch. It stays: whoever keeps the result clears it then.
+        schedule: called before each step, with its number from 0, the number of steps and the optimizer.
+        only: the parameters to train; none trains all that are floating point.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        loss: nn.Module,
+        fit: Samples,
+        heldout: Samples | None,
+        settings: Settings,
+        program: Program,
+        purpose: str,
+        saved: Saved,
+        schedule: Callable[[int, int, torch.optim.Optimizer], None] | None = None,
+        only: Iterable[nn.Parameter] | None = None,
+    ) -> None:
+        self._schedule = schedule
+        self._graph, self._heldout, self._settings, self._saved = graph, heldout, settings, saved
+        self._program, self._purpose = program, purpose
+        self._home = program.inputs[0].device
+        trained = [p for p in (graph.parameters() if only is None else only) if p.is_floating_point()]
+        moving = set(map(id, trained))
+        self._still = [p for p in graph.parameters() if p.requires_grad and id(p) not in moving]
+        for parameters, move in ((trained, True), (self._still, False)):
+            for parameter in parameters:
+                parameter.requires_grad_(move)
+        self._accelerator = accelerator = accelerator_of(program.target, settings.precision)
+        loss = loss.to(accelerator.device)
+        graph.to(accelerator.device)
+        # Depthwise convolutions, which CP makes, train two to three times as fast with the channels last.
+        for network in (graph, loss):
+            lay_out(network, torch.channels_last)
+        self._objective = _Objective(graph, loss)
+        if count() > 1 and not self._objective.reaches(trained, fit.batch([0, 1]).on(accelerator.device)):
+            # not always: in every step it takes time to look for them
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self._order, self._images = torch.Generator(), Augmented(fit, settings.augment)
+        processes = accelerator.num_processes
+        loader = DataLoader(
+            self._images,
+            batch_size=max(1, min(settings.batch, len(fit)) // processes) * processes,
+            sampler=RandomSampler(fit, generator=self._order),
+            drop_last=True,  # a rest of one sample has no batch statistics
+            collate_fn=_already_a_batch,
+        )
+        self._steps = max(1, round(settings.epochs * len(loader)))
+        self._epochs = math.ceil(self._steps / len(loader))
+        optimizer = torch.optim.SGD(trained, settings.lr, settings.momentum, nesterov=settings.momentum > 0)
+        rate = partial(_rate, warm=round(settings.warmup * self._steps), total=self._steps)
+        self._model, self._optimizer, self._loader, self._scheduler = accelerator.prepare(
+            self._objective, optimizer, loader, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        )
+        self._average = Average(graph, settings.average) if settings.average else None
+        self._skipped = 0  # steps in a row whose gradient was not finite
+
+    def run(self) -> Tuning:
+        """Train to the end, from the saved epoch on where there is one.
+
+        Raises:
+            TdcompileError: the loss or its gradient became NaN or Inf.
+        """
+        slow = strided_in_fp32(self._graph, self._settings.precision, self._accelerator.device)
+        with slow, synchronised(self._graph):
+            return self._run()
+
+    def _run(self) -> Tuning:
+        state = self._begin()
+        curve = [Epoch(*entry) for entry in state["curve"]]
+        for number in range(len(curve) + 1, self._epochs + 1):
+            if self._settings.patience and len(curve) - state["best"][0] >= self._settings.patience:
+                break
+            begun = time.perf_counter()
+            loss = self._epoch(number, curve)
+            with self._average.applied() if self._average else nullcontext():
+                curve.append(Epoch(number, loss, *self._judge()))
+                if self._heldout is None or _merit(curve[-1]) > _merit(Epoch(*state["best"])):
+                    state |= {"best": tuple(curve[-1]), "weights": _copied(self._graph)}
+            state |= {
+                "average": self._average.state if self._average else {},
+                "curve": [tuple(entry) for entry in curve],
+                "seconds": state["seconds"] + time.perf_counter() - begun,
+                "model": self._graph.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "scheduler": self._scheduler.state_dict(),
+                "scaler": self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else {},
+            }
+            if self._accelerator.is_main_process:
+                self._saved.write(state)
+        self._end(state["weights"])
+        kept, rate = state["best"][0], self._settings.lr
+        return Tuning(len(curve), tuple(curve), kept, state["seconds"], state["start"][2], rate)
+
+    def _begin(self) -> dict[str, Any]:
+        """The saved state, put back into the graph and the optimizer, or the state of a new run."""
+        state = self._saved.read(self._accelerator.device)
+        if state is None:
+            start = (0, math.nan, *self._judge())
+            return {"curve": [], "start": start, "best": start, "weights": _copied(self._graph), "seconds": 0.0}
+        self._graph.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+        if self._average:
+            self._average.state = state["average"]
+        return state
+
+    def _end(self, weights: dict[str, Tensor]) -> None:
+        same_in_all(weights.values())
+        self._graph.load_state_dict(weights)
+        self._graph.zero_grad(set_to_none=True)
+        for parameter in self._still:
+            parameter.requires_grad_()
+        self._graph.eval().to(self._home)
+        lay_out(self._graph, torch.contiguous_format)
+        self._accelerator.free_memory()
+
+    def _epoch(self, number: int, curve: list[Epoch]) -> float:
+        """Train for one epoch, the last of which may be a part; the mean loss."""
+        done = (number - 1) * len(self._loader)
+        steps = min(len(self._loader), self._steps - done)
+        self._order.manual_seed(self._seed("order", number))
+        self._images.redraw(self._seed("draws", number))
+        known = [entry.heldout_accuracy for entry in curve[-1:] if entry.heldout_accuracy is not None]
+        before = "".join(f", held-out accuracy {share:.1%}" for share in known)
+        device, total = self._accelerator.device, 0.0
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self._seed("dropout", number))
+            self._train_mode()
+            for step, batch in enumerate(self._loader, start=1):
+                if step > steps:
+                    break
+                if self._schedule is not None:
+                    self._schedule(done + step - 1, self._steps, self._optimizer.optimizer)
+                total += self._step(batch, done + step)
+                tick(done + step, self._steps, f"epoch {number}/{self._epochs}, loss {total / step:.3f}{before}")
+        return total / steps
+
+    def _step(self, batch: Batch, step: int) -> float:
+        batch = batch._replace(inputs=tuple(map(_channels_last, batch.inputs)))
+        loss, _ = self._model(batch)
+        self._accelerator.backward(loss)
+        norm = self._accelerator.clip_grad_norm_(self._graph.parameters(), self._settings.clip)
+        # NaN in one process's loss is NaN here in all. In fp16 the scaler leaves such a step out and lowers its scale,
+        # which it raises until that happens.
+        self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
+        if self._skipped > (_SKIPS if self._accelerator.scaler is not None else 0):
+            if step == self._skipped:
+                raise InputError(
+                    f"{self._purpose}: the first loss is {loss.item()}: the data or the weights are not finite"
+                )
+            raise TdcompileError(
+                f"{self._purpose} diverged: loss {loss.item()} at step {step} of {self._steps}; "
+                f"give it a lower lr than {self._settings.lr:g}"
+            )
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+        if self._average:
+            self._average.follow(step)
+        return float(loss.item())
+
+    def _train_mode(self) -> None:
+        self._model.train()
+        if self._settings.frozen:
+            for module in self._graph.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
+    def _judge(self) -> tuple[float | None, float | None]:
+        """Accuracy and loss on the held-out samples, each None where it cannot be told.
+
+        Of several processes the first judges, with statistics that are the same in all: what they then decide, which
+        epoch to keep and when to stop, they decide alike.
+        """
+        if self._heldout is None:
+            return None, None
+        same_in_all(self._graph.buffers())
+        return from_first(self._judged, self._accelerator.device.type == "cpu")
+
+    @torch.no_grad()
+    def _judged(self) -> tuple[float | None, float | None]:
+        assert self._heldout is not None  # ``_judge`` has looked
+        self._graph.eval()
+        loss, right, device = 0.0, 0, self._accelerator.device
+        for batch in self._heldout.batches():
+            batch = batch.on(device)
+            lost, scores = self._objective(batch)
+            loss += float(lost) * len(scores)
+            right += 0 if batch.labels is None else int((scores.argmax(1) == batch.labels).sum())
+        judged = len(self._heldout)
+        return (None if self._heldout.classes is None else right / judged), loss / judged
+
+    def _seed(self, what: str, epoch: int) -> int:
+        return self._program.generator(f"{self._purpose}/{what}/{epoch}").initial_seed()
+
+
+class _Objective(nn.Module):
+    """A network and its loss in one pass, the loss without autocast.
+
+    Of several processes each has to see which parameters the loss reaches, for the rest have no gradients to share.
+    """
+
+    def __init__(self, graph: fx.GraphModule, loss: nn.Module) -> None:
+        super().__init__()
+        self.graph = graph
+        self._loss = (loss,)  # no part of it: nothing in there is trained
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss, and the first output."""
+        given = [*tensors_in(self.graph(*batch.copies()))]
+        device = given[0].device.type
+        if torch.is_autocast_enabled(device):
+            given = [x.float() if x.is_floating_point() else x for x in given]
+        with torch.autocast(device, enabled=False):
+            return self._loss[0](given, batch), given[0].detach()
+
+    def reaches(self, trained: Sequence[nn.Parameter], batch: Batch) -> bool:
+        """Whether every parameter has a gradient: not so where it makes nothing but whole numbers."""
+        with evaluating(self.graph), torch.enable_grad():
+            found = torch.autograd.grad(self(batch)[0], trained, allow_unused=True)
+        return all(gradient is not None for gradient in found)
+
+
+def saved_of(step: Plugin, graph: fx.GraphModule, train: Samples, program: Program) -> Saved:
+    """Where a pass keeps its training, good for these weights, options, data and seed; nowhere without a workspace."""
+    folder = kept_in(program.workspace, step)
+    if folder is None:
+        return Saved(None, "")
+    return Saved(folder, key_of([graph, program.dense], step, program.seed, train.fingerprint(), program.task.source))
+
+
+class Average:
+    """An exponential moving average of a network's weights and statistics, which follows fast at first.
+
+    Attributes:
+        state: the average by name, over what is floating point.
+    """
+
+    def __init__(self, graph: fx.GraphModule, decay: float) -> None:
+        self._graph, self._decay = graph, decay
+        self.state = _copied(graph)
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """Take in the weights after a step, counted from 1; the decay is at most (1 + step) / (10 + step)."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        for name, value in self._graph.state_dict().items():
+            if value.is_floating_point():
+                self.state[name].lerp_(value, 1 - decay)
+            else:
+                self.state[name].copy_(value)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """While it lasts, the network has the average's values."""
+        own = _copied(self._graph)
+        self._graph.load_state_dict(self.state)
+        try:
+            yield
+        finally:
+            self._graph.load_state_dict(own)
+
+
+def accelerator_of(target: Target, precision: str) -> Accelerator:
+    """One for the target's kind of device; accelerate remembers the first device and precision a process asked for."""
+    cpu = no_gpu(target.device)
+    if cpu and precision == "fp16":
+        raise InputError("training in fp16 needs a CUDA device; on CPU precision is fp32 or bf16")
+    other = (devices(cpu).device.type == "cpu") != cpu
+    AcceleratorState._reset_state(reset_partial_state=other)
+    mixed = "no" if precision == "fp32" else precision
+    # A step's batch is shared out among the processes: where they divide it, they change neither steps nor rates.
+    return Accelerator(cpu=cpu, mixed_precision=mixed, dataloader_config=DataLoaderConfiguration(split_batches=True))
+
+
+def _rate(step: int, warm: int, total: int) -> float:
+    """The share of the highest rate at a step: up along a line, down along a cosine."""
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def _merit(epoch: Epoch) -> tuple[float, float]:
+    """By which weights are chosen: held-out accuracy, of which the start's counts for less, then loss."""
+    accuracy, loss = epoch.heldout_accuracy or 0.0, epoch.heldout_loss or 0.0
+    if not math.isfinite(loss):
+        return -1.0, -math.inf
+    known = _BY_HEART if epoch.epoch == 0 else 0.0
+    return max(0.0, accuracy - known), -loss
+
+
+def _copied(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def lay_out(network: nn.Module, form: torch.memory_format) -> None:
+    """In place, what has four axes; ``Module.to(memory_format=…)`` fails where a convolution goes over three."""
+    for weight in network.parameters():
+        if weight.dim() == 4:
+            # not ``contiguous``, which leaves the strides of a 1x1 kernel as they are: it is laid out in both ways
+            weight.data = torch.empty_like(weight.data, memory_format=form).copy_(weight.data)
+
+
+def _already_a_batch(batch: Any) -> Any:
+    return batch  # ``Samples`` reads a batch at a time

@@ -1,0 +1,90 @@
+"""``transplant``: a layer's node becomes its chain, the rest stays; what is not the layer alone is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from tdcompile.backend.export import export_onnx
+from tdcompile.backend.graft import Graft, transplant
+from tdcompile.backend.profile import layer_seconds
+from tdcompile.backend.session import infer, open_session
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.registry import make
+from tdcompile.ir.layer import Layer
+from tdcompile.ir.target import Target
+
+X = torch.randn(2, 4, 9, 9)
+
+
+class Shared(nn.Module):
+    """One convolution called twice, and linear layers on two and on three axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, (3, 1), stride=1, padding=(1, 0))
+        self.token, self.head = nn.Linear(9, 6), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.token(self.conv(self.conv(x).relu())).mean((1, 2)))
+
+
+def graft(form: str, module: nn.Module, extent: tuple[int, ...], ranks: tuple[int, ...], calls: int = 1) -> Graft:
+    layer = Layer.of(module, extent)
+    assert layer is not None
+    return Graft(layer, calls, make(Decomposition, form).blueprint(layer, ranks))
+
+
+def test_every_call_becomes_the_chain_and_the_model_still_runs(tmp_path: Path) -> None:
+    network = Shared().eval()
+    export_onnx(network, (X,), tmp_path / "dense.onnx")
+    grafts = {
+        "conv": graft("channel", network.conv, (9, 9), (2,), calls=2),
+        "token": graft("svd", network.token, (4, 9), (3,)),
+        "head": graft("svd", network.head, (), (1,)),
+    }
+    assert transplant(tmp_path / "dense.onnx", grafts, tmp_path / "out.onnx")
+    proto = onnx.load(tmp_path / "out.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    assert [node.op_type for node in proto.graph.node].count("Conv") == 4
+    shapes = {weight.name: tuple(weight.dims) for weight in proto.graph.initializer}
+    assert shapes["conv.0.weight"] == (2, 4, 3, 1)
+    assert shapes["token.1.weight"] == (3, 6)
+    assert not [name for name in shapes if name in ("conv.weight", "head.weight")], "weights nobody reads"
+    (y,) = infer(open_session(tmp_path / "out.onnx", Target()), [X])
+    assert y.shape == (2, 5)
+    assert all(layer_seconds(tmp_path / "out.onnx", ["conv", "head"], [X], Target()).values())
+
+
+@pytest.mark.parametrize(
+    ("conv", "made"),
+    [
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), False),  # by a node of its own
+        (nn.Conv2d(4, 4, 2, padding="same"), True),
+    ],
+    ids=["reflect", "same"],
+)
+def test_a_layer_that_may_be_padded_by_another_node_is_right_or_refused(
+    tmp_path: Path, conv: nn.Conv2d, made: bool
+) -> None:
+    export_onnx(nn.Sequential(conv).eval(), (X,), tmp_path / "dense.onnx")
+    grafts = {"0": graft("channel", conv, (9, 9), (2,))}
+    assert transplant(tmp_path / "dense.onnx", grafts, tmp_path / "out.onnx") == made
+    assert made == (tmp_path / "out.onnx").exists()
+    if made:
+        (y,) = infer(open_session(tmp_path / "out.onnx", Target()), [X])
+        assert y.shape == conv(X).shape
+
+
+def test_a_layer_that_is_not_there_as_often_as_it_is_called_is_refused(tmp_path: Path) -> None:
+    network = Shared().eval()
+    export_onnx(network, (X,), tmp_path / "dense.onnx")
+    once = {"conv": graft("channel", network.conv, (9, 9), (2,), calls=1)}
+    assert not transplant(tmp_path / "dense.onnx", once, tmp_path / "out.onnx")
+    missing = {"body": graft("channel", network.conv, (9, 9), (2,))}
+    assert not transplant(tmp_path / "dense.onnx", missing, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()

@@ -1,0 +1,121 @@
+"""Candidates and plans: what stays on the Pareto front, and that a plan survives its text."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdcompile.errors import InputError
+from tdcompile.ir.layer import Refusal
+from tdcompile.ir.plan import DENSE, Candidate, Candidates, RankPlan, pareto, within
+from tdcompile.ir.target import Cost
+
+FIGURES = st.integers(0, 4).map(float)
+COSTS = st.builds(Cost, FIGURES, FIGURES, FIGURES, FIGURES)
+OPTIONS = st.builds(
+    Candidate, st.sampled_from(["svd", "tucker2"]), st.tuples(st.integers(1, 9)), FIGURES, COSTS, st.just(("out",))
+)
+TABLES = st.lists(OPTIONS, max_size=12, unique_by=lambda option: (option.decomposition, option.ranks)).map(
+    lambda rest: [Candidate(DENSE, (), 0.0, Cost(5, 5, 5, 5)), *rest]
+)
+FIELDS = st.lists(st.sampled_from(["params", "macs", "seconds"]), min_size=1, max_size=3, unique=True)
+
+
+def figures(option: Candidate, fields: list[str]) -> tuple[float, ...]:
+    return (option.error, *(getattr(option.cost, name) for name in fields))
+
+
+def beats(one: Candidate, other: Candidate, fields: list[str]) -> bool:
+    return all(a <= b for a, b in zip(figures(one, fields), figures(other, fields), strict=True))
+
+
+@given(TABLES, FIELDS)
+def test_on_the_front_nobody_is_beaten_and_who_is_left_out_is(options: list[Candidate], fields: list[str]) -> None:
+    kept = pareto(options, fields)
+    assert kept[0] is options[0]
+    assert all(any(option is other for other in options) for option in kept)
+    for option in options:
+        if any(option is one for one in kept):
+            assert not any(
+                beats(other, option, fields) for other in kept if other is not option and option is not kept[0]
+            )
+        else:
+            assert any(beats(other, option, fields) for other in kept)
+
+
+@given(TABLES, FIELDS, st.randoms())
+def test_the_front_does_not_depend_on_the_order(options: list[Candidate], fields: list[str], random: object) -> None:
+    shuffled = options[1:]
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert pareto([options[0], *shuffled], fields) == pareto(options, fields)
+
+
+PLANS = st.builds(
+    RankPlan,
+    st.dictionaries(st.text(min_size=1, max_size=6), OPTIONS, max_size=4),
+    COSTS,
+    COSTS,
+    st.sampled_from(["", "energy{keep=0.9}"]),
+    st.none() | st.floats(0, 1),
+    st.dictionaries(st.text(max_size=3), st.builds(Refusal, st.text(max_size=3), st.text(max_size=3), st.text())),
+)
+
+
+@given(PLANS)
+def test_a_plan_survives_its_text(plan: RankPlan) -> None:
+    assert RankPlan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_written_by_hand_needs_only_form_and_ranks() -> None:
+    plan = RankPlan.from_json(json.dumps({"layers": {"conv": {"decomposition": "svd", "ranks": [4]}}}))
+    assert plan.choices == {"conv": Candidate("svd", (4,), 0.0, Cost())}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"layers": []}',
+        '{"layers": {"a": {}}}',
+        '{"layers": {"a": {"decomposition": "svd", "ranks": ["x"]}}}',
+        '{"layers": {"a": {"decomposition": "svd", "ranks": 3}}}',
+        '{"layers": {}, "dense": {"watts": 3}}',
+    ],
+)
+def test_what_is_no_plan_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(InputError, match=r"mine is not a plan.*expected"):
+        RankPlan.from_json(text, "mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"format": 2, "layers": {}}', "mine is a plan of format 2: this version reads 1"),
+        ('{"layers": {}, "resons": {}}', "mine has a key 'resons' that no plan has: did you mean 'reasons'"),
+        (
+            '{"layers": {"a": {"decomposition": "svd", "rank": [3]}}}',
+            "mine, layer 'a', has a key 'rank' that no plan has: did you mean 'ranks'",
+        ),
+    ],
+)
+def test_a_misspelt_key_or_another_format_is_named(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        RankPlan.from_json(text, "mine")
+
+
+@given(COSTS, st.dictionaries(st.sampled_from(["params", "macs"]), FIGURES))
+def test_within_is_every_limit(cost: Cost, limits: dict[str, float]) -> None:
+    assert within(cost, limits) == all(getattr(cost, name) <= limit for name, limit in limits.items())
+
+
+def test_a_table_prices_choices_and_leaves_the_rest_dense() -> None:
+    dense, small = Candidate(DENSE, (), 0.0, Cost(macs=8)), Candidate("svd", (1,), 0.5, Cost(macs=3))
+    table = Candidates({"a": (dense, small), "b": (dense,)}, rest=Cost(macs=1))
+    assert table.dense.macs == 17
+    assert table.cost({"a": small}).macs == 12

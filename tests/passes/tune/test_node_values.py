@@ -1,0 +1,103 @@
+"""``Stream``: values are those of a run from the start, whatever was asked for before and has changed since."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+from tdcompile.passes.tune._node_values import Stream, follows
+
+
+class Block(nn.Module):
+    """Shortcuts, a branch, in-place activations and in-place addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        z = self.act(self.b(y))
+        z += y
+        w = torch.relu_(self.c(z))
+        v = w + z
+        u = v.mul_(2)
+        return (u + v + z) * x.sum()  # v is read again after it was changed
+
+
+def graph() -> fx.GraphModule:
+    torch.manual_seed(0)
+    return fx.symbolic_trace(Block().eval())
+
+
+def from_the_start(module: fx.GraphModule, node: fx.Node, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    kept = {}
+
+    class Keep(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            kept[n] = value.clone() if isinstance(value, torch.Tensor) else value
+            return value
+
+    with torch.no_grad():
+        Keep(module).run(*inputs)
+    return kept[node]
+
+
+BATCHES = [(torch.randn(3, 4, generator=torch.Generator().manual_seed(i)),) for i in range(2)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["", "a", "b", "c"])), min_size=1, max_size=8))
+def test_any_order_of_questions_and_changes_gives_what_a_whole_run_gives(steps: list[tuple[int, str]]) -> None:
+    module = graph()
+    nodes = [node for node in module.graph.nodes if node.op != "output"]
+    stream = Stream(module, BATCHES)
+    for place, changed in steps:
+        if changed:
+            with torch.no_grad():
+                module.get_submodule(changed).weight.mul_(-1.5)
+            stream.changed([node for node in nodes if node.target == changed])
+        node = nodes[place % len(nodes)]
+        for value, batch in zip(stream.values(node), BATCHES, strict=True):
+            assert isinstance(value, torch.Tensor)
+            torch.testing.assert_close(value, from_the_start(module, node, batch))
+
+
+def test_without_being_told_of_a_change_values_are_the_old_ones() -> None:
+    module = graph()
+    stream = Stream(module, BATCHES)
+    node = next(node for node in module.graph.nodes if node.target == "a")
+    old = [value.clone() for value in stream.values(node)]
+    with torch.no_grad():
+        module.a.weight.zero_()
+    assert all(torch.equal(*pair) for pair in zip(stream.values(node), old, strict=True))
+    stream.changed([node])
+    assert all(torch.equal(value, module.a.bias.expand(3, 4)) for value in stream.values(node))
+
+
+class Viewed(nn.Module):
+    """A value that is changed through a view of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        z = y.view(-1).mul_(2)
+        return y.sum(1) + z.sum()
+
+
+def test_what_cannot_be_followed_is_known() -> None:
+    assert follows(graph(), BATCHES[0])
+    assert not follows(fx.symbolic_trace(Viewed()), BATCHES[0])
+
+
+def test_what_nobody_reads_any_more_is_dropped() -> None:
+    module = graph()
+    stream = Stream(module, BATCHES)
+    nodes = list(module.graph.nodes)
+    stream.values(nodes[-2])
+    held = set(stream._values)
+    assert nodes[-2] in held
+    assert not {node for node in held if node.op == "call_module" and node.target in ("a", "b", "c")}
