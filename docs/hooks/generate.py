@@ -67,8 +67,9 @@ def project_file(name: str) -> str:
 
 
 def public_names(module: str) -> str:
-    """An mkdocstrings directive for each public name of a module."""
-    names = sorted(importlib.import_module(module).__all__, key=str.lower)
+    """An mkdocstrings directive for each public name of a module, functions before classes."""
+    public = importlib.import_module(module)
+    names = sorted(public.__all__, key=lambda name: (isinstance(getattr(public, name), type), name.lower()))
     return "\n\n".join(f"::: {module}.{name}" for name in names)
 
 
