@@ -13,7 +13,7 @@ import typer
 from common import network, publish
 
 from tdcompile.ir.target import Target
-from tdcompile.support.heap import freed_memory_kept
+from tdcompile.support.heap import keep_freed_memory
 
 
 def main(
@@ -34,7 +34,7 @@ def main(
             module.train(trains).requires_grad_(trains)
             returned, kept = [], []
             for turn in range(rounds + 1):
-                some = [_seconds(module, x, batches, nullcontext()), _seconds(module, x, batches, freed_memory_kept())]
+                some = [_seconds(module, x, batches, nullcontext()), _seconds(module, x, batches, keep_freed_memory())]
                 if turn:  # the first one warms up
                     returned.append(some[0])
                     kept.append(some[1])

@@ -24,9 +24,9 @@ from tdcompile.data.task import Batch, Samples, accuracy, logits
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.program import sites_of
 from tdcompile.ir.target import Target
-from tdcompile.support.heap import freed_memory_kept
+from tdcompile.support.heap import keep_freed_memory
 from tdcompile.training.augment import Augment, Augmented
-from tdcompile.training.mixed_precision import Precision, strided_in_fp32
+from tdcompile.training.mixed_precision import Precision, strided_depthwise_in_fp32
 
 MOMENTUM = 0.9
 
@@ -75,14 +75,14 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
         TdcompileError: the loss became NaN or Inf.
     """
     from tdcompile.training.trainer import (  # the registry imports this file too, and must stay quick
-        accelerator_of,
-        lay_out,
+        make_accelerator,
+        set_memory_format,
     )
 
     _check_classes(module, samples)
     target = Target("cuda" if torch.cuda.is_available() else "cpu")
-    accelerator = accelerator_of(target, schedule.precision)
-    lay_out(module, torch.channels_last)
+    accelerator = make_accelerator(target, schedule.precision)
+    set_memory_format(module, torch.channels_last)
     images = Augmented(samples, schedule.augment)
     loader = DataLoader(
         images,
@@ -100,7 +100,7 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
         images.redraw(int(torch.randint(2**62, (), generator=generator)))
         model.train()
         losses = []
-        with strided_in_fp32(module, schedule.precision, accelerator.device):
+        with strided_depthwise_in_fp32(module, schedule.precision, accelerator.device):
             for batch in loader:
                 loss = F.cross_entropy(logits(model(*batch.inputs)), batch.labels, label_smoothing=schedule.smoothing)
                 accelerator.backward(loss)
@@ -113,7 +113,7 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
             raise TdcompileError(f"the loss is {mean} after epoch {epoch + 1}: try a rate below {schedule.lr}")
         model.eval()
         yield mean
-    lay_out(module, torch.contiguous_format)
+    set_memory_format(module, torch.contiguous_format)
 
 
 def _whole(batch: Any) -> Batch:
@@ -182,7 +182,7 @@ def main(
         torch.manual_seed(seed)
         module = network.build()
         schedule = Schedule(epochs, lr, batch, weight_decay, smoothing, warmup, augment, precision)
-        with freed_memory_kept():
+        with keep_freed_memory():
             for epoch, loss in enumerate(fit(module, train, schedule, torch.Generator().manual_seed(seed)), start=1):
                 typer.echo(f"epoch {epoch}/{epochs}: loss {loss:.4f}", err=True)
         save(module, output)

@@ -29,8 +29,8 @@ from tdcompile.core.plugin import Plugin
 from tdcompile.data.loading import Given
 from tdcompile.data.task import Task, accuracy
 from tdcompile.errors import InputError, nearest
-from tdcompile.frontend.half_precision import samples_like
-from tdcompile.frontend.tracing import must_be_network, trace
+from tdcompile.frontend.half_precision import samples_cast_like
+from tdcompile.frontend.tracing import check_is_network, trace
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.layer import Refusal
 from tdcompile.ir.modules import evaluating, outputs_of
@@ -141,7 +141,7 @@ def compile(  # the field's word, as in torch.compile
             f"'{lost[0]}' is for the command: here the network and its example inputs are given themselves"
         )
     pipeline = chosen.steps()
-    must_be_network(module)
+    check_is_network(module)
     with evaluating(module):  # a network that cannot be copied is traced itself
         program = prepare(module, inputs, chosen.data if data is None else data, chosen)
         pipeline.check(program.facts, planned=True)
@@ -249,7 +249,7 @@ def prepare(
         module, inputs, frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch, dynamic=recipe.dynamic
     )
     task = recipe.task(data, program.inputs[0])
-    train, test = (samples_like(samples, program.inputs) for samples in (task.train, task.test))
+    train, test = (samples_cast_like(samples, program.inputs) for samples in (task.train, task.test))
     task = replace(task, train=train, test=test)
     program = program.with_(task=task, target=target, budget=budget, seed=recipe.seed)
     program = program.with_(keep_dense=_kept(program, recipe.keep_dense))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from tdcompile.backend.lowering import export_folded, timing_inputs
+from tdcompile.backend.lowering import export_lowered, timing_inputs
 from tdcompile.backend.session import time_models
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.ir.facts import Fact
@@ -35,6 +35,6 @@ class MeasureBaseline(AnalysisPass):
         """
         # Without a workspace the file stays in the temporary folder: the fact that names it outlives the pass.
         folder = program.workspace or Path(tempfile.mkdtemp(prefix="tdcompile-"))
-        exported = export_folded(program, program.dense, folder / "dense.onnx")
+        exported = export_lowered(program, program.dense, folder / "dense.onnx")
         timing = time_models([exported.path], timing_inputs(program), program.target, seconds=self.seconds)[0]
         return Baseline(exported.path, timing.median, program.dynamic_batch, exported.notes)

@@ -19,7 +19,7 @@ from tdcompile.ir.measurements import Calibration, Moments
 from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Program, Site, sites
 from tdcompile.numerics.covariance import Range
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 log = logging.getLogger("tdcompile")
 
@@ -68,7 +68,7 @@ class Calibrate(AnalysisPass):
             with torch.no_grad():
                 for done, batch in enumerate(chosen.batches(self.batch, limit=count), start=1):
                     program.graph(*batch.inputs)
-                    tick(min(done * self.batch, count), count, "samples")
+                    report_progress(min(done * self.batch, count), count, "samples")
         finally:
             for hook in hooks:
                 hook.remove()

@@ -22,8 +22,8 @@ from tdcompile.ir.program import Program, Site, kept_dense, parameters_of, sites
 from tdcompile.ir.target import Cost, total
 from tdcompile.numerics.low_rank import gram
 from tdcompile.planning.pricing import price
-from tdcompile.support.process_pool import side_by_side
-from tdcompile.support.progress import tick
+from tdcompile.support.process_pool import parallel_map
+from tdcompile.support.progress import report_progress
 
 # A price is a measurement, and in the graph a layer may cost a little more or less than alone.
 _MARGIN = 1.1
@@ -82,9 +82,9 @@ class Propose(AnalysisPass):
         drafts = {
             name: self._drafts(program, site, spaces[name], dense[name].cost, prices) for name, site in found.items()
         }
-        errors = side_by_side(_errors, self._work(program, found, drafts), self.jobs)
+        errors = parallel_map(_errors, self._work(program, found, drafts), self.jobs)
         for done, (name, site) in enumerate(found.items(), start=1):
-            tick(done, len(found), name)
+            report_progress(done, len(found), name)
             made = [
                 Candidate(str(form.spec()), ranks, error, cost, form.modes)
                 for form, kept in drafts[name].items()

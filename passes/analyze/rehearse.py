@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from tdcompile.backend.graft import Graft, transplant
-from tdcompile.backend.lowering import export_folded, timing_inputs
+from tdcompile.backend.graft import Graft, graft_layers
+from tdcompile.backend.lowering import export_lowered, timing_inputs
 from tdcompile.backend.profile import layer_seconds
 from tdcompile.backend.session import time_models
 from tdcompile.core.decomposition import Decomposition
@@ -30,7 +30,7 @@ from tdcompile.ir.measurements import Baseline, Rehearsal, Round
 from tdcompile.ir.plan import DENSE, Candidate, Candidates, Importances, RankPlan
 from tdcompile.ir.program import Program, sites
 from tdcompile.planning.plan_file import HAND
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 _FARTHEST = 2.0  # no form's price is corrected by more than this factor, or its inverse
 _CONFIRMED = 3  # plans that are measured a second time where none has stood
@@ -89,7 +89,7 @@ class Rehearse(AnalysisPass):
             plan = _priced(plan, _learned(candidates, seen))
             predicted = plan.predicted.seconds / plan.dense.seconds * dense
             tried.append((Round(predicted, compiled, dense, tuple(slower)), plan))
-            tick(number, self.rounds, f"{compiled / dense:.3f} of dense measured, {share:g} wanted")
+            report_progress(number, self.rounds, f"{compiled / dense:.3f} of dense measured, {share:g} wanted")
             fits = compiled <= share * dense * (1 + self.over)
             if fits and not slower and abs(predicted / compiled - 1) <= self.tolerance:
                 best = tried[-1]
@@ -166,8 +166,8 @@ def _write(program: Program, plan: RankPlan, dense: Path, file: Path) -> None:
             plain = type(form).build is Decomposition.build  # otherwise there is more to it than the blueprint's layers
             chain = form.blueprint(site.layer, choice.ranks) if plain else ()
             grafts[name] = Graft(site.layer, len(site.calls), chain)
-    if not all(graft.chain for graft in grafts.values()) or not transplant(dense, grafts, file):
-        export_folded(program, _shapes_of(program, plan), file, simplify=False)
+    if not all(graft.chain for graft in grafts.values()) or not graft_layers(dense, grafts, file):
+        export_lowered(program, _shapes_of(program, plan), file, simplify=False)
 
 
 def _shapes_of(program: Program, plan: RankPlan) -> fx.GraphModule:

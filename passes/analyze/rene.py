@@ -22,7 +22,7 @@ from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Program, Site, kept_dense, sites
 from tdcompile.passes.analyze._rene_ranks import WHOLE, SingleRanks
 from tdcompile.passes.analyze._rene_relaxation import Interval, Relaxed, intervals, rank_loss
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 _CLIP = 5.0  # without it a search over CP diverges
 _STEEPEST, _HALVINGS = 1e6, 30  # of the projection: the largest multiplier, and bisections
@@ -171,7 +171,7 @@ class Rene(AnalysisPass):
                         optimizer.step()
                 if self.budget and turn is not one:
                     self._project(layers, prices, settled)
-            tick(done + 1, self.warmup + self.steps, f"refinement {rounds + 1}")
+            report_progress(done + 1, self.warmup + self.steps, f"refinement {rounds + 1}")
         for layer in layers:
             _ = layer.gates  # not finite is an error here, not the smallest rank
 

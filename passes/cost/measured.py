@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tdcompile.backend.layer_timing import CostCache, measure
+from tdcompile.backend.layer_timing import CostCache, measure_layers
 from tdcompile.core.cost_model import CostModel
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.target import Cost, Target
@@ -37,7 +37,7 @@ class Measured(CostModel):
         cache = CostCache.of(target)
         needed = dict.fromkeys(corner for layer in layers for corner, _ in corners(layer))
         missing = [layer for layer in needed if layer not in cache]
-        for batch, seconds in measure(missing, target, self.runs):
+        for batch, seconds in measure_layers(missing, target, self.runs):
             cache.add(batch, seconds)
         cache.save()
 

@@ -14,7 +14,7 @@ from tdcompile.ir.program import Program, sites
 from tdcompile.passes.importance._divergence import drawn
 from tdcompile.passes.importance._trial import FORMS, trials
 from tdcompile.planning.approximation_error import feature_errors, weight_errors
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 
 @dataclass(frozen=True)
@@ -67,5 +67,5 @@ class Error(Importance):
             else:
                 errors = feature_errors(program.graph, trial.site, trial.weight, batches)
             scores[name] = getattr(errors, self.scaling) ** 2 / max(trial.error**2, 1e-12)
-            tick(done, len(tried), name)
+            report_progress(done, len(tried), name)
         return normalised(scores)

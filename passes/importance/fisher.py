@@ -14,7 +14,7 @@ from tdcompile.core.importance import Importance, normalised
 from tdcompile.data.task import logits
 from tdcompile.errors import InputError
 from tdcompile.ir.program import Program, Site, sites
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Fisher(Importance):
                     # Gradients of probes alone: no tensor of the program gets a ``grad``.
                     torch.autograd.grad(loss, probes, allow_unused=True)
                 done += len(scores)
-                tick(done, count)
+                report_progress(done, count)
         finally:
             graph.train(training)
             for hook in hooks:

@@ -16,7 +16,7 @@ from tdcompile.data.task import Batch, Samples
 from tdcompile.errors import InputError
 from tdcompile.ir.graph_edits import calls_of, module_at, only_user
 from tdcompile.ir.program import Program, Site, sites
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 # What stands behind a layer without being one: its norm, its activation, its dropout.
 _BEHIND = (
@@ -87,7 +87,7 @@ class Lwiq(Importance):
             for batch in samples.batches(self.batch):
                 _Tapped(program.graph, proxies, batch).run(*batch.inputs)
                 done += len(batch.inputs[0])
-                tick(done, total, "samples")
+                report_progress(done, total, "samples")
             for proxy in proxies.values() if imprint else ():
                 proxy.settle(samples.classes or 0)
         chance = 1 / (imprinted.classes or 1)

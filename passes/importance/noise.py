@@ -13,7 +13,7 @@ from tdcompile.core.importance import Importance, normalised
 from tdcompile.errors import InputError
 from tdcompile.ir.program import Program, sites
 from tdcompile.passes.importance._divergence import answers, divergence, drawn
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Noise(Importance):
                 scores[name] = divergence(wanted, answers(program.graph, batches)) / disturb.squared
             finally:
                 hook.remove()
-            tick(done, len(found), name)
+            report_progress(done, len(found), name)
         return normalised(scores)
 
 

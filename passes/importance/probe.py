@@ -16,7 +16,7 @@ from tdcompile.errors import InputError
 from tdcompile.ir.program import Program, sites
 from tdcompile.passes.importance._divergence import answers, divergence, drawn
 from tdcompile.passes.importance._trial import FORMS, trials
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 log = logging.getLogger("tdcompile")
 
@@ -59,7 +59,7 @@ class Probe(Importance):
             else:
                 lost = max(_right(wanted, batches) - _right(given, batches), 0.0)
             scores[name] = lost / max(trial.error**2, 1e-12)
-            tick(done, len(tried), name)
+            report_progress(done, len(tried), name)
         log.info("probe: %d forward passes over %d samples", len(tried) + 1, sum(len(b.inputs[0]) for b in batches))
         return normalised(scores)
 

@@ -18,7 +18,7 @@ from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Program, sites
 from tdcompile.passes.importance._divergence import drawn
 from tdcompile.passes.importance._trial import FORMS, Trial, trials
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Taylor(Importance):
                     torch.autograd.grad(loss, probes, allow_unused=True)
                 for meter in meters.values():
                     meter.close(len(scores))
-                tick(done, len(batches), "batches")
+                report_progress(done, len(batches), "batches")
         finally:
             for hook in hooks:
                 hook.remove()

@@ -14,7 +14,7 @@ from tdcompile.errors import InputError
 from tdcompile.ir.graph_edits import replace_module
 from tdcompile.ir.layer import Refusal
 from tdcompile.ir.program import Change, Program, Site, kept_dense, sites
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 from tdcompile.training.adapters import Parallel
 
 FORMS = ("tucker2", "svd")
@@ -47,7 +47,7 @@ class AttachAdapters(RewritePass):
         kept = kept_dense(program, found)
         history: list[Change | Refusal] = []
         for done, (name, site) in enumerate(found.items(), start=1):
-            tick(done, len(found), name)
+            report_progress(done, len(found), name)
             made = kept.get(name) or self._adapted(site)
             if isinstance(made, Parallel):
                 replace_module(graph, name, made)

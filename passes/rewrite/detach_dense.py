@@ -20,7 +20,7 @@ from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Change, Program, Site
 from tdcompile.planning.pricing import Prices
-from tdcompile.training.adapters import Parallel, parallels
+from tdcompile.training.adapters import Parallel, parallel_layers
 
 _ROUNDING = 1e-5  # of the largest output; twenty to a hundred layers measured differ by 1e-7 to 1.5e-6
 
@@ -41,7 +41,7 @@ class DetachDense(RewritePass):
         Raises:
             TdcompileError: a dense share is left, or the chains compute something else.
         """
-        layers, history = parallels(graph), []
+        layers, history = parallel_layers(graph), []
         prices = Prices(program)
         for name, layer in layers.items():
             if layer.share != 0 and not layer.stays:

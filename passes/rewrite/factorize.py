@@ -17,8 +17,8 @@ from tdcompile.ir.measurements import Calibration, Moments
 from tdcompile.ir.plan import DENSE, RankPlan, Ranks
 from tdcompile.ir.program import Change, Program, kept_dense, sites
 from tdcompile.planning.plan_file import check, estimated
-from tdcompile.support.process_pool import side_by_side
-from tdcompile.support.progress import tick
+from tdcompile.support.process_pool import parallel_map
+from tdcompile.support.progress import report_progress
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Factorize(RewritePass):
             for name, choice in replaced.items()
         )
         history: list[Change | Refusal] = []
-        made = zip(replaced.items(), side_by_side(_factors, work, self.jobs), strict=True)
+        made = zip(replaced.items(), parallel_map(_factors, work, self.jobs), strict=True)
         for done, ((name, choice), factors) in enumerate(made, start=1):
             form, site = forms[name], found[name]
             bias = site.module.bias
@@ -72,7 +72,7 @@ class Factorize(RewritePass):
             history.append(Change(name, self.name, f"{choice.decomposition}{list(choice.ranks)}"))
             if (caution := form.caution(site.layer, site.weight, factors)) is not None:
                 history.append(Refusal("", "caution", f"'{name}': {caution}"))
-            tick(done, len(replaced), name)
+            report_progress(done, len(replaced), name)
         return Rewritten(graph, history)
 
 

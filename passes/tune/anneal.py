@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from tdcompile.backend.lowering import folded
+from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.errors import InputError
 from tdcompile.ir.graph_edits import copy_weights
@@ -21,12 +21,12 @@ from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Cost
 from tdcompile.planning.allocation import gainful
 from tdcompile.planning.pricing import Prices
-from tdcompile.training.adapters import Parallel, energy_ranks, parallels
-from tdcompile.training.augment import Asked, fitting
-from tdcompile.training.distillation import Distillation, energies, left_out
+from tdcompile.training.adapters import Parallel, energy_ranks, parallel_layers
+from tdcompile.training.augment import AugmentOption, resolve_augment
+from tdcompile.training.distillation import Distillation, excluded_output, output_energies
 from tdcompile.training.distributed import from_first, no_gpu
 from tdcompile.training.mixed_precision import Precision
-from tdcompile.training.trainer import Settings, Trainer, saved_of
+from tdcompile.training.trainer import Settings, Trainer, training_state_of
 
 _BISECTIONS = 40
 
@@ -61,7 +61,7 @@ class Anneal(TunePass):
     temperature: float = 4.0
     labels: float = 0.1
     others: float = 1.0
-    augment: Asked = "auto"
+    augment: AugmentOption = "auto"
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class Anneal(TunePass):
         Raises:
             BudgetError: not even ranks of 1 meet the budget.
         """
-        layers = parallels(graph)
+        layers = parallel_layers(graph)
         if not layers:
             return Rewritten(
                 graph, [Refusal("", "no_adapters", "anneal: no layer has an adapter; attach-adapters first")]
@@ -97,26 +97,26 @@ class Anneal(TunePass):
             momentum=0.9,
             warmup=0.05,
             clip=self.clip,
-            augment=fitting(self.augment, program.inputs),
+            augment=resolve_augment(self.augment, program.inputs),
             frozen=False,
             precision=self.precision,
         )
-        teacher = copy_weights(folded(program, program.dense))
+        teacher = copy_weights(lower(program, program.dense))
         labels = self.labels if train.classes else 0.0
-        others, left = energies(program.dense, train, self.others)
+        others, left = output_energies(program.dense, train, self.others)
         loss = Distillation(teacher, self.temperature, labels, precision=self.precision, others=others)
         # Nothing is held out: an epoch that still has a dense share must not be taken for the best one.
-        saved, moving = saved_of(self, graph, train, program), _moving(graph)
+        saved, moving = training_state_of(self, graph, train, program), _moving(graph)
         Trainer(graph, loss, train, None, settings, program, self.name, saved, schedule, moving).run()
         dense = schedule.finish()
-        unlearnt = [left_out(self.name, place, why) for place, why in left.items()]
+        unlearnt = [excluded_output(self.name, place, why) for place, why in left.items()]
         changes = [dense.get(name) or Change(name, self.name, f"ranks {list(p.ranks)}") for name, p in layers.items()]
         return Rewritten(graph, [*unlearnt, *changes])
 
 
 def _moving(graph: fx.GraphModule) -> list[nn.Parameter]:
     """Adapters, norms and biases: what has one axis at most, but for factors."""
-    factors = {id(p) for layer in parallels(graph).values() for p in layer.factors.parameters()}
+    factors = {id(p) for layer in parallel_layers(graph).values() for p in layer.factors.parameters()}
     return [p for p in graph.parameters() if id(p) in factors or p.ndim <= 1]
 
 

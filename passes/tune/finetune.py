@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx, nn
 
-from tdcompile.backend.lowering import folded
+from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.data.task import Samples
 from tdcompile.errors import InputError, TdcompileError
@@ -20,11 +20,11 @@ from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.layer import Refusal
 from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Change, Program, sites_of
-from tdcompile.training.augment import Asked, fitting
-from tdcompile.training.distillation import Distillation, Layerwise, energies, left_out
+from tdcompile.training.augment import AugmentOption, resolve_augment
+from tdcompile.training.distillation import Distillation, LayerwiseLoss, excluded_output, output_energies
 from tdcompile.training.mixed_precision import Precision
 from tdcompile.training.run_state import Saved, Tuning
-from tdcompile.training.trainer import Settings, Trainer, saved_of
+from tdcompile.training.trainer import Settings, Trainer, training_state_of
 
 _RATE = 0.03 / 128  # the highest rate that is tried for each sample of a batch; see ``lr``
 _SHARES = (1.0, 1 / 3, 1 / 10, 1 / 30, 1 / 100)  # of it: what a good start needs is far below what a bad one does
@@ -79,7 +79,7 @@ class Finetune(TunePass):
     outputs: float = 0.0
     weights: float = 0.0
     holdout: float = 0.05
-    augment: Asked = "auto"
+    augment: AugmentOption = "auto"
     bn: Literal["train", "frozen"] = "train"
     average: float = 0.0
     patience: int = 0
@@ -116,15 +116,15 @@ class Finetune(TunePass):
             reason = "finetune: there are no training samples"
             return Rewritten(graph, [Refusal("", "no_data", reason)], [Tuning()])
         fit, heldout = self._split(train, program)
-        saved = saved_of(self, graph, train, program)
+        saved = training_state_of(self, graph, train, program)
         settings = self._settings(program)
         watched = self.outputs or self.weights  # layer by layer, the dense network's own layers are looked at
-        teacher = copy_weights(program.dense if watched else folded(program, program.dense))
-        others, left = energies(program.dense, train, self.others)
+        teacher = copy_weights(program.dense if watched else lower(program, program.dense))
+        others, left = output_energies(program.dense, train, self.others)
         lesson = _Lesson(teacher, fit, heldout, program, others)
         settings = replace(settings, lr=self._rate(graph, lesson, settings))
         tuning = self._trained(graph, lesson, settings, self.name, saved)
-        told = [left_out(self.name, place, why) for place, why in left.items()]
+        told = [excluded_output(self.name, place, why) for place, why in left.items()]
         return Rewritten(graph, [*told, Change("", self.name, f"{_told(tuning)}, rate {settings.lr:.3g}")], [tuning])
 
     def _trained(
@@ -136,7 +136,7 @@ class Finetune(TunePass):
             if plan is None:
                 raise InputError("finetune{outputs=…, weights=…} looks at the layers of a plan, and there is none")
             known = {name: site.layer for name, site in sites_of(program.dense, program.inputs).items()}
-            layers = Layerwise(lesson.teacher, graph, plan, known, self.outputs, self.weights)
+            layers = LayerwiseLoss(lesson.teacher, graph, plan, known, self.outputs, self.weights)
         labels = self.labels if lesson.fit.classes else 0.0
         loss = Distillation(lesson.teacher, self.temperature, labels, layers, settings.precision, lesson.others)
         with layers.watching() if layers else nullcontext():
@@ -182,7 +182,7 @@ class Finetune(TunePass):
             momentum=self.momentum,
             warmup=self.warmup,
             clip=self.clip,
-            augment=fitting(self.augment, program.inputs),
+            augment=resolve_augment(self.augment, program.inputs),
             frozen=self.bn == "frozen",
             average=self.average,
             patience=self.patience,

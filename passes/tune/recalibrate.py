@@ -19,7 +19,7 @@ from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.layer import Refusal
 from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Change, Program
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Recalibrate(TunePass):
                 parts = torch.arange(count).tensor_split(min(math.ceil(count / self.batch), count // 2))
                 for done, part in enumerate(parts, start=1):
                     graph(*samples.batch(part.tolist()).inputs)
-                    tick(done, len(parts), "batches")
+                    report_progress(done, len(parts), "batches")
         finally:
             for hook in hooks:
                 hook.remove()

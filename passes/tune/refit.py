@@ -35,7 +35,7 @@ from tdcompile.ir.program import Change, Program, Site, kept_dense, sites_of
 from tdcompile.ir.target import Cost
 from tdcompile.passes.tune._least_squares import Sums
 from tdcompile.passes.tune._node_values import Stream, follows
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 _ATEN = torch.ops.aten
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_", _ATEN.add.Tensor, _ATEN.add_.Tensor)
@@ -98,7 +98,7 @@ class Refit(TunePass):
         history: list[Change | Refusal] = []
         todo = [(sweep, name, site) for sweep in range(self.sweeps) for name, site in self._sites(program).items()]
         for done, (sweep, name, site) in enumerate(todo, start=1):
-            tick(done, len(todo), name)
+            report_progress(done, len(todo), name)
             choice = choices.get(name, Candidate(DENSE, (), 0.0, Cost()))
             if choice.decomposition == DENSE and not self.dense:
                 continue

@@ -20,7 +20,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from tdcompile.core.registry import import_all
 from tdcompile.errors import InputError
 from tdcompile.ir.saved_classes import class_of, tag_of
-from tdcompile.support.user_code import FROM_FILE, from_file, is_file
+from tdcompile.support.user_code import FROM_FILE, import_file, names_file
 
 CLASSES = ("torch.nn", "tdcompile")
 _BUILTINS = ("abs", "bool", "float", "getattr", "int", "len", "list", "max", "min", "round", "slice", "sum", "tuple")
@@ -94,8 +94,10 @@ def _imported(name: str, allowed: Sequence[str]) -> Any:
     """What a qualified ``module:name`` stands for, if the module is allowed."""
     module, _, inner = name.partition(":")
     stem = module.removeprefix(FROM_FILE)
-    if stem != module and (files := [Path(place) for place in allowed if is_file(place) and Path(place).stem == stem]):
-        return _inside(from_file(files[0]), inner)
+    if stem != module and (
+        files := [Path(place) for place in allowed if names_file(place) and Path(place).stem == stem]
+    ):
+        return _inside(import_file(files[0]), inner)
     if not any(module == package or module.startswith(f"{package}.") for package in allowed):
         owner = module.partition(".")[0] if stem == module else f"path/to/{stem}.py"
         raise InputError(

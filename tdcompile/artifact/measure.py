@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from tdcompile.backend.export import Exported, export_onnx, restamp
-from tdcompile.backend.lowering import folded, timing_inputs
+from tdcompile.backend.export import Exported, export_onnx, rewrite_metadata
+from tdcompile.backend.lowering import lower, timing_inputs
 from tdcompile.backend.parity import Parity, check_parity
 from tdcompile.backend.profile import layer_seconds
 from tdcompile.backend.session import Timing, time_models
@@ -74,7 +74,7 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
     Raises:
         ParityError: a model does not compute what its PyTorch graph computes.
     """
-    dense_graph, compiled_graph = folded(program, program.dense), folded(program, program.graph)
+    dense_graph, compiled_graph = lower(program, program.dense), lower(program, program.graph)
     plan = program.facts.get(RankPlan)
     names = list(plan.choices) if plan else []
     stamps = [{**stamp, "model": role} for role in ("dense", "compiled")]
@@ -147,7 +147,7 @@ def _known(program: Program, path: Path, stamp: Mapping[str, str]) -> Exported |
     baseline = program.facts.get(Baseline)
     if baseline is None or baseline.dynamic_batch != program.dynamic_batch or not baseline.model.is_file():
         return None
-    return restamp(baseline.model, path, stamp, baseline.notes)
+    return rewrite_metadata(baseline.model, path, stamp, baseline.notes)
 
 
 @torch.no_grad()

@@ -15,17 +15,23 @@ import torch
 
 from tdcompile.ir.target import Target
 
-_WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-training")
+_ONNXRUNTIME_PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-directml",
+    "onnxruntime-openvino",
+    "onnxruntime-training",
+)
 
 
-_REPORTED = ("tdcompile", "torch", "onnx", "tensorly", "numpy")
+_REPORTED_PACKAGES = ("tdcompile", "torch", "onnx", "tensorly", "numpy")
 
 
 @functools.cache
 def distributions() -> dict[str, str]:
     """The installed wheels that hold onnxruntime, with their versions; there should be one."""
     found = {}
-    for name in _WHEELS:
+    for name in _ONNXRUNTIME_PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -37,10 +43,10 @@ def environment(target: Target) -> dict[str, str]:
     """Versions and machine, for a report: what a figure depends on."""
     found = {
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _REPORTED},
+        **{name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
         **(distributions() or {"onnxruntime": ort.__version__}),
         "os": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": _cpu_name(),
         "cores": str(psutil.cpu_count(logical=False) or os.cpu_count()),
         "threads": str(target.threads),
         "provider": target.provider,
@@ -51,7 +57,7 @@ def environment(target: Target) -> dict[str, str]:
     return found
 
 
-def _cpu() -> str:
+def _cpu_name() -> str:
     listing = Path("/proc/cpuinfo")
     if listing.is_file():
         for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -20,12 +20,12 @@ from torch import Tensor, fx, nn
 from tdcompile.errors import InputError, TdcompileError, first_line
 from tdcompile.ir.dynamic_shapes import BATCH, Axis, batch_of, limits, shares_batch
 from tdcompile.ir.modules import evaluating, separate_attention
-from tdcompile.support.quiet import hushed
+from tdcompile.support.quiet import captured_output
 
 # A protobuf message ends at 2 GiB; the graph itself, beside its weights, needs some of that.
 LARGEST_SINGLE_FILE = 2**31 - 2**26
 _OPERATOR = re.compile(r"OpOverload\(op='(?P<name>[^']+)'")
-_PLACE = re.compile(r"(?P<place>[\w./-]+\.py:\d+)")
+_SOURCE_LINE = re.compile(r"(?P<place>[\w./-]+\.py:\d+)")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -94,14 +94,16 @@ def export_onnx(
     one = any(0 in open_ and len(x) == 1 for x, open_ in zip(inputs, opened, strict=True))
     model = _capture(module, batch_of(inputs, 2) if one else tuple(inputs), opened)
     _check_open(model.graph, opened)
-    _tidy(model, input_names or _arguments(module, len(inputs)))
+    _normalize_names(model, input_names or _argument_names(module, len(inputs)))
     model.metadata_props.update(sorted((metadata or {}).items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         return _write(model, Path(folder) / path.name, path, simplify)
 
 
-def restamp(model: Path, path: Path, metadata: Mapping[str, str], notes: Sequence[str] = ()) -> Exported | None:
+def rewrite_metadata(
+    model: Path, path: Path, metadata: Mapping[str, str], notes: Sequence[str] = ()
+) -> Exported | None:
     """Write a model of ``export_onnx`` with other metadata; None where its weights stand in a file of their own.
 
     Args:
@@ -119,12 +121,12 @@ def restamp(model: Path, path: Path, metadata: Mapping[str, str], notes: Sequenc
         draft = Path(folder) / path.name
         draft.write_bytes(proto.SerializeToString(deterministic=True))
         os.replace(draft, path)
-    return _described(proto, path, path.stat().st_size, notes)
+    return _exported(proto, path, path.stat().st_size, notes)
 
 
 def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[Mapping[int, str]]) -> ir.Model:
     shapes = tuple(dict(each) or None for each in opened) if any(opened) else None
-    with evaluating(module), torch.no_grad(), separate_attention(), hushed() as said:
+    with evaluating(module), torch.no_grad(), separate_attention(), captured_output() as said:
         try:
             program = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=shapes, verbose=False)
         except Exception as error:  # noqa: BLE001  # the exporter and the network raise anything
@@ -136,7 +138,7 @@ def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[M
                     f"(--no-dynamic-batch); torch says: {str(cause).strip().splitlines()[-1].lstrip('- ')}"
                 ) from cause
             kind = InputError if "data-dependent" in str(cause) else TdcompileError
-            raise kind(f"torch cannot export the network to ONNX: {_explained(cause, module)}") from cause
+            raise kind(f"torch cannot export the network to ONNX: {_explain_failure(cause, module)}") from cause
     assert program is not None  # torch.onnx.export returns one under dynamo=True
     if program.exported_program is not None:
         found = limits(program.exported_program, opened)
@@ -149,7 +151,7 @@ def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[M
     return program.model
 
 
-def _explained(cause: BaseException, module: nn.Module) -> str:
+def _explain_failure(cause: BaseException, module: nn.Module) -> str:
     """What failed, in which part, and what can be done about it, as far as the exporter's words tell."""
     said = str(cause).strip()
     first = next(iter(said.splitlines()), type(cause).__name__)
@@ -158,13 +160,13 @@ def _explained(cause: BaseException, module: nn.Module) -> str:
     operator = _OPERATOR.search(said)
     if operator is not None and "No ONNX function" in said:
         name = operator["name"]
-        where = _reader_of(module, name)
+        where = _module_using(module, name)
         return (
             f"the operator '{name}'{where} has no ONNX form: take another implementation of that part where the "
             "network is built"
         )
     if "data-dependent" in said:
-        places = [match["place"] for match in _PLACE.finditer(said)]
+        places = [match["place"] for match in _SOURCE_LINE.finditer(said)]
         own = [place for place in places if not place.startswith(("_export", "torch/", "fx/", "utils/"))]
         where = f" at {own[0]}" if own else ""
         return (
@@ -173,7 +175,7 @@ def _explained(cause: BaseException, module: nn.Module) -> str:
     return first
 
 
-def _reader_of(module: nn.Module, operator: str) -> str:
+def _module_using(module: nn.Module, operator: str) -> str:
     """The part of a traced network that an operator was met in."""
     nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
     for node in nodes:
@@ -189,7 +191,7 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _arguments(module: nn.Module, count: int) -> list[str] | None:
+def _argument_names(module: nn.Module, count: int) -> list[str] | None:
     """The names of ``forward``'s arguments; torch renames what is also an output. None where they are not one each."""
     names = list(inspect.signature(module.forward).parameters)
     return names if len(names) == count else None
@@ -211,7 +213,7 @@ def _check_open(graph: ir.Graph, opened: Sequence[Mapping[int, str]]) -> None:
             )
 
 
-def _tidy(model: ir.Model, input_names: Sequence[str] | None) -> None:
+def _normalize_names(model: ir.Model, input_names: Sequence[str] | None) -> None:
     """Name nodes by module and outputs by place; drop what names files and versions of the machine that exported."""
     graph = model.graph
     for node in graph.all_nodes():
@@ -263,17 +265,17 @@ def _write(model: ir.Model, draft: Path, path: Path, simplify: bool) -> Exported
         if simplify:
             proto, refused = _simplify(proto)
             notes += refused
-        _keep_pads(proto.graph)
+        _keep_zero_padding(proto.graph)
         _check(proto)
         draft.write_bytes(proto.SerializeToString(deterministic=True))
     written = sorted(draft.parent.iterdir(), key=lambda file: file.name == path.name)  # the model itself comes last
     size = sum(file.stat().st_size for file in written)
     for file in written:
         os.replace(file, path.parent / file.name)
-    return _described(proto, path, size, notes)
+    return _exported(proto, path, size, notes)
 
 
-def _described(proto: onnx.ModelProto, path: Path, size: int, notes: Sequence[str]) -> Exported:
+def _exported(proto: onnx.ModelProto, path: Path, size: int, notes: Sequence[str]) -> Exported:
     return Exported(
         path=path,
         bytes=size,
@@ -296,7 +298,7 @@ def _simplify(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     """The simplified model, or the model itself and a note where onnxsim fails or changes what goes in or out."""
     import onnxsim  # slow to import, and not every caller simplifies
 
-    with hushed():
+    with captured_output():
         try:
             simple, right = onnxsim.simplify(proto)
             onnx.checker.check_model(simple)
@@ -307,11 +309,11 @@ def _simplify(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
         return proto, ["onnxsim changed the model's inputs or outputs: the model is not simplified"]
     del simple.metadata_props[:]  # onnxsim's own log
     simple.metadata_props.extend(proto.metadata_props)
-    _rehome(simple.graph, proto.graph)
+    _name_merged_nodes(simple.graph, proto.graph)
     return simple, []
 
 
-def _rehome(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
+def _name_merged_nodes(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
     """Name a node that onnxsim made (Gemm of MatMul + Add) by the one module that read the same weights before."""
     readers: dict[str, set[str]] = {weight.name: set() for weight in old.initializer}
     for node in old.node:
@@ -328,7 +330,7 @@ def _interface(proto: onnx.ModelProto) -> list[bytes]:
     return [value.SerializeToString(deterministic=True) for value in (*proto.graph.input, *proto.graph.output)]
 
 
-def _keep_pads(graph: onnx.GraphProto) -> None:
+def _keep_zero_padding(graph: onnx.GraphProto) -> None:
     """Let a max-pool's padding with zeros pad with the least number above zero instead.
 
     onnxruntime (seen in 1.31) takes such a pad into the pool, where padding counts as minus infinity: right behind a
@@ -338,7 +340,7 @@ def _keep_pads(graph: onnx.GraphProto) -> None:
     stored = {weight.name: weight for weight in graph.initializer}
     for pool in graph.node:
         pad = made.get(pool.input[0]) if pool.op_type == "MaxPool" else None
-        if pad is None or pad.op_type != "Pad" or _mode(pad) != "constant":
+        if pad is None or pad.op_type != "Pad" or _padding_mode(pad) != "constant":
             continue
         given = stored.get(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else None
         if given is not None:
@@ -356,7 +358,7 @@ def _keep_pads(graph: onnx.GraphProto) -> None:
         pad.input.insert(2, name)
 
 
-def _mode(pad: onnx.NodeProto) -> str:
+def _padding_mode(pad: onnx.NodeProto) -> str:
     """How a Pad node pads."""
     found = next((helper.get_attribute_value(a) for a in pad.attribute if a.name == "mode"), b"constant")
     return str(found.decode())

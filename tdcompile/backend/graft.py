@@ -1,4 +1,4 @@
-"""``transplant``: layers of an ONNX model replaced by chains of small ones with random weights, without exporting."""
+"""``graft_layers``: layers of an ONNX model replaced by chains of small ones with random weights, without exporting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Graft:
     chain: tuple[Layer, ...]
 
 
-def transplant(model: Path, grafts: Mapping[str, Graft], path: Path) -> bool:
+def graft_layers(model: Path, grafts: Mapping[str, Graft], path: Path) -> bool:
     """Write the model with each layer's node replaced by its chain; False, and nothing written, where that cannot be.
 
     It cannot where a node's name or padding does not tell it as the layer's own (a layer padded by a node beside it,
@@ -44,7 +44,7 @@ def transplant(model: Path, grafts: Mapping[str, Graft], path: Path) -> bool:
     found: dict[str, list[onnx.NodeProto]] = {name: [] for name in grafts}
     for node in proto.graph.node:
         name = node.name.rpartition("/")[0]
-        if name in found and _computes(node, grafts[name].layer, stored):
+        if name in found and _is_layer(node, grafts[name].layer, stored):
             found[name].append(node)
     if any(len(nodes) != grafts[name].calls for name, nodes in found.items()):
         return False
@@ -63,7 +63,7 @@ def transplant(model: Path, grafts: Mapping[str, Graft], path: Path) -> bool:
     return True
 
 
-def _computes(node: onnx.NodeProto, layer: Layer, stored: Mapping[str, onnx.TensorProto]) -> bool:
+def _is_layer(node: onnx.NodeProto, layer: Layer, stored: Mapping[str, onnx.TensorProto]) -> bool:
     """Whether the node is the layer, its padding included."""
     if node.op_type not in _KINDS[layer.kind] or node.input[1] not in stored or layer.padding_mode != "zeros":
         return False

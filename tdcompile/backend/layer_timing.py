@@ -26,16 +26,16 @@ from tdcompile.backend.profile import node_seconds
 from tdcompile.backend.session import time_models
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.target import Target
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
-TOGETHER = 48  # layers in one session
-BYTES = 128 << 20  # of weights and activations in one session
-PATIENCE = 0.5  # seconds of runs a session may take before their number is cut
+LAYERS_PER_SESSION = 48  # layers in one session
+BYTES_PER_SESSION = 128 << 20  # of weights and activations in one session
+SECONDS_PER_SESSION = 0.5  # seconds of runs a session may take before their number is cut
 FEWEST_RUNS = 3
 MACS_PER_SECOND = 5e10  # what a core reaches, roughly: only the number of runs depends on it
 _INDEX = re.compile(r"layer(\d+)(?!\d)")
 # Below this share of the time of its own a process that measures for so many seconds is not alone on its processor.
-_OWN, _LONG = 0.8, 2.0
+_MIN_CPU_SHARE, _MIN_SECONDS = 0.8, 2.0
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class CostCache:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._seconds: dict[str, float] = _read(file)
+        self._seconds: dict[str, float] = _read_cache(file)
 
     @classmethod
     def of(cls, target: Target) -> Self:
@@ -77,21 +77,21 @@ class CostCache:
 
     def save(self) -> None:
         """Write the file whole, with what another process has added meanwhile."""
-        self._seconds = {**_read(self._file), **self._seconds}
+        self._seconds = {**_read_cache(self._file), **self._seconds}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         draft = self._file.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps(self._seconds))
         draft.replace(self._file)
 
 
-def _read(file: Path) -> dict[str, float]:
+def _read_cache(file: Path) -> dict[str, float]:
     try:
         return {str(key): float(value) for key, value in json.loads(file.read_text()).items()}
     except (OSError, ValueError, AttributeError):  # no cache yet, or one that was damaged: measure again
         return {}
 
 
-def measure(layers: Sequence[Layer], target: Target, runs: int) -> Iterator[tuple[list[Layer], list[float]]]:
+def measure_layers(layers: Sequence[Layer], target: Target, runs: int) -> Iterator[tuple[list[Layer], list[float]]]:
     """Seconds of each layer, in batches: median of ``runs`` runs of ``target.batch`` samples.
 
     On CPU layers are put side by side in one model and their kernels' times are read from onnxruntime's profiler, which
@@ -103,9 +103,9 @@ def measure(layers: Sequence[Layer], target: Target, runs: int) -> Iterator[tupl
         if target.device == "cpu":
             seconds = _profiled(batch, target, _runs(batch, target, runs))
         else:
-            seconds = [_alone(layer, target) for layer in batch]
+            seconds = [_time_alone(layer, target) for layer in batch]
         done += len(batch)
-        tick(done, len(layers), "layers measured")
+        report_progress(done, len(layers), "layers measured")
         yield batch, seconds
     if target.device == "cpu":
         warn_if_busy(time.perf_counter() - begun, time.process_time() - used)
@@ -118,7 +118,7 @@ def warn_if_busy(wall: float, own: float) -> None:
         wall: seconds by the clock.
         own: seconds of processor time in this process, of all its threads.
     """
-    if wall > _LONG and own < _OWN * wall:
+    if wall > _MIN_SECONDS and own < _MIN_CPU_SHARE * wall:
         log.warning(
             "other processes took %.0f %% of the time in which layers were measured: prices, and the plan with them, "
             "may be off, and a latency budget out of reach; measure on a quieter machine",
@@ -129,11 +129,11 @@ def warn_if_busy(wall: float, own: float) -> None:
 def _runs(layers: Sequence[Layer], target: Target, most: int) -> int:
     """Fewer runs where one takes long: a long kernel's time varies less, and nobody waits for the ninth of them."""
     seconds = sum(layer.macs for layer in layers) * target.batch / MACS_PER_SECOND
-    return max(FEWEST_RUNS, min(most, round(PATIENCE / max(seconds, 1e-9))))
+    return max(FEWEST_RUNS, min(most, round(SECONDS_PER_SESSION / max(seconds, 1e-9))))
 
 
 def _profiled(layers: Sequence[Layer], target: Target, runs: int) -> list[float]:
-    nodes = node_seconds(model_of(layers, target).SerializeToString(), _inputs(layers, target), target, runs=runs)
+    nodes = node_seconds(layers_model(layers, target).SerializeToString(), _inputs(layers, target), target, runs=runs)
     seconds = [0.0] * len(layers)
     for name, value in nodes.items():
         match = _INDEX.search(name)
@@ -142,8 +142,8 @@ def _profiled(layers: Sequence[Layer], target: Target, runs: int) -> list[float]
     return seconds
 
 
-def _alone(layer: Layer, target: Target) -> float:
-    model = model_of([layer], target).SerializeToString()
+def _time_alone(layer: Layer, target: Target) -> float:
+    model = layers_model([layer], target).SerializeToString()
     return time_models([model], _inputs([layer], target), target, seconds=0.05)[0].median
 
 
@@ -152,7 +152,7 @@ def _batches(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
     batch: list[Layer] = []
     used = 0
     for layer in sorted(layers, key=_footprint):
-        if batch and (len(batch) == TOGETHER or used + _footprint(layer) > BYTES):
+        if batch and (len(batch) == LAYERS_PER_SESSION or used + _footprint(layer) > BYTES_PER_SESSION):
             yield batch
             batch, used = [], 0
         batch.append(layer)
@@ -177,7 +177,7 @@ def _inputs(layers: Sequence[Layer], target: Target) -> list[torch.Tensor]:
     return [torch.randn(_input_shape(layer, target.batch), generator=generator).to(kind) for layer in layers]
 
 
-def model_of(layers: Sequence[Layer], target: Target) -> onnx.ModelProto:
+def layers_model(layers: Sequence[Layer], target: Target) -> onnx.ModelProto:
     """An ONNX model that computes the layers side by side, each on an input of its own that a ReLU has just written.
 
     Nodes and values of layer ``i`` are called ``layer<i>...``: onnxruntime names what it makes of a convolution after

@@ -12,15 +12,15 @@ from tdcompile.core.pipeline import Pipeline
 from tdcompile.ir.dynamic_shapes import batch_of
 from tdcompile.ir.program import Program
 
-FOLDING = "fold-batchnorm,drop-dead"
+LOWERING = "fold-batchnorm,drop-dead"
 
 
-def folded(program: Program, graph: fx.GraphModule) -> fx.GraphModule:
+def lower(program: Program, graph: fx.GraphModule) -> fx.GraphModule:
     """The graph as it is exported; the one given keeps its batch norm."""
-    return Pipeline.parse(FOLDING).run(program.with_(graph=graph)).graph
+    return Pipeline.parse(LOWERING).run(program.with_(graph=graph)).graph
 
 
-def export_folded(
+def export_lowered(
     program: Program,
     graph: fx.GraphModule,
     path: Path,
@@ -30,7 +30,7 @@ def export_folded(
 ) -> Exported:
     """Export a graph of the program, folded, with the program's example inputs."""
     return export_onnx(
-        folded(program, graph),
+        lower(program, graph),
         program.inputs,
         path,
         dynamic_batch=program.dynamic_batch,

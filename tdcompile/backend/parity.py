@@ -25,7 +25,7 @@ Outputs = list[NDArray[np.generic]]
 # value, and each layer adds its own.
 TOLERANCE = {"fp32": (1e-3, 1e-4), "fp16": (2e-2, 2e-3)}
 
-LONGER = (0, 1, 3)  # by how much open axes are longer than in the example
+AXIS_GROWTH = (0, 1, 3)  # by how much open axes are longer than in the example
 
 _TYPES = {
     "tensor(float)": torch.float32,
@@ -95,8 +95,8 @@ def check_parity(
     def refer(drawn: Sequence[Tensor]) -> Outputs:
         return [output.cpu().numpy() for output in outputs_of(reference, [x.to(device) for x in drawn])]
 
-    judge = _Judge(f"{model.name} and the PyTorch network", session, target, rtol, atol)
-    plan = _plan(session, batches, seeds, seed, LONGER if axes else (0,))
+    judge = _Comparison(f"{model.name} and the PyTorch network", session, target, rtol, atol)
+    plan = _plan_runs(session, batches, seeds, seed, AXIS_GROWTH if axes else (0,))
     try:
         return judge.run(refer, inputs, plan, axes)
     except ParityError as error:
@@ -146,12 +146,12 @@ def compare_models(
         raise InputError(
             f"{a.name} and {b.name} are not interchangeable: {_describe(session)} against {_describe(other)}"
         )
-    judge = _Judge(f"{a.name} and {b.name}", session, target, rtol, atol)
+    judge = _Comparison(f"{a.name} and {b.name}", session, target, rtol, atol)
     examples = inputs or [_example(value) for value in session.get_inputs()]
-    return judge.run(lambda drawn: infer(other, drawn), examples, _plan(session, batches, seeds, seed))
+    return judge.run(lambda drawn: infer(other, drawn), examples, _plan_runs(session, batches, seeds, seed))
 
 
-def _plan(
+def _plan_runs(
     session: ort.InferenceSession, batches: Sequence[int], seeds: int, seed: int, longer: Sequence[int] = (0,)
 ) -> list[tuple[int, int, int]]:
     """The ``(batch, seed, longer)`` of each run: by how much open axes are longer than in the example."""
@@ -163,7 +163,7 @@ def _plan(
 
 
 @dataclass(frozen=True)
-class _Judge:
+class _Comparison:
     """Runs a session against a reference and holds the difference to the tolerance."""
 
     what: str

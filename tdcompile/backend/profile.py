@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 from torch import Tensor
 
-from tdcompile.backend.session import WARM_UP, Model, bind, open_session
+from tdcompile.backend.session import WARM_UP, Model, bind_inputs, open_session
 from tdcompile.ir.target import Target
 
 
@@ -39,10 +39,10 @@ def _layer_of(node: str, layers: Mapping[str, float]) -> str | None:
     return next((name for i in range(len(parts), 0, -1) if (name := ".".join(parts[:i])) in layers), None)
 
 
-_KERNEL = "_kernel_time"
+_KERNEL_SUFFIX = "_kernel_time"
 
 
-_BLOCKED = "_nchwc"
+_BLOCKED_SUFFIX = "_nchwc"
 
 
 def node_seconds(model: Model, inputs: Sequence[Tensor], target: Target, runs: int = 10) -> dict[str, float]:
@@ -56,34 +56,34 @@ def node_seconds(model: Model, inputs: Sequence[Tensor], target: Target, runs: i
     warm_up = WARM_UP[target.device]
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
         session = open_session(model, target, profile=Path(folder) / "profile")
-        run = bind(session, inputs, target)
+        run = bind_inputs(session, inputs, target)
         for _ in range(warm_up - 1 + runs):  # the first was made above
             run()
         events = json.loads(Path(session.end_profiling()).read_bytes())
     taken: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL_SUFFIX):
             facts = event["args"]
-            key = event["name"].removesuffix(_KERNEL), facts["op_name"], facts.get("node_index", "")
+            key = event["name"].removesuffix(_KERNEL_SUFFIX), facts["op_name"], facts.get("node_index", "")
             taken[key].append(event["dur"] * 1e-6)
     producers = {output: node for node in proto.graph.node for output in node.output}
     names = {node.name for node in proto.graph.node}
     seconds: dict[str, float] = defaultdict(float)
     for (name, kind, _), times in taken.items():
         skip = len(times) * warm_up // (warm_up + runs)
-        seconds[_original(name, kind, names, producers)] += statistics.median(times[skip:])
+        seconds[_model_node_name(name, kind, names, producers)] += statistics.median(times[skip:])
     return dict(seconds)
 
 
-def _original(name: str, kind: str, names: set[str], producers: dict[str, onnx.NodeProto]) -> str:
+def _model_node_name(name: str, kind: str, names: set[str], producers: dict[str, onnx.NodeProto]) -> str:
     """The model's own name of a node that onnxruntime has fused, blocked or put in; its kind where it has none.
 
     onnxruntime names a fusion ``fused <node>`` or ``<node>/<Fusion>``, and a blocked convolution after the value it
     gives, which is that of the activation fused into it.
     """
     name = name.removeprefix("fused ")
-    if name not in names and name.endswith(_BLOCKED):
-        behind = [name.removesuffix(_BLOCKED)]
+    if name not in names and name.endswith(_BLOCKED_SUFFIX):
+        behind = [name.removesuffix(_BLOCKED_SUFFIX)]
         while behind:
             node = producers.get(behind.pop(0))
             if node is not None and node.op_type == kind:

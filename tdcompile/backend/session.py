@@ -27,7 +27,7 @@ from tdcompile.ir.target import Target
 
 Model = Path | bytes
 
-_QUIET, _WARNING, _FATAL = 3, 2, 4  # onnxruntime's severities: errors alone, its default, nothing
+_ERRORS_ONLY, _WARNING, _FATAL = 3, 2, 4  # onnxruntime's severities: errors alone, its default, nothing
 WARM_UP = {"cpu": 3, "cuda": 20}  # the first runs on CUDA search for convolution algorithms
 
 
@@ -77,13 +77,13 @@ def open_session(
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
     options.use_deterministic_compute = True
-    options.log_severity_level = _QUIET
+    options.log_severity_level = _ERRORS_ONLY
     # spinning threads of one session slow another in the same process tenfold
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    said = _preload() if target.device == "cuda" else ""
+    said = _preload_cuda() if target.device == "cuda" else ""
     source = str(model) if isinstance(model, Path) else model
     # a provider that fails to load is told by its absence below, with the reason, not by a line on standard error
     ort.set_default_logger_severity(_FATAL)
@@ -95,7 +95,7 @@ def open_session(
     finally:
         ort.set_default_logger_severity(_WARNING)
     if session.get_providers()[0] != target.provider:
-        raise UnavailableError(_missing(target.provider, said))
+        raise UnavailableError(_explain_missing_provider(target.provider, said))
     return session
 
 
@@ -106,7 +106,7 @@ def _providers(target: Target, tf32: bool) -> list[str | tuple[str, dict[str, st
 
 
 @functools.cache
-def _preload() -> str:
+def _preload_cuda() -> str:
     """Load the CUDA libraries of the installed wheels, once; what onnxruntime prints about those it did not find."""
     said = io.StringIO()
     with redirect_stdout(said):
@@ -114,7 +114,7 @@ def _preload() -> str:
     return said.getvalue()
 
 
-def _missing(provider: str, said: str) -> str:
+def _explain_missing_provider(provider: str, said: str) -> str:
     """Why a provider did not load, with the versions found and what to do."""
     lost = [line.partition(": ")[2] or line for line in said.splitlines() if line.startswith("Failed to load")]
     if not lost and (reason := _load_error(provider)):
@@ -149,14 +149,14 @@ def infer(session: ort.InferenceSession, inputs: Sequence[Tensor]) -> list[NDArr
         InputError: the inputs do not fit the model.
     """
     wanted = session.get_inputs()
-    _count(wanted, inputs)
+    _check_count(wanted, inputs)
     feed = {value.name: x.detach().cpu().numpy() for value, x in zip(wanted, inputs, strict=True)}
-    with _fitting(wanted, inputs):
+    with _blame_inputs(wanted, inputs):
         return list(session.run(None, feed))
 
 
 @contextmanager
-def _fitting(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> Iterator[None]:
+def _blame_inputs(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> Iterator[None]:
     """A run that fails is blamed on what it was given.
 
     Raises:
@@ -170,7 +170,7 @@ def _fitting(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> Iterato
         raise InputError(f"the model takes {expected} and cannot run on {given}: {first_line(error)}") from error
 
 
-def _count(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> None:
+def _check_count(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> None:
     if len(wanted) != len(inputs):
         raise InputError(
             f"the model takes {len(wanted)} inputs ({', '.join(v.name for v in wanted)}), not {len(inputs)}"
@@ -194,7 +194,7 @@ def time_models(
     Raises:
         InputError: the inputs do not fit a model, or see ``open_session``.
     """
-    runs = [bind(open_session(model, target), inputs, target) for model in models]
+    runs = [bind_inputs(open_session(model, target), inputs, target) for model in models]
     for _ in range(WARM_UP[target.device] - 1):  # the first was made above
         for run in runs:
             run()
@@ -210,13 +210,13 @@ def time_models(
     return [Timing.of(times) for times in taken]
 
 
-def bind(session: ort.InferenceSession, inputs: Sequence[Tensor], target: Target) -> Callable[[], None]:
+def bind_inputs(session: ort.InferenceSession, inputs: Sequence[Tensor], target: Target) -> Callable[[], None]:
     """One synchronised run over values that already lie on the device; the first one is made here.
 
     Raises:
         InputError: the inputs do not fit the model.
     """
-    _count(session.get_inputs(), inputs)
+    _check_count(session.get_inputs(), inputs)
     binding = session.io_binding()
     for value, x in zip(session.get_inputs(), inputs, strict=True):
         there = ort.OrtValue.ortvalue_from_numpy(x.detach().cpu().numpy(), target.device, 0)
@@ -228,6 +228,6 @@ def bind(session: ort.InferenceSession, inputs: Sequence[Tensor], target: Target
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
-    with _fitting(session.get_inputs(), inputs):
+    with _blame_inputs(session.get_inputs(), inputs):
         run()
     return run

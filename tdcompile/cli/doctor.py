@@ -151,9 +151,9 @@ def _provider(device: str) -> str:
 
 
 def _fast_bf16(device: str) -> str:
-    from tdcompile.training.mixed_precision import gain_of_bf16
+    from tdcompile.training.mixed_precision import bf16_speedup
 
-    gain = gain_of_bf16(device)
+    gain = bf16_speedup(device)
     if gain < _WORTH:
         raise UnavailableError(f"a training step in bf16 takes {1 / gain:.1f} times what it takes in fp32")
     return f"a training step goes {gain:.1f} times as fast as in fp32: --tune epochs=N,precision=bf16"

@@ -13,7 +13,7 @@ from tdcompile.core.registry import find, make
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.program import Program, Site, sites
 from tdcompile.numerics.low_rank import low_rank_errors, operands, unfold
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 ENERGIES = (0.9, 0.99)
 
@@ -55,7 +55,7 @@ def anatomy(program: Program) -> list[LayerAnatomy]:
     found = sites(program)
     layers = []
     for done, site in enumerate(found.values(), start=1):
-        tick(done, len(found), site.name)
+        report_progress(done, len(found), site.name)
         layers.append(_layer(site, forms))
     return layers
 

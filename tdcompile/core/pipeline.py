@@ -15,7 +15,7 @@ from tdcompile.ir.facts import Facts
 from tdcompile.ir.modules import separate_attention
 from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Program
-from tdcompile.support.heap import freed_memory_kept
+from tdcompile.support.heap import keep_freed_memory
 from tdcompile.support.progress import progress
 
 
@@ -125,7 +125,7 @@ def run_step(step: Pass, program: Program, watch: Watch, position: int = 0, of: 
     token = progress.set(lambda done, total, note: watch.advanced(step, done, total, note))
     start = time.perf_counter()
     try:
-        with separate_attention(), freed_memory_kept(), during(f"in the pass '{step.name}'"):
+        with separate_attention(), keep_freed_memory(), during(f"in the pass '{step.name}'"):
             program = step.run(program)
     finally:
         progress.reset(token)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tdcompile.errors import InputError
-from tdcompile.support.optional_import import extra
+from tdcompile.support.optional_import import import_optional
 
 Shape = tuple[int, ...]
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as pillow's "L"
@@ -110,7 +110,7 @@ def decode(image: bytes | Path, shape: Shape) -> NDArray[np.uint8]:
         InputError: the input is no image, or this is not one that can be decoded.
         UnavailableError: pillow is missing.
     """
-    pillow = extra("PIL.Image")
+    pillow = import_optional("PIL.Image")
     if len(shape) != 3 or shape[0] not in _MODES:
         raise InputError(f"an image does not fit the input {shape}: (1, H, W), (3, H, W) or (4, H, W) would")
     try:

@@ -22,8 +22,8 @@ from tdcompile.data.readers import ArrayReader, DatasetReader, EncodedReader
 from tdcompile.data.samples import Loaded, Split
 from tdcompile.data.task import Samples
 from tdcompile.errors import InputError, nearest
-from tdcompile.support.optional_import import extra
-from tdcompile.support.user_code import call, is_file, is_module
+from tdcompile.support.optional_import import import_optional
+from tdcompile.support.user_code import call_user_function, names_file, names_module
 
 Part = Split | Samples
 # What a caller may hand over for samples; see ``given``.
@@ -131,7 +131,7 @@ def _resolve(spec: str) -> tuple[_Read, str]:
             raise InputError(f"the data '{spec}' is not of the form {kind.form}")
         return kind.read, argument
     place = spec.rpartition(":")[0]
-    if place and (is_file(place) or "." in place or is_module(place)):
+    if place and (names_file(place) or "." in place or names_module(place)):
         return _CALLABLE.read, spec
     raise InputError(f"unknown kind of data '{name}': {nearest(name, _KINDS)}, or {_CALLABLE.form}")
 
@@ -153,7 +153,7 @@ def _finish(part: Part, classes: int, normalisation: Normalisation, shape: Shape
 
 def _digits(argument: str, wanted: _Input, seed: int) -> tuple[Split, Split | None]:
     """Always the same fifth of each class is test, whatever the seed: figures stay comparable, sets never mix."""
-    bunch = extra("sklearn.datasets").load_digits()
+    bunch = import_optional("sklearn.datasets").load_digits()
     x, y = to_tensor(bunch.images, "digits") / 16, to_tensor(bunch.target, "digits")  # the set counts from 0 to 16
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     rank = torch.zeros_like(y)  # of each sample within its class, in that order
@@ -242,7 +242,7 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def _folder(root: Path, classes: Mapping[str, int], shape: Shape) -> Split:
-    pillow = extra("PIL.Image")
+    pillow = import_optional("PIL.Image")
     suffixes = {suffix for suffix, form in pillow.registered_extensions().items() if form in pillow.OPEN}
     held = {
         folder.name: [
@@ -263,7 +263,7 @@ def _folder(root: Path, classes: Mapping[str, int], shape: Shape) -> Split:
 
 
 def _callable(spec: str, wanted: _Input, seed: int) -> tuple[Part, Part | None]:
-    made = call(spec)
+    made = call_user_function(spec)
     paired = isinstance(made, tuple | list) and len(made) == 2
     if not paired and not isinstance(made, Dataset | DataLoader | Tensor | np.ndarray):
         raise InputError(

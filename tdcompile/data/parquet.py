@@ -12,7 +12,7 @@ from tdcompile.data.images import Shape
 from tdcompile.data.readers import EncodedReader
 from tdcompile.data.samples import Split
 from tdcompile.errors import InputError, UnavailableError, nearest
-from tdcompile.support.optional_import import extra
+from tdcompile.support.optional_import import import_optional
 
 HELD_OUT = ("test", "validation", "valid", "val")  # where the test samples are, best first
 # Columns are found by their type; these names decide only between several of it.
@@ -46,7 +46,7 @@ def read_hub(name: str, shape: Shape, seed: int) -> tuple[Split, Split | None]:
         InputError: there is no such data set, or it has no images or no train split.
         UnavailableError: ``datasets`` is missing, or the hub cannot be reached.
     """
-    datasets = extra("datasets")
+    datasets = import_optional("datasets")
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions before 4 would run a data set's own script
     path, _, configuration = name.partition(":")
     try:
@@ -84,7 +84,7 @@ class _Table:
 
 
 def _parquet(files: Sequence[Path], shape: Shape) -> Split:
-    arrow, parquet = extra("pyarrow"), extra("pyarrow.parquet")
+    arrow, parquet = import_optional("pyarrow"), import_optional("pyarrow.parquet")
     name = f"'{files[0]}'" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     try:
         schema = parquet.read_schema(files[0])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tdcompile.errors import InputError
-from tdcompile.support.heap import freed_memory_kept
+from tdcompile.support.heap import keep_freed_memory
 
 
 class Batch(NamedTuple):
@@ -172,7 +172,7 @@ def _digest(batch: Batch) -> str:
 
 
 @torch.no_grad()
-@freed_memory_kept()
+@keep_freed_memory()
 def accuracy(module: nn.Module, samples: Samples | None, limit: int | None = None) -> float | None:
     """Top-1 accuracy in [0, 1] in eval mode; None without samples or labels. The module's mode is put back."""
     if samples is None or samples.classes is None or len(samples) == 0:

@@ -107,12 +107,12 @@ class Constants:
             return False
         ends = self._ends(base)
         return ends <= {node} or (
-            _part(value, base) and all(other is node or self._is_part(other, base) for other in ends)
+            _is_view_of(value, base) and all(other is node or self._is_part(other, base) for other in ends)
         )
 
     def _is_part(self, node: fx.Node, base: Tensor) -> bool:
         value = self._value(node)
-        return isinstance(value, Tensor) and _part(value, base)
+        return isinstance(value, Tensor) and _is_view_of(value, base)
 
     def _ends(self, base: Tensor) -> set[fx.Node]:
         """Where what is computed from a parameter meets what is computed from an input."""
@@ -127,6 +127,6 @@ class Constants:
         return ends
 
 
-def _part(value: Tensor, base: Tensor) -> bool:
+def _is_view_of(value: Tensor, base: Tensor) -> bool:
     """Whether a value lies in a parameter's own memory and is less than the whole."""
     return value.untyped_storage().data_ptr() == base.untyped_storage().data_ptr() and value.numel() < base.numel()

@@ -1,4 +1,4 @@
-"""``cases_of``: what a network answers, to the example inputs and to others, and whether it answers alike twice."""
+"""``record_cases``: what a network answers, to the example inputs and to others, and whether it answers alike twice."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tdcompile.ir.modules import register_trees, tensors_in
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 # A parameter of so many numbers is kept while a network runs, which may set it by the first inputs that it sees.
-_SMALL = 2**16
+_SMALL_PARAMETER = 2**16
 # What every module has.
-_TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Case:
     outputs: list[Tensor]
 
 
-def cases_of(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch: bool) -> tuple[list[Case], list[str]]:
+def record_cases(
+    module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch: bool
+) -> tuple[list[Case], list[str]]:
     """The network's answers to the example inputs, and to others of every size that is to stay open.
 
     Beside them the network's own numbers, words, collections and buffers that each answer changes, a count of its calls
@@ -49,14 +51,16 @@ def cases_of(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch:
         InputError: the network does not run on the inputs, or answers the same inputs in two ways.
         FixedAxisError: it does, but not on another size.
     """
-    fresh, start = apart(module, share=False), _values(module)
+    fresh, start = isolated_copy(module, share=False), _state_snapshot(module)
     try:
-        cases = [Case("on the example inputs", call, answer(module, call))]
+        cases = [Case("on the example inputs", call, run_network(module, call))]
     except InputError:
         raise
     except Exception as error:  # whatever the network's own code raises
-        raise InputError(f"the network does not run on an input of {shapes(call)}: {first_line(error)}") from error
-    first = _values(module)
+        raise InputError(
+            f"the network does not run on an input of {describe_shapes(call)}: {first_line(error)}"
+        ) from error
+    first = _state_snapshot(module)
     others, longer = [], resized(call.tensors, axes, 1)
     if dynamic_batch and any(shares_batch(call.tensors)):
         size = next(len(x) for x, batched in zip(call.tensors, shares_batch(call.tensors), strict=True) if batched)
@@ -69,58 +73,60 @@ def cases_of(module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch:
     for what, tensors, instead in others:
         other = call.having(tensors)
         try:
-            cases.append(Case(what, other, answer(module, other)))
+            cases.append(Case(what, other, run_network(module, other)))
         except Exception as error:
-            missing = _going_along(module, call, axes) if tensors is longer else ""
+            missing = _axes_to_open_too(module, call, axes) if tensors is longer else ""
             raise FixedAxisError(
-                f"the network runs on an input of {shapes(call)} and not {what}, so that axis cannot stay open"
+                f"the network runs on an input of {describe_shapes(call)} and not {what}, so that axis cannot stay open"
                 + (f" by itself: open {missing} too" if missing else f": give {instead}")
                 + f"; it says: {first_line(error)}"
             ) from error
-    again = [answer(module, call)]
-    kept, changed = _changed(start, first), _changed(first, _values(module))
+    again = [run_network(module, call)]
+    kept, changed = _changed_names(start, first), _changed_names(first, _state_snapshot(module))
     if changed:  # every second call may be another
-        again.append(answer(module, call))
+        again.append(run_network(module, call))
     if kept and fresh is not module:  # what it keeps may be of what it was given first
-        again.append(_after_others(fresh, call))
-    if any(difference(cases[0].outputs, other) is not None for other in again):
+        again.append(_outputs_after_other_inputs(fresh, call))
+    if any(output_difference(cases[0].outputs, other) is not None for other in again):
         known = changed or kept
         why = f"it changes '{known[0]}' as it answers" if known else "it draws random numbers, or keeps something"
         raise InputError(
             f"the network gives different answers to the same inputs in eval mode: {why}, and a compiled model, which "
             "keeps nothing from one call for the next, cannot be checked against it; turn that off where it is built"
         )
-    held = {f"{path}.{key}" if path else key for path, part in module.named_modules() for key in _tensors_of(part)}
+    held = {
+        f"{path}.{key}" if path else key for path, part in module.named_modules() for key in _tensor_attributes(part)
+    }
     return cases, [name for name in changed if name not in held]
 
 
-def _going_along(module: nn.Module, call: Call, axes: Sequence[Axis]) -> str:
+def _axes_to_open_too(module: nn.Module, call: Call, axes: Sequence[Axis]) -> str:
     """The axes that must be open beside these, as of ``--dynamic``; empty where that does not help either."""
     others = as_long(call.tensors, axes)
     with suppress(Exception):  # whatever the network's own code raises
-        answer(module, call.having(resized(call.tensors, (*axes, *others), 1)))
+        run_network(module, call.having(resized(call.tensors, (*axes, *others), 1)))
         return ", ".join(f"{call.names[axis.input]}:{axis.axis}" for axis in others)
     return ""
 
 
-def _tensors_of(part: nn.Module) -> list[str]:
+def _tensor_attributes(part: nn.Module) -> list[str]:
     return [key for key, value in vars(part).items() if isinstance(value, Tensor)]
 
 
-def _after_others(module: nn.Module, call: Call) -> list[Tensor]:
+def _outputs_after_other_inputs(module: nn.Module, call: Call) -> list[Tensor]:
     """What a network that has not answered yet answers to the example after other inputs of its shape."""
     other = [2 * x.flip(0) if x.is_floating_point() and x.dim() else x for x in call.tensors]
     with suppress(Exception):  # inputs that it does not take change nothing
-        answer(module, call.having(other))
-    return answer(module, call)
+        run_network(module, call.having(other))
+    return run_network(module, call)
 
 
-def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
+def _changed_names(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
     return [name for name, value in after.items() if before.get(name) != value]
 
 
 @torch.no_grad()
-def answer(module: nn.Module, call: Call) -> list[Tensor]:
+def run_network(module: nn.Module, call: Call) -> list[Tensor]:
     """The tensors that a network returns.
 
     Raises:
@@ -138,7 +144,7 @@ def answer(module: nn.Module, call: Call) -> list[Tensor]:
     return list(tensors_in(output))
 
 
-def difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> str | None:
+def output_difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> str | None:
     """What is wrong with a graph's outputs, in a few words; None where nothing is."""
     if len(expected) != len(got):
         return f"{len(got)} outputs for {len(expected)}"
@@ -157,7 +163,7 @@ def difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> str | None:
     return None
 
 
-def apart(module: nn.Module, share: bool = True) -> nn.Module:
+def isolated_copy(module: nn.Module, share: bool = True) -> nn.Module:
     """A copy over the same tensors: what a network keeps as it runs, in a cache say, stays out of the one given.
 
     The module itself where it cannot be copied.
@@ -166,7 +172,7 @@ def apart(module: nn.Module, share: bool = True) -> nn.Module:
         module: the network.
         share: also the tensors that a network may change as it runs: its buffers, and parameters that are small.
     """
-    own = set() if share else {id(t) for t in _changeable(module)}
+    own = set() if share else {id(t) for t in _mutable_tensors(module)}
     shared: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers()) if id(t) not in own}
     # torch copies no tensor that another was computed to, which may stand in any attribute
     loose = (v for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor))
@@ -177,14 +183,14 @@ def apart(module: nn.Module, share: bool = True) -> nn.Module:
         return module
 
 
-def _changeable(module: nn.Module) -> list[Tensor]:
-    return [*module.buffers(), *(p for p in module.parameters() if p.numel() <= _SMALL)]
+def _mutable_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.buffers(), *(p for p in module.parameters() if p.numel() <= _SMALL_PARAMETER)]
 
 
 @contextmanager
-def keeping(module: nn.Module) -> Iterator[None]:
+def restoring_state(module: nn.Module) -> Iterator[None]:
     """Put back afterwards what a network changes in place as it answers: buffers, and parameters that are small."""
-    tensors = [t for t in _changeable(module) if not t.is_meta and t.layout == torch.strided]
+    tensors = [t for t in _mutable_tensors(module) if not t.is_meta and t.layout == torch.strided]
     kept = [(t, t.detach().clone()) for t in tensors]
     try:
         yield
@@ -195,29 +201,29 @@ def keeping(module: nn.Module) -> Iterator[None]:
                     tensor.copy_(value)
 
 
-def shapes(call: Call) -> str:
+def describe_shapes(call: Call) -> str:
     """The inputs' shapes and kinds of number, to be read."""
     return ", ".join(f"{'x'.join(map(str, x.shape))}:{str(x.dtype).removeprefix('torch.')}" for x in call.tensors)
 
 
-def _values(module: nn.Module) -> Mapping[str, object]:
+def _state_snapshot(module: nn.Module) -> Mapping[str, object]:
     """What a network holds, by name, to be compared: tensors by how often they have been changed."""
     found: dict[str, object] = {}
     for path, part in module.named_modules():
-        own = {key: _seen(value) for key, value in vars(part).items() if key not in _TORCHS_OWN}
-        own |= {key: _seen(value) for key, value in part._buffers.items()}
+        own = {key: _fingerprint(value) for key, value in vars(part).items() if key not in _MODULE_ATTRIBUTES}
+        own |= {key: _fingerprint(value) for key, value in part._buffers.items()}
         found |= {f"{path}.{key}" if path else key: value for key, value in own.items()}
     return found
 
 
-def _seen(value: object) -> object:
+def _fingerprint(value: object) -> object:
     if isinstance(value, Tensor):
-        return id(value), _changes(value)
+        return id(value), _version(value)
     if isinstance(value, dict | list | set):
         return id(value), len(value)
     return repr(value) if isinstance(value, int | float | str | None) else id(value)  # NaN is not itself
 
 
-def _changes(tensor: Tensor) -> int:
+def _version(tensor: Tensor) -> int:
     """How often it was changed in place; what was made in inference mode does not count it."""
     return 0 if tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""``symbolic``: the front end that runs a network on ``torch.fx`` proxies; what it cannot pass through is a leaf."""
+"""Front end on ``torch.fx`` proxies; a module that proxies cannot pass through becomes a leaf."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def symbolic(module: nn.Module, call: Call) -> tuple[fx.GraphModule, dict[str, str]]:
+def trace_with_fx(module: nn.Module, call: Call) -> tuple[fx.GraphModule, dict[str, str]]:
     """Trace, making a leaf of the innermost module that fails until it succeeds; the leaves, each with its reason.
 
     Raises:
@@ -51,20 +51,20 @@ def symbolic(module: nn.Module, call: Call) -> tuple[fx.GraphModule, dict[str, s
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # on every argument that keeps its default
                 graph = tracer.trace(module, call.defaults())
-            _settle(graph, call, module)
-            _settle_kinds(graph, module)
+            _keep_tensor_inputs(graph, call, module)
+            _inline_dtypes(graph, module)
             graph.lint()
             made = fx.GraphModule(module, graph)
         except Exception as error:  # noqa: BLE001  # a network's forward may raise anything on proxies
             reason = first_line(error)
             if not tracer.stack or tracer.stack[-1] in leaves:
-                return _whole(module, call), {"": reason}
+                return _single_node_graph(module, call), {"": reason}
             leaves[tracer.stack[-1]] = reason
             continue
         return made, leaves
 
 
-def _settle(graph: fx.Graph, call: Call, module: nn.Module) -> None:
+def _keep_tensor_inputs(graph: fx.Graph, call: Call, module: nn.Module) -> None:
     """Leave the graph with one input for each tensor, under its argument's name: fx makes one of every argument."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     found: dict[str, fx.Node] = {}
@@ -87,12 +87,12 @@ def _settle(graph: fx.Graph, call: Call, module: nn.Module) -> None:
         if not node.users and works_in_place(node, module):
             raise UntraceableError(f"'{node.name}' works in place, which symbolic tracing loses")
     end = next(node for node in graph.nodes if node.op == "output")
-    end.args = (_plain(end.args[0]),)
+    end.args = (_plain_containers(end.args[0]),)
     if list(found) != list(call.names):
         raise UntraceableError(f"the graph takes {', '.join(found)} where {', '.join(call.names)} are given")
 
 
-def _settle_kinds(graph: fx.Graph, module: nn.Module) -> None:
+def _inline_dtypes(graph: fx.Graph, module: nn.Module) -> None:
     """Put the kind of number in the place of ``weight.dtype``: what reads it does not read the weight."""
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not getattr or node.args[1:] != ("dtype",):
@@ -101,14 +101,14 @@ def _settle_kinds(graph: fx.Graph, module: nn.Module) -> None:
         if weight.op == "get_attr":
             kind = operator.attrgetter(str(weight.target))(module).dtype
             for user in list(node.users):
-                user.args = _with(user.args, node, kind)
-                user.kwargs = _with(user.kwargs, node, kind)
+                user.args = _replace_argument(user.args, node, kind)
+                user.kwargs = _replace_argument(user.kwargs, node, kind)
             graph.erase_node(node)
             if not weight.users:
                 graph.erase_node(weight)
 
 
-def _with(arguments: Any, node: fx.Node, value: Any) -> Any:
+def _replace_argument(arguments: Any, node: fx.Node, value: Any) -> Any:
     """A node's arguments with a value in the place of another node."""
 
     def put(other: fx.Node) -> Any:
@@ -117,23 +117,24 @@ def _with(arguments: Any, node: fx.Node, value: Any) -> Any:
     return fx.map_arg(arguments, put)
 
 
-def _plain(value: Any) -> Any:
+def _plain_containers(value: Any) -> Any:
     """An output with dataclasses as mappings: a graph is to return nothing but tensors in plain containers."""
     if isinstance(value, fx.Node):
         if value.op != "call_function" or not dataclasses.is_dataclass(value.target):
             return value
         names = [field.name for field in dataclasses.fields(value.target)]
         return {
-            name: _plain(part) for name, part in {**dict(zip(names, value.args, strict=False)), **value.kwargs}.items()
+            name: _plain_containers(part)
+            for name, part in {**dict(zip(names, value.args, strict=False)), **value.kwargs}.items()
         }
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: _plain_containers(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
+        return tuple(map(_plain_containers, value))
     return value
 
 
-def _whole(module: nn.Module, call: Call) -> fx.GraphModule:
+def _single_node_graph(module: nn.Module, call: Call) -> fx.GraphModule:
     """A graph of one node that calls the network itself, for one that cannot be traced at its top."""
     holder = nn.Module()
     holder.add_module("network", module)

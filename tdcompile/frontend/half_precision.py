@@ -1,4 +1,4 @@
-"""``in_single``: a network of half precision as one of single precision, for which onnxruntime has kernels."""
+"""Conversion of half-precision networks and data to float32, for which onnxruntime has kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tdcompile.data.task import Batch, Samples
 HALF = (torch.float16, torch.bfloat16)
 
 
-def in_single(module: nn.Module) -> nn.Module:
+def to_single_precision(module: nn.Module) -> nn.Module:
     """The network itself, or, where a weight is fp16 or bf16, a copy in fp32, which holds the same values.
 
     onnxruntime has no kernels for bf16 on a CPU and few for fp16, and factors are computed from spectra that half
@@ -37,17 +37,17 @@ def in_single(module: nn.Module) -> nn.Module:
     return single
 
 
-def inputs_in_single(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def inputs_to_single_precision(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same of inputs."""
     return tuple(x.float() if x.dtype in HALF else x for x in tensors)
 
 
-def samples_like(samples: Samples | None, examples: tuple[Tensor, ...]) -> Samples | None:
+def samples_cast_like(samples: Samples | None, examples: tuple[Tensor, ...]) -> Samples | None:
     """Data in the precision of the example inputs: files may hold fp16 or fp64, and a layer takes its own alone."""
-    return None if samples is None else _Like(samples, examples)
+    return None if samples is None else _CastSamples(samples, examples)
 
 
-class _Like(Samples):
+class _CastSamples(Samples):
     def __init__(self, whole: Samples, examples: tuple[Tensor, ...]) -> None:
         self._whole, self._kinds = whole, [x.dtype for x in examples]
 
@@ -69,7 +69,7 @@ def _cast(x: Tensor, kind: torch.dtype | None) -> Tensor:
     return x.to(kind) if both else x
 
 
-def half_kinds(module: nn.Module) -> str:
+def half_dtypes(module: nn.Module) -> str:
     """The half precisions in a network, for a sentence."""
     kinds = {tensor.dtype for tensor in chain(module.parameters(), module.buffers())} & set(HALF)
     return " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))

@@ -53,12 +53,12 @@ class LayerCall:
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """What a call that ``read`` knows was given, by the names of its signature."""
+    """What a call that ``read_layer_call`` knows was given, by the names of its signature."""
     names = _SIGNATURES[node.target]  # the caller has looked
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def read(node: fx.Node, constants: Constants) -> LayerCall | None:
+def read_layer_call(node: fx.Node, constants: Constants) -> LayerCall | None:
     """A layer's call; None where weight or options are computed from an input, the input is not, or one is missing."""
     if node.op != "call_function" or node.target not in _BUILDERS:
         return None
@@ -92,12 +92,12 @@ def _linear(call: LayerCall, constants: Constants) -> nn.Module | None:
     if weight.dim() != 2:
         return None
     module = unset(nn.Linear, weight.shape[1], weight.shape[0], bias="bias" in call.tensors)
-    return _own(module, call)
+    return _with_weights(module, call)
 
 
 def _transposed_linear(call: LayerCall, constants: Constants) -> nn.Module | None:
     """``x @ weight``, as ``addmm`` and ``matmul`` have it: the weight is ``(C, T)``."""
-    weight, dims = call.tensors["weight"], _dims(call.input)
+    weight, dims = call.tensors["weight"], _rank_of(call.input)
     if weight.dim() != 2 or any(call.options.get(scale, 1) != 1 for scale in ("beta", "alpha")):
         return None
     if "bias" in call.tensors and call.tensors["bias"].shape != weight.shape[1:]:
@@ -106,7 +106,7 @@ def _transposed_linear(call: LayerCall, constants: Constants) -> nn.Module | Non
         return None
     turned = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
     module = unset(nn.Linear, *weight.shape, bias="bias" in call.tensors)
-    return _own(module, LayerCall(call.node, call.input, {**call.tensors, "weight": turned}, call.options))
+    return _with_weights(module, LayerCall(call.node, call.input, {**call.tensors, "weight": turned}, call.options))
 
 
 def _conv(call: LayerCall, constants: Constants) -> nn.Module | None:
@@ -129,20 +129,22 @@ def _either_conv(call: LayerCall, constants: Constants) -> nn.Module | None:
 def _convolution(
     call: LayerCall, constants: Constants, kinds: Sequence[type[nn.Module]], options: Mapping[str, Any]
 ) -> nn.Module | None:
-    weight, dims = call.tensors["weight"], _dims(call.input)
+    weight, dims = call.tensors["weight"], _rank_of(call.input)
     axes = weight.dim() - 2
     if not 1 <= axes <= 3 or dims not in (None, axes + 2):
         return None
     groups = options.get("groups", 1)
     first, second, *kernel = weight.shape
     turned = kinds is TRANSPOSED_CONVS
-    spread = {key: _each(value, axes) if key != "groups" else value for key, value in options.items()}
+    spread = {key: _per_axis(value, axes) if key != "groups" else value for key, value in options.items()}
     inputs, outputs = (first, second * groups) if turned else (second * groups, first)
-    module = _own(unset(kinds[axes - 1], inputs, outputs, tuple(kernel), bias="bias" in call.tensors, **spread), call)
+    module = _with_weights(
+        unset(kinds[axes - 1], inputs, outputs, tuple(kernel), bias="bias" in call.tensors, **spread), call
+    )
     return TransposedConv.of(module, constants.turned) if isinstance(module, TRANSPOSED_CONVS) else module
 
 
-def _each(value: Any, axes: int) -> Any:
+def _per_axis(value: Any, axes: int) -> Any:
     """One figure for each axis, where a call may give one for all."""
     if isinstance(value, str):
         return value
@@ -151,7 +153,7 @@ def _each(value: Any, axes: int) -> Any:
 
 
 def _batch_norm(call: LayerCall, constants: Constants) -> nn.Module | None:
-    dims, mean = _dims(call.input), call.tensors.get("running_mean")
+    dims, mean = _rank_of(call.input), call.tensors.get("running_mean")
     if call.options.get("training") or mean is None or dims not in _NORMS:
         return None
     affine = "weight" in call.tensors and "bias" in call.tensors
@@ -159,7 +161,7 @@ def _batch_norm(call: LayerCall, constants: Constants) -> nn.Module | None:
         return None
     module = _NORMS[dims](len(mean), call.options["eps"], call.options["momentum"], affine, device=mean.device)
     module.running_mean, module.running_var = mean, call.tensors["running_var"]
-    return _own(module, call) if affine else module
+    return _with_weights(module, call) if affine else module
 
 
 def _dropout(call: LayerCall, constants: Constants) -> nn.Module | None:
@@ -169,7 +171,7 @@ def _dropout(call: LayerCall, constants: Constants) -> nn.Module | None:
 
 def _channel_dropout(call: LayerCall, constants: Constants) -> nn.Module | None:
     """By what the network calls; ATen has one operator for all."""
-    kind = _CHANNEL_DROPOUTS.get(call.node.target) or _CHANNEL_DROPOUTS.get(_dims(call.input))
+    kind = _CHANNEL_DROPOUTS.get(call.node.target) or _CHANNEL_DROPOUTS.get(_rank_of(call.input))
     return kind(call.options.get("p", 0.5)) if kind is not None else None
 
 
@@ -177,12 +179,12 @@ def _alpha_dropout(call: LayerCall, constants: Constants) -> nn.Module | None:
     return nn.AlphaDropout(call.options.get("p", 0.5))
 
 
-def _own(module: nn.Module, call: LayerCall) -> nn.Module:
+def _with_weights(module: nn.Module, call: LayerCall) -> nn.Module:
     module.weight, module.bias = call.tensors["weight"], call.tensors.get("bias")  # type: ignore[assignment]  # parameters
     return module
 
 
-def _dims(node: fx.Node) -> int | None:
+def _rank_of(node: fx.Node) -> int | None:
     """How many axes a value has, where the front end knows."""
     value = node.meta.get("val")
     return value.dim() if isinstance(value, Tensor) else None

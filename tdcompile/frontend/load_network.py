@@ -18,16 +18,16 @@ from tdcompile.core.network import Network
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
 from tdcompile.ir.modules import not_finite
-from tdcompile.support.user_code import call, is_file, load_callable
+from tdcompile.support.user_code import call_user_function, load_callable, names_file
 
 __all__ = ["check_weights", "load_callable", "load_source", "load_weights"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
 # How the header of a safetensors file begins, a pickle, and a zip archive, which torch.save writes.
-_SAFE, _PICKLE, _ZIP = b"{", b"\x80", b"PK"
-_NOT_WEIGHTS = "it is no PyTorch or safetensors file, or cut off"
-_NAMED = 4  # how many names of a kind a message lists
+_SAFETENSORS_START, _PICKLE_START, _ZIP_START = b"{", b"\x80", b"PK"
+_UNREADABLE = "it is no PyTorch or safetensors file, or cut off"
+_MAX_NAMES = 4  # how many names of a kind a message lists
 
 
 def load_source(source: str) -> tuple[nn.Module, Network | None]:
@@ -37,13 +37,13 @@ def load_source(source: str) -> tuple[nn.Module, Network | None]:
         InputError: there is no such file, module, callable or registered name, or it gives no ``nn.Module``.
     """
     if ":" not in source:
-        if is_file(source):
+        if names_file(source):
             raise InputError(f"'{source}' names no callable: write {source}:NAME, a function that returns the network")
         network = make(Network, source)
         return network.build().eval(), network
     place, _, name = source.rpartition(":")
     found = load_callable(source)
-    module = found if isinstance(found, nn.Module) else call(source)
+    module = found if isinstance(found, nn.Module) else call_user_function(source)
     if not isinstance(module, nn.Module):
         raise InputError(f"'{name}' in '{place}' returned a {type(module).__name__}; it must return an nn.Module")
     return module.eval(), None
@@ -55,7 +55,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     Raises:
         InputError: the file cannot be read, needs code, does not fit the network or holds NaN or Inf.
     """
-    weights = _unwrapped(_read(path), set(module.state_dict()), path)
+    weights = _unwrap_state_dict(_read_file(path), set(module.state_dict()), path)
     own = module.state_dict()
     shapes = [
         f"{name} is {tuple(value.shape)} in the file, {tuple(own[name].shape)} in the network"
@@ -63,20 +63,20 @@ def load_weights(module: nn.Module, path: Path) -> None:
         if name in own and value.shape != own[name].shape
     ]
     if shapes:
-        raise InputError(f"'{path}' does not fit the network: {_first(shapes, '; ')}")
-    tied = _tied(module)
-    _same_where_tied(weights, tied, path)
-    loaded = _loaded(module, weights)
+        raise InputError(f"'{path}' does not fit the network: {_join_first(shapes, '; ')}")
+    tied = _tied_names(module)
+    _check_tied_weights(weights, tied, path)
+    loaded = _assign_weights(module, weights)
     shared = {name for names in tied if not names.isdisjoint(weights) for name in names}
     missing = [name for name in loaded.missing_keys if name not in shared]
     if missing or loaded.unexpected_keys:
         parts = [("lacks", missing), ("has in excess", loaded.unexpected_keys)]
-        said = "; it ".join(f"{verb} {_first(names, ', ')}" for verb, names in parts if names)
+        said = "; it ".join(f"{verb} {_join_first(names, ', ')}" for verb, names in parts if names)
         raise InputError(f"'{path}' does not fit the network: it {said}")
     check_weights(module, str(path))
 
 
-def _tied(module: nn.Module) -> list[set[str]]:
+def _tied_names(module: nn.Module) -> list[set[str]]:
     """The names of every parameter and buffer, those of one tensor together."""
     names: dict[int, set[str]] = {}
     parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
@@ -85,7 +85,7 @@ def _tied(module: nn.Module) -> list[set[str]]:
     return list(names.values())
 
 
-def _same_where_tied(weights: Mapping[str, Tensor], tied: Iterable[set[str]], path: Path) -> None:
+def _check_tied_weights(weights: Mapping[str, Tensor], tied: Iterable[set[str]], path: Path) -> None:
     for names in tied:
         first, *others = sorted(names & set(weights)) or [""]
         for other in others:
@@ -93,7 +93,7 @@ def _same_where_tied(weights: Mapping[str, Tensor], tied: Iterable[set[str]], pa
                 raise InputError(f"'{path}' has other values for '{first}' than for '{other}', which are one weight")
 
 
-def _loaded(module: nn.Module, weights: Mapping[str, Tensor]) -> Any:
+def _assign_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Any:
     """Give the network's tensors the memory of those that were read: of a safetensors file what is needed is read.
 
     Parameters stay the objects that they are, wherever the network holds them; only those without values, on the meta
@@ -142,14 +142,14 @@ def check_weights(module: nn.Module, where: str) -> None:
         raise InputError(f"{where}: the tensor '{found[0]}' holds {found[1]} values that are NaN or Inf")
 
 
-def _read(path: Path) -> object:
+def _read_file(path: Path) -> object:
     if path.is_dir():
         raise InputError(f"'{path}' is a folder; a file of weights is needed, .pt or .safetensors")
     if not path.is_file():
         raise InputError(f"there is no weights file '{path}'")
     try:
         head = _head(path)
-        if path.suffix == ".safetensors" or head[8:] == _SAFE:
+        if path.suffix == ".safetensors" or head[8:] == _SAFETENSORS_START:
             return safetensors.torch.load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch remarks on odd files is said below, in one sentence
@@ -158,14 +158,14 @@ def _read(path: Path) -> object:
         raise InputError(f"'{path}' cannot be read as weights: it is no safetensors file, or cut off") from error
     except pickle.UnpicklingError as error:
         needs = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if needs is None and head.startswith(_PICKLE):
+        if needs is None and head.startswith(_PICKLE_START):
             raise InputError(
                 f"'{path}' is a pickle that torch.save has not written: save the state_dict() with it or as safetensors"
             ) from error
-        if needs is None and head.startswith(_ZIP):
+        if needs is None and head.startswith(_ZIP_START):
             raise InputError(f"'{path}' is not a state dict that can be read without running code") from error
         if needs is None:
-            raise InputError(f"'{path}' cannot be read as weights: {_NOT_WEIGHTS}") from error
+            raise InputError(f"'{path}' cannot be read as weights: {_UNREADABLE}") from error
         raise InputError(
             f"'{path}' is a pickle that needs code to load ({needs[1]}), which is refused: "
             "save the state_dict() alone, best as safetensors"
@@ -175,7 +175,7 @@ def _read(path: Path) -> object:
             raise InputError(f"'{path}' is a TorchScript archive, which holds code; a state dict is needed") from error
         if isinstance(error, PermissionError):
             raise InputError(f"'{path}' cannot be read: {error.strerror}") from error
-        raise InputError(f"'{path}' cannot be read as weights: {_NOT_WEIGHTS}") from error
+        raise InputError(f"'{path}' cannot be read as weights: {_UNREADABLE}") from error
 
 
 def _head(path: Path) -> bytes:
@@ -184,7 +184,7 @@ def _head(path: Path) -> bytes:
         return file.read(9)
 
 
-def _unwrapped(held: object, own: set[str], path: Path) -> Mapping[str, Tensor]:
+def _unwrap_state_dict(held: object, own: set[str], path: Path) -> Mapping[str, Tensor]:
     while isinstance(held, Mapping):
         inner = next((held[key] for key in _WRAPPERS if isinstance(held.get(key), Mapping)), None)
         if inner is None:
@@ -202,6 +202,6 @@ def _all_start(names: Iterable[str], prefix: str) -> bool:
     return all(name.startswith(prefix) for name in names)
 
 
-def _first(names: list[str], between: str) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return between.join(names[:_NAMED]) + more
+def _join_first(names: list[str], between: str) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return between.join(names[:_MAX_NAMES]) + more

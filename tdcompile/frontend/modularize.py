@@ -1,4 +1,4 @@
-"""``modularise``: functional layers in a graph, ``F.conv2d`` or ``aten.linear``, as modules over their weights.
+"""``modularize``: functional layers in a graph, ``F.conv2d`` or ``aten.linear``, as modules over their weights.
 
 From there on a layer is a module with a name, whichever front end has found it. A weight that is computed from
 parameters alone (a slice of a packed projection, a transposed matrix) is computed once, here.
@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from tdcompile.frontend.constants import Constants
-from tdcompile.frontend.layer_calls import TENSORS, TRANSPOSED_CONVS, LayerCall, arguments, read, traced_in
+from tdcompile.frontend.layer_calls import TENSORS, TRANSPOSED_CONVS, LayerCall, arguments, read_layer_call, traced_in
 from tdcompile.ir.graph_edits import module_at
 from tdcompile.ir.layer import TransposedConv
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 _PARAMETRIZED = ".parametrizations.weight."  # where torch keeps what a parametrised weight is computed from
 # What a run-time check is in a traced graph: it has done its work when the graph is compared with the network.
-_CHECKS = {
+_RUNTIME_CHECKS = {
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
     aten._assert_async.msg,
@@ -30,16 +30,16 @@ _CHECKS = {
 }
 
 
-def modularise(graph: fx.GraphModule) -> None:
+def modularize(graph: fx.GraphModule) -> None:
     """Turn every layer on constant weights into a call of a module; drop run-time checks and what nothing reads."""
     for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target in _CHECKS and not node.users:
+        if node.op == "call_function" and node.target in _RUNTIME_CHECKS and not node.users:
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
-    _in_order(graph)
+    _positional_arguments(graph)
     names, constants = _Names(graph), Constants(graph)
-    calls = [call for node in graph.graph.nodes if (call := read(node, constants)) is not None]
-    modules = _transposed(graph, constants)
+    calls = [call for node in graph.graph.nodes if (call := read_layer_call(node, constants)) is not None]
+    modules = _transposed_convolutions(graph, constants)
     made: dict[tuple[object, ...], nn.Module | None] = {}
     for call in calls:
         if call.key not in made:
@@ -54,7 +54,7 @@ def modularise(graph: fx.GraphModule) -> None:
             new = graph.graph.create_node("call_module", name, (arguments(call.node)["input"],))
         new.meta = dict(call.node.meta)
         call.node.replace_all_uses_with(new)
-        _erase(graph.graph, call.node)
+        _erase_with_sources(graph.graph, call.node)
     _drop_unread(graph)  # what is computed once is there once, and its original is gone
     for name in sorted(modules, key=lambda name: name.count(".")):
         graph.add_submodule(name, modules[name])
@@ -62,7 +62,7 @@ def modularise(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _in_order(graph: fx.GraphModule) -> None:
+def _positional_arguments(graph: fx.GraphModule) -> None:
     """Give torch's modules their arguments in order, where the network names them: passes read what is the first."""
     for node in graph.graph.nodes:
         part = module_at(graph, node)
@@ -76,7 +76,7 @@ def _in_order(graph: fx.GraphModule) -> None:
         node.args, node.kwargs = tuple(given), named
 
 
-def _transposed(graph: fx.GraphModule, constants: Constants) -> dict[str, nn.Module]:
+def _transposed_convolutions(graph: fx.GraphModule, constants: Constants) -> dict[str, nn.Module]:
     """What takes the place of torch's own transposed convolutions, by name."""
     found: dict[str, nn.Module] = {}
     for node in graph.graph.nodes:
@@ -97,7 +97,7 @@ def _drop_unread(graph: fx.GraphModule) -> None:
                         del kept[name]
 
 
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
+def _erase_with_sources(graph: fx.Graph, node: fx.Node) -> None:
     """Take out a node, and what only it has read."""
     pending = [node]
     while pending:

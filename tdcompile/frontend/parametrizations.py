@@ -1,4 +1,4 @@
-"""``unparametrised``: a network whose weights are computed on every call, with the weights as they are."""
+"""``without_parametrizations``: a network whose weights are computed on every call, with the weights as they are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 _HOOKS = {WeightNorm: remove_weight_norm, SpectralNorm: remove_spectral_norm}
 
 
-def unparametrised(module: nn.Module) -> nn.Module:
+def without_parametrizations(module: nn.Module) -> nn.Module:
     """The network itself, or, where a weight is parametrised (weight or spectral norm, ...), a copy in which none is.
 
     The copy shares every other tensor. A compressed layer has no use for the parametrisation: its factors are others.
@@ -22,9 +22,9 @@ def unparametrised(module: nn.Module) -> nn.Module:
     Args:
         module: in eval mode, in which spectral norm leaves its estimates alone.
     """
-    if not any(map(_computed, module.modules())):
+    if not any(map(_is_parametrized, module.modules())):
         return module
-    own = {id(tensor) for part in module.modules() if _computed(part) for tensor in part.parameters()}
+    own = {id(tensor) for part in module.modules() if _is_parametrized(part) for tensor in part.parameters()}
     tensors = chain(module.parameters(), module.buffers())
     shared: dict[int, object] = {id(tensor): tensor for tensor in tensors if id(tensor) not in own}
     # What a hook has computed last is no parameter, and torch copies no tensor that another was computed to.
@@ -42,5 +42,5 @@ def unparametrised(module: nn.Module) -> nn.Module:
     return plain
 
 
-def _computed(module: nn.Module) -> bool:
+def _is_parametrized(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module) or any(type(h) in _HOOKS for h in module._forward_pre_hooks.values())

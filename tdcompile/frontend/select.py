@@ -1,4 +1,4 @@
-"""``Fronts``: symbolic tracing and ``torch.export``, each graph held against the network before it is taken."""
+"""``FrontendSelector``: choose between ``torch.fx`` and ``torch.export`` and check each graph against the network."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import fx, nn
 
 from tdcompile.errors import FixedAxisError, InputError, UntraceableError, first_line
-from tdcompile.frontend.equivalence import Case, answer, apart, difference
-from tdcompile.frontend.fx_trace import symbolic
+from tdcompile.frontend.equivalence import Case, isolated_copy, output_difference, run_network
+from tdcompile.frontend.fx_trace import trace_with_fx
 from tdcompile.frontend.guards import Sizes
-from tdcompile.frontend.modularize import modularise
+from tdcompile.frontend.modularize import modularize
 from tdcompile.frontend.signature import Call
-from tdcompile.frontend.torch_export import exported
+from tdcompile.frontend.torch_export import trace_with_export
 from tdcompile.ir.dynamic_shapes import BATCH, Axis, batch_of, shares_batch, sized
 from tdcompile.ir.modules import tensors_in
 from tdcompile.ir.program import sites_of
@@ -23,15 +23,15 @@ from tdcompile.ir.program import sites_of
 Frontend = Literal["auto", "fx", "export"]
 
 # Batches at which a graph is held against its network, beside that of the example and the next.
-_BATCHES = (1, 8)
+_EXTRA_BATCHES = (1, 8)
 # A graph is run at other sizes where its inputs grow by so much and hold so many numbers, or beyond by so many.
-_GROWTH, _MOST, _MOST_BEYOND = 64, 2**26, 2**20
+_MAX_GROWTH, _MAX_NUMBERS, _MAX_NUMBERS_BEYOND_GROWTH = 64, 2**26, 2**20
 # A whole number is taken for a word, which costs what so many numbers do.
-_WORD = 64
+_NUMBERS_PER_TOKEN = 64
 # Layers without a form here, which no front end opens: what is not seen in them is not missed.
-_CLOSED = (nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
+_OPAQUE_LAYERS = (nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
 # What functions come from that run nothing of the network's own.
-_KNOWN = ("torch", "_operator", "operator", "builtins", "math")
+_LIBRARY_PACKAGES = ("torch", "_operator", "operator", "builtins", "math")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Traced:
 
 
 @dataclass(frozen=True)
-class Fronts:
+class FrontendSelector:
     """The front ends, tried on one network.
 
     Attributes:
@@ -74,7 +74,7 @@ class Fronts:
             return self._fx() if frontend == "fx" else self._export()
         refused: dict[str, InputError] = {}
         found = self._tried(self._fx, refused)
-        if found is not None and not found.leaves and not _hidden(found.graph, self.call):
+        if found is not None and not found.leaves and not _weights_inside_leaves(found.graph, self.call):
             return found
         other = self._tried(self._export, refused)
         fixed = next((error for error in refused.values() if isinstance(error, FixedAxisError)), None)
@@ -96,7 +96,7 @@ class Fronts:
             return None
 
     def _fx(self) -> Traced:
-        graph, leaves = symbolic(apart(self.module), self.call)
+        graph, leaves = trace_with_fx(isolated_copy(self.module), self.call)
         traced = self._checked(Traced(graph, leaves, "fx"))
         untried = self._same_way_within(graph) if leaves or _calls_own_code(graph) else []
         self._at_other_sizes(graph, [])
@@ -112,7 +112,9 @@ class Fronts:
         """
         call = Call.of(graph, self.call.tensors)
         try:
-            way, turning = exported(apart(graph), call, dynamic_batch=self.dynamic_batch, axes=self.axes)
+            way, turning = trace_with_export(
+                isolated_copy(graph), call, dynamic_batch=self.dynamic_batch, axes=self.axes
+            )
         except (UntraceableError, FixedAxisError):  # what cannot be exported does not become a model
             return []
         longer = {axis.name: self.call.tensors[axis.input].shape[axis.axis] + 1 for axis in self.axes}
@@ -121,7 +123,9 @@ class Fronts:
         return self._at_other_sizes(way, [*turning, *([[longer]] if longer else [])])
 
     def _export(self) -> Traced:
-        graph, turning = exported(apart(self.module), self.call, dynamic_batch=self.dynamic_batch, axes=self.axes)
+        graph, turning = trace_with_export(
+            isolated_copy(self.module), self.call, dynamic_batch=self.dynamic_batch, axes=self.axes
+        )
         traced = self._checked(Traced(graph, {}, "export"))
         return replace(traced, untried=self._at_other_sizes(graph, turning))
 
@@ -143,7 +147,7 @@ class Fronts:
         batched = self.dynamic_batch and any(shares_batch(self.call.tensors))
         known: dict[frozenset[tuple[str, int]], bool | None] = {}
         untried: list[Sizes] = []
-        for ways in (*turning, *([{BATCH: size}] for size in _BATCHES if batched)):
+        for ways in (*turning, *([{BATCH: size}] for size in _EXTRA_BATCHES if batched)):
             dear: list[Sizes] = []
             for sizes in ways:
                 if not self._affordable(sizes):
@@ -154,8 +158,8 @@ class Fronts:
                     known[key] = self._differs(graph, self._of(sizes))
                 if known[key]:
                     raise FixedAxisError(
-                        f"the network does something else where {at(sizes)} than where it is as in the example, so "
-                        "that axis cannot stay open: give "
+                        f"the network does something else where {describe_sizes(sizes)} than where it is as in the "
+                        "example, so that axis cannot stay open: give "
                         + ("--no-dynamic-batch" if list(sizes) == [BATCH] else "no --dynamic for it")
                     )
                 if known[key] is False:
@@ -174,8 +178,8 @@ class Fronts:
                 if axis.input == place:
                     times *= sizes.get(axis.name, x.shape[axis.axis]) / x.shape[axis.axis]
             growth = max(growth, times)
-            most += int(x.numel() * times * (1 if x.is_floating_point() else _WORD))
-        return most <= (_MOST if growth <= _GROWTH else _MOST_BEYOND)
+            most += int(x.numel() * times * (1 if x.is_floating_point() else _NUMBERS_PER_TOKEN))
+        return most <= (_MAX_NUMBERS if growth <= _MAX_GROWTH else _MAX_NUMBERS_BEYOND_GROWTH)
 
     def _of(self, sizes: Sizes) -> Call:
         """The example inputs with some axes of other sizes."""
@@ -188,11 +192,11 @@ class Fronts:
     def _differs(self, graph: fx.GraphModule, call: Call) -> bool | None:
         """Whether the graph gives something else than the network; None where that does not take these inputs."""
         try:
-            expected = answer(self.module, call)
+            expected = run_network(self.module, call)
         except Exception:  # noqa: BLE001  # a size that the network itself does not take
             return None
         try:
-            return difference(expected, _run(graph, call)) is not None
+            return output_difference(expected, _run_graph(graph, call)) is not None
         except Exception:  # noqa: BLE001  # as above: a graph fails in any way
             return True
 
@@ -202,20 +206,20 @@ class Fronts:
         Raises:
             UntraceableError: it does not.
         """
-        modularise(traced.graph)
+        modularize(traced.graph)
         traced.graph.eval()
         for case in self.cases:
             try:
-                got = _run(traced.graph, case.call)
+                got = _run_graph(traced.graph, case.call)
             except Exception as error:  # a graph that took an input's size for a constant fails in any way
                 raise UntraceableError(f"its graph does not run {case.what}: {first_line(error)}") from error
-            wrong = difference(case.outputs, got)
+            wrong = output_difference(case.outputs, got)
             if wrong is not None:
                 raise UntraceableError(f"its graph does not compute what the network computes {case.what}: {wrong}")
         return traced
 
 
-def at(sizes: Sizes) -> str:
+def describe_sizes(sizes: Sizes) -> str:
     """The sizes of some open axes in words."""
     return " and ".join(
         f"the batch is {size}" if name == BATCH else f"the axis '{name}' is {size}" for name, size in sizes.items()
@@ -223,19 +227,20 @@ def at(sizes: Sizes) -> str:
 
 
 @torch.no_grad()
-def _run(graph: fx.GraphModule, call: Call) -> list[torch.Tensor]:
+def _run_graph(graph: fx.GraphModule, call: Call) -> list[torch.Tensor]:
     return list(tensors_in(graph(*(x.clone() for x in call.tensors))))
 
 
 def _calls_own_code(graph: fx.GraphModule) -> bool:
     """Whether a graph calls functions of the network's own, which ``torch.fx.wrap`` leaves in it as they are."""
     return any(
-        node.op == "call_function" and str(getattr(node.target, "__module__", "")).partition(".")[0] not in _KNOWN
+        node.op == "call_function"
+        and str(getattr(node.target, "__module__", "")).partition(".")[0] not in _LIBRARY_PACKAGES
         for node in graph.graph.nodes
     )
 
 
-def _hidden(graph: fx.GraphModule, call: Call) -> list[str]:
+def _weights_inside_leaves(graph: fx.GraphModule, call: Call) -> list[str]:
     """Weights in the graph's leaves that no layer of it has: of attention as one module, of a parametrised layer."""
     known = {id(site.module.weight) for site in sites_of(graph, call.tensors).values()}
     found = []
@@ -244,7 +249,7 @@ def _hidden(graph: fx.GraphModule, call: Call) -> list[str]:
             found += [
                 f"{node.target}.{name}"
                 for name, part in leaf.named_modules()
-                if not isinstance(part, _CLOSED)
+                if not isinstance(part, _OPAQUE_LAYERS)
                 for weight in part.parameters(recurse=False)
                 if weight.dim() > 1 and id(weight) not in known
             ]

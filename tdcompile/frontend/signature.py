@@ -57,7 +57,7 @@ class Call:
             raise InputError(f"the inputs do not fit the network: {error}; it takes {wanted}") from error
         pairs, spec = pytree.tree_flatten_with_path(dict(bound.arguments))
         leaves = tuple(leaf for _, leaf in pairs)
-        names = [_name(path) for path, leaf in pairs if isinstance(leaf, Tensor)]
+        names = [_input_name(path) for path, leaf in pairs if isinstance(leaf, Tensor)]
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         if not tensors:
             raise InputError("the inputs hold no tensor: give at least one, (N, ...)")
@@ -107,12 +107,14 @@ class Call:
         """The arguments that hold tensors and that ``forward`` takes by ``**kwargs``, without naming them."""
         last = [p.name for p in self._signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
         given = self.arguments(self.tensors).get(last[0], {}) if last else {}
-        return [name for name, value in given.items() if _holds(value)]
+        return [name for name, value in given.items() if _contains_tensor(value)]
 
     @property
     def nested(self) -> bool:
         """Whether a tensor is given inside another argument."""
-        return any(not isinstance(value, Tensor) for value in self.arguments(self.tensors).values() if _holds(value))
+        return any(
+            not isinstance(value, Tensor) for value in self.arguments(self.tensors).values() if _contains_tensor(value)
+        )
 
 
 def _check_names(signature: inspect.Signature, named: Mapping[str, Any]) -> None:
@@ -122,10 +124,10 @@ def _check_names(signature: inspect.Signature, named: Mapping[str, Any]) -> None
             raise InputError(f"the network takes no input '{name}': {nearest(name, list(signature.parameters))}")
 
 
-def _name(path: Sequence[Any]) -> str:
+def _input_name(path: Sequence[Any]) -> str:
     parts = [str(getattr(step, "key", getattr(step, "idx", getattr(step, "name", step)))) for step in path]
     return re.sub(r"\W", "_", "_".join(parts))
 
 
-def _holds(value: Any) -> bool:
+def _contains_tensor(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))

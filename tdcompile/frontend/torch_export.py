@@ -1,4 +1,4 @@
-"""``exported``: the front end that runs a network through ``torch.export`` and gives its ATen graph."""
+"""``trace_with_export``: the front end that runs a network through ``torch.export`` and gives its ATen graph."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from tdcompile.errors import FixedAxisError, UntraceableError
-from tdcompile.frontend.guards import turns
+from tdcompile.frontend.guards import guard_violations
 from tdcompile.frontend.signature import Call
 from tdcompile.ir.dynamic_shapes import BATCH, Axis, shares_batch
-from tdcompile.support.quiet import hushed
+from tdcompile.support.quiet import captured_output
 
 
-def exported(
+def trace_with_export(
     module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes: Sequence[Axis] = ()
 ) -> tuple[fx.GraphModule, list[list[dict[str, int]]]]:
     """The network's ATen graph, over the network's own tensors; its inputs are the call's tensors, in their order.
 
-    Beside it sizes of the open axes, by name, at which the network may go another way than the graph (``turns``).
+    The second value holds sizes of the open axes that violate a guard of the trace, see ``guard_violations``.
 
     Args:
         module: in eval mode.
@@ -56,12 +56,12 @@ def exported(
     nested = shapes.dynamic_shapes(module, args, kwargs) if any(opened) else None  # type: ignore[no-untyped-call]
     export = partial(torch.export.export, module, args, kwargs, dynamic_shapes=nested, strict=False)
     try:
-        with hushed(), torch.no_grad():
+        with captured_output(), torch.no_grad():
             try:
                 program = export()
             except GuardOnDataDependentSymNode as error:
                 try:
-                    with _known_integers(module):
+                    with _integer_buffers_as_constants(module):
                         program = export()
                 except Exception:  # noqa: BLE001  # the second try is no more than that: what the first said stands
                     raise error from None
@@ -69,17 +69,17 @@ def exported(
         raise UntraceableError(_reason(error)) from error
     held = program.module(check_guards=False)
     assert isinstance(held, fx.GraphModule)  # what ``module`` returns
-    _same_axes(held, call, opened)
+    _check_open_axes(held, call, opened)
     names: list[dict[int, str]] = [{0: BATCH} if 0 in open_ and dynamic_batch else {} for open_ in opened]
     for axis in axes:
         names[axis.input][axis.axis] = axis.name
     sizes = {name: x.shape[axis] for x, each in zip(call.tensors, names, strict=True) for axis, name in each.items()}
-    graph = _flattened(held, call, program.call_spec.out_spec)
-    return fx.GraphModule(held, graph), turns(program, names, sizes)
+    graph = _with_tensor_inputs(held, call, program.call_spec.out_spec)
+    return fx.GraphModule(held, graph), guard_violations(program, names, sizes)
 
 
 @contextmanager
-def _known_integers(module: nn.Module) -> Iterator[None]:
+def _integer_buffers_as_constants(module: nn.Module) -> Iterator[None]:
     """For a while the integers that a network keeps in buffers, a stride say, are constants made in its code.
 
     ``torch.export`` takes a buffer's value for unknown, and a size that is computed from it too.
@@ -95,7 +95,7 @@ def _known_integers(module: nn.Module) -> Iterator[None]:
             # torch's own keep counts of batches there, and a scripted part is not Python's to change
             if not found or type(part).__module__.startswith("torch."):
                 continue
-            made = {name: property(_constant(value)) for name, value in found.items()}
+            made = {name: property(_constant_getter(value)) for name, value in found.items()}
             changed.append((part, type(part), dict(part._buffers)))
             part.__class__ = type(type(part).__name__, (type(part),), made)
             for name in found:
@@ -108,12 +108,12 @@ def _known_integers(module: nn.Module) -> Iterator[None]:
             part._buffers.update(buffers)
 
 
-def _constant(value: Tensor) -> Callable[[nn.Module], Tensor]:
+def _constant_getter(value: Tensor) -> Callable[[nn.Module], Tensor]:
     number, kind = value.item(), value.dtype
     return lambda part: torch.tensor(number, dtype=kind)
 
 
-def _same_axes(held: fx.GraphModule, call: Call, opened: Sequence[Mapping[int, str]]) -> None:
+def _check_open_axes(held: fx.GraphModule, call: Call, opened: Sequence[Mapping[int, str]]) -> None:
     inputs = _tensor_inputs(held)
     for node, name, axes in zip(inputs, call.names, opened, strict=True):
         for axis, what in axes.items():
@@ -127,7 +127,7 @@ def _tensor_inputs(held: fx.GraphModule) -> list[fx.Node]:
     return [n for n in held.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
 
 
-def _flattened(held: fx.GraphModule, call: Call, spec: pytree.TreeSpec | None) -> fx.Graph:
+def _with_tensor_inputs(held: fx.GraphModule, call: Call, spec: pytree.TreeSpec | None) -> fx.Graph:
     """A graph whose inputs are the tensors alone, and whose output is nested as the network's, in plain containers."""
     graph, known = fx.Graph(), dict[fx.Node, fx.Node]()
     tensors = dict(zip(_tensor_inputs(held), call.names, strict=True))
@@ -141,13 +141,13 @@ def _flattened(held: fx.GraphModule, call: Call, spec: pytree.TreeSpec | None) -
         elif node.op == "output":
             leaves = pytree.tree_leaves(node.args[0])
             values = [known[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
-            graph.output(_nested(values, spec) if spec is not None else values[0])
+            graph.output(_nest_outputs(values, spec) if spec is not None else values[0])
         else:
             known[node] = graph.node_copy(node, known.__getitem__)
     return graph
 
 
-def _nested(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
+def _nest_outputs(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
     """The leaves in tuples and dicts: a dataclass or a model's own output type becomes what it holds, by name."""
     remaining = iter(leaves)
 

@@ -11,10 +11,17 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from tdcompile.errors import FixedAxisError, InputError
-from tdcompile.frontend.equivalence import Case, answer, apart, cases_of, difference, keeping
-from tdcompile.frontend.half_precision import half_kinds, in_single, inputs_in_single
-from tdcompile.frontend.parametrizations import unparametrised
-from tdcompile.frontend.select import Frontend, Fronts, Traced, at
+from tdcompile.frontend.equivalence import (
+    Case,
+    isolated_copy,
+    output_difference,
+    record_cases,
+    restoring_state,
+    run_network,
+)
+from tdcompile.frontend.half_precision import half_dtypes, inputs_to_single_precision, to_single_precision
+from tdcompile.frontend.parametrizations import without_parametrizations
+from tdcompile.frontend.select import Frontend, FrontendSelector, Traced, describe_sizes
 from tdcompile.frontend.signature import Call
 from tdcompile.ir.dynamic_shapes import Axis, batch_of, open_axes, shares_batch
 from tdcompile.ir.layer import Refusal
@@ -60,37 +67,37 @@ def trace(
         InputError: the network does not run on these inputs, holds NaN or Inf, fixes an axis that is to stay open, or
             the front end that was asked for cannot trace it.
     """
-    must_be_network(module)
+    check_is_network(module)
     call = Call.of(module, inputs)
     call = call.having([x.detach().clone() for x in call.tensors])  # a network may work in place on what it is given
     if dynamic_batch and any(b and len(x) == 1 for x, b in zip(call.tensors, shares_batch(call.tensors), strict=True)):
         call = call.having(batch_of(call.tensors, 2))
     axes = open_axes(dynamic, call.names, call.tensors)
-    _check(module)
+    _check_weights(module)
     # without the fused attention kernels, which bypass the layers that they are made of
-    with evaluating(module), separate_attention(), keeping(module):
-        own = apart(module)  # a network may change as it answers
+    with evaluating(module), separate_attention(), restoring_state(module):
+        own = isolated_copy(module)  # a network may change as it answers
         if own is not module:
             keep_separate(own)
-        plain = unparametrised(own)
-        single = in_single(plain)
+        plain = without_parametrizations(own)
+        single = to_single_precision(plain)
         if single is plain:
-            cases, changed = _cases(own, module, call, axes, dynamic_batch)
+            cases, changed = _record_cases(own, module, call, axes, dynamic_batch)
         else:
-            cases, changed = _in_single(own, single, call, axes, dynamic_batch)
+            cases, changed = _record_cases_in_fp32(own, single, call, axes, dynamic_batch)
             call = cases[0].call
-        traced = Fronts(single, call, axes, dynamic_batch, cases).choose(frontend)
+        traced = FrontendSelector(single, call, axes, dynamic_batch, cases).choose(frontend)
         traced.graph.eval()
         if changed:
-            _own_buffers(traced.graph, {id(b) for name, b in single.named_buffers() if name in changed})
+            _copy_buffers(traced.graph, {id(b) for name, b in single.named_buffers() if name in changed})
         history = [
-            *_told(traced, changed, half_kinds(module) if single is not plain else ""),
+            *_tracing_notes(traced, changed, half_dtypes(module) if single is not plain else ""),
             *(
                 [Refusal("", "padding", _PADDING)]
-                if single is own and _pads_with_zeros(apart(module), cases[0])
+                if single is own and _fused_kernels_zero_padding(isolated_copy(module), cases[0])
                 else []
             ),
-            *_left(traced.graph, call.tensors),
+            *_untouched_weights(traced.graph, call.tensors),
         ]
     return Program(
         graph=traced.graph,
@@ -103,7 +110,7 @@ def trace(
     )
 
 
-def must_be_network(module: object) -> None:
+def check_is_network(module: object) -> None:
     """A module in Python.
 
     Raises:
@@ -115,7 +122,7 @@ def must_be_network(module: object) -> None:
         raise InputError(f"the network is a {type(module).__name__}: give an nn.Module, the built one, not its class")
 
 
-def _cases(
+def _record_cases(
     own: nn.Module, module: nn.Module, call: Call, axes: tuple[Axis, ...], dynamic_batch: bool
 ) -> tuple[list[Case], list[str]]:
     """What a copy of a network answers.
@@ -124,12 +131,12 @@ def _cases(
         InputError: it does not, or in two ways.
     """
     try:
-        return cases_of(own, call, axes, dynamic_batch)
+        return record_cases(own, call, axes, dynamic_batch)
     except InputError as error:
         if error.__cause__ is None or isinstance(error, FixedAxisError) or own is module:
             raise
         try:
-            answer(module, call)
+            run_network(module, call)
         except Exception:  # noqa: BLE001  # nor does the network itself
             raise error from error.__cause__
         raise InputError(
@@ -138,14 +145,16 @@ def _cases(
         ) from error
 
 
-def _told(traced: Traced, changed: Sequence[str], half: str) -> list[Refusal]:
+def _tracing_notes(traced: Traced, changed: Sequence[str], half: str) -> list[Refusal]:
     """What became of a network otherwise than its user may think."""
     told = [
         Refusal(name, "not_traced", f"symbolic tracing stops inside '{name or 'the network'}': {why}")
         for name, why in traced.leaves.items()
     ]
     told += [
-        Refusal("", "untried", f"whether it does something else where {at(sizes)} takes too much memory to try")
+        Refusal(
+            "", "untried", f"whether it does something else where {describe_sizes(sizes)} takes too much memory to try"
+        )
         for sizes in traced.untried
     ]
     if half:
@@ -157,7 +166,7 @@ def _told(traced: Traced, changed: Sequence[str], half: str) -> list[Refusal]:
     return told
 
 
-def _in_single(
+def _record_cases_in_fp32(
     own: nn.Module, single: nn.Module, call: Call, axes: tuple[Axis, ...], dynamic_batch: bool
 ) -> tuple[list[Case], list[str]]:
     """What a network of half precision answers in float32.
@@ -166,37 +175,37 @@ def _in_single(
         InputError: it does not, and does in its own precision.
     """
     try:
-        return cases_of(single, call.having(inputs_in_single(call.tensors)), axes, dynamic_batch)
+        return record_cases(single, call.having(inputs_to_single_precision(call.tensors)), axes, dynamic_batch)
     except InputError as error:
-        cases_of(own, call, axes, dynamic_batch)  # says so where it does not run at all
+        record_cases(own, call, axes, dynamic_batch)  # says so where it does not run at all
         raise InputError(
-            f"its weights are {half_kinds(own)}, it is compiled in float32, and its own code makes other numbers of "
+            f"its weights are {half_dtypes(own)}, it is compiled in float32, and its own code makes other numbers of "
             f"what it computes: build it in float32; it says: {error}"
         ) from error
 
 
-def _pads_with_zeros(module: nn.Module, case: Case) -> bool:
+def _fused_kernels_zero_padding(module: nn.Module, case: Case) -> bool:
     """Whether torch's fused kernels answer otherwise than the layers that they stand for."""
     if case.call.tensors[0].is_meta or not any(isinstance(part, nn.TransformerEncoder) for part in module.modules()):
         return False
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(True)
     try:
-        return difference(answer(module, case.call), case.outputs) is not None
+        return output_difference(run_network(module, case.call), case.outputs) is not None
     except RuntimeError:  # the fused kernels do not take every mask that the layers do
         return False
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _own_buffers(graph: fx.GraphModule, known: set[int]) -> None:
+def _copy_buffers(graph: fx.GraphModule, known: set[int]) -> None:
     """Give a graph copies of these buffers, which it changes as it runs: the network's stay as they are."""
     for name, buffer in list(graph.named_buffers()):
         if id(buffer) in known:
             setattr(parent_of(graph, name)[0], name.rpartition(".")[2], buffer.clone())
 
 
-def _left(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Refusal]:
+def _untouched_weights(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Refusal]:
     """Why weights that are in no convolution or linear layer are left alone, one entry for each reason."""
     known = {id(site.module.weight) for site in sites_of(graph, inputs).values()}
     readers = {str(n.target): next(iter(n.users), n) for n in graph.graph.nodes if n.op == "get_attr"}
@@ -207,7 +216,7 @@ def _left(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Refusal]:
             if weight.dim() > 1 and id(weight) not in known:
                 path = f"{name}.{key}" if name else key
                 known.add(id(weight))
-                found.setdefault(_use(part, readers.get(path)), []).append(path)
+                found.setdefault(_why_untouched(part, readers.get(path)), []).append(path)
     return [
         Refusal("", "no_layer", f"left as it is: {', '.join(names[:4])}{_more(names)}: {reason}")
         for reason, names in found.items()
@@ -217,7 +226,7 @@ def _left(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Refusal]:
     ]
 
 
-def _use(part: nn.Module, reader: fx.Node | None) -> str:
+def _why_untouched(part: nn.Module, reader: fx.Node | None) -> str:
     """What a weight is for."""
     target = str(getattr(reader, "target", ""))
     if isinstance(part, nn.RNNBase | nn.RNNCellBase) or any(kind in target for kind in ("lstm", "gru", "rnn")):
@@ -236,7 +245,7 @@ def _more(names: Sequence[str]) -> str:
     return f" and {len(names) - 4} more" if len(names) > 4 else ""
 
 
-def _check(module: nn.Module) -> None:
+def _check_weights(module: nn.Module) -> None:
     lazy = next((name for name, weight in module.named_parameters() if is_lazy(weight)), None)
     if lazy is not None:
         raise InputError(f"the weight '{lazy}' has no size yet: run the network once before it is compiled")

@@ -15,7 +15,7 @@ import torch
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.studies.cell import Bench, Load, Point
 from tdcompile.studies.findings import Cell, Failure
-from tdcompile.support.optional_import import extra
+from tdcompile.support.optional_import import import_optional
 
 Work = Sequence[tuple[Point, str]]  # points of the grid, each with its cell's key
 Outcomes = Iterator[Cell | Failure]
@@ -74,7 +74,7 @@ def over_ray(load: Load, work: Work, jobs: int) -> Outcomes:
         UnavailableError: Ray is not installed.
         TdcompileError: a process died.
     """
-    ray = extra("ray", "ray")
+    ray = import_optional("ray", "ray")
     started = not ray.is_initialized()
     if started:
         local = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "num_cpus": jobs}
@@ -122,6 +122,6 @@ def _measure_there(shared: list[object], folder: str, point: Point, key: str) ->
         torch.set_num_threads(1)
         if os.path.isdir(folder):
             os.chdir(folder)
-        load: Load = extra("ray", "ray").get(shared[0])
+        load: Load = import_optional("ray", "ray").get(shared[0])
         _benches[name] = load()
     return _benches[name].attempt(point, key)

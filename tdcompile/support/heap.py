@@ -18,7 +18,7 @@ _keeping = False
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def keep_freed_memory() -> Iterator[None]:
     """While it lasts, the heap's freed memory stays with the process; after the outermost one the system has it back.
 
     glibc returns the end of the heap to the system as soon as it is free, so that the pages of every batch's

@@ -8,7 +8,7 @@ from typing import Any
 from tdcompile.errors import UnavailableError
 
 
-def extra(module: str, group: str = "data") -> Any:
+def import_optional(module: str, group: str = "data") -> Any:
     """The module, imported now; ``group`` is the project's extra that installs it.
 
     Raises:

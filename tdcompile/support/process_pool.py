@@ -1,4 +1,4 @@
-"""``side_by_side``: independent work over processes, its results in order."""
+"""``parallel_map``: independent work over processes, its results in order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 _AHEAD = 2  # pieces of work for each process that lie ready: more would be copies of weights that wait
 
 
-def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], jobs: int) -> Iterator[Result]:
+def parallel_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int) -> Iterator[Result]:
     """The work's result for each item, in their order; over so many processes, which share the threads out.
 
     With one job it is done here, and nothing is copied. An item is copied to the process that works on it, and read

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 progress: ContextVar[Callable[[int, int, str], None] | None] = ContextVar("progress", default=None)
 
 
-def tick(done: int, of: int, note: str = "") -> None:
+def report_progress(done: int, of: int, note: str = "") -> None:
     """Tell whoever watches that a long pass has got so far."""
     watcher = progress.get()
     if watcher is not None:

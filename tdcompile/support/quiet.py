@@ -45,7 +45,7 @@ def _flush_c() -> None:
 
 
 @contextmanager
-def hushed() -> Iterator[io.StringIO]:
+def captured_output() -> Iterator[io.StringIO]:
     """Keep what torch's exporters and onnxsim print, warn and log, each of which they do."""
     said = io.StringIO()
     handler = logging.StreamHandler(said)

@@ -26,7 +26,7 @@ def load_callable(text: str) -> Callable[..., Any]:
     place, colon, name = text.rpartition(":")
     if not colon or not place or not name.isidentifier():
         raise InputError(f"'{text}' is not of the form {_FORMS}")
-    module = from_file(Path(place)) if is_file(place) else _from_name(place)
+    module = import_file(Path(place)) if names_file(place) else _import_module(place)
     if not hasattr(module, name):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise InputError(f"'{place}' has no '{name}': {nearest(name, known)}")
@@ -36,7 +36,7 @@ def load_callable(text: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]  # the user's code has no types that could be known here
 
 
-def call(text: str) -> object:
+def call_user_function(text: str) -> object:
     """What the callable returns when it is given nothing.
 
     Raises:
@@ -48,24 +48,24 @@ def call(text: str) -> object:
     except TdcompileError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f"'{text}', called without arguments, failed: {_sentence(error)}") from error
+        raise InputError(f"'{text}', called without arguments, failed: {_describe_error(error)}") from error
 
 
-def is_file(place: str) -> bool:
+def names_file(place: str) -> bool:
     """Whether the text before the colon names a file rather than a module."""
     return place.endswith(".py") or "/" in place or "\\" in place
 
 
-def is_module(place: str) -> bool:
+def names_module(place: str) -> bool:
     """Whether a module of this name can be found; only its parent packages are imported to see."""
-    _search(Path.cwd())
+    _add_to_path(Path.cwd())
     try:
         return importlib.util.find_spec(place) is not None
     except (ImportError, ValueError):
         return False
 
 
-def from_file(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
     """Import a user's file.
 
     Raises:
@@ -77,33 +77,33 @@ def from_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise InputError(f"'{path}' is not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
-    _search(path.resolve().parent)
+    _add_to_path(path.resolve().parent)
     sys.modules[spec.name] = module  # dataclasses and pickling look a class's module up there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
-        raise InputError(f"importing '{path}' failed: {_sentence(error)}") from error
+        raise InputError(f"importing '{path}' failed: {_describe_error(error)}") from error
     return module
 
 
-def _from_name(name: str) -> ModuleType:
-    _search(Path.cwd())
+def _import_module(name: str) -> ModuleType:
+    _add_to_path(Path.cwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise InputError(f"there is no module '{name}' (searched the Python path and this folder)") from error
-        raise InputError(f"importing '{name}' failed: {_sentence(error)}") from error
+        raise InputError(f"importing '{name}' failed: {_describe_error(error)}") from error
     except (Exception, SystemExit) as error:
-        raise InputError(f"importing '{name}' failed: {_sentence(error)}") from error
+        raise InputError(f"importing '{name}' failed: {_describe_error(error)}") from error
 
 
-def _search(folder: Path) -> None:
+def _add_to_path(folder: Path) -> None:
     """As ``python file.py`` does: what lies beside the user's code can be imported, also later, inside functions."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
 
-def _sentence(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -127,7 +127,7 @@ def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(0, size) for size in shape)
 
 
-def parallels(module: nn.Module) -> Mapping[str, Parallel]:
+def parallel_layers(module: nn.Module) -> Mapping[str, Parallel]:
     """The parallel layers of a network by name."""
     return {name: part for name, part in module.named_modules() if isinstance(part, Parallel)}
 

@@ -12,12 +12,12 @@ from tdcompile.data.task import Batch, Samples
 from tdcompile.errors import InputError
 
 Augment = Literal["none", "shift", "shift-flip"]
-Asked = Literal["auto", Augment]
+AugmentOption = Literal["auto", Augment]
 _SHIFT = 8  # up to an eighth of the side: the customary 4 pixels of 32
 _SHIFTABLE = 16  # pixels: in a smaller image a shift moves what is looked for out of it
 
 
-def fitting(asked: Asked, inputs: Sequence[Tensor]) -> Augment:
+def resolve_augment(asked: AugmentOption, inputs: Sequence[Tensor]) -> Augment:
     """What was asked for; ``auto`` shifts images of 16 pixels a side and more, and mirrors those in colour too."""
     if asked != "auto":
         return asked
@@ -70,14 +70,14 @@ class Augmented(Samples):
         if x.ndim != 4:
             raise InputError(f"augment={self._augment} needs images; an input has the shape {tuple(x.shape[1:])}")
         n, channels, height, width = x.shape
-        rows, columns = _places(draws[:, :1], height), _places(draws[:, 1:2], width)
+        rows, columns = _source_positions(draws[:, :1], height), _source_positions(draws[:, 1:2], width)
         if self._augment == "shift-flip":
             columns = torch.where(draws[:, 2:] < 0.5, columns.flip(1), columns)
         places = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, -1).expand(-1, channels, -1)
         return x.flatten(2).gather(2, places.to(x.device)).view_as(x)
 
 
-def _places(draws: Tensor, side: int) -> Tensor:
+def _source_positions(draws: Tensor, side: int) -> Tensor:
     """Where each of ``side`` pixels is taken from, ``(n, side)``: moved, and reflected at both ends."""
     reach = side // _SHIFT
     moved = (torch.arange(side) + (draws * (2 * reach + 1)).long() - reach).abs()

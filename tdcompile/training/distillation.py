@@ -22,8 +22,8 @@ from tdcompile.training.distributed import mean_of_all
 from tdcompile.training.mixed_precision import AUTOCAST, Precision
 
 # Mean squares, as a part of those of the largest output, below which an output says nothing.
-_NOTHING = 1e-6
-_SEEN = 32  # samples that they are taken over
+_MIN_ENERGY_SHARE = 1e-6
+_ENERGY_SAMPLES = 32  # samples that they are taken over
 
 
 class Distillation(nn.Module):
@@ -46,7 +46,7 @@ class Distillation(nn.Module):
         teacher: nn.Module,
         temperature: float,
         labels: float,
-        layers: Layerwise | None = None,
+        layers: LayerwiseLoss | None = None,
         precision: Precision = "fp32",
         others: Mapping[int, float] | None = None,
     ) -> None:
@@ -83,7 +83,7 @@ class Distillation(nn.Module):
         return loss
 
 
-def energies(teacher: nn.Module, train: Samples, weight: float) -> tuple[dict[int, float], dict[int, str]]:
+def output_energies(teacher: nn.Module, train: Samples, weight: float) -> tuple[dict[int, float], dict[int, str]]:
     """What ``others`` is for a network, by place in its outputs, and why some are left out.
 
     Whole and complex numbers are in neither. Left out is what is not finite or nearly zero, as masks are: what is left
@@ -98,7 +98,7 @@ def energies(teacher: nn.Module, train: Samples, weight: float) -> tuple[dict[in
         return {}, {}
     found, left = {}, {}
     device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
-    outputs = outputs_of(teacher, train.batch(range(min(len(train), _SEEN))).on(device).inputs)
+    outputs = outputs_of(teacher, train.batch(range(min(len(train), _ENERGY_SAMPLES))).on(device).inputs)
     learnt = {place: y.double() for place, y in enumerate(outputs) if y.is_floating_point() and y.numel()}
     squares = {place: float(y.square().mean()) for place, y in learnt.items()}
     largest = max((square for square in squares.values() if math.isfinite(square)), default=0.0)
@@ -107,14 +107,14 @@ def energies(teacher: nn.Module, train: Samples, weight: float) -> tuple[dict[in
             continue
         if not math.isfinite(square):
             left[place] = "it is not finite everywhere"
-        elif square <= _NOTHING * largest:
+        elif square <= _MIN_ENERGY_SHARE * largest:
             left[place] = "it is zero, or next to it"
         else:
             found[place] = square / weight
     return found, left
 
 
-def left_out(who: str, place: int, why: str) -> Refusal:
+def excluded_output(who: str, place: int, why: str) -> Refusal:
     """What a pass says of an output that it does not learn from."""
     return Refusal("", "output_left_out", f"{who}: output {place} has no part in the loss: {why}")
 
@@ -142,7 +142,7 @@ class _Pair:
         return self.form.reconstruct(self.layer, [f.reshape(s) for f, s in zip(self.factors, shapes, strict=True)])
 
 
-class Layerwise:
+class LayerwiseLoss:
     """Layer by layer, outputs and weights drawn to those of the dense network (RENE, arXiv 2409.03555, equation 10).
 
     Σ_i over the replaced layers of ``weights`` · mean (W_i − W̃_i)² and ``outputs`` · mean (O_i − D_i)², means over

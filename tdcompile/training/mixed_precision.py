@@ -15,7 +15,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def gain_of_bf16(device: str) -> float:
+def bf16_speedup(device: str) -> float:
     """How many times as fast in bf16 as in fp32 a convolution's step goes there, measured: 64 channels, 16x16."""
     from torch.utils.benchmark import Timer  # a fifth of a second, for the doctor alone
 
@@ -36,7 +36,9 @@ def gain_of_bf16(device: str) -> float:
     return float(whole / half)
 
 
-def strided_in_fp32(network: nn.Module, precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+def strided_depthwise_in_fp32(
+    network: nn.Module, precision: Precision, device: torch.device
+) -> AbstractContextManager[None]:
     """While it lasts, strided depthwise convolutions compute in fp32 where the rest trains in bf16 on a CPU.
 
     Their gradient takes seven to fifteen times as long in bf16 as in fp32 (torch 2.13, AVX-512 BF16): in a ResNet-20

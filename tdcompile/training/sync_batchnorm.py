@@ -1,4 +1,4 @@
-"""``synchronised``: while several processes train, their batch norm has the statistics of the whole batch."""
+"""``synchronized_batchnorm``: while several processes train, their batch norm has the statistics of the whole batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tdcompile.ir.modules import computed_by
 from tdcompile.training.distributed import count
 
 
-def synchronised(network: nn.Module) -> AbstractContextManager[None]:
+def synchronized_batchnorm(network: nn.Module) -> AbstractContextManager[None]:
     """While it lasts, batch norm in training mode normalises over all processes' shares of a batch together.
 
     ``torch.nn.SyncBatchNorm`` does so on GPUs alone. Classes with a ``forward`` of their own are left alone, and in one
@@ -33,10 +33,10 @@ def _normalised(module: _BatchNorm, x: Tensor) -> Tensor:
     axes, shape = [axis for axis in range(x.dim()) if axis != 1], (1, -1, *(1 for _ in x.shape[2:]))
     with torch.autocast(x.device.type, enabled=False):
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        sums = _over_all(torch.cat((values.sum(axes), values.new_tensor([x.numel() / x.shape[1]]))))
+        sums = _sum_over_processes(torch.cat((values.sum(axes), values.new_tensor([x.numel() / x.shape[1]]))))
         mean, size = sums[:-1] / sums[-1], sums[-1].detach()
         centred = values - mean.view(shape)  # first, for squares of what is far from 0 cancel out
-        variance = _over_all(centred.square().sum(axes)) / size
+        variance = _sum_over_processes(centred.square().sum(axes)) / size
         _track(module, mean.detach(), variance.detach() * size / (size - 1))
         scale = (variance + module.eps).rsqrt()
         if module.weight is not None:
@@ -58,7 +58,7 @@ def _track(module: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
         kept.lerp_(new.to(kept.dtype), share)
 
 
-def _over_all(x: Tensor) -> Tensor:
+def _sum_over_processes(x: Tensor) -> Tensor:
     total: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]
     return total
 
@@ -74,4 +74,4 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _over_all(gradients[0])
+        return _sum_over_processes(gradients[0])

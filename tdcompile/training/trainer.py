@@ -23,20 +23,22 @@ from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.modules import evaluating, tensors_in
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Target
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 from tdcompile.training.augment import Augment, Augmented
 from tdcompile.training.distributed import count, devices, from_first, no_gpu, same_in_all
-from tdcompile.training.mixed_precision import Precision, strided_in_fp32
+from tdcompile.training.mixed_precision import Precision, strided_depthwise_in_fp32
 from tdcompile.training.run_state import Epoch, Saved, Tuning, kept_in, key_of
-from tdcompile.training.sync_batchnorm import synchronised
+from tdcompile.training.sync_batchnorm import synchronized_batchnorm
 
 # What the start is held to have known by heart: the share of the held-out samples that the best epoch may answer wrong
 # beyond it and still be kept. They are often among those that the dense network was trained on, which a start that is
 # near it still knows, and no epoch learns (this project's measurement, ``docs/results.md``).
-_BY_HEART = 0.01 + 1e-9  # accuracies are ratios of whole numbers: one that is worse by just this much is still kept
+_START_DISCOUNT = (
+    0.01 + 1e-9
+)  # accuracies are ratios of whole numbers: one that is worse by just this much is still kept
 
 # Steps in a row that fp16 may leave out: its scale starts at 2^16 and is halved each time.
-_SKIPS = 20
+_MAX_SKIPPED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,12 @@ class Trainer:
         for parameters, move in ((trained, True), (self._still, False)):
             for parameter in parameters:
                 parameter.requires_grad_(move)
-        self._accelerator = accelerator = accelerator_of(program.target, settings.precision)
+        self._accelerator = accelerator = make_accelerator(program.target, settings.precision)
         loss = loss.to(accelerator.device)
         graph.to(accelerator.device)
         # Depthwise convolutions, which CP makes, train two to three times as fast with the channels last.
         for network in (graph, loss):
-            lay_out(network, torch.channels_last)
+            set_memory_format(network, torch.channels_last)
         self._objective = _Objective(graph, loss)
         if count() > 1 and not self._objective.reaches(trained, fit.batch([0, 1]).on(accelerator.device)):
             # not always: in every step it takes time to look for them
@@ -134,7 +136,7 @@ class Trainer:
             batch_size=max(1, min(settings.batch, len(fit)) // processes) * processes,
             sampler=RandomSampler(fit, generator=self._order),
             drop_last=True,  # a rest of one sample has no batch statistics
-            collate_fn=_already_a_batch,
+            collate_fn=_identity,
         )
         self._steps = max(1, round(settings.epochs * len(loader)))
         self._epochs = math.ceil(self._steps / len(loader))
@@ -143,7 +145,7 @@ class Trainer:
         self._model, self._optimizer, self._loader, self._scheduler = accelerator.prepare(
             self._objective, optimizer, loader, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         )
-        self._average = Average(graph, settings.average) if settings.average else None
+        self._average = WeightAverage(graph, settings.average) if settings.average else None
         self._skipped = 0  # steps in a row whose gradient was not finite
 
     def run(self) -> Tuning:
@@ -152,8 +154,8 @@ class Trainer:
         Raises:
             TdcompileError: the loss or its gradient became NaN or Inf.
         """
-        slow = strided_in_fp32(self._graph, self._settings.precision, self._accelerator.device)
-        with slow, synchronised(self._graph):
+        slow = strided_depthwise_in_fp32(self._graph, self._settings.precision, self._accelerator.device)
+        with slow, synchronized_batchnorm(self._graph):
             return self._run()
 
     def _run(self) -> Tuning:
@@ -167,7 +169,7 @@ class Trainer:
             with self._average.applied() if self._average else nullcontext():
                 curve.append(Epoch(number, loss, *self._judge()))
                 if self._heldout is None or _merit(curve[-1]) > _merit(Epoch(*state["best"])):
-                    state |= {"best": tuple(curve[-1]), "weights": _copied(self._graph)}
+                    state |= {"best": tuple(curve[-1]), "weights": _copy_state(self._graph)}
             state |= {
                 "average": self._average.state if self._average else {},
                 "curve": [tuple(entry) for entry in curve],
@@ -188,7 +190,7 @@ class Trainer:
         state = self._saved.read(self._accelerator.device)
         if state is None:
             start = (0, math.nan, *self._judge())
-            return {"curve": [], "start": start, "best": start, "weights": _copied(self._graph), "seconds": 0.0}
+            return {"curve": [], "start": start, "best": start, "weights": _copy_state(self._graph), "seconds": 0.0}
         self._graph.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
@@ -205,7 +207,7 @@ class Trainer:
         for parameter in self._still:
             parameter.requires_grad_()
         self._graph.eval().to(self._home)
-        lay_out(self._graph, torch.contiguous_format)
+        set_memory_format(self._graph, torch.contiguous_format)
         self._accelerator.free_memory()
 
     def _epoch(self, number: int, curve: list[Epoch]) -> float:
@@ -226,7 +228,9 @@ class Trainer:
                 if self._schedule is not None:
                     self._schedule(done + step - 1, self._steps, self._optimizer.optimizer)
                 total += self._step(batch, done + step)
-                tick(done + step, self._steps, f"epoch {number}/{self._epochs}, loss {total / step:.3f}{before}")
+                report_progress(
+                    done + step, self._steps, f"epoch {number}/{self._epochs}, loss {total / step:.3f}{before}"
+                )
         return total / steps
 
     def _step(self, batch: Batch, step: int) -> float:
@@ -237,7 +241,7 @@ class Trainer:
         # NaN in one process's loss is NaN here in all. In fp16 the scaler leaves such a step out and lowers its scale,
         # which it raises until that happens.
         self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
-        if self._skipped > (_SKIPS if self._accelerator.scaler is not None else 0):
+        if self._skipped > (_MAX_SKIPPED_STEPS if self._accelerator.scaler is not None else 0):
             if step == self._skipped:
                 raise InputError(
                     f"{self._purpose}: the first loss is {loss.item()}: the data or the weights are not finite"
@@ -315,7 +319,7 @@ class _Objective(nn.Module):
         return all(gradient is not None for gradient in found)
 
 
-def saved_of(step: Plugin, graph: fx.GraphModule, train: Samples, program: Program) -> Saved:
+def training_state_of(step: Plugin, graph: fx.GraphModule, train: Samples, program: Program) -> Saved:
     """Where a pass keeps its training, good for these weights, options, data and seed; nowhere without a workspace."""
     folder = kept_in(program.workspace, step)
     if folder is None:
@@ -323,7 +327,7 @@ def saved_of(step: Plugin, graph: fx.GraphModule, train: Samples, program: Progr
     return Saved(folder, key_of([graph, program.dense], step, program.seed, train.fingerprint(), program.task.source))
 
 
-class Average:
+class WeightAverage:
     """An exponential moving average of a network's weights and statistics, which follows fast at first.
 
     Attributes:
@@ -332,7 +336,7 @@ class Average:
 
     def __init__(self, graph: fx.GraphModule, decay: float) -> None:
         self._graph, self._decay = graph, decay
-        self.state = _copied(graph)
+        self.state = _copy_state(graph)
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
@@ -347,7 +351,7 @@ class Average:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """While it lasts, the network has the average's values."""
-        own = _copied(self._graph)
+        own = _copy_state(self._graph)
         self._graph.load_state_dict(self.state)
         try:
             yield
@@ -355,7 +359,7 @@ class Average:
             self._graph.load_state_dict(own)
 
 
-def accelerator_of(target: Target, precision: str) -> Accelerator:
+def make_accelerator(target: Target, precision: str) -> Accelerator:
     """One for the target's kind of device; accelerate remembers the first device and precision a process asked for."""
     cpu = no_gpu(target.device)
     if cpu and precision == "fp16":
@@ -379,11 +383,11 @@ def _merit(epoch: Epoch) -> tuple[float, float]:
     accuracy, loss = epoch.heldout_accuracy or 0.0, epoch.heldout_loss or 0.0
     if not math.isfinite(loss):
         return -1.0, -math.inf
-    known = _BY_HEART if epoch.epoch == 0 else 0.0
+    known = _START_DISCOUNT if epoch.epoch == 0 else 0.0
     return max(0.0, accuracy - known), -loss
 
 
-def _copied(module: nn.Module) -> dict[str, Tensor]:
+def _copy_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
@@ -391,7 +395,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def lay_out(network: nn.Module, form: torch.memory_format) -> None:
+def set_memory_format(network: nn.Module, form: torch.memory_format) -> None:
     """In place, what has four axes; ``Module.to(memory_format=…)`` fails where a convolution goes over three."""
     for weight in network.parameters():
         if weight.dim() == 4:
@@ -399,5 +403,5 @@ def lay_out(network: nn.Module, form: torch.memory_format) -> None:
             weight.data = torch.empty_like(weight.data, memory_format=form).copy_(weight.data)
 
 
-def _already_a_batch(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch  # ``Samples`` reads a batch at a time

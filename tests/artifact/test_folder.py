@@ -190,7 +190,7 @@ def test_a_network_loads_back_with_the_same_bits_and_computes_the_same(tmp_path:
 def test_equal_graphs_give_equal_files_in_every_process(tmp_path: Path) -> None:
     code = (
         "import sys, torch; from pathlib import Path; from torch import fx, nn\n"
-        "from tdcompile.artifact import save_weights\n"
+        "from tdcompile.artifact.folder import save_weights\n"
         "torch.manual_seed(0); graph = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))\n"
         "save_weights(graph, Path(sys.argv[1]), {c: 'é\"\\n' for c in 'zyxwvu'})\n"
     )

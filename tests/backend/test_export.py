@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import tdcompile.backend.export
-from tdcompile.backend.export import export_onnx, restamp
+from tdcompile.backend.export import export_onnx, rewrite_metadata
 from tdcompile.backend.session import infer, open_session
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.target import Target
@@ -219,7 +219,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_model_is_stamped_anew_without_another_export(tmp_path):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval()
     first = export_onnx(network, [torch.randn(2, 3, 5, 5)], tmp_path / "a.onnx", metadata={"model": "draft"})
-    again = restamp(tmp_path / "a.onnx", tmp_path / "b.onnx", {"model": "dense", "by": "us"}, ["a note"])
+    again = rewrite_metadata(tmp_path / "a.onnx", tmp_path / "b.onnx", {"model": "dense", "by": "us"}, ["a note"])
     assert again == dataclasses.replace(first, path=tmp_path / "b.onnx", bytes=again.bytes, notes=("a note",))
     one, other = onnx.load(tmp_path / "a.onnx"), onnx.load(tmp_path / "b.onnx")
     assert {entry.key: entry.value for entry in other.metadata_props} == {"model": "dense", "by": "us"}
@@ -234,5 +234,5 @@ def test_a_model_is_stamped_anew_without_another_export(tmp_path):
 def test_a_model_whose_weights_stand_beside_it_is_not_stamped(tmp_path):
     export_onnx(torch.nn.Linear(9, 9).eval(), [torch.randn(2, 9)], tmp_path / "a.onnx")
     onnx.save(onnx.load(tmp_path / "a.onnx"), tmp_path / "b.onnx", save_as_external_data=True, size_threshold=0)
-    assert restamp(tmp_path / "b.onnx", tmp_path / "c.onnx", {}) is None
+    assert rewrite_metadata(tmp_path / "b.onnx", tmp_path / "c.onnx", {}) is None
     assert not (tmp_path / "c.onnx").exists()

@@ -1,4 +1,4 @@
-"""``transplant``: a layer's node becomes its chain, the rest stays; what is not the layer alone is refused."""
+"""``graft_layers``: a layer's node becomes its chain, the rest stays; what is not the layer alone is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tdcompile.backend.export import export_onnx
-from tdcompile.backend.graft import Graft, transplant
+from tdcompile.backend.graft import Graft, graft_layers
 from tdcompile.backend.profile import layer_seconds
 from tdcompile.backend.session import infer, open_session
 from tdcompile.core.decomposition import Decomposition
@@ -47,7 +47,7 @@ def test_every_call_becomes_the_chain_and_the_model_still_runs(tmp_path: Path) -
         "token": graft("svd", network.token, (4, 9), (3,)),
         "head": graft("svd", network.head, (), (1,)),
     }
-    assert transplant(tmp_path / "dense.onnx", grafts, tmp_path / "out.onnx")
+    assert graft_layers(tmp_path / "dense.onnx", grafts, tmp_path / "out.onnx")
     proto = onnx.load(tmp_path / "out.onnx")
     onnx.checker.check_model(proto, full_check=True)
     assert [node.op_type for node in proto.graph.node].count("Conv") == 4
@@ -73,7 +73,7 @@ def test_a_layer_that_may_be_padded_by_another_node_is_right_or_refused(
 ) -> None:
     export_onnx(nn.Sequential(conv).eval(), (X,), tmp_path / "dense.onnx")
     grafts = {"0": graft("channel", conv, (9, 9), (2,))}
-    assert transplant(tmp_path / "dense.onnx", grafts, tmp_path / "out.onnx") == made
+    assert graft_layers(tmp_path / "dense.onnx", grafts, tmp_path / "out.onnx") == made
     assert made == (tmp_path / "out.onnx").exists()
     if made:
         (y,) = infer(open_session(tmp_path / "out.onnx", Target()), [X])
@@ -84,7 +84,7 @@ def test_a_layer_that_is_not_there_as_often_as_it_is_called_is_refused(tmp_path:
     network = Shared().eval()
     export_onnx(network, (X,), tmp_path / "dense.onnx")
     once = {"conv": graft("channel", network.conv, (9, 9), (2,), calls=1)}
-    assert not transplant(tmp_path / "dense.onnx", once, tmp_path / "out.onnx")
+    assert not graft_layers(tmp_path / "dense.onnx", once, tmp_path / "out.onnx")
     missing = {"body": graft("channel", network.conv, (9, 9), (2,))}
-    assert not transplant(tmp_path / "dense.onnx", missing, tmp_path / "out.onnx")
+    assert not graft_layers(tmp_path / "dense.onnx", missing, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()

@@ -106,7 +106,7 @@ def no_cuda(monkeypatch) -> None:
 @pytest.mark.usefixtures("no_cuda")
 def test_a_provider_that_did_not_load_is_an_error_that_says_what_is_missing(model, monkeypatch):
     said = "Failed to load libcublas.so.13: libcublas.so.13: cannot open shared object file\nPlease follow a page\n"
-    monkeypatch.setattr(tdcompile.backend.session, "_preload", lambda: said)
+    monkeypatch.setattr(tdcompile.backend.session, "_preload_cuda", lambda: said)
     with pytest.raises(UnavailableError) as caught:
         open_session(model, Target("cuda"))
     assert caught.value.exit_code == 5
@@ -194,7 +194,7 @@ def test_the_profile_is_removed(model, tmp_path, monkeypatch):
 def test_names_that_onnxruntime_makes(model, event, kind, name):
     nodes = onnx.load_from_string(model).graph.node
     producers = {output: node for node in nodes for output in node.output}
-    assert tdcompile.backend.profile._original(event, kind, {node.name for node in nodes}, producers) == name
+    assert tdcompile.backend.profile._model_node_name(event, kind, {node.name for node in nodes}, producers) == name
 
 
 def test_the_environment_names_what_a_figure_depends_on():

@@ -90,7 +90,7 @@ def test_an_extra_may_be_absent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_bf16_is_advised_where_it_is_fast(
     gain: float, passed: bool, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tdcompile.training.mixed_precision, "gain_of_bf16", lambda device: gain)
+    monkeypatch.setattr(tdcompile.training.mixed_precision, "bf16_speedup", lambda device: gain)
     found = check("fast bf16")
     assert (found.passed, found.needed) == (passed, False)
     assert told in found.found

@@ -25,7 +25,7 @@ from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Budget, Cost
 from tdcompile.passes.analyze import choose as choose_pass
 from tdcompile.passes.analyze import score as score_pass
-from tdcompile.support.progress import tick
+from tdcompile.support.progress import report_progress
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Learn(AnalysisPass):
     gives = (Count,)
 
     def analyze(self, program: Program) -> Fact | Sequence[Fact]:
-        tick(1, 2, "half")
+        report_progress(1, 2, "half")
         return Count(3)
 
 

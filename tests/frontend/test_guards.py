@@ -1,4 +1,4 @@
-"""``turns``: where a network's comparisons of sizes turn out otherwise, and nowhere else."""
+"""``guard_violations``: where a network's comparisons of sizes turn out otherwise, and nowhere else."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
 
-from tdcompile.frontend.guards import turns
+from tdcompile.frontend.guards import guard_violations
 from tdcompile.ir.dynamic_shapes import limits
 
 EXAMPLE = {"batch": 4, "length": 6}
@@ -32,7 +32,7 @@ def found(
     shapes = ({0: Dim.AUTO, 1: Dim.AUTO},)
     program = torch.export.export(Comparing(compares), (x,), dynamic_shapes=shapes, strict=False)
     opened = [{0: "batch", 1: "length"}]
-    return turns(program, opened, EXAMPLE), limits(program, opened)
+    return guard_violations(program, opened, EXAMPLE), limits(program, opened)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -86,5 +86,5 @@ def test_axes_that_torch_takes_for_one_are_told() -> None:
     module = Comparing(lambda n, length: True)
     module.forward = lambda x: x * 2 if x.shape[1] == x.shape[2] else x * 3  # type: ignore[method-assign]
     program = torch.export.export(module, (x,), dynamic_shapes=({1: Dim.AUTO, 2: Dim.AUTO},), strict=False)
-    assert [{"w": 7}] in turns(program, [{1: "h", 2: "w"}], {"h": 6, "w": 6})
-    assert turns(program, [{1: "h", 2: "h"}], {"h": 6}) == []
+    assert [{"w": 7}] in guard_violations(program, [{1: "h", 2: "w"}], {"h": 6, "w": 6})
+    assert guard_violations(program, [{1: "h", 2: "h"}], {"h": 6}) == []

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import tdcompile
-from tdcompile.frontend.half_precision import in_single
+from tdcompile.frontend.half_precision import to_single_precision
 from tdcompile.ir.layer import Refusal
 
 
@@ -25,7 +25,7 @@ class Tied(nn.Module):
 def test_values_stay_and_ties_too(kind):
     module = Tied().to(kind)
     module.dtype = kind
-    single = in_single(module)
+    single = to_single_precision(module)
     assert single is not module
     assert {p.dtype for p in module.parameters()} == {kind}
     assert {p.dtype for p in single.parameters()} == {torch.float32}
@@ -36,7 +36,7 @@ def test_values_stay_and_ties_too(kind):
 
 def test_single_precision_is_left_as_it_is():
     module = nn.Linear(3, 3)
-    assert in_single(module) is module
+    assert to_single_precision(module) is module
 
 
 @pytest.mark.parametrize("frontend", ["fx", "export"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.frontend.load_network import check_weights, load_callable, load_source, load_weights
-from tdcompile.support.user_code import call, is_module
+from tdcompile.support.user_code import call_user_function, names_module
 
 USER_FILE = """
 from torch import nn
@@ -83,8 +83,8 @@ def test_a_module_of_the_current_folder_is_found(
     (tmp_path / "tdcompile_test_pack").mkdir()
     (tmp_path / "tdcompile_test_pack" / "nets.py").write_text("from torch import nn\ndef f(): return nn.ReLU()\n")
     monkeypatch.chdir(tmp_path)
-    assert is_module("tdcompile_test_pack.nets")
-    assert not is_module("tdcompile_test_pack.other")
+    assert names_module("tdcompile_test_pack.nets")
+    assert not names_module("tdcompile_test_pack.other")
     assert isinstance(load_source("tdcompile_test_pack.nets:f")[0], nn.ReLU)
     assert isinstance(load_source("torch.nn:Identity")[0], nn.Identity)
 
@@ -153,7 +153,7 @@ def test_an_error_of_ours_passes_through_the_users_code(tmp_path: Path, monkeypa
     path = tmp_path / "own.py"
     path.write_text("from tdcompile.errors import BudgetError\ndef f(): raise BudgetError('said once')\n")
     with pytest.raises(BudgetError) as caught:
-        call(f"{path}:f")
+        call_user_function(f"{path}:f")
     assert str(caught.value) == "said once"
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import tdcompile
-from tdcompile.frontend.parametrizations import unparametrised
+from tdcompile.frontend.parametrizations import without_parametrizations
 
 FORMS = {
     "weight norm": parametrizations.weight_norm,
@@ -28,7 +28,7 @@ def test_the_copy_computes_the_same_and_the_network_is_as_it_was(form):
     module, x = network(form), torch.randn(5, 6)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     expected = module(x)
-    plain = unparametrised(module)
+    plain = without_parametrizations(module)
     assert plain is not module
     assert type(plain[0]) is nn.Linear
     assert isinstance(plain[0].weight, nn.Parameter)
@@ -42,7 +42,7 @@ def test_the_copy_computes_the_same_and_the_network_is_as_it_was(form):
 
 def test_a_network_without_any_is_itself():
     module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    assert unparametrised(module) is module
+    assert without_parametrizations(module) is module
 
 
 @pytest.mark.parametrize("frontend", ["fx", "export"])

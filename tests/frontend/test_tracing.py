@@ -11,7 +11,7 @@ import tdcompile
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.frontend.torch_export import _known_integers
+from tdcompile.frontend.torch_export import _integer_buffers_as_constants
 from tdcompile.ir.layer import Refusal
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.plan import Candidate, RankPlan
@@ -307,7 +307,7 @@ def test_what_export_said_first_is_what_is_said():
     module = Counting().eval()
     with pytest.raises(InputError, match="data-dependent"):
         tdcompile.trace(module, torch.randn(2, 4, 9), frontend="export")
-    with _known_integers(module), pytest.raises(AttributeError):
+    with _integer_buffers_as_constants(module), pytest.raises(AttributeError):
         module(torch.randn(2, 4, 9))
     assert list(module.state_dict()) == ["stride", "scale", "conv.weight", "conv.bias"]
 

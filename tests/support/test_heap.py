@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import tdcompile.support.heap
-from tdcompile.support.heap import freed_memory_kept
+from tdcompile.support.heap import keep_freed_memory
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc decides by itself")
 
@@ -17,7 +17,7 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C 
 SETUP = """
 import resource
 from pathlib import Path
-from tdcompile.memory import freed_memory_kept
+from tdcompile.support.heap import keep_freed_memory
 
 BLOCK, BLOCKS = 16 << 20, 12  # together more than glibc keeps of its own accord
 
@@ -45,10 +45,10 @@ def test_blocks_are_not_mapped_again_while_it_lasts():
     returned, kept, kept_on, returned_after = printed("""
 faults()  # glibc may still adjust itself
 print(faults())  # pages are of any size
-with freed_memory_kept():
+with keep_freed_memory():
     faults()
     print(faults())
-    with freed_memory_kept():
+    with keep_freed_memory():
         pass
     print(faults())
 faults()  # the first ones after it are new in any case
@@ -62,7 +62,7 @@ print(faults())
 @glibc
 def test_the_system_has_the_memory_back_even_after_an_error():
     meanwhile, afterwards, blocks = printed("""
-@freed_memory_kept()
+@keep_freed_memory()
 def fails():
     faults()
     print(resident())
@@ -85,5 +85,5 @@ def test_nothing_happens_with_another_c_library(monkeypatch, missing):
             return pytest.fail
 
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Other())
-    with freed_memory_kept():
+    with keep_freed_memory():
         assert not tdcompile.support.heap._keeping

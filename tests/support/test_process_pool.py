@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tdcompile.errors import TdcompileError
-from tdcompile.support.process_pool import side_by_side
+from tdcompile.support.process_pool import parallel_map
 
 
 def double(x: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def die(x: int) -> int:
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_results_come_in_order(jobs: int) -> None:
     items = [torch.full((3,), float(i), dtype=torch.bfloat16) for i in range(7)]
-    found = list(side_by_side(double, items, jobs))
+    found = list(parallel_map(double, items, jobs))
     assert len(found) == 7
     assert all(torch.equal(a, 2 * b) and a.dtype == torch.bfloat16 for a, b in zip(found, items, strict=True))
 
@@ -33,7 +33,7 @@ def test_items_are_made_as_they_are_needed() -> None:
             made.append(i)
             yield torch.tensor(i)
 
-    results = side_by_side(double, items(), 2)
+    results = parallel_map(double, items(), 2)
     next(results)
     assert len(made) <= 5
     results.close()
@@ -41,4 +41,4 @@ def test_items_are_made_as_they_are_needed() -> None:
 
 def test_a_dead_process_is_told() -> None:
     with pytest.raises(TdcompileError, match="fewer jobs"):
-        list(side_by_side(die, [1, 2], 2))
+        list(parallel_map(die, [1, 2], 2))

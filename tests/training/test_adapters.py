@@ -21,7 +21,8 @@ from tdcompile.ir.program import Change, Program, parameters_of, sites
 from tdcompile.passes.rewrite import detach_dense
 from tdcompile.passes.tune import anneal
 from tdcompile.planning.pricing import Prices
-from tdcompile.training.adapters import Parallel, energy_ranks, parallels
+from tdcompile.training import trainer
+from tdcompile.training.adapters import Parallel, energy_ranks, parallel_layers
 
 X = torch.randn(2, 3, 10, 10)
 
@@ -69,7 +70,7 @@ ANNEAL = "anneal{epochs=2,batch=32,lr=0.05}"
 def test_the_function_is_the_dense_one_at_the_start(init: str) -> None:
     before = program()
     after = Pipeline.parse(f"attach-adapters{{init={init}}}").run(before)
-    assert set(parallels(after.graph)) == {"0", "3", "6", "9", "11"}
+    assert set(parallel_layers(after.graph)) == {"0", "3", "6", "9", "11"}
     for one, other in zip(outputs_of(before.graph, (X,)), outputs_of(after.graph, (X,)), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     told = {entry.layer: entry.code for entry in after.history if isinstance(entry, Refusal)}
@@ -103,7 +104,7 @@ def test_awkward_layers_have_adapters_too_and_hooked_or_tied_ones_have_none(pass
     codes = {entry.layer: entry.code for entry in after.history if isinstance(entry, Refusal) and entry.layer}
     assert codes == {"watched": "hooked", "embedding": "tied_parameter", "head": "tied_parameter"}
     if passes == "attach-adapters":
-        assert set(parallels(after.graph)) == {"even", "up"}
+        assert set(parallel_layers(after.graph)) == {"even", "up"}
         torch.testing.assert_close(after.graph(x), before.graph(x), atol=1e-4, rtol=1e-4)
     else:
         assert {n for n, c in after.facts[RankPlan].choices.items() if c.decomposition != DENSE} == {"even", "up"}
@@ -115,8 +116,8 @@ def annealed() -> Program:
 
 
 def test_ranks_shrink_to_the_budget_and_differ_between_modes(annealed: Program) -> None:
-    start = parallels(Pipeline.parse("attach-adapters").run(program()).graph)
-    end = parallels(annealed.graph)
+    start = parallel_layers(Pipeline.parse("attach-adapters").run(program()).graph)
+    end = parallel_layers(annealed.graph)
     assert all(part.share == 0 for part in end.values())
     assert [name for name, part in end.items() if part.stays] == ["11"]
     assert end["11"].ranks == start["11"].ranks
@@ -128,8 +129,8 @@ def test_ranks_shrink_to_the_budget_and_differ_between_modes(annealed: Program) 
 
 def test_only_adapters_norms_and_biases_have_moved(annealed: Program) -> None:
     start = Pipeline.parse("attach-adapters").run(program()).graph
-    for name, part in parallels(annealed.graph).items():
-        assert torch.equal(part.gap, parallels(start)[name].gap)
+    for name, part in parallel_layers(annealed.graph).items():
+        assert torch.equal(part.gap, parallel_layers(start)[name].gap)
     assert not torch.equal(annealed.graph.get_submodule("1").weight, start.get_submodule("1").weight)
     kept, was = annealed.graph.get_submodule("5"), start.get_submodule("5")  # a depthwise layer, which has no adapter
     assert torch.equal(kept.weight, was.weight)
@@ -148,15 +149,15 @@ def test_an_interrupted_anneal_goes_on_and_ends_as_one_that_was_not(
         if done == 7:  # five steps an epoch: in the second
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tdcompile.training, "tick", stop)
+    monkeypatch.setattr(trainer, "report_progress", stop)
     with pytest.raises(KeyboardInterrupt):
         Pipeline.parse(ANNEAL).run(attached)
     del steps[:]
-    monkeypatch.setattr(tdcompile.training, "tick", lambda done, of, note="": steps.append(done))
+    monkeypatch.setattr(trainer, "report_progress", lambda done, of, note="": steps.append(done))
     resumed = Pipeline.parse(ANNEAL).run(attached)
     assert steps == [6, 7, 8, 9, 10]
-    assert {n: p.ranks for n, p in parallels(resumed.graph).items()} == {
-        n: p.ranks for n, p in parallels(annealed.graph).items()
+    assert {n: p.ranks for n, p in parallel_layers(resumed.graph).items()} == {
+        n: p.ranks for n, p in parallel_layers(annealed.graph).items()
     }
     whole = annealed.graph.state_dict()
     for name, value in resumed.graph.state_dict().items():
@@ -195,7 +196,7 @@ def test_two_processes_anneal_to_the_ranks_and_weights_of_one(tmp_path: Path, fr
 
 def test_no_dense_branch_is_left_and_the_plan_is_what_the_graph_is(annealed: Program) -> None:
     after = Pipeline.parse("detach-dense").run(annealed)
-    assert not parallels(after.graph)
+    assert not parallel_layers(after.graph)
     for one, other in zip(outputs_of(annealed.graph, (X,)), outputs_of(after.graph, (X,)), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     plan = after.facts[RankPlan]
@@ -238,7 +239,7 @@ def test_where_nothing_has_to_be_saved_an_adapter_is_taken_only_where_it_costs_l
 
 def test_a_layer_that_stays_dense_computes_as_it_was_trained(annealed: Program) -> None:
     after = Pipeline.parse("detach-dense").run(annealed)
-    part, plan = parallels(annealed.graph)["11"], after.facts[RankPlan]
+    part, plan = parallel_layers(annealed.graph)["11"], after.facts[RankPlan]
     assert torch.equal(after.graph.get_submodule("11").weight, part.effective())
     assert torch.equal(after.graph.get_submodule("11").bias, part.bias)
     assert not torch.equal(part.bias, annealed.dense.get_submodule("11").bias)
@@ -250,7 +251,7 @@ def test_a_layer_that_stays_dense_computes_as_it_was_trained(annealed: Program) 
 def test_a_strict_budget_is_met_as_if_no_layer_could_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     def ranks() -> dict[str, Ranks]:
         after = Pipeline.parse("attach-adapters,anneal").run(program(share=0.3, data=False))
-        return {name: part.ranks for name, part in parallels(after.graph).items() if not part.stays}
+        return {name: part.ranks for name, part in parallel_layers(after.graph).items() if not part.stays}
 
     found = ranks()
     assert len(found) == 5
@@ -260,7 +261,7 @@ def test_a_strict_budget_is_met_as_if_no_layer_could_stay_dense(monkeypatch: pyt
 
 def scheduled(share: float = 0.5, selections: int = 4) -> tuple[anneal._Schedule, dict[str, Parallel], Program]:
     attached = Pipeline.parse("attach-adapters").run(program(share))
-    layers = dict(parallels(attached.graph))
+    layers = dict(parallel_layers(attached.graph))
     return anneal._Schedule(layers, attached, 0.5, selections), layers, attached
 
 

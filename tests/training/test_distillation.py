@@ -1,4 +1,4 @@
-"""``Layerwise``: layer-output and weight distillation are the means they say, and end when tuning ends."""
+"""``LayerwiseLoss``: layer-output and weight distillation are the means they say, and end when tuning ends."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tdcompile.ir.layer import Layer
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Program, sites_of
 from tdcompile.ir.target import Cost
-from tdcompile.training.distillation import Distillation, Layerwise, energies
+from tdcompile.training.distillation import Distillation, LayerwiseLoss, output_energies
 
 
 def noise(labelled: bool = True) -> Tensors:
@@ -75,7 +75,7 @@ def replaced(program: Program) -> list[str]:
 def test_outputs_count_by_their_mean_squared_difference_at_every_call(program: Program) -> None:
     assert {"body", "stem"} <= set(replaced(program))
     x = torch.randn(5, 3, 8, 8)
-    layers = Layerwise(program.dense, program.graph, program.facts[RankPlan], layers_of(program), 0.5, 0.0)
+    layers = LayerwiseLoss(program.dense, program.graph, program.facts[RankPlan], layers_of(program), 0.5, 0.0)
     with layers.watching():
         program.graph(x), program.dense(x)
         found = layers.take()
@@ -87,7 +87,7 @@ def test_outputs_count_by_their_mean_squared_difference_at_every_call(program: P
 
 
 def test_weights_count_by_their_mean_squared_difference(program: Program) -> None:
-    layers = Layerwise(program.dense, program.graph, program.facts[RankPlan], layers_of(program), 0.0, 2.0)
+    layers = LayerwiseLoss(program.dense, program.graph, program.facts[RankPlan], layers_of(program), 0.0, 2.0)
     expected = torch.zeros(())
     for name in replaced(program):
         new = program.graph.get_submodule(name)
@@ -114,7 +114,7 @@ def test_factors_that_compute_the_layers_cost_nothing() -> None:
     plan = RankPlan({**choices, "body": Candidate("tucker2", exact, 0.0, Cost())}, Cost(), Cost())
     made = Pipeline.parse("factorize").run(given.with_(facts=given.facts.having(plan)))
     teacher = copy_weights(made.dense)
-    layers = Layerwise(teacher, made.graph, plan, sites, 1.0, 1.0)
+    layers = LayerwiseLoss(teacher, made.graph, plan, sites, 1.0, 1.0)
     with layers.watching():
         x = torch.randn(4, 3, 8, 8)
         loss = Distillation(teacher, 4.0, 0.0, layers)
@@ -133,7 +133,7 @@ def test_what_works_in_place_behind_a_layer_does_not_change_what_was_seen() -> N
     for inplace in (False, True):
         made = tdcompile.trace(given(inplace), (x[:2],)).with_(budget=tdcompile.Budget(macs=0.4))
         made = Pipeline.parse(f"score,propose{{decompose={FORMS}}},choose,factorize").run(made)
-        layers = Layerwise(made.dense, made.graph, made.facts[RankPlan], layers_of(made), 1.0, 0.0)
+        layers = LayerwiseLoss(made.dense, made.graph, made.facts[RankPlan], layers_of(made), 1.0, 0.0)
         with layers.watching():
             made.graph(x), made.dense(x)
             losses.append(float(layers.take().detach()))
@@ -142,9 +142,9 @@ def test_what_works_in_place_behind_a_layer_does_not_change_what_was_seen() -> N
 
 
 def test_gradients_reach_the_factors_and_not_the_teacher(program: Program) -> None:
-    layers = Layerwise(program.dense, program.graph, program.facts[RankPlan], layers_of(program), 1.0, 1.0)
+    layers = LayerwiseLoss(program.dense, program.graph, program.facts[RankPlan], layers_of(program), 1.0, 1.0)
     teacher = copy_weights(program.dense)
-    layers = Layerwise(teacher, program.graph, program.facts[RankPlan], layers_of(program), 1.0, 1.0)
+    layers = LayerwiseLoss(teacher, program.graph, program.facts[RankPlan], layers_of(program), 1.0, 1.0)
     loss = Distillation(teacher, 4.0, 0.0, layers)
     x = torch.randn(4, 3, 8, 8)
     with layers.watching():
@@ -156,7 +156,7 @@ def test_gradients_reach_the_factors_and_not_the_teacher(program: Program) -> No
 
 def test_finetune_with_them_ends_nearer_to_the_dense_layers_and_leaves_no_hook(program: Program) -> None:
     def distance(after: Program) -> float:
-        layers = Layerwise(after.dense, after.graph, after.facts[RankPlan], layers_of(after), 0.0, 1.0)
+        layers = LayerwiseLoss(after.dense, after.graph, after.facts[RankPlan], layers_of(after), 0.0, 1.0)
         return float(layers.take().detach())
 
     with torch.no_grad():  # plain factors are at their nearest already
@@ -187,12 +187,12 @@ class Many(nn.Module):
 
 def test_of_the_other_outputs_those_count_that_are_finite_and_more_than_rounding() -> None:
     x = torch.randn(6, 4)
-    found, left = energies(Many(), Tensors(x), 0.5)
+    found, left = output_energies(Many(), Tensors(x), 0.5)
     assert found == {1: pytest.approx(8 * float(x.square().mean()))}
     assert left.keys() == {2, 3}
     assert "finite" in left[2]
     assert "zero" in left[3]
-    assert energies(Many(), Tensors(x), 0.0) == ({}, {})
+    assert output_energies(Many(), Tensors(x), 0.0) == ({}, {})
     loss, batch = Distillation(Many(), 4.0, 0.0, others=found), Batch((x,), None)
     assert float(loss(Many()(x), batch)) == pytest.approx(0.0, abs=1e-6)
     scores, named, *rest = Many()(x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdcompile.training.mixed_precision import gain_of_bf16, strided_in_fp32
+from tdcompile.training.mixed_precision import bf16_speedup, strided_depthwise_in_fp32
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -23,7 +23,10 @@ def test_only_strided_depthwise_convolutions_leave_bf16_and_only_while_it_lasts(
         part.register_forward_hook(lambda module, arguments, output: kinds.append(output.dtype))
     wanted = network(x)
     kinds.clear()
-    with strided_in_fp32(network, precision, x.device), torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
+    with (
+        strided_depthwise_in_fp32(network, precision, x.device),
+        torch.autocast("cpu", torch.bfloat16, precision == "bf16"),
+    ):
         torch.testing.assert_close(network(x).float(), wanted, atol=0.05, rtol=0.05)
     half = torch.bfloat16 if precision == "bf16" else torch.float32
     assert kinds == [torch.float32, half, half, half, half]
@@ -34,6 +37,6 @@ def test_only_strided_depthwise_convolutions_leave_bf16_and_only_while_it_lasts(
 
 
 def test_the_gain_of_bf16_is_measured():
-    gain = gain_of_bf16("cpu")
+    gain = bf16_speedup("cpu")
     assert math.isfinite(gain)
     assert gain > 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tdcompile.training.distributed import devices
-from tdcompile.training.sync_batchnorm import synchronised
+from tdcompile.training.sync_batchnorm import synchronized_batchnorm
 
 
 class Own(nn.BatchNorm2d):
@@ -56,7 +56,7 @@ def _normalises(rank: int, port: int, out: str) -> None:
         kind, names = type(module), set(vars(module))
         torch.manual_seed(2)
         x = 1e4 + torch.randn(7, *shape, dtype=torch.float64)
-        with synchronised(nn.ModuleList([module, own])):
+        with synchronized_batchnorm(nn.ModuleList([module, own])):
             assert "forward" not in vars(own)
             found.append(passed(module, x, slice(0, 2) if rank == 0 else slice(2, 7)))
         assert (type(module), set(vars(module))) == (kind, names)
@@ -85,5 +85,5 @@ def test_over_processes_with_shares_of_any_size_batch_norm_is_that_of_the_whole_
 
 def test_in_one_process_batch_norm_is_left_alone() -> None:
     module = nn.BatchNorm2d(3)
-    with synchronised(nn.Sequential(module)):
+    with synchronized_batchnorm(nn.Sequential(module)):
         assert "forward" not in vars(module)

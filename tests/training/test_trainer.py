@@ -50,7 +50,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch, loss: nn.Module, saved: Saved, steps
         made.state._mixed_precision = "fp16"
         return made
 
-    monkeypatch.setattr(training, "accelerator_of", accelerator)
+    monkeypatch.setattr(training, "make_accelerator", accelerator)
     torch.manual_seed(0)
     given = tdcompile.trace(nn.Sequential(nn.Linear(6, 4)).eval(), (torch.randn(2, 6),))
     settings = Settings(1.0, 0.05, 32, 0.9, 0.0, 5.0, "none", False)

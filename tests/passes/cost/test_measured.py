@@ -39,7 +39,7 @@ def counted(tmp_path, monkeypatch):
         seen.extend(layers)
         yield list(layers), [layer.macs * 1e-9 for layer in layers]
 
-    monkeypatch.setattr(measured, "measure", measure)
+    monkeypatch.setattr(measured, "measure_layers", measure)
     return seen
 
 
@@ -71,7 +71,7 @@ def test_a_damaged_cache_is_measured_again(counted, tmp_path):
 def test_real_layers_take_real_time(tmp_path, monkeypatch):
     monkeypatch.setenv("TDCOMPILE_CACHE", str(tmp_path))
     layers = [CONV, Layer("linear", 24, 8), Layer("linear", 24, 8, (5,))]
-    ((batch, seconds),) = microbench.measure(layers, Target(), 3)
+    ((batch, seconds),) = microbench.measure_layers(layers, Target(), 3)
     assert sorted(map(repr, batch)) == sorted(map(repr, layers))
     assert all(0 < value < 1 for value in seconds)
 

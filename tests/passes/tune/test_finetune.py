@@ -22,7 +22,7 @@ from tdcompile.passes.tune import finetune
 from tdcompile.passes.tune.finetune import Distillation, Finetune
 from tdcompile.support.progress import progress
 from tdcompile.training.run_state import Epoch, Saved, Tuning
-from tdcompile.training.trainer import Settings, Trainer, lay_out
+from tdcompile.training.trainer import Settings, Trainer, set_memory_format
 
 FAST = Finetune(epochs=3, batch=32, holdout=0.1, trial=0)
 
@@ -318,7 +318,7 @@ def test_convolutions_over_three_axes_learn_too() -> None:
 def test_weights_are_laid_out_as_new_ones_afterwards() -> None:
     module = nn.Sequential(nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 3))
     for form in (torch.channels_last, torch.contiguous_format):
-        lay_out(module, form)
+        set_memory_format(module, form)
         for part in module:
             assert part.weight.stride() == torch.empty_like(part.weight, memory_format=form).stride()
     assert module[0].weight.stride() == (8, 1, 1, 1)
