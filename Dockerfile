@@ -14,10 +14,11 @@ RUN torch="$(sed -n 's/^torch==//p' /source/constraints.txt | cut -d+ -f1)" \
  && python -m pip install --no-cache-dir --root-user-action ignore ${PIP_OPTIONS} -c /source/constraints.txt "/source[data]" \
  && rm -rf /source
 
-# Any user may write here, so that --user works; measured prices go where that user can write too.
+# Any user may write here, so that --user works, also one without a name; measured prices go to /tmp.
 RUN mkdir --mode 1777 /work
 ENV TDCOMPILE_CACHE=/tmp/tdcompile \
-    HOME=/tmp
+    HOME=/tmp \
+    LOGNAME=tdcompile
 WORKDIR /work
 USER nobody
 
