@@ -31,8 +31,8 @@ from tdcompile.data.task import Task, accuracy
 from tdcompile.errors import InputError, nearest
 from tdcompile.frontend.half_precision import samples_cast_like
 from tdcompile.frontend.tracing import check_is_network, trace
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Fact
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.modules import evaluating, outputs_of
 from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Program, sites
@@ -327,7 +327,7 @@ def _kept(program: Program, patterns: Sequence[str]) -> dict[str, str]:
     """
     found = sites(program)
     if not found:
-        said = "; ".join(entry.reason for entry in program.history if isinstance(entry, Refusal))
+        said = "; ".join(entry.text for entry in program.history if isinstance(entry, Diagnostic))
         raise InputError(f"the network has no convolution or linear layer to factorise{f': {said}' if said else ''}")
     kept: dict[str, str] = {}
     for pattern in patterns:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.layer import Refusal
+from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan, Ranks, within
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Cost
@@ -151,7 +151,7 @@ class SingleRanks(Prices):
         """
         self.check(self.spent(self._least(names)), "one rank a layer")
 
-    def plan(self, ranks: Mapping[str, int], kept: Mapping[str, Refusal], selector: str) -> RankPlan:
+    def plan(self, ranks: Mapping[str, int], kept: Mapping[str, Reason], selector: str) -> RankPlan:
         """The plan of these ranks; a layer stays dense that is kept, has no rank, or would cost as much as dense.
 
         Args:
@@ -165,14 +165,14 @@ class SingleRanks(Prices):
             if name in reasons:
                 continue
             if name not in self.forms:
-                reasons[name] = Refusal(name, "refused", "neither the search's form nor svd applies to it")
+                reasons[name] = Reason("refused", "neither the search's form nor svd applies to it")
             elif name not in ranks:
                 alone = "the search's form has rank 1 alone here, so nothing to search for; dense loses nothing"
-                reasons[name] = Refusal(name, "dense_is_best", alone)
+                reasons[name] = Reason("dense_is_best", alone)
             elif ranks[name] == WHOLE:
                 reasons[name] = self._whole(name)
             elif self.share(name, rank := ranks[name]) >= 1:
-                reasons[name] = Refusal(name, "not_cheaper", f"at the rank found, {rank}, it costs more than dense")
+                reasons[name] = Reason("not_cheaper", f"at the rank found, {rank}, it costs more than dense")
             else:
                 form, cost = self.forms[name], self.cost(name, rank)
                 choices[name] = Candidate(
@@ -181,15 +181,15 @@ class SingleRanks(Prices):
         spent = self.network({name: choice.cost for name, choice in choices.items()})
         return RankPlan(choices, spent, self.dense, selector=selector, reasons=reasons)
 
-    def _whole(self, name: str) -> Refusal:
+    def _whole(self, name: str) -> Reason:
         """Why a layer stays dense though the search might have given it a rank."""
         least = self._cheapest(name)
         if least == WHOLE:
-            return Refusal(name, "not_cheaper", "no rank for this layer is cheaper than dense")
+            return Reason("not_cheaper", "no rank for this layer is cheaper than dense")
         lost = (
             f"rank {least} saves {1 - self.share(name, least):.3g} of its cost at error {self.error(name, least):.3g}"
         )
-        return Refusal(name, "dense_is_best", f"dense is best here under the budget: {lost}")
+        return Reason("dense_is_best", f"dense is best here under the budget: {lost}")
 
     def _least(self, names: Iterable[str]) -> dict[str, int]:
         """Rank 1 for each; where that does not keep to the budget, the cheapest, as measured prices may have it."""

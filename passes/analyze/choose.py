@@ -44,5 +44,4 @@ class Choose(AnalysisPass):
             plan = selector.select(candidates, program.facts[Importances].scores, program.budget)
         if not isinstance(plan, RankPlan):
             raise TdcompileError(f"the rank selector {selector.told()} gave {type(plan).__name__}, expected a RankPlan")
-        refused = {refusal.layer: refusal for refusal in candidates.refusals}
-        return replace(plan, reasons={**plan.reasons, **refused})
+        return replace(plan, reasons={**plan.reasons, **candidates.reasons})

@@ -14,8 +14,9 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.core.registry import find, make
 from tdcompile.errors import InputError, TdcompileError, during
+from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.facts import Fact
-from tdcompile.ir.layer import Layer, Refusal
+from tdcompile.ir.layer import Layer
 from tdcompile.ir.measurements import Baseline, Calibration, Moments
 from tdcompile.ir.plan import DENSE, Candidate, Candidates, Ranks, Spectrum
 from tdcompile.ir.program import Program, Site, kept_dense, parameters_of, sites
@@ -74,8 +75,8 @@ class Propose(AnalysisPass):
         """
         forms = [make(Decomposition, text) for text in self.decompose or find(Decomposition)]
         found = sites(program)
-        refusals = kept_dense(program, found)
-        spaces = {name: {} if name in refusals else self._spaces(program, site, forms) for name, site in found.items()}
+        kept = kept_dense(program, found)
+        spaces = {name: {} if name in kept else self._spaces(program, site, forms) for name, site in found.items()}
         prices = self._prices(program, found, spaces)
         options: dict[str, tuple[Candidate, ...]] = {}
         dense = {name: Candidate(DENSE, (), 0.0, _cost(site.calls, prices, site)) for name, site in found.items()}
@@ -91,14 +92,14 @@ class Propose(AnalysisPass):
                 for (ranks, cost), error in zip(kept, _checked(next(errors), form, name, kept), strict=True)
             ]
             options[name] = (dense[name], *made)
-            if not spaces[name] and name not in refusals:
-                refusals[name] = _refused(name, site, forms)
+            if not spaces[name] and name not in kept:
+                kept[name] = _refused(site, forms)
         dense_cost = total([candidates[0].cost for candidates in options.values()])
         return Candidates(
             options,
             rest=self._whole(program, dense_cost) - dense_cost,
-            spectra={name: _spectra(found[name]) for name in found if self.spectra and name not in refusals},
-            refusals=tuple(refusals.values()),
+            spectra={name: _spectra(found[name]) for name in found if self.spectra and name not in kept},
+            reasons=kept,
         )
 
     def _spaces(self, program: Program, site: Site, forms: Sequence[Decomposition]) -> dict[Decomposition, list[Ranks]]:
@@ -220,18 +221,17 @@ def _cost(chain: Sequence[Layer], prices: Mapping[Layer, Cost], site: Site) -> C
     return replace(cost, params=cost.params / len(site.calls))
 
 
-def _refused(name: str, site: Site, forms: Sequence[Decomposition]) -> Refusal:
+def _refused(site: Site, forms: Sequence[Decomposition]) -> Reason:
     """One reason for a layer that no form applies to: the commonest code, with its first sentence.
 
     That a layer is one for another form is said only where no form has more to say.
     """
     reasons = [refusal for form in forms if (refusal := form.refuse(site.layer)) is not None]
     if not reasons:
-        return Refusal(name, "no_ranks", "its ranks are below the grain: it is too small to be split")
+        return Reason("no_ranks", "its ranks are below the grain: it is too small to be split")
     reasons = [refusal for refusal in reasons if refusal.code not in _FOR_ANOTHER] or reasons
     codes = [refusal.code for refusal in reasons]
-    chosen = max(reasons, key=lambda refusal: codes.count(refusal.code))
-    return Refusal(name, chosen.code, chosen.reason)
+    return max(reasons, key=lambda reason: codes.count(reason.code))
 
 
 def _spectra(site: Site) -> dict[str, Spectrum]:

@@ -23,9 +23,9 @@ from tdcompile.core.passes import AnalysisPass
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError, InputError
+from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_graph, replace_module
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.measurements import Baseline, Rehearsal, Round
 from tdcompile.ir.plan import DENSE, Candidate, Candidates, Importances, RankPlan
 from tdcompile.ir.program import Program, sites
@@ -77,7 +77,7 @@ class Rehearse(AnalysisPass):
             plan = self._again(program, candidates, plan, aim)
         if all(choice.decomposition == DENSE for choice in plan.choices.values()):
             return plan, Rehearsal(())  # the dense network is as fast as it is; a measurement would only say noise
-        back: dict[str, Refusal] = {}
+        back: dict[str, Reason] = {}
         tried: list[tuple[Round, RankPlan]] = []
         seen: dict[tuple[str, str], list[float]] = {}
         best: tuple[Round, RankPlan] | None = None
@@ -140,7 +140,7 @@ class Rehearse(AnalysisPass):
             raise InputError("'rehearse' chooses again, and this plan was given, not chosen: leave 'rehearse' out")
         selector = make(RankSelector, plan.selector)
         again = selector.select(candidates, program.facts[Importances].scores, budget)
-        return replace(again, reasons={**again.reasons, **{r.layer: r for r in candidates.refusals}})
+        return replace(again, reasons={**again.reasons, **candidates.reasons})
 
 
 def _error(plan: RankPlan) -> float:
@@ -186,11 +186,10 @@ def _shapes_of(program: Program, plan: RankPlan) -> fx.GraphModule:
     return graph
 
 
-def _slower(plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, Refusal]:
+def _slower(plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, Reason]:
     """The replaced layers that were not faster inside the graph."""
     return {
-        name: Refusal(
-            name,
+        name: Reason(
             "slower_in_graph",
             f"{choice.decomposition}{list(choice.ranks)} took {measured[name] * 1e3:.3f} ms inside the graph, "
             f"the dense layer {dense[name] * 1e3:.3f} ms",
@@ -200,7 +199,7 @@ def _slower(plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, f
     }
 
 
-def _without(candidates: Candidates, plan: RankPlan, slower: Mapping[str, Refusal]) -> Candidates:
+def _without(candidates: Candidates, plan: RankPlan, slower: Mapping[str, Reason]) -> Candidates:
     """The table without the forms that were slower, at their ranks and every dearer one."""
     layers = dict(candidates.layers)
     for name in slower:

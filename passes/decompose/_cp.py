@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.errors import InputError
-from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
 from tdcompile.numerics.cp import (
@@ -62,16 +63,16 @@ class Polyadic(Decomposition):
     def tensor_shape(self, layer: Layer) -> tuple[int, ...]:
         """``(T, C, ...)``, then one mode for each depthwise layer."""
 
-    def refuse(self, layer: Layer) -> Refusal | None:
+    def refuse(self, layer: Layer) -> Reason | None:
         """Ungrouped convolutions with more than one tap are accepted."""
         if layer.kind != "conv":
-            return Refusal("", "kind", f"{self.name} is a form of convolutions")
+            return Reason("kind", f"{self.name} is a form of convolutions")
         if layer.transposed:
-            return Refusal("", "transposed", "it is a transposed convolution; channel and tucker2 fit it")
+            return Reason("transposed", "it is a transposed convolution; channel and tucker2 fit it")
         if (grouped := in_groups(layer)) is not None:
             return grouped
         if layer.pointwise:
-            return Refusal("", "pointwise", f"{self.name} needs a kernel of more than one tap")
+            return Reason("pointwise", f"{self.name} needs a kernel of more than one tap")
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:

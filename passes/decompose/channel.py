@@ -14,7 +14,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
 from tdcompile.numerics.low_rank import balance, low_rank, low_rank_errors, operands
@@ -28,16 +29,16 @@ class Channel(Decomposition):
     name: ClassVar[str] = "channel"
     modes: ClassVar[tuple[str, ...]] = ("out",)
 
-    def refuse(self, layer: Layer) -> Refusal | None:
+    def refuse(self, layer: Layer) -> Reason | None:
         """Groups, 1x1 and linear layers, and layers that rank 1 would not make cheaper."""
         if (grouped := in_groups(layer)) is not None:
             return grouped
         if layer.pointwise and layer.transposed:
-            return Refusal("", "no_form", "it is a transposed convolution of one tap, which no form takes")
+            return Reason("no_form", "it is a transposed convolution of one tap, which no form takes")
         if layer.pointwise:
-            return Refusal("", "pointwise", "it has no kernel beyond one tap; svd fits it")
+            return Reason("pointwise", "it has no kernel beyond one tap; svd fits it")
         if self._macs(layer, (1,)) >= layer.macs:
-            return Refusal("", "small", f"{layer.in_channels} -> {layer.out_channels} costs less than two factors do")
+            return Reason("small", f"{layer.in_channels} -> {layer.out_channels} costs less than two factors do")
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tdcompile.ir.layer import Layer, Refusal
+from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer
 from tdcompile.ir.plan import Ranks
 from tdcompile.passes.decompose._cp import Polyadic
 
@@ -24,12 +25,12 @@ class CP4(Polyadic):
         """``(T, C, kh, kw)``."""
         return (layer.out_channels, layer.in_channels, *layer.kernel)
 
-    def refuse(self, layer: Layer) -> Refusal | None:
+    def refuse(self, layer: Layer) -> Reason | None:
         """Ungrouped convolutions in two dimensions with a kernel longer than 1 along both are accepted."""
         refusal = super().refuse(layer)
         if refusal is None and (len(layer.kernel) != 2 or min(layer.kernel) < 2):
             size = "x".join(map(str, layer.kernel))
-            return Refusal("", "kernel", f"cp4 separates the two axes of a kernel; {size} has no two to separate")
+            return Reason("kernel", f"cp4 separates the two axes of a kernel; {size} has no two to separate")
         return refusal
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:

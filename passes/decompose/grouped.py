@@ -19,7 +19,8 @@ from tdcompile.core.decomposition import Decomposition, energy
 from tdcompile.core.registry import find, make
 from tdcompile.core.spec import parse_spec
 from tdcompile.errors import InputError
-from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
 
@@ -47,16 +48,16 @@ class Grouped(Decomposition):
                 others = ", ".join(form for form in known if form != self.name)
                 raise InputError(f"grouped{{{option}={text}}} is to be one of {others}")
 
-    def refuse(self, layer: Layer) -> Refusal | None:
+    def refuse(self, layer: Layer) -> Reason | None:
         """Ungrouped and depthwise layers, and groups that their form refuses."""
         if layer.groups == 1:
-            return Refusal("", "ungrouped", "its channels are in one group")
+            return Reason("ungrouped", "its channels are in one group")
         if layer.depthwise:
             return in_groups(layer)
         refused = self._form(layer).refuse(_one(layer))
         if refused is None:
             return None
-        return Refusal("", refused.code, f"of each of its {layer.groups} groups: {refused.reason}")
+        return Reason(refused.code, f"of each of its {layer.groups} groups: {refused.text}")
 
     def exact_ranks(self, layer: Layer) -> Ranks:
         """Those of one group."""

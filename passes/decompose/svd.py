@@ -14,7 +14,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
 from tdcompile.numerics.low_rank import balance, low_rank, low_rank_errors, matrix_of
@@ -28,16 +29,16 @@ class SVD(Decomposition):
     name: ClassVar[str] = "svd"
     modes: ClassVar[tuple[str, ...]] = ("out",)
 
-    def refuse(self, layer: Layer) -> Refusal | None:
+    def refuse(self, layer: Layer) -> Reason | None:
         """Groups, kernels of more than one tap, and layers that rank 1 would not make cheaper."""
         if layer.transposed:
-            return Refusal("", "transposed", "it is a transposed convolution; channel and tucker2 fit it")
+            return Reason("transposed", "it is a transposed convolution; channel and tucker2 fit it")
         if (grouped := in_groups(layer)) is not None:
             return grouped
         if not layer.pointwise:
-            return Refusal("", "kernel", f"its kernel {layer.kernel} has more than one tap; channel or tucker2 fit it")
+            return Reason("kernel", f"its kernel {layer.kernel} has more than one tap; channel or tucker2 fit it")
         if self._macs(layer, (1,)) >= layer.macs:
-            return Refusal("", "small", f"{layer.in_channels} -> {layer.out_channels} costs less than two factors do")
+            return Reason("small", f"{layer.in_channels} -> {layer.out_channels} costs less than two factors do")
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
 from tdcompile.numerics.low_rank import balance
@@ -35,19 +36,19 @@ class TT(Decomposition):
     name: ClassVar[str] = "tt"
     modes: ClassVar[tuple[str, ...]] = ("in", "", "out")
 
-    def refuse(self, layer: Layer) -> Refusal | None:
+    def refuse(self, layer: Layer) -> Reason | None:
         """Ungrouped convolutions in two dimensions with a kernel longer than 1 along both are accepted."""
         if layer.kind != "conv":
-            return Refusal("", "kind", "tt is a form of convolutions; tt-linear is that of linear layers")
+            return Reason("kind", "tt is a form of convolutions; tt-linear is that of linear layers")
         if layer.transposed:
-            return Refusal("", "transposed", "it is a transposed convolution; channel and tucker2 fit it")
+            return Reason("transposed", "it is a transposed convolution; channel and tucker2 fit it")
         if (grouped := in_groups(layer)) is not None:
             return grouped
         if layer.pointwise:
-            return Refusal("", "pointwise", "tt needs a kernel of more than one tap")
+            return Reason("pointwise", "tt needs a kernel of more than one tap")
         if len(layer.kernel) != 2 or min(layer.kernel) < 2:
             size = "x".join(map(str, layer.kernel))
-            return Refusal("", "kernel", f"tt separates the two axes of a kernel; {size} has no two to separate")
+            return Reason("kernel", f"tt separates the two axes of a kernel; {size} has no two to separate")
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:

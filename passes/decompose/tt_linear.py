@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
 from tdcompile.ir.saved_classes import saved_as
@@ -44,15 +45,15 @@ class TTLinear(Decomposition):
         # One for each bond, of which an option decides the number: the instance's own stands before the class's.
         object.__setattr__(self, "modes", ("",) * (self.cores - 1))
 
-    def refuse(self, layer: Layer) -> Refusal | None:
+    def refuse(self, layer: Layer) -> Reason | None:
         """Linear layers whose features have enough divisors are accepted."""
         if (grouped := in_groups(layer)) is not None:
             return grouped
         if layer.kind != "linear":
-            return Refusal("", "kind", "tt-linear is a form of linear layers")
+            return Reason("kind", "tt-linear is a form of linear layers")
         for size in (layer.in_channels, layer.out_channels):
             if not modes_of(size, self.cores):
-                return Refusal("", "shape", f"{size} features are not a product of {self.cores} numbers above 1")
+                return Reason("shape", f"{size} features are not a product of {self.cores} numbers above 1")
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:

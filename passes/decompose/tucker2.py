@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.layer import Layer, Refusal, in_groups
+from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
 from tdcompile.numerics.input_basis import core_of, input_map, refine, regress, residuals, settle
@@ -43,16 +44,16 @@ class Tucker2(Decomposition):
     modes: ClassVar[tuple[str, ...]] = ("out", "in")
     sweeps: int = 3
 
-    def refuse(self, layer: Layer) -> Refusal | None:
+    def refuse(self, layer: Layer) -> Reason | None:
         """Groups, 1x1 and linear layers, and layers that ranks (1, 1) would not make cheaper."""
         if (grouped := in_groups(layer)) is not None:
             return grouped
         if layer.pointwise and layer.transposed:
-            return Refusal("", "no_form", "it is a transposed convolution of one tap, which no form takes")
+            return Reason("no_form", "it is a transposed convolution of one tap, which no form takes")
         if layer.pointwise:
-            return Refusal("", "pointwise", "it has no kernel beyond one tap; svd fits it")
+            return Reason("pointwise", "it has no kernel beyond one tap; svd fits it")
         if self._macs(layer, (1, 1)) >= layer.macs:
-            return Refusal("", "small", f"{layer.in_channels} -> {layer.out_channels} costs less than three factors do")
+            return Reason("small", f"{layer.in_channels} -> {layer.out_channels} costs less than three factors do")
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:

@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.errors import InputError
-from tdcompile.ir.layer import Refusal
+from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.plan import Candidate, Candidates, RankPlan, Spectrum
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import first_fit, full_ranks, gainful, limits_of, load, settle
@@ -71,17 +71,17 @@ class VBMF(RankSelector):
         choices = first_fit(plan, [self.weaken, *factors], candidates, limits)
         return settle(self, candidates, budget, choices, reasons=reasons)
 
-    def _reasons(self, candidates: Candidates) -> dict[str, Refusal]:
+    def _reasons(self, candidates: Candidates) -> dict[str, Reason]:
         """Why layers that could be replaced are not looked at."""
         reasons = {}
         for name in (name for name, options in candidates.layers.items() if len(options) > 1):
             spectra = candidates.spectra.get(name)
             if not spectra:
                 blind = "the singular values of this layer's unfoldings are not known"
-                reasons[name] = Refusal(name, "no_spectrum", blind)
+                reasons[name] = Reason("no_spectrum", blind)
             elif (full := min(map(_full, spectra.values()))) <= self.floor > 1:
                 narrow = f"its full rank, {full}, is not above the floor of vbmf, {self.floor}"
-                reasons[name] = Refusal(name, "narrow", narrow)
+                reasons[name] = Reason("narrow", narrow)
         return reasons
 
 

@@ -11,8 +11,8 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import RewritePass, Rewritten
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
+from tdcompile.ir.diagnostics import Diagnostic, Reason
 from tdcompile.ir.graph_edits import replace_module
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.program import Change, Program, Site, kept_dense, sites
 from tdcompile.support.progress import report_progress
 from tdcompile.training.adapters import Parallel
@@ -45,7 +45,7 @@ class AttachAdapters(RewritePass):
         """Put a parallel layer in the place of every layer that one of the forms applies to."""
         found = sites(program)
         kept = kept_dense(program, found)
-        history: list[Change | Refusal] = []
+        history: list[Change | Diagnostic] = []
         for done, (name, site) in enumerate(found.items(), start=1):
             report_progress(done, len(found), name)
             made = kept.get(name) or self._adapted(site)
@@ -53,16 +53,16 @@ class AttachAdapters(RewritePass):
                 replace_module(graph, name, made)
                 history.append(Change(name, self.name, f"{made.form}{list(made.ranks)} beside the dense weight"))
             else:
-                history.append(made)
+                history.append(made.about(name))
         return Rewritten(graph, history)
 
-    def _adapted(self, site: Site) -> Parallel | Refusal:
+    def _adapted(self, site: Site) -> Parallel | Reason:
         forms = [make(Decomposition, name) for name in FORMS]
         form = next((form for form in forms if form.refuse(site.layer) is None), None)
         if form is None:
-            refusal = forms[0].refuse(site.layer)
-            assert refusal is not None  # otherwise it would be the form
-            return Refusal(site.name, refusal.code, refusal.reason)
+            reason = forms[0].refuse(site.layer)
+            assert reason is not None  # otherwise it would be the form
+            return reason
         ranks = tuple(max(1, round(self.rank * most)) for most in form.exact_ranks(site.layer))
         factors = form.factorize(site.layer, site.weight, ranks, None)
         bias = site.module.bias

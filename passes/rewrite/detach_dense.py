@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from tdcompile.core.decomposition import relative_error
 from tdcompile.core.passes import RewritePass, Rewritten
 from tdcompile.errors import TdcompileError
+from tdcompile.ir.diagnostics import Diagnostic, Reason
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import replace_module
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Change, Program, Site
@@ -62,14 +62,14 @@ class DetachDense(RewritePass):
 
     @torch.no_grad()
     def _plan(self, program: Program, prices: Prices, layers: Mapping[str, Parallel]) -> RankPlan:
-        refused = {entry.layer: entry for entry in program.history if isinstance(entry, Refusal)}
+        told = {e.layer: Reason(e.code, e.text) for e in program.history if isinstance(e, Diagnostic)}
         choices, reasons = {}, {}
         for name, site in prices.sites.items():
             layer = layers.get(name)
             error = 0.0 if layer is None else relative_error(site.weight, layer.effective(), None)
             if layer is None or layer.stays:
                 choices[name] = Candidate(DENSE, (), error, prices.layers[name])
-                reasons[name] = refused.get(name, Refusal(name, "refused", "it has no adapter"))
+                reasons[name] = told.get(name, Reason("refused", "it has no adapter"))
             else:
                 cost = prices.at(name, layer.decomposition, layer.ranks)
                 choices[name] = Candidate(layer.form, layer.ranks, error, cost, layer.decomposition.modes)

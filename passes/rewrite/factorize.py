@@ -10,9 +10,10 @@ from torch import Tensor, fx
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import RewritePass, Rewritten
 from tdcompile.errors import InputError, during, nearest
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import replace_module
-from tdcompile.ir.layer import Layer, Refusal
+from tdcompile.ir.layer import Layer
 from tdcompile.ir.measurements import Calibration, Moments
 from tdcompile.ir.plan import DENSE, RankPlan, Ranks
 from tdcompile.ir.program import Change, Program, kept_dense, sites
@@ -61,7 +62,7 @@ class Factorize(RewritePass):
             (forms[name], found[name].layer, found[name].weight, choice.ranks, moments.get(name))
             for name, choice in replaced.items()
         )
-        history: list[Change | Refusal] = []
+        history: list[Change | Diagnostic] = []
         made = zip(replaced.items(), parallel_map(_factors, work, self.jobs), strict=True)
         for done, ((name, choice), factors) in enumerate(made, start=1):
             form, site = forms[name], found[name]
@@ -71,7 +72,7 @@ class Factorize(RewritePass):
                 replace_module(graph, name, form.build(site.layer, choice.ranks, factors, bias))
             history.append(Change(name, self.name, f"{choice.decomposition}{list(choice.ranks)}"))
             if (caution := form.caution(site.layer, site.weight, factors)) is not None:
-                history.append(Refusal("", "caution", f"'{name}': {caution}"))
+                history.append(Diagnostic("warning", "caution", f"'{name}': {caution}"))
             report_progress(done, len(replaced), name)
         return Rewritten(graph, history)
 

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.errors import InputError
+from tdcompile.ir.diagnostics import Diagnostic, Reason
 from tdcompile.ir.graph_edits import copy_weights
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.plan import DENSE, Candidate, Ranks, within
 from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Cost
@@ -82,14 +82,14 @@ class Anneal(TunePass):
         layers = parallel_layers(graph)
         if not layers:
             return Rewritten(
-                graph, [Refusal("", "no_adapters", "anneal: no layer has an adapter; attach-adapters first")]
+                graph, [Diagnostic("warning", "no_adapters", "anneal: no layer has an adapter; attach-adapters first")]
             )
         train = program.task.train
         schedule = _Schedule(layers, program, self.decay, self.selections)
         if train is None or len(train) < 2:
             dense = schedule.finish()
-            told = Refusal("", "no_data", "anneal: no training samples; the dense share is cut off")
-            return Rewritten(graph, [told, *dense.values()])
+            told = Diagnostic("warning", "no_data", "anneal: no training samples; the dense share is cut off")
+            return Rewritten(graph, [told, *(reason.about(name) for name, reason in dense.items())])
         settings = Settings(
             epochs=self.epochs,
             lr=self.lr * self.batch / 128,
@@ -110,7 +110,10 @@ class Anneal(TunePass):
         Trainer(graph, loss, train, None, settings, program, self.name, saved, schedule, moving).run()
         dense = schedule.finish()
         unlearnt = [excluded_output(self.name, place, why) for place, why in left.items()]
-        changes = [dense.get(name) or Change(name, self.name, f"ranks {list(p.ranks)}") for name, p in layers.items()]
+        changes = [
+            dense[name].about(name) if name in dense else Change(name, self.name, f"ranks {list(p.ranks)}")
+            for name, p in layers.items()
+        ]
         return Rewritten(graph, [*unlearnt, *changes])
 
 
@@ -159,7 +162,7 @@ class _Schedule:
     def _due(self, done: int, progress: float) -> bool:
         return progress >= (done + 1) / self._selections
 
-    def finish(self) -> dict[str, Refusal]:
+    def finish(self) -> dict[str, Reason]:
         """The end of the schedule, whatever has been trained; the layers that stay dense, and why.
 
         Their weight is the one that they were last computed with, without any training the dense one.
@@ -176,10 +179,10 @@ class _Schedule:
             layer.share = shares[name] if layer.stays else 0.0
         return dense
 
-    def _dense(self) -> dict[str, Refusal]:
+    def _dense(self) -> dict[str, Reason]:
         why = "its adapter costs no less than dense at the ranks that it has left, {}"
         return {
-            name: Refusal(name, "not_cheaper", why.format(list(layer.ranks)))
+            name: Reason("not_cheaper", why.format(list(layer.ranks)))
             for name, layer in self._layers.items()
             if self._gain(name, layer.ranks) is None
         }

@@ -15,9 +15,9 @@ from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.data.task import Samples
 from tdcompile.errors import InputError, TdcompileError
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_weights
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Change, Program, sites_of
 from tdcompile.training.augment import AugmentOption, resolve_augment
@@ -114,7 +114,7 @@ class Finetune(TunePass):
         train = program.task.train
         if train is None or len(train) < 2:
             reason = "finetune: there are no training samples"
-            return Rewritten(graph, [Refusal("", "no_data", reason)], [Tuning()])
+            return Rewritten(graph, [Diagnostic("warning", "no_data", reason)], [Tuning()])
         fit, heldout = self._split(train, program)
         saved = training_state_of(self, graph, train, program)
         settings = self._settings(program)

@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.data.task import Samples
 from tdcompile.errors import InputError
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Aspect
 from tdcompile.ir.graph_edits import copy_weights
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Change, Program
 from tdcompile.support.progress import report_progress
@@ -149,4 +149,4 @@ def _norms(graph: fx.GraphModule) -> dict[str, _BatchNorm]:
 
 
 def _refused(graph: fx.GraphModule, code: str, reason: str) -> Rewritten:
-    return Rewritten(graph, [Refusal("", code, f"recalibrate: {reason}")])
+    return Rewritten(graph, [Diagnostic("info", code, f"recalibrate: {reason}")])

@@ -21,14 +21,14 @@ from torch import Tensor
 from tdcompile.artifact.folder import load_graph, save_weights
 from tdcompile.core.registry import foreign_packages
 from tdcompile.errors import InputError, TdcompileError, UnwrittenError, first_line
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Fact, Facts
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.measurements import Calibration, Moments
 from tdcompile.ir.program import Change, Program
 from tdcompile.numerics.covariance import Sketch
 
 log = logging.getLogger("tdcompile")
-_HISTORY: TypeAdapter[tuple[Change | Refusal, ...]] = TypeAdapter(tuple[Change | Refusal, ...])
+_HISTORY: TypeAdapter[tuple[Change | Diagnostic, ...]] = TypeAdapter(tuple[Change | Diagnostic, ...])
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from tdcompile.artifact.report import (
     Iteration,
     LayerRow,
     Ratio,
-    Reason,
     Report,
     Tuned,
 )
+from tdcompile.artifact.report import Reason as ReportedReason
 from tdcompile.backend.environment import environment, peak_memory_mb
 from tdcompile.backend.parity import Parity
-from tdcompile.ir.layer import Refusal
+from tdcompile.ir.diagnostics import Diagnostic, Reason
 from tdcompile.ir.measurements import Rehearsal
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Program, sites_of
@@ -159,12 +159,12 @@ def _milliseconds(network: MeasuredNetwork, name: str) -> float | None:
     return seconds * 1e3 if seconds else None
 
 
-def _reason(choice: Candidate | None, known: Refusal | None) -> Reason | None:
+def _reason(choice: Candidate | None, known: Reason | None) -> ReportedReason | None:
     if choice is not None and choice.decomposition != DENSE:
         return None
     if known is None:
-        return Reason(code="not_in_plan", reason="the plan does not mention it")
-    return Reason(code=known.code, reason=known.reason)
+        return ReportedReason(code="not_in_plan", reason="the plan does not mention it")
+    return ReportedReason(code=known.code, reason=known.text)
 
 
 def _gates(program: Program, run: Run, outcome: Outcome) -> Iterator[Gate]:
@@ -224,7 +224,7 @@ def _notes(program: Program, outcome: Outcome) -> Iterator[str]:
     """What did not go the usual way: untraced leaves, skipped passes, an export that was not simplified."""
     layers = set(sites_of(program.dense, program.inputs))
     for entry in program.history:
-        if isinstance(entry, Refusal) and entry.layer not in layers:
-            yield entry.reason
+        if isinstance(entry, Diagnostic) and entry.layer not in layers:
+            yield entry.text
     for network, role in ((outcome.dense, "dense"), (outcome.compiled, "compiled")):
         yield from (f"{role} model: {note}" for note in network.exported.notes)

@@ -40,7 +40,7 @@ def analyze(given: Mapping[str, Any]) -> Answer:
         return Answer((json.dumps([dataclasses.asdict(layer) for layer in layers], indent=1),))
     if not given["quiet"]:
         for note in program.history:
-            tell(f"note: {getattr(note, 'reason', note)}")
+            tell(f"note: {getattr(note, 'text', note)}")
     return Answer((_layers(layers),))
 
 

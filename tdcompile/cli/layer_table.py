@@ -62,7 +62,7 @@ def anatomy(program: Program) -> list[LayerAnatomy]:
 
 def _layer(site: Site, forms: Mapping[str, Decomposition]) -> LayerAnatomy:
     layer = site.layer
-    answers = {name: form.refuse(layer) for name, form in forms.items()}
+    reasons = {name: form.refuse(layer) for name, form in forms.items()}
     rows, columns = layer.out_channels, layer.in_channels // layer.groups * layer.taps
     return LayerAnatomy(
         name=site.name,
@@ -74,8 +74,8 @@ def _layer(site: Site, forms: Mapping[str, Decomposition]) -> LayerAnatomy:
         macs=sum(call.macs for call in site.calls),
         break_even=rows * columns // (rows + columns),
         energy_ranks={"out": _energy_ranks(site.weight, 0), "in": _energy_ranks(site.weight, 1)},
-        forms=tuple(name for name, refusal in answers.items() if refusal is None),
-        refusals={name: refusal.reason for name, refusal in answers.items() if refusal is not None},
+        forms=tuple(name for name, reason in reasons.items() if reason is None),
+        refusals={name: reason.text for name, reason in reasons.items() if reason is not None},
     )
 
 

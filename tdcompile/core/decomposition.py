@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tdcompile.core.plugin import Plugin
-from tdcompile.ir.layer import Layer, Refusal, owner
+from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer, owner
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
 from tdcompile.numerics.low_rank import blocks
@@ -28,8 +29,8 @@ class Decomposition(Plugin):
     modes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def refuse(self, layer: Layer) -> Refusal | None:
-        """Why this form does not apply to the layer (``Refusal.layer`` is left empty), or None where it does."""
+    def refuse(self, layer: Layer) -> Reason | None:
+        """Why this form does not apply to the layer, or None where it does."""
 
     @abstractmethod
     def exact_ranks(self, layer: Layer) -> Ranks:

@@ -13,9 +13,9 @@ from torch import Tensor, fx
 
 from tdcompile.core.plugin import Plugin
 from tdcompile.errors import TdcompileError
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Aspect, Fact
 from tdcompile.ir.graph_edits import copy_graph, copy_weights
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Change, Program
 
@@ -45,7 +45,7 @@ class Rewritten:
     """What a rewrite or tune pass made: the graph, what was done or refused, and facts that are true of it."""
 
     graph: fx.GraphModule
-    history: Sequence[Change | Refusal] = ()
+    history: Sequence[Change | Diagnostic] = ()
     facts: Sequence[Fact] = ()
 
 

@@ -23,8 +23,8 @@ from tdcompile.frontend.half_precision import half_dtypes, inputs_to_single_prec
 from tdcompile.frontend.parametrizations import without_parametrizations
 from tdcompile.frontend.select import Frontend, FrontendSelector, Traced, describe_sizes
 from tdcompile.frontend.signature import Call
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.dynamic_shapes import Axis, batch_of, open_axes, shares_batch
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.modules import evaluating, keep_separate, not_finite, parent_of, separate_attention
 from tdcompile.ir.program import Program, sites_of
 
@@ -49,8 +49,8 @@ def trace(
     ``torch.fx`` keeps the network's own modules; ``torch.export`` passes through more of what Python can write. With
     ``auto`` the first is taken where it sees every layer, the second where it does not. What neither passes through
     (control flow on values, say) becomes a leaf of the first: its own layers are still found and rewritten, and a
-    ``Refusal`` with the code ``not_traced`` in the history says why. The graph is run against the network, at another
-    batch size too, before it is taken.
+    ``Diagnostic`` with the code ``not_traced`` in the history says why. The graph is run against the network, at
+    another batch size too, before it is taken.
 
     The module is put into eval mode for tracing and put back; its tensors are shared, not copied, but for those of
     half precision, which become float32: passes run on the program then want samples in float32 (``compile`` sees
@@ -93,7 +93,7 @@ def trace(
         history = [
             *_tracing_notes(traced, changed, half_dtypes(module) if single is not plain else ""),
             *(
-                [Refusal("", "padding", _PADDING)]
+                [Diagnostic("warning", "padding", _PADDING)]
                 if single is own and _fused_kernels_zero_padding(isolated_copy(module), cases[0])
                 else []
             ),
@@ -145,24 +145,28 @@ def _record_cases(
         ) from error
 
 
-def _tracing_notes(traced: Traced, changed: Sequence[str], half: str) -> list[Refusal]:
+def _tracing_notes(traced: Traced, changed: Sequence[str], half: str) -> list[Diagnostic]:
     """What became of a network otherwise than its user may think."""
     told = [
-        Refusal(name, "not_traced", f"symbolic tracing stops inside '{name or 'the network'}': {why}")
+        Diagnostic(
+            "warning", "not_traced", f"symbolic tracing stops inside '{name or 'the network'}': {why}", name or None
+        )
         for name, why in traced.leaves.items()
     ]
     told += [
-        Refusal(
-            "", "untried", f"whether it does something else where {describe_sizes(sizes)} takes too much memory to try"
+        Diagnostic(
+            "warning",
+            "untried",
+            f"whether it does something else where {describe_sizes(sizes)} takes too much memory to try",
         )
         for sizes in traced.untried
     ]
     if half:
         reason = f"its weights are {half}: it is compiled in float32, which onnxruntime has kernels for"
-        told.append(Refusal("", "half_precision", reason))
+        told.append(Diagnostic("info", "half_precision", reason))
     if changed:
         reason = f"it changes {', '.join(changed)} as it answers: the compiled model answers as in the first calls"
-        told.append(Refusal("", "state", reason))
+        told.append(Diagnostic("warning", "state", reason))
     return told
 
 
@@ -205,7 +209,7 @@ def _copy_buffers(graph: fx.GraphModule, known: set[int]) -> None:
             setattr(parent_of(graph, name)[0], name.rpartition(".")[2], buffer.clone())
 
 
-def _untouched_weights(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Refusal]:
+def _untouched_weights(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Diagnostic]:
     """Why weights that are in no convolution or linear layer are left alone, one entry for each reason."""
     known = {id(site.module.weight) for site in sites_of(graph, inputs).values()}
     readers = {str(n.target): next(iter(n.users), n) for n in graph.graph.nodes if n.op == "get_attr"}
@@ -218,10 +222,12 @@ def _untouched_weights(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> lis
                 known.add(id(weight))
                 found.setdefault(_why_untouched(part, readers.get(path)), []).append(path)
     return [
-        Refusal("", "no_layer", f"left as it is: {', '.join(names[:4])}{_more(names)}: {reason}")
+        Diagnostic("info", "no_layer", f"left as it is: {', '.join(names[:4])}{_more(names)}: {reason}")
         for reason, names in found.items()
     ] + [
-        Refusal("", "quantised", f"left as they are: {', '.join(quantised[:4])}{_more(quantised)}: they are quantised")
+        Diagnostic(
+            "info", "quantised", f"left as they are: {', '.join(quantised[:4])}{_more(quantised)}: they are quantised"
+        )
         for _ in quantised[:1]
     ]
 

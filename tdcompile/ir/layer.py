@@ -1,4 +1,4 @@
-"""``Layer``: one convolution or linear layer as plain data; ``Refusal``: why one is left alone."""
+"""``Layer``: one convolution or linear layer as plain data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.saved_classes import saved_as
 
 Pair = tuple[int, int]
@@ -19,15 +20,6 @@ _TRANSPOSED = {
     3: nn.functional.conv_transpose3d,
 }
 _PAD = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why something was not done: a code for machines (``grouped``, ``tied_parameter``) and a sentence for people."""
-
-    layer: str
-    code: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -177,14 +169,14 @@ class Layer:
         )
 
 
-def in_groups(layer: Layer) -> Refusal | None:
+def in_groups(layer: Layer) -> Reason | None:
     """Why a form of one group does not apply to a layer in groups; None where it has one."""
     if layer.groups == 1:
         return None
     if layer.depthwise:
         reason = f"each of its {layer.groups} groups has one input channel: there is nothing to decompose"
-        return Refusal("", "depthwise", reason)
-    return Refusal("", "grouped", f"its {layer.groups} groups each see other channels; the form 'grouped' fits it")
+        return Reason("depthwise", reason)
+    return Reason("grouped", f"its {layer.groups} groups each see other channels; the form 'grouped' fits it")
 
 
 @saved_as("transposed-conv", "tdcompile.layer:TransposedConv")

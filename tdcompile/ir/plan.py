@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tdcompile.errors import InputError, nearest
+from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.facts import Aspect, Fact
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.target import Cost, total
 
 Ranks = tuple[int, ...]
@@ -56,14 +56,14 @@ class Candidates(Fact):
         layers: for each layer its candidates, dense first.
         rest: what the network costs outside these layers.
         spectra: of each layer's weight, the unfoldings ``out`` (T x CK) and ``in`` (C x TK).
-        refusals: layers without candidates but dense, and why.
+        reasons: why a layer has no candidate but dense, by the layer's name.
     """
 
     reads: ClassVar[frozenset[Aspect]] = frozenset({Aspect.TOPOLOGY, Aspect.WEIGHTS})
     layers: Mapping[str, tuple[Candidate, ...]]
     rest: Cost
     spectra: Mapping[str, Mapping[str, Spectrum]] = field(default_factory=dict)
-    refusals: tuple[Refusal, ...] = ()
+    reasons: Mapping[str, Reason] = field(default_factory=dict)
 
     @property
     def dense(self) -> Cost:
@@ -94,7 +94,7 @@ class RankPlan(Fact):
         dense: what the dense network costs.
         selector: the text form of what chose.
         gap: relative optimality gap that the solver proved; None where none was computed.
-        reasons: why a layer was left dense, by name: a code and a sentence.
+        reasons: why a layer stays dense, by the layer's name.
     """
 
     choices: Mapping[str, Candidate]
@@ -102,7 +102,7 @@ class RankPlan(Fact):
     dense: Cost
     selector: str = ""
     gap: float | None = None
-    reasons: Mapping[str, Refusal] = field(default_factory=dict)
+    reasons: Mapping[str, Reason] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Text that ``from_json`` reads and a person can edit: change ``decomposition`` or ``ranks`` of a layer."""
@@ -113,7 +113,7 @@ class RankPlan(Fact):
             "dense": asdict(self.dense),
             "predicted": asdict(self.predicted),
             "layers": {name: asdict(choice) for name, choice in self.choices.items()},
-            "reasons": {name: asdict(refusal) for name, refusal in self.reasons.items()},
+            "reasons": {name: _written(name, reason) for name, reason in self.reasons.items()},
         }
         return json.dumps(document, indent=1) + "\n"
 
@@ -138,13 +138,22 @@ class RankPlan(Fact):
                 dense=Cost(**document.get("dense", {})),
                 selector=str(document.get("selector", "")),
                 gap=document.get("gap"),
-                reasons={name: Refusal(**entry) for name, entry in document.get("reasons", {}).items()},
+                reasons={name: _reason(**entry) for name, entry in document.get("reasons", {}).items()},
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f'{source} is not a plan: {error!r}; expected {{"layers": {{NAME: {{"decomposition": "tucker2", '
                 '"ranks": [32, 16]}}}}'
             ) from error
+
+
+def _written(layer: str, reason: Reason) -> dict[str, str]:
+    return {"layer": layer, "code": reason.code, "reason": reason.text}
+
+
+def _reason(layer: str, code: str, reason: str) -> Reason:
+    """Read an entry of ``reasons``; a wrong or missing key is a TypeError."""
+    return Reason(code, reason)
 
 
 def _check_keys(entry: Mapping[str, Any], known: Iterable[str], where: str) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError, first_line
+from tdcompile.ir.diagnostics import Diagnostic, Reason
 from tdcompile.ir.dynamic_shapes import Axis
 from tdcompile.ir.facts import Facts
 from tdcompile.ir.graph_edits import attribute
-from tdcompile.ir.layer import Layer, Refusal
+from tdcompile.ir.layer import Layer
 from tdcompile.ir.modules import called_differently, input_of, separate_attention
 from tdcompile.ir.target import Budget, Target
 
@@ -81,7 +82,7 @@ class Program:
     target: Target = field(default_factory=Target)
     budget: Budget = field(default_factory=lambda: Budget(latency=0.5))
     facts: Facts = field(default_factory=Facts)
-    history: tuple[Change | Refusal, ...] = ()
+    history: tuple[Change | Diagnostic, ...] = ()
     keep_dense: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     frontend: Literal["fx", "export"] = "fx"
@@ -166,7 +167,7 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
     }
 
 
-def kept_dense(program: Program, found: Mapping[str, Site]) -> dict[str, Refusal]:
+def kept_dense(program: Program, found: Mapping[str, Site]) -> dict[str, Reason]:
     """The layers that no form may replace, and why: kept by the user, with a hook, or on a weight of others or of none.
 
     Every pass that chooses layers asks this first; ``factorize`` refuses a plan that has not.
@@ -180,19 +181,19 @@ def kept_dense(program: Program, found: Mapping[str, Site]) -> dict[str, Refusal
             reader = next((user.name for user in node.users), node.name)
             weight = attribute(program.graph, str(node.target))
             owners.setdefault(id(weight), []).append(f"the operator '{reader}'")
-    kept: dict[str, Refusal] = {}
+    kept: dict[str, Reason] = {}
     for name, site in found.items():
         sharing = [other for other in owners.get(id(site.module.weight), ()) if other != name]
         if name in program.keep_dense:
-            kept[name] = Refusal(name, "excluded_by_user", program.keep_dense[name])
+            kept[name] = Reason("excluded_by_user", program.keep_dense[name])
         elif called_differently(site.module):
             lost = "it has a forward hook or a forward of its own, which factors would lose"
-            kept[name] = Refusal(name, "hooked", lost)
+            kept[name] = Reason("hooked", lost)
         elif sharing:
-            kept[name] = Refusal(name, "tied_parameter", f"its weight also belongs to {', '.join(sharing)}")
+            kept[name] = Reason("tied_parameter", f"its weight also belongs to {', '.join(sharing)}")
         elif site.weight.is_meta or not site.weight.is_floating_point():
             what = f"its weight is {site.weight.dtype} on {site.weight.device}"
-            kept[name] = Refusal(name, "no_float_weight", what)
+            kept[name] = Reason("no_float_weight", what)
     return kept
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.ir.layer import Refusal
+from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.plan import Candidate, Candidates, RankPlan, Spectrum, within
 from tdcompile.ir.target import LIMITED, Budget, Cost
 
@@ -163,7 +163,7 @@ def settle(
     budget: Budget,
     choices: Choices,
     gap: float | None = None,
-    reasons: Mapping[str, Refusal] | None = None,
+    reasons: Mapping[str, Reason] | None = None,
 ) -> RankPlan:
     """The finished plan: what it costs, and for every layer left dense the reason.
 
@@ -182,9 +182,9 @@ def settle(
     predicted, dense = candidates.cost(choices), candidates.dense
     if not within(predicted, limits):
         raise BudgetError(_miss(selector, candidates, budget, predicted))
-    known = {refusal.layer: refusal for refusal in candidates.refusals} | dict(reasons or {})
+    known = {**candidates.reasons, **(reasons or {})}
     left = [name for name, options in candidates.layers.items() if choices[name] == options[0]]
-    why = {name: known.get(name) or _reason(name, candidates.layers[name], limits) for name in left}
+    why = {name: known.get(name) or _reason(candidates.layers[name], limits) for name in left}
     ordered = {name: choices[name] for name in candidates.layers}
     return RankPlan(ordered, predicted, dense, selector=str(selector.spec()), gap=gap, reasons=why)
 
@@ -199,9 +199,9 @@ def label(candidate: Candidate) -> str:
     return f"{candidate.decomposition}{{{ranks}}}" if ranks else candidate.decomposition
 
 
-def _reason(name: str, options: Sequence[Candidate], limits: Mapping[str, float]) -> Refusal:
+def _reason(options: Sequence[Candidate], limits: Mapping[str, float]) -> Reason:
     if len(options) == 1:
-        return Refusal(name, "not_cheaper", "no candidate for this layer is cheaper than dense")
+        return Reason("not_cheaper", "no candidate for this layer is cheaper than dense")
     saving = gainful(options, limits)
     cheapest = min(saving or options[1:], key=lambda option: (load(option.cost, limits), option.error))
     field = max(limits, key=lambda f: getattr(options[0].cost, f) - getattr(cheapest.cost, f))
@@ -209,9 +209,8 @@ def _reason(name: str, options: Sequence[Candidate], limits: Mapping[str, float]
     share = after / before if before else math.inf
     if not saving:
         sentence = f"no form is cheaper than dense here: {label(cheapest)} costs {share:.3g} times its {_WORD[field]}"
-        return Refusal(name, "not_cheaper", sentence)
-    return Refusal(
-        name,
+        return Reason("not_cheaper", sentence)
+    return Reason(
         "dense_is_best",
         f"dense is best here under the budget: the cheapest alternative {label(cheapest)} "
         f"saves {1 - share:.3g} of its {_WORD[field]} at error {cheapest.error:.3g}",

@@ -9,7 +9,7 @@ from pathlib import Path
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import find, make
 from tdcompile.errors import InputError, nearest
-from tdcompile.ir.layer import Refusal
+from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Program, Site, kept_dense, sites
@@ -52,14 +52,14 @@ def adopt(program: Program, given: str) -> Program:
     if changed := _changed(choices, plan.choices):
         plan = replace(plan, selector=HAND, gap=None)
     reasons = {
-        name: Refusal(name, "dense_in_plan", f"{Path(source).name} leaves it dense")
+        name: Reason("dense_in_plan", f"{Path(source).name} leaves it dense")
         for name, choice in choices.items()
         if choice.decomposition == DENSE
     }
     lasting = [name for name in reasons if not changed or _fits_none(found[name])]
     reasons |= {name: plan.reasons[name] for name in lasting if name in plan.reasons}
-    reasons |= {name: refusal for name, refusal in kept.items() if name in reasons and changed}
-    reasons |= {name: Refusal(name, "excluded_by_user", why) for name, why in program.keep_dense.items()}
+    reasons |= {name: reason for name, reason in kept.items() if name in reasons and changed}
+    reasons |= {name: Reason("excluded_by_user", why) for name, why in program.keep_dense.items()}
     return program.with_(facts=program.facts.having(replace(plan, choices=choices, reasons=reasons)))
 
 
@@ -112,7 +112,7 @@ def _same(cost: Cost, other: Cost) -> bool:
     return (cost.macs, cost.params) == (other.macs, other.params)
 
 
-def check(site: Site, choice: Candidate, kept: Mapping[str, Refusal]) -> Decomposition:
+def check(site: Site, choice: Candidate, kept: Mapping[str, Reason]) -> Decomposition:
     """The decomposition of a choice, made sure that it fits the layer.
 
     Args:
@@ -122,9 +122,9 @@ def check(site: Site, choice: Candidate, kept: Mapping[str, Refusal]) -> Decompo
         InputError: the layer is to stay as it is, it refuses the layer, or the ranks are not ranks of it.
     """
     form = make(Decomposition, choice.decomposition)
-    refusal = kept.get(site.name) or form.refuse(site.layer)
-    if refusal is not None:
-        raise InputError(f"the plan wants {choice.decomposition} for '{site.name}': {refusal.reason}")
+    reason = kept.get(site.name) or form.refuse(site.layer)
+    if reason is not None:
+        raise InputError(f"the plan wants {choice.decomposition} for '{site.name}': {reason.text}")
     full = form.exact_ranks(site.layer)
     fits = len(choice.ranks) == len(full) and all(1 <= r <= most for r, most in zip(choice.ranks, full, strict=True))
     if not fits:

@@ -83,9 +83,9 @@ class Grid:
         points, omitted = [], []
         for layer in self._chosen(sites):
             for method in self.methods:
-                refusal = make(Decomposition, method).refuse(sites[layer].layer)
-                if refusal is not None:
-                    omitted.append(Omission(layer=layer, method=method, reason=refusal.reason))
+                reason = make(Decomposition, method).refuse(sites[layer].layer)
+                if reason is not None:
+                    omitted.append(Omission(layer=layer, method=method, reason=reason.text))
                     continue
                 seeds = range(self.seed, self.seed + self.seeds)
                 points += [Point(layer, method, share, seed) for share in self.compressions for seed in seeds]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find, make
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.ir.layer import Refusal
+from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.plan import DENSE, Candidate, Candidates, RankPlan, Spectrum, within
 from tdcompile.ir.target import Budget, Cost
 
@@ -36,7 +36,7 @@ def table(decays: list[float], sizes: list[float]) -> Candidates:
         {**{name: rows for name, (rows, _) in made.items()}, "stem": (kept,)},
         Cost(5.0, 5.0, 5.0, 5e-9),
         {name: spectra for name, (_, spectra) in made.items()},
-        (Refusal("stem", "grouped", "grouped layers are left alone"),),
+        {"stem": Reason("grouped", "grouped layers are left alone")},
     )
 
 
@@ -68,8 +68,8 @@ def test_a_plan_covers_every_layer_within_the_budget_or_there_is_none(name, cand
     assert within(plan.predicted, budget.limits(plan.dense))
     left = {layer for layer, choice in plan.choices.items() if choice.decomposition == DENSE}
     assert set(plan.reasons) == left
-    assert all(reason.layer == layer and reason.code and reason.reason for layer, reason in plan.reasons.items())
-    assert plan.reasons["stem"] is candidates.refusals[0]
+    assert all(reason.code and reason.text for reason in plan.reasons.values())
+    assert plan.reasons["stem"] is candidates.reasons["stem"]
 
 
 def least(candidates: Candidates, field: str, *forms: str) -> float:
@@ -114,7 +114,7 @@ def test_the_same_table_in_another_order_gives_the_same_plan(name):
         {layer: (rows[0], *reversed(rows[1:])) for layer, rows in reversed(candidates.layers.items())},
         candidates.rest,
         candidates.spectra,
-        candidates.refusals,
+        candidates.reasons,
     )
     selector = make(RankSelector, name)
     first, second, third = (selector.select(c, {}, Budget(macs=0.9)) for c in (candidates, candidates, shuffled))

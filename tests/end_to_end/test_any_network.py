@@ -26,7 +26,7 @@ from tdcompile.core.registry import find
 from tdcompile.core.spec import parse_spec
 from tdcompile.data.task import Batch, Samples, Task
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.ir.layer import Refusal
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.modules import outputs_of, tensors_in
 from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Target
@@ -126,7 +126,7 @@ def test_a_quantised_layer_is_left_with_a_reason_and_said_to_have_no_onnx_form()
     quantised = torch.ao.quantization.quantize_dynamic(module, {"2"}, dtype=torch.qint8)
     program = tdcompile.trace(quantised, torch.randn(2, 8))
     assert list(tdcompile.sites(program)) == ["0"]
-    assert [e.code for e in program.history if isinstance(e, Refusal)] == ["quantised"]
+    assert [e.code for e in program.history if isinstance(e, Diagnostic)] == ["quantised"]
     with pytest.raises(TdcompileError, match="quantise the compiled network instead"):
         tdcompile.compile(quantised, torch.randn(2, 8), budget={"macs": 0.9})
 
@@ -516,7 +516,7 @@ def test_an_axis_that_cannot_be_open_alone_names_its_companions(by: str, said: s
 
 def test_sizes_that_take_too_much_memory_are_not_tried_and_told() -> None:
     program = tdcompile.trace(At(lambda n, rows: n > 10**6).eval(), torch.randn(2, 6, 16), frontend="export")
-    told = [entry.reason for entry in program.history if isinstance(entry, Refusal) and entry.code == "untried"]
+    told = [entry.text for entry in program.history if isinstance(entry, Diagnostic) and entry.code == "untried"]
     assert len(told) == 1
     assert "the batch is 1000001" in told[0]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import tdcompile
 from tdcompile.frontend.half_precision import to_single_precision
-from tdcompile.ir.layer import Refusal
+from tdcompile.ir.diagnostics import Diagnostic
 
 
 class Tied(nn.Module):
@@ -44,5 +44,5 @@ def test_a_half_precision_network_is_compiled_in_single_with_a_note(frontend):
     module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).to(torch.bfloat16)
     program = tdcompile.trace(module, torch.randn(2, 3, 6, 6, dtype=torch.bfloat16), frontend=frontend)
     assert program.inputs[0].dtype is torch.float32
-    codes = [entry.code for entry in program.history if isinstance(entry, Refusal)]
+    codes = [entry.code for entry in program.history if isinstance(entry, Diagnostic)]
     assert codes == ["half_precision"]

@@ -119,8 +119,8 @@ def test_a_weight_tied_to_an_embedding_stays_tied(frontend):
     (site,) = tdcompile.sites(program).values()
     assert site.module.weight is module.embedding.weight
     made = tdcompile.Pipeline.parse("score,propose").run(program.with_(budget=tdcompile.Budget(macs=0.9)))
-    (refusal,) = made.facts[Candidates].refusals
-    assert refusal.code == "tied_parameter"
+    (reason,) = made.facts[Candidates].reasons.values()
+    assert reason.code == "tied_parameter"
 
 
 class Computed(nn.Module):
@@ -186,7 +186,7 @@ def test_computed_and_shared_weights(kind, layers, tied, frontend):
     assert list(tdcompile.sites(program)) == layers
     assert list(module.state_dict()) == before
     made = tdcompile.Pipeline.parse("score,propose").run(program.with_(budget=tdcompile.Budget(macs=0.9)))
-    refused = [r.layer for r in made.facts[Candidates].refusals if r.code == "tied_parameter"]
+    refused = [name for name, r in made.facts[Candidates].reasons.items() if r.code == "tied_parameter"]
     assert refused == tied
     torch.testing.assert_close(outputs_of(program.graph, (x,)), outputs_of(module, (x,)), rtol=1e-4, atol=1e-5)
 
@@ -218,7 +218,7 @@ def test_tied_layers_keep_the_network_as_it_is(frontend):
     program = tdcompile.trace(module, ids, frontend=frontend)
     assert list(module.state_dict()) == before
     made = tdcompile.Pipeline.parse("score,propose").run(program.with_(budget=tdcompile.Budget(macs=0.9)))
-    assert {r.code for r in made.facts[Candidates].refusals} == {"tied_parameter"}
+    assert {r.code for r in made.facts[Candidates].reasons.values()} == {"tied_parameter"}
     torch.testing.assert_close(outputs_of(program.graph, (ids,)), outputs_of(module, (ids,)), rtol=1e-4, atol=1e-5)
 
 

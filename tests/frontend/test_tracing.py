@@ -12,7 +12,7 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
 from tdcompile.frontend.torch_export import _integer_buffers_as_constants
-from tdcompile.ir.layer import Refusal
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.plan import Candidate, RankPlan
 from tdcompile.ir.target import Cost
@@ -69,7 +69,7 @@ def test_what_cannot_be_traced_is_a_leaf_whose_layers_are_found_and_rewritten(fr
     assert list(found) == ["first", "odd.conv", "last"]
     assert found["odd.conv"].inner == "odd"
     assert found["first"].inner is None
-    assert [(r.layer, r.code) for r in program.history if isinstance(r, Refusal)] == [("odd", "not_traced")]
+    assert [(r.layer, r.code) for r in program.history if isinstance(r, Diagnostic)] == [("odd", "not_traced")]
     after = rewritten(program)
     assert "odd.conv.0" in tdcompile.sites(after)
     assert_same(module, after, torch.randn(3, 3, 8, 8))
@@ -163,7 +163,7 @@ def test_a_tied_weight_is_left_alone_with_that_reason():
     from tdcompile.ir.plan import Candidates
 
     facts = tdcompile.Pipeline.parse("propose").run(program).facts
-    assert [(r.layer, r.code) for r in facts[Candidates].refusals] == [("head", "tied_parameter")]
+    assert [(name, r.code) for name, r in facts[Candidates].reasons.items()] == [("head", "tied_parameter")]
 
 
 class Several(nn.Module):
@@ -408,7 +408,7 @@ def test_what_a_network_keeps_from_call_to_call_is_refused_if_it_answers_by_it_a
         tdcompile.trace(Remembering(where, answers=True).eval(), x, frontend=frontend)
     module = Remembering(where, answers=False).eval()
     program = tdcompile.trace(module, x, frontend=frontend)
-    assert name in next(r.reason for r in program.history if isinstance(r, Refusal) and r.code == "state")
+    assert name in next(r.text for r in program.history if isinstance(r, Diagnostic) and r.code == "state")
     program.graph(x)
     assert module.count == 0
     assert module.calls == 0
@@ -509,7 +509,7 @@ class Assorted(nn.Module):
 def test_weights_of_no_layer_are_left_with_a_reason(frontend):
     program = tdcompile.trace(Assorted(), torch.randint(0, 9, (2, 5)), frontend=frontend)
     assert list(tdcompile.sites(program)) == ["fc"]
-    said = [entry.reason for entry in program.history if entry.code == "no_layer"]
+    said = [entry.text for entry in program.history if entry.code == "no_layer"]
     assert len(said) == 3
     for name, why in (("words.weight", "looked up"), ("lstm.weight_ih_l0", "recurrent"), ("table", "neither")):
         assert sum(name in reason and why in reason for reason in said) == 1
@@ -652,7 +652,7 @@ def test_positions_that_fused_kernels_set_to_zero_are_told():
     module, x = nn.TransformerEncoder(layer, 1).eval(), torch.randn(2, 5, 16)
     for mask, told in [(torch.zeros(2, 5, dtype=torch.bool), False), (torch.arange(5).expand(2, 5) > 2, True)]:
         program = tdcompile.trace(module, {"src": x, "src_key_padding_mask": mask})
-        assert told == any(isinstance(r, Refusal) and r.code == "padding" for r in program.history)
+        assert told == any(isinstance(r, Diagnostic) and r.code == "padding" for r in program.history)
         assert torch.backends.mha.get_fastpath_enabled()
         with torch.no_grad():
             expected = module(x, src_key_padding_mask=mask)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdcompile.errors import InputError
-from tdcompile.ir.layer import Refusal
+from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.plan import DENSE, Candidate, Candidates, RankPlan, pareto, within
 from tdcompile.ir.target import Cost
 
@@ -61,7 +61,7 @@ PLANS = st.builds(
     COSTS,
     st.sampled_from(["", "energy{keep=0.9}"]),
     st.none() | st.floats(0, 1),
-    st.dictionaries(st.text(max_size=3), st.builds(Refusal, st.text(max_size=3), st.text(max_size=3), st.text())),
+    st.dictionaries(st.text(max_size=3), st.builds(Reason, st.text(max_size=3), st.text())),
 )
 
 

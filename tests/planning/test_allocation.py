@@ -65,8 +65,8 @@ def test_reasons_name_the_cheapest_alternative_and_what_it_saves():
         "b": "not_cheaper",
         "c": "not_cheaper",
     }
-    assert "svd{4} saves 0.03 of its macs at error 0.41" in plan.reasons["a"].reason
-    assert "tucker2{8,4} costs 1.08 times its macs" in plan.reasons["b"].reason
+    assert "svd{4} saves 0.03 of its macs at error 0.41" in plan.reasons["a"].text
+    assert "tucker2{8,4} costs 1.08 times its macs" in plan.reasons["b"].text
 
 
 def test_the_least_share_is_rounded_up_so_that_it_can_be_met():

@@ -14,7 +14,7 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.data.task import Batch, Samples, Task
 from tdcompile.errors import BudgetError, InputError, TdcompileError
-from tdcompile.ir.layer import Refusal
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.plan import DENSE, RankPlan, Ranks
 from tdcompile.ir.program import Change, Program, parameters_of, sites
@@ -73,7 +73,7 @@ def test_the_function_is_the_dense_one_at_the_start(init: str) -> None:
     assert set(parallel_layers(after.graph)) == {"0", "3", "6", "9", "11"}
     for one, other in zip(outputs_of(before.graph, (X,)), outputs_of(after.graph, (X,)), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    told = {entry.layer: entry.code for entry in after.history if isinstance(entry, Refusal)}
+    told = {entry.layer: entry.code for entry in after.history if isinstance(entry, Diagnostic)}
     assert told == {"5": "depthwise"}
 
 
@@ -101,7 +101,7 @@ def test_awkward_layers_have_adapters_too_and_hooked_or_tied_ones_have_none(pass
     x = torch.randn(2, 8, 6, 6)
     before = tdcompile.trace(Awkward(bias).eval(), (x,)).with_(budget=tdcompile.Budget(macs=0.7))
     after = Pipeline.parse(passes).run(before)
-    codes = {entry.layer: entry.code for entry in after.history if isinstance(entry, Refusal) and entry.layer}
+    codes = {entry.layer: entry.code for entry in after.history if isinstance(entry, Diagnostic) and entry.layer}
     assert codes == {"watched": "hooked", "embedding": "tied_parameter", "head": "tied_parameter"}
     if passes == "attach-adapters":
         assert set(parallel_layers(after.graph)) == {"even", "up"}
@@ -218,7 +218,7 @@ def test_at_a_mild_budget_a_layer_whose_adapter_costs_more_stays_dense(share: fl
         assert choice.cost.macs == whole[name] if name in left else choice.cost.macs < whole[name]
     for name in dearer:
         assert plan.reasons[name].code == "not_cheaper"
-        assert "no less than dense at the ranks" in plan.reasons[name].reason
+        assert "no less than dense at the ranks" in plan.reasons[name].text
         new, old = mild.graph.get_submodule(name), dense.get_submodule(name)
         assert type(new) is type(old)
         torch.testing.assert_close(new.weight, old.weight, atol=1e-6, rtol=1e-5)  # nothing has been trained
@@ -422,7 +422,7 @@ def test_energy_ranks_are_the_smallest_that_hold_the_share() -> None:
 
 def test_without_data_the_dense_share_is_cut_off_and_told() -> None:
     after = Pipeline.parse("attach-adapters,anneal,detach-dense").run(program(data=False))
-    assert [entry.code for entry in after.history if isinstance(entry, Refusal)] == ["depthwise", "no_data"]
+    assert [entry.code for entry in after.history if isinstance(entry, Diagnostic)] == ["depthwise", "no_data"]
     assert after.facts[RankPlan].predicted.macs <= 0.5 * after.facts[RankPlan].dense.macs
 
 
@@ -433,7 +433,7 @@ def test_a_budget_that_cannot_be_met_is_told_before_training() -> None:
 
 def test_without_adapters_there_is_nothing_to_anneal() -> None:
     after = Pipeline.parse("anneal").run(program())
-    assert [entry.code for entry in after.history if isinstance(entry, Refusal)] == ["no_adapters"]
+    assert [entry.code for entry in after.history if isinstance(entry, Diagnostic)] == ["no_adapters"]
 
 
 def test_the_whole_of_it_compiles_by_its_recipe(tmp_path: object) -> None:
@@ -460,5 +460,5 @@ def test_options_out_of_range_are_refused(text: str) -> None:
 def test_what_was_done_is_in_the_history(annealed: Program) -> None:
     steps = [entry.step for entry in annealed.history if isinstance(entry, Change)]
     assert steps == ["attach-adapters"] * 5 + ["anneal"] * 4
-    told = {entry.layer: entry.code for entry in annealed.history if isinstance(entry, Refusal)}
+    told = {entry.layer: entry.code for entry in annealed.history if isinstance(entry, Diagnostic)}
     assert told == {"5": "depthwise", "11": "not_cheaper"}

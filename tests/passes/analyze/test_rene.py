@@ -253,7 +253,7 @@ def test_a_layer_that_has_rank_1_alone_is_replaced_where_the_budget_needs_it(
     plan = Rene(step=8, factor=8, steps=5).analyze(given)
     assert plan.choices["0"].ranks == ranks
     assert within(plan.predicted, {"macs": share * plan.dense.macs})
-    assert plan.reasons.get("0") is None if ranks else "rank" in plan.reasons["0"].reason
+    assert plan.reasons.get("0") is None if ranks else "rank" in plan.reasons["0"].text
 
 
 def test_of_two_layers_of_rank_1_alone_one_is_enough() -> None:

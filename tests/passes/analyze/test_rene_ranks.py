@@ -75,7 +75,7 @@ def test_what_is_dense_at_the_start_goes_down_where_the_budget_asks_for_it(start
 def test_a_dense_layers_reason_says_what_the_cheapest_rank_would_have_cost() -> None:
     table = prices(1.0)
     reason = table.plan({"0": 3, "2": WHOLE}, {}, "a test").reasons["2"]
-    assert (reason.code, reason.reason) == (
+    assert (reason.code, reason.text) == (
         "dense_is_best",
         f"dense is best here under the budget: rank 1 saves {1 - table.share('2', 1):.3g} of its cost "
         f"at error {table.error('2', 1):.3g}",

@@ -10,7 +10,8 @@ import tdcompile
 from tdcompile.core.decomposition import relative_error
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.errors import InputError
-from tdcompile.ir.layer import Layer, Refusal
+from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.layer import Layer
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Candidate, RankPlan
 from tdcompile.ir.target import Cost
@@ -147,7 +148,7 @@ def test_a_cp_that_stays_degenerate_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     for limit, told in ((10.0, False), (0.1, True)):
         monkeypatch.setattr(polyadic, "DEGENERATE", limit)
         after = Pipeline.parse("factorize").run(given)
-        reasons = [entry.reason for entry in after.history if isinstance(entry, Refusal)]
+        reasons = [entry.text for entry in after.history if isinstance(entry, Diagnostic)]
         assert len(reasons) == told
         assert all("'0': its cp of rank 20 is degenerate: components" in reason for reason in reasons)
     direct = torch.randn(4, 30), torch.randn(5, 30), torch.randn(9, 30)  # ten thousand times what they add up to

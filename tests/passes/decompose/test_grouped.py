@@ -15,7 +15,8 @@ from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find
 from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError
-from tdcompile.ir.layer import Layer, Refusal
+from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer
 from tdcompile.ir.measurements import Calibration, Moments
 from tdcompile.ir.plan import Candidates, RankPlan
 from tdcompile.passes.analyze.calibrate import Calibrate
@@ -122,7 +123,7 @@ def test_calibration_gives_moments_for_each_group() -> None:
 def test_a_layer_of_small_groups_says_what_the_form_for_groups_says() -> None:
     module = nn.Sequential(nn.Conv2d(8, 4, 3, groups=4))
     program = tdcompile.trace(module.eval(), torch.randn(2, 8, 6, 6)).with_(budget=tdcompile.Budget(macs=0.5))
-    (refusal,) = Propose().run(program).facts[Candidates].refusals
-    assert isinstance(refusal, Refusal)
-    assert refusal.code == "small"
-    assert "each of its 4 groups" in refusal.reason
+    (reason,) = Propose().run(program).facts[Candidates].reasons.values()
+    assert isinstance(reason, Reason)
+    assert reason.code == "small"
+    assert "each of its 4 groups" in reason.text

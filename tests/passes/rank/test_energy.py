@@ -26,7 +26,7 @@ def test_a_layer_that_needs_more_than_dense_stays_dense(table):
     plan = Energy(keep=0.9999).select(table([0.01, 3.0]), {}, Budget(macs=1.0))
     assert plan.choices["layer0"].decomposition == DENSE
     assert plan.reasons["layer0"].code == "dense_is_best"
-    assert "saves" in plan.reasons["layer0"].reason
+    assert "saves" in plan.reasons["layer0"].text
     assert plan.choices["layer1"].decomposition != DENSE
 
 

@@ -15,7 +15,7 @@ import tdcompile
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.data.task import Batch, Samples, Task, Tensors, accuracy
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.ir.layer import Refusal
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Budget, Target
 from tdcompile.passes.tune import finetune
@@ -287,9 +287,9 @@ def test_progress_notes_tell_loss_and_held_out_accuracy(taught: Program) -> None
 def test_without_data_nothing_changes_and_history_says_why(train: Samples | None) -> None:
     before = program(train)
     after = Finetune().run(before)
-    refusal = after.history[-1]
-    assert isinstance(refusal, Refusal)
-    assert (refusal.layer, refusal.code) == ("", "no_data")
+    told = after.history[-1]
+    assert isinstance(told, Diagnostic)
+    assert (told.layer, told.code) == (None, "no_data")
     assert after.facts[Tuning] == Tuning()
     assert same(before, after)
 

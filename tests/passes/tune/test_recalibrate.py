@@ -8,9 +8,9 @@ from torch import Tensor, fx, nn
 
 from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Aspect, Fact, Facts
 from tdcompile.ir.graph_edits import copy_weights
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.program import Change, Program
 from tdcompile.passes.tune.recalibrate import Recalibrate
 
@@ -116,9 +116,9 @@ def test_with_nothing_to_do_nothing_changes_and_history_says_why(
 ) -> None:
     before = program(module, x)
     after = Recalibrate().run(before)
-    refusal = after.history[-1]
-    assert isinstance(refusal, Refusal)
-    assert (refusal.layer, refusal.code) == ("", code)
+    told = after.history[-1]
+    assert isinstance(told, Diagnostic)
+    assert (told.layer, told.code) == (None, code)
     for name, tensor in after.graph.state_dict().items():
         assert torch.equal(tensor, before.graph.state_dict()[name])
 

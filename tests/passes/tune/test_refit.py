@@ -13,8 +13,8 @@ from tdcompile.core.pipeline import Pipeline
 from tdcompile.data.task import Batch, Samples, Task, Tensors
 from tdcompile.errors import InputError
 from tdcompile.frontend.select import Frontend
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.graph_edits import works_in_place
-from tdcompile.ir.layer import Refusal
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.plan import DENSE, RankPlan
 from tdcompile.ir.program import Change, Program, parameters_of
@@ -126,7 +126,7 @@ def test_what_cannot_be_fitted_is_told() -> None:
 
     dense = tdcompile.trace(Shared().eval(), (X,)).with_(task=Task(images()))
     history = Pipeline.parse("refit").run(dense).history
-    told = {entry.layer: entry.reason for entry in history if isinstance(entry, Refusal)}
+    told = {entry.layer: entry.text for entry in history if isinstance(entry, Diagnostic)}
     assert "called more than once" in told["conv"]
     assert "3 groups" in told["deep"]
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_fitted_is_told() -> None:
 def test_without_samples_nothing_is_done() -> None:
     dense = tdcompile.trace(residual(), (X,))
     after = Pipeline.parse("refit").run(dense)
-    assert [entry.code for entry in after.history if isinstance(entry, Refusal)] == ["no_data"]
+    assert [entry.code for entry in after.history if isinstance(entry, Diagnostic)] == ["no_data"]
 
 
 def test_it_draws_from_the_seed_alone() -> None:
@@ -226,7 +226,7 @@ def test_a_value_that_is_read_after_it_was_changed_in_place() -> None:
     torch.manual_seed(0)
     before = program(ThroughAView(), "channel")
     after = Pipeline.parse("refit{samples=200}").run(before)
-    assert [e.code for e in after.history if isinstance(e, Refusal) and "refit" in e.reason] == ["in_place"]
+    assert [e.code for e in after.history if isinstance(e, Diagnostic) and "refit" in e.text] == ["in_place"]
     assert all(torch.equal(a, b) for a, b in zip(after.graph.parameters(), before.graph.parameters(), strict=True))
 
 
