@@ -62,4 +62,4 @@ results: $(STAMP) ## rewrite the tables in docs/results/ from docs/measurements/
 	$(BIN)/python benchmarks/results.py
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage
