@@ -67,9 +67,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
         ``did you mean 'x'? known: a, b, x``, without the question where nothing is near.
     """
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    question = f"did you mean '{close[0]}'? " if close else ""
-    return f"{question}known: {', '.join(names) or 'none'}"
+    return " ".join(filter(None, (did_you_mean(word, names), f"known: {', '.join(names) or 'none'}")))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``did you mean 'x'?`` with the known word that is most like this one, or nothing if none is like it."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -156,7 +156,7 @@ def test_flags_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -
         ("= 1", "is not TOML"),
         ("target = 'tpu'", "'target' cannot be 'tpu'"),
         ("budget = 0.5", r"'budget' cannot be 0.5: .*e.g. \{ macs = 0.5 \}"),
-        ("budget = { macs = 1.5 }", "macs=1.5 is not a share"),
+        ("budget = { macs = 1.5 }", "macs=1.5 must be a share in \\(0, 1\\]"),
         ("max-drop = nan", "'max_drop' cannot be nan: it should be a finite number"),
         ("ranks = 'knapsak'", "did you mean 'knapsack'"),
         ("pipeline = 'score{by=fischer}'", "did you mean 'fisher'"),

@@ -19,6 +19,7 @@ from tdcompile.ir.measurements import Calibration, Moments
 from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Program, Site, sites
 from tdcompile.numerics.covariance import Range
+from tdcompile.support.options import Count
 from tdcompile.support.progress import report_progress
 
 log = logging.getLogger("tdcompile")
@@ -41,15 +42,10 @@ class Calibrate(AnalysisPass):
 
     name: ClassVar[str] = "calibrate"
     gives: ClassVar[tuple[type[Fact], ...]] = (Calibration,)
-    patches: int = 100_000
-    largest: int = 5000
-    sketch: int = 512
-    batch: int = 128
-
-    def __post_init__(self) -> None:
-        """Raises InputError where an option is out of its range."""
-        if min(self.patches, self.largest, self.sketch, self.batch) < 1:
-            raise InputError(f"'{self.spec()}': patches, largest, sketch and batch are at least 1")
+    patches: Count = 100_000
+    largest: Count = 5000
+    sketch: Count = 512
+    batch: Count = 128
 
     def analyze(self, program: Program) -> Calibration:
         """E[x xᵀ] of each layer's im2col patches x, or a sketch of it.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.core.rank_selector import RankSelector
-from tdcompile.core.registry import make
+from tdcompile.core.registry import make, registered
 from tdcompile.errors import TdcompileError, during
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.plan import Candidates, Importances, RankPlan
@@ -25,11 +25,7 @@ class Choose(AnalysisPass):
     name: ClassVar[str] = "choose"
     needs: ClassVar[tuple[type[Fact], ...]] = (Candidates, Importances)
     gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan,)
-    by: str = "knapsack"
-
-    def __post_init__(self) -> None:
-        """Raises InputError where there is no such selector: here, and not after what runs before it."""
-        make(RankSelector, self.by)
+    by: Annotated[str, registered(RankSelector)] = "knapsack"
 
     def analyze(self, program: Program) -> RankPlan:
         """Ask the selector; what no decomposition applies to keeps that as its reason.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 from tdcompile.core.cost_model import CostModel
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import AnalysisPass
-from tdcompile.core.registry import find, make
-from tdcompile.errors import InputError, TdcompileError, during
+from tdcompile.core.registry import find, make, registered
+from tdcompile.errors import TdcompileError, during
 from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.layer import Layer
@@ -23,6 +23,7 @@ from tdcompile.ir.program import Program, Site, kept_dense, parameters_of, sites
 from tdcompile.ir.target import Cost, total
 from tdcompile.numerics.low_rank import gram
 from tdcompile.planning.pricing import price
+from tdcompile.support.options import Count
 from tdcompile.support.process_pool import parallel_map
 from tdcompile.support.progress import report_progress
 
@@ -50,22 +51,12 @@ class Propose(AnalysisPass):
 
     name: ClassVar[str] = "propose"
     gives: ClassVar[tuple[type[Fact], ...]] = (Candidates,)
-    decompose: tuple[str, ...] = ()
-    grain: int | None = None
-    cost: str = "analytic"
-    timer: str = "measured"
+    decompose: tuple[Annotated[str, registered(Decomposition)], ...] = ()
+    grain: Count | None = None
+    cost: Annotated[str, registered(CostModel)] = "analytic"
+    timer: Annotated[str, registered(CostModel)] = "measured"
     spectra: bool = False
-    jobs: int = 1
-
-    def __post_init__(self) -> None:
-        """Raises InputError where jobs or the grain is below 1, or a plug-in is not there: here, not passes later."""
-        for option, value in (("jobs", self.jobs), ("grain", self.grain)):
-            if value is not None and value < 1:
-                raise InputError(f"propose{{{option}={value}}} is to be at least 1")
-        for form in self.decompose:
-            make(Decomposition, form)
-        for model in (self.cost, self.timer):
-            make(CostModel, model)
+    jobs: Count = 1
 
     def analyze(self, program: Program) -> Candidates:
         """Prices from the cost models, then errors, from one spectrum a layer where the form has one.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
@@ -22,6 +23,7 @@ from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Program, Site, kept_dense, sites
 from tdcompile.passes.analyze._rene_ranks import WHOLE, SingleRanks
 from tdcompile.passes.analyze._rene_relaxation import Interval, Relaxed, intervals, rank_loss
+from tdcompile.support.options import Count
 from tdcompile.support.progress import report_progress
 
 _CLIP = 5.0  # without it a search over CP diverges
@@ -67,11 +69,11 @@ class Rene(AnalysisPass):
     gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan,)
     form: Literal["tt", "cp", "cp4"] = "tt"
     mode: Literal["recon", "data"] = "recon"
-    step: int = 10
-    factor: int = 10
+    step: Count = 10
+    factor: Annotated[int, Field(ge=2)] = 10
     reach: float = 1.0
-    steps: int = 100
-    warmup: int = 20
+    steps: Count = 100
+    warmup: Annotated[int, Field(ge=0)] = 20
     alternate: bool = True
     lr_weights: float = 1e-3
     lr_coefficients: float | None = None
@@ -80,13 +82,8 @@ class Rene(AnalysisPass):
     single: float = 1.0
     tolerance: float = 1e-3
     budget: bool = True
-    samples: int = 1024
-    batch: int = 64
-
-    def __post_init__(self) -> None:
-        """Raises InputError where an option is out of its range."""
-        if min(self.step, self.steps, self.batch, self.samples) < 1 or self.factor < 2 or self.warmup < 0:
-            raise InputError(f"'{self.spec()}': step, steps, samples and batch at least 1, factor at least 2")
+    samples: Count = 1024
+    batch: Count = 64
 
     def analyze(self, program: Program) -> RankPlan:
         """The plan; dense stay layers that no form applies to, or for which the search finds no cheaper rank.

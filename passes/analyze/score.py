@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from tdcompile.core.importance import Importance
 from tdcompile.core.passes import AnalysisPass
-from tdcompile.core.registry import make
+from tdcompile.core.registry import make, registered
 from tdcompile.errors import TdcompileError, during
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.plan import Importances
@@ -25,11 +25,7 @@ class Score(AnalysisPass):
 
     name: ClassVar[str] = "score"
     gives: ClassVar[tuple[type[Fact], ...]] = (Importances,)
-    by: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Raises InputError where there is no such score: here, and not after what runs before it."""
-        make(Importance, self.by)
+    by: Annotated[str, registered(Importance)] = "auto"
 
     def analyze(self, program: Program) -> Importances:
         """The named score's values.

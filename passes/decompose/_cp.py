@@ -6,13 +6,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
@@ -52,12 +52,7 @@ class Polyadic(Decomposition):
     """
 
     modes: ClassVar[tuple[str, ...]] = ("",)
-    correct: float = 1.01
-
-    def __post_init__(self) -> None:
-        """Raises InputError where ``correct`` is below 1."""
-        if not 1 <= self.correct < math.inf:
-            raise InputError(f"'{self.spec()}': correct is how much the error may grow as a ratio, a number from 1 up")
+    correct: Annotated[float, Field(ge=1, lt=math.inf)] = 1.01
 
     @abstractmethod
     def tensor_shape(self, layer: Layer) -> tuple[int, ...]:

@@ -39,14 +39,14 @@ class Grouped(Decomposition):
     form: str = "channel"
     pointwise: str = "svd"
 
-    def __post_init__(self) -> None:
-        """Raises InputError where a form is unknown, or a group is to be in groups again."""
+    def check(self) -> None:
+        """Require forms that are registered and not in groups themselves."""
         known = find(Decomposition)
         for option, text in (("form", self.form), ("pointwise", self.pointwise)):
             named = parse_spec(text).name
             if named not in known or named == self.name:
                 others = ", ".join(form for form in known if form != self.name)
-                raise InputError(f"grouped{{{option}={text}}} is to be one of {others}")
+                raise InputError(f"grouped: {option}={text} must be one of {others}")
 
     def refuse(self, layer: Layer) -> Reason | None:
         """Ungrouped and depthwise layers, and groups that their form refuses."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition
@@ -37,12 +38,10 @@ class TTLinear(Decomposition):
 
     name: ClassVar[str] = "tt-linear"
     modes: ClassVar[tuple[str, ...]] = ("",)
-    cores: int = 2
+    cores: Annotated[int, Field(ge=2)] = 2
 
-    def __post_init__(self) -> None:
-        if self.cores < 2:
-            raise ValueError(f"a TT-matrix has at least 2 cores, not {self.cores}")
-        # One for each bond, of which an option decides the number: the instance's own stands before the class's.
+    def check(self) -> None:
+        """Set one mode for each bond; their number depends on the option, so the instance overrides the class."""
         object.__setattr__(self, "modes", ("",) * (self.cores - 1))
 
     def refuse(self, layer: Layer) -> Reason | None:

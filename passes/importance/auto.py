@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from tdcompile.core.importance import Importance
 from tdcompile.core.registry import make
-from tdcompile.errors import InputError
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program
+from tdcompile.support.options import Count
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,9 @@ class Auto(Importance):
     """
 
     name: ClassVar[str] = "auto"
-    samples: int = 128
-    batch: int = 8
+    samples: Count = 128
+    batch: Count = 8
     largest: int = 2048
-
-    def __post_init__(self) -> None:
-        """Raises InputError where an option is out of its range."""
-        if self.samples < 1 or self.batch < 1:
-            raise InputError(f"'{self.spec()}': samples and batch are at least 1")
 
     def score(self, program: Program) -> Mapping[str, float]:
         """See ``Importance.score``; a layer of which Taylor says nothing counts as the mean.

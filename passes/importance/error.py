@@ -14,6 +14,7 @@ from tdcompile.ir.program import Program, sites
 from tdcompile.passes.importance._divergence import drawn
 from tdcompile.passes.importance._trial import FORMS, trials
 from tdcompile.planning.approximation_error import feature_errors, weight_errors
+from tdcompile.support.options import Count
 from tdcompile.support.progress import report_progress
 
 
@@ -39,13 +40,8 @@ class Error(Importance):
     of: Literal["weights", "features"] = "weights"
     scaling: Literal["absolute", "relative", "scaled"] = "relative"
     share: float = 0.5
-    samples: int = 256
+    samples: Count = 256
     forms: tuple[str, ...] = FORMS
-
-    def __post_init__(self) -> None:
-        """Raises InputError where no sample is asked for."""
-        if self.samples < 1:
-            raise InputError(f"'{self.spec()}': samples is at least 1")
 
     @torch.no_grad()
     def score(self, program: Program) -> Mapping[str, float]:

@@ -14,6 +14,7 @@ from tdcompile.core.importance import Importance, normalised
 from tdcompile.data.task import logits
 from tdcompile.errors import InputError
 from tdcompile.ir.program import Program, Site, sites
+from tdcompile.support.options import Count
 from tdcompile.support.progress import report_progress
 
 
@@ -32,13 +33,8 @@ class Fisher(Importance):
     """
 
     name: ClassVar[str] = "fisher"
-    samples: int | None = None
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        """Raises InputError where an option is below 1."""
-        if self.batch < 1 or (self.samples is not None and self.samples < 1):
-            raise InputError(f"'{self.spec()}': samples and batch are at least 1")
+    samples: Count | None = None
+    batch: Count = 16
 
     def score(self, program: Program) -> Mapping[str, float]:
         """See ``Importance.score``.

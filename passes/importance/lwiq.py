@@ -16,6 +16,7 @@ from tdcompile.data.task import Batch, Samples
 from tdcompile.errors import InputError
 from tdcompile.ir.graph_edits import calls_of, module_at, only_user
 from tdcompile.ir.program import Program, Site, sites
+from tdcompile.support.options import Count, NonNegative, Positive
 from tdcompile.support.progress import report_progress
 
 # What stands behind a layer without being one: its norm, its activation, its dropout.
@@ -56,19 +57,13 @@ class Lwiq(Importance):
     """
 
     name: ClassVar[str] = "lwiq"
-    embedding: int = 512
-    samples: int | None = None
-    judged: float = 0.5
+    embedding: Count = 512
+    samples: Count | None = None
+    judged: Positive = 0.5
     cosine: bool = False
     reading: Literal["gain", "accuracy"] = "gain"
-    eps: float = 0.1
-    batch: int = 128
-
-    def __post_init__(self) -> None:
-        """Raises InputError where an option is out of its range."""
-        least = min(self.embedding, self.batch, 1 if self.samples is None else self.samples)
-        if least < 1 or not self.judged > 0 or self.eps < 0:
-            raise InputError(f"'{self.spec()}': embedding, batch, samples at least 1, judged above 0, eps at least 0")
+    eps: NonNegative = 0.1
+    batch: Count = 128
 
     @torch.no_grad()
     def score(self, program: Program) -> Mapping[str, float]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from tdcompile.core.importance import Importance, normalised
-from tdcompile.errors import InputError
 from tdcompile.ir.program import Program, sites
 from tdcompile.passes.importance._divergence import answers, divergence, drawn
+from tdcompile.support.options import Positive
 from tdcompile.support.progress import report_progress
 
 
@@ -30,13 +31,8 @@ class Noise(Importance):
     """
 
     name: ClassVar[str] = "noise"
-    error: float = 0.2
-    samples: int = 256
-
-    def __post_init__(self) -> None:
-        """Raises InputError where an option is out of its range."""
-        if not self.error > 0 or self.samples < 2:
-            raise InputError(f"'{self.spec()}': error is above 0, samples at least 2")
+    error: Positive = 0.2
+    samples: Annotated[int, Field(ge=2)] = 256
 
     @torch.no_grad()
     def score(self, program: Program) -> Mapping[str, float]:

@@ -16,6 +16,7 @@ from tdcompile.errors import InputError
 from tdcompile.ir.program import Program, sites
 from tdcompile.passes.importance._divergence import answers, divergence, drawn
 from tdcompile.passes.importance._trial import FORMS, trials
+from tdcompile.support.options import Count
 from tdcompile.support.progress import report_progress
 
 log = logging.getLogger("tdcompile")
@@ -35,13 +36,8 @@ class Probe(Importance):
     name: ClassVar[str] = "probe"
     share: float = 0.5
     measure: Literal["kl", "accuracy"] = "kl"
-    samples: int = 512
+    samples: Count = 512
     forms: tuple[str, ...] = FORMS
-
-    def __post_init__(self) -> None:
-        """Raises InputError where no sample is asked for."""
-        if self.samples < 1:
-            raise InputError(f"'{self.spec()}': samples is at least 1")
 
     @torch.no_grad()
     def score(self, program: Program) -> Mapping[str, float]:

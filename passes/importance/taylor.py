@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from tdcompile.core.importance import Importance, normalised
@@ -18,6 +19,7 @@ from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Program, sites
 from tdcompile.passes.importance._divergence import drawn
 from tdcompile.passes.importance._trial import FORMS, Trial, trials
+from tdcompile.support.options import Count
 from tdcompile.support.progress import report_progress
 
 
@@ -44,18 +46,11 @@ class Taylor(Importance):
 
     name: ClassVar[str] = "taylor"
     share: float = 0.5
-    order: int = 2
-    samples: int | None = None
-    batch: int = 32
+    order: Annotated[int, Field(ge=1, le=2)] = 2
+    samples: Count | None = None
+    batch: Count = 32
     forms: tuple[str, ...] = FORMS
     largest: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raises InputError where an option is out of its range."""
-        if self.order not in (1, 2):
-            raise InputError(f"taylor{{order={self.order}}} is 1 or 2")
-        if self.batch < 1 or (self.samples is not None and self.samples < 1):
-            raise InputError(f"'{self.spec()}': samples and batch are at least 1")
 
     def score(self, program: Program) -> Mapping[str, float]:
         """See ``Importance.score``."""

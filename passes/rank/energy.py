@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tdcompile.core.rank_selector import RankSelector
-from tdcompile.errors import InputError
 from tdcompile.ir.plan import Candidates, RankPlan
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import first_fit, ladder, limits_of, settle, within_error
+from tdcompile.support.options import Share
 
 _ROUNDING = 1e-12  # of 1 - keep, so that an error of exactly the square root is let in
 
@@ -25,14 +25,7 @@ class Energy(RankSelector):
     """
 
     name: ClassVar[str] = "energy"
-    keep: float | None = None
-
-    def __post_init__(self) -> None:
-        """Raises InputError where ``keep`` is no share."""
-        if self.keep is not None and not 0.0 < self.keep <= 1.0:
-            raise InputError(
-                f"'energy{{keep={self.keep}}}' is not a share in (0, 1]: 0.9 keeps nine tenths of the energy"
-            )
+    keep: Share | None = None
 
     def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
         """See ``RankSelector.select``; a given ``keep`` whose plan misses the budget is an error."""

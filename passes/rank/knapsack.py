@@ -19,6 +19,7 @@ from tdcompile.errors import InputError
 from tdcompile.ir.plan import Candidate, Candidates, RankPlan, pareto, within
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import LOSSES, limits_of, load, settle
+from tdcompile.support.options import NonNegative, Positive
 from tdcompile.support.quiet import native_output_to_stderr
 
 log = logging.getLogger("tdcompile")
@@ -48,13 +49,8 @@ class Knapsack(RankSelector):
 
     name: ClassVar[str] = "knapsack"
     loss: Literal["noise", "squared", "linear"] = "noise"
-    mip_rel_gap: float = 1e-4
-    time_limit: float = 30.0
-
-    def __post_init__(self) -> None:
-        """Raises InputError where an option is out of its range."""
-        if not (self.mip_rel_gap >= 0 and self.time_limit > 0):
-            raise InputError(f"'{self.spec()}': time_limit is above 0, mip_rel_gap is at least 0")
+    mip_rel_gap: NonNegative = 1e-4
+    time_limit: Positive = 30.0
 
     def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
         """See ``RankSelector.select``."""

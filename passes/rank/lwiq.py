@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from tdcompile.core.rank_selector import RankSelector
-from tdcompile.errors import InputError
 from tdcompile.ir.plan import Candidate, Candidates, RankPlan, within
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import LOSSES, filled, first_fit, gainful, limits_of, load, settle, weighted
+from tdcompile.support.options import NonNegative, Part
 
 _PREFERRED = ("tt", "svd", "tt-linear")  # the paper's tensor train, and what a layer has that no train fits
 _LEVELS, _LARGEST = 400, 64.0
@@ -34,17 +36,10 @@ class LwiqRanks(RankSelector):
     """
 
     name: ClassVar[str] = "lwiq"
-    error: float = 0.3
-    power: float = 0.5
+    error: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    power: NonNegative = 0.5
     fill: bool = True
-    reserve: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Raises InputError where an option is out of its range."""
-        if not 0 < self.error < 1 or self.power < 0:
-            raise InputError(f"'{self.spec()}': error is a share in (0, 1), power at least 0")
-        if not 0 <= self.reserve < 1:
-            raise InputError(f"'{self.spec()}': reserve is a share in [0, 1)")
+    reserve: Part = 0.1
 
     def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
         """See ``RankSelector.select``."""

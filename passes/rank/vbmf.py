@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 from tdcompile.core.rank_selector import RankSelector
-from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.plan import Candidate, Candidates, RankPlan, Spectrum
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import first_fit, full_ranks, gainful, limits_of, load, settle
+from tdcompile.support.options import Count, Share
 
 _STEPS = 64  # of the search over the weakening factor
 
@@ -40,15 +40,8 @@ class VBMF(RankSelector):
 
     name: ClassVar[str] = "vbmf"
     needs_spectra: ClassVar[bool] = True
-    weaken: float = 1.0
-    floor: int = 1
-
-    def __post_init__(self) -> None:
-        """Raises InputError where the factor is outside (0, 1], or the floor below 1."""
-        if not 0.0 < self.weaken <= 1.0:
-            raise InputError(f"'vbmf{{weaken={self.weaken}}}' is not in (0, 1]: 1 takes the estimated ranks themselves")
-        if self.floor < 1:
-            raise InputError(f"'vbmf{{floor={self.floor}}}' is no rank: 1 is the smallest")
+    weaken: Share = 1.0
+    floor: Count = 1
 
     def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
         """See ``RankSelector.select``."""

@@ -10,10 +10,10 @@ from torch import Tensor, fx
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import RewritePass, Rewritten
 from tdcompile.core.registry import make
-from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, Reason
 from tdcompile.ir.graph_edits import replace_module
 from tdcompile.ir.program import Change, Program, Site, kept_dense, sites
+from tdcompile.support.options import Share
 from tdcompile.support.progress import report_progress
 from tdcompile.training.adapters import Parallel
 
@@ -33,13 +33,8 @@ class AttachAdapters(RewritePass):
     """
 
     name: ClassVar[str] = "attach-adapters"
-    rank: float = 0.9
+    rank: Share = 0.9
     init: Literal["exact", "zero"] = "exact"
-
-    def __post_init__(self) -> None:
-        """Raises InputError where the rank is no share."""
-        if not 0 < self.rank <= 1:
-            raise InputError(f"attach-adapters{{rank={self.rank}}} is a share of the full ranks in (0, 1]")
 
     def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
         """Put a parallel layer in the place of every layer that one of the forms applies to."""

@@ -18,6 +18,7 @@ from tdcompile.ir.measurements import Calibration, Moments
 from tdcompile.ir.plan import DENSE, RankPlan, Ranks
 from tdcompile.ir.program import Change, Program, kept_dense, sites
 from tdcompile.planning.plan_file import check, estimated
+from tdcompile.support.options import Count
 from tdcompile.support.process_pool import parallel_map
 from tdcompile.support.progress import report_progress
 
@@ -32,12 +33,7 @@ class Factorize(RewritePass):
 
     name: ClassVar[str] = "factorize"
     needs: ClassVar[tuple[type[Fact], ...]] = (RankPlan,)
-    jobs: int = 1
-
-    def __post_init__(self) -> None:
-        """Raises InputError where jobs is below 1."""
-        if self.jobs < 1:
-            raise InputError(f"factorize{{jobs={self.jobs}}} is to be at least 1")
+    jobs: Count = 1
 
     def run(self, program: Program) -> Program:
         """As of any rewrite; a plan by hand gets the errors that the moments tell of it."""

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
-from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, Reason
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.plan import DENSE, Candidate, Ranks, within
@@ -21,6 +21,7 @@ from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Cost
 from tdcompile.planning.allocation import gainful
 from tdcompile.planning.pricing import Prices
+from tdcompile.support.options import Count, NonNegative, Positive
 from tdcompile.training.adapters import Parallel, energy_ranks, parallel_layers
 from tdcompile.training.augment import AugmentOption, resolve_augment
 from tdcompile.training.distillation import Distillation, excluded_output, output_energies
@@ -52,26 +53,17 @@ class Anneal(TunePass):
 
     name: ClassVar[str] = "anneal"
     trains: ClassVar[bool] = True
-    epochs: float = 10.0
-    lr: float = 0.01
-    batch: int = 128
-    decay: float = 0.7
-    selections: int = 5
-    clip: float = 5.0
-    temperature: float = 4.0
-    labels: float = 0.1
-    others: float = 1.0
+    epochs: Positive = 10.0
+    lr: Positive = 0.01
+    batch: Count = 128
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    selections: Count = 5
+    clip: Positive = 5.0
+    temperature: Positive = 4.0
+    labels: Annotated[float, Field(ge=0, le=1)] = 0.1
+    others: NonNegative = 1.0
     augment: AugmentOption = "auto"
     precision: Precision = "fp32"
-
-    def __post_init__(self) -> None:
-        """Raises InputError where an option is out of its range."""
-        if not (self.epochs > 0 and self.lr > 0 and self.batch >= 1 and self.selections >= 1 and 0 < self.decay < 1):
-            raise InputError(f"'{self.spec()}': epochs, lr, batch, selections above 0, decay a share in (0, 1)")
-        if not (self.clip > 0 and self.temperature > 0 and 0 <= self.labels <= 1 and self.others >= 0):
-            raise InputError(
-                f"'{self.spec()}': clip and temperature above 0, labels a share in [0, 1], others 0 or more"
-            )
 
     def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
         """Anneal, and leave every parallel layer that is worth it without its dense share, within the budget.

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import fx, nn
 
 from tdcompile.backend.lowering import lower
@@ -20,6 +21,7 @@ from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Change, Program, sites_of
+from tdcompile.support.options import Count, NonNegative, Part, Positive
 from tdcompile.training.augment import AugmentOption, resolve_augment
 from tdcompile.training.distillation import Distillation, LayerwiseLoss, excluded_output, output_energies
 from tdcompile.training.mixed_precision import Precision
@@ -66,44 +68,29 @@ class Finetune(TunePass):
     name: ClassVar[str] = "finetune"
     trains: ClassVar[bool] = True
     gives: ClassVar[tuple[type[Fact], ...]] = (Tuning,)
-    epochs: float = 5.0
-    lr: float | None = None
-    trial: int = 40
-    batch: int = 128
-    momentum: float = 0.9
-    warmup: float = 0.05
-    clip: float = 5.0
-    temperature: float = 4.0
-    labels: float = 0.1
-    others: float = 1.0
-    outputs: float = 0.0
-    weights: float = 0.0
-    holdout: float = 0.05
+    epochs: Positive = 5.0
+    lr: Positive | None = None
+    trial: Annotated[int, Field(ge=0)] = 40
+    batch: Count = 128
+    momentum: Part = 0.9
+    warmup: Part = 0.05
+    clip: Positive = 5.0
+    temperature: Positive = 4.0
+    labels: Annotated[float, Field(ge=0, le=1)] = 0.1
+    others: NonNegative = 1.0
+    outputs: NonNegative = 0.0
+    weights: NonNegative = 0.0
+    holdout: Part = 0.05
     augment: AugmentOption = "auto"
     bn: Literal["train", "frozen"] = "train"
-    average: float = 0.0
-    patience: int = 0
+    average: Part = 0.0
+    patience: Annotated[int, Field(ge=0)] = 0
     precision: Precision = "fp32"
 
-    def __post_init__(self) -> None:
-        """Raises InputError where an option is out of its range."""
-        for option in ("epochs", "batch", "clip", "temperature", "lr"):
-            value = getattr(self, option)
-            if value is not None and not value > 0:
-                raise InputError(f"finetune{{{option}={value}}} is to be more than 0")
-        for option in ("patience", "trial"):
-            if getattr(self, option) < 0:
-                raise InputError(f"finetune{{{option}={getattr(self, option)}}} is to be at least 0")
+    def check(self) -> None:
+        """Require held-out samples if patience counts epochs by them."""
         if self.patience and not self.holdout:
-            raise InputError("finetune{patience=…} judges epochs by held-out samples: give it a holdout above 0")
-        for option in ("momentum", "warmup", "holdout", "average"):
-            if not 0 <= getattr(self, option) < 1:
-                raise InputError(f"finetune{{{option}={getattr(self, option)}}} is to be a share in [0, 1)")
-        for option in ("others", "outputs", "weights"):
-            if not getattr(self, option) >= 0:
-                raise InputError(f"finetune{{{option}={getattr(self, option)}}} is to be at least 0")
-        if not 0 <= self.labels <= 1:
-            raise InputError(f"finetune{{labels={self.labels}}} is to be a share in [0, 1]")
+            raise InputError("finetune: patience judges epochs by held-out samples: give it a holdout above 0")
 
     def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
         """Train the graph and keep its best epoch.

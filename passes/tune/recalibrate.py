@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -40,14 +41,9 @@ class Recalibrate(TunePass):
 
     name: ClassVar[str] = "recalibrate"
     touches: ClassVar[frozenset[Aspect]] = frozenset({Aspect.STATISTICS})
-    samples: int = 2048
-    batch: int = 64
+    samples: Annotated[int, Field(ge=2)] = 2048
+    batch: Annotated[int, Field(ge=2)] = 64
     relative: bool = True
-
-    def __post_init__(self) -> None:
-        """Raises InputError where a batch would have no variance."""
-        if self.samples < 2 or self.batch < 2:
-            raise InputError(f"recalibrate takes samples and batch of at least 2, not {self.samples} and {self.batch}")
 
     def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
         """Set the running statistics.

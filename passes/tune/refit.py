@@ -36,6 +36,7 @@ from tdcompile.ir.program import Change, Program, Site, kept_dense, sites_of
 from tdcompile.ir.target import Cost
 from tdcompile.passes.tune._least_squares import Sums
 from tdcompile.passes.tune._node_values import Stream, follows
+from tdcompile.support.options import Count, NonNegative
 from tdcompile.support.progress import report_progress
 
 _ATEN = torch.ops.aten
@@ -60,21 +61,14 @@ class Refit(TunePass):
     """
 
     name: ClassVar[str] = "refit"
-    samples: int = 2048
-    places: int = 64
-    ridge: float = 1e-3
+    samples: Count = 2048
+    places: Count = 64
+    ridge: NonNegative = 1e-3
     dense: bool = True
     blocks: bool = True
-    sweeps: int = 1
-    batch: int = 128
-    memory: int = 2000
-
-    def __post_init__(self) -> None:
-        """Raises InputError where an option is out of its range."""
-        if min(self.samples, self.places, self.sweeps, self.batch, self.memory) < 1 or self.ridge < 0:
-            raise InputError(
-                f"'{self.spec()}': samples, places, sweeps, batch and memory are at least 1, ridge at least 0"
-            )
+    sweeps: Count = 1
+    batch: Count = 128
+    memory: Count = 2000
 
     @torch.no_grad()
     def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:

@@ -10,6 +10,8 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import TypeVar
 
+from pydantic import AfterValidator
+
 from tdcompile.core.plugin import Plugin
 from tdcompile.core.spec import Spec, parse_spec
 from tdcompile.errors import InputError, TdcompileError, nearest
@@ -62,6 +64,20 @@ def make(kind: type[P], text: str | Spec) -> P:
     """
     spec = parse_spec(text) if isinstance(text, str) else text
     return get(kind, spec.name).from_options(spec.options)
+
+
+def registered(kind: type[Plugin]) -> AfterValidator:
+    """Return the check of an option that names a plug-in.
+
+    A field declares it: ``by: Annotated[str, registered(RankSelector)]``. A wrong name is then an error when the
+    option is set, not when the plug-in is first used.
+    """
+
+    def check(text: str) -> str:
+        make(kind, text)
+        return text
+
+    return AfterValidator(check)
 
 
 def _called(kind: type[Plugin]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal
 
 from tdcompile.errors import InputError, nearest
+from tdcompile.support.options import Count, Options, Share
 
 Device = Literal["cpu", "cuda"]
 Floats = Literal["fp32", "fp16"]
@@ -15,7 +16,7 @@ GRAIN: dict[Device, int] = {"cpu": 16, "cuda": 8}
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(Options):
     """Where the compiled model will run.
 
     Attributes:
@@ -26,19 +27,10 @@ class Target:
     """
 
     device: Device = "cpu"
-    threads: int = 1
-    grain: int | None = None
+    threads: Count = 1
+    grain: Count | None = None
     precision: Floats = "fp32"
-    batch: int = 1
-
-    def __post_init__(self) -> None:
-        """Raises InputError where a name is not one of those, or a number is below 1."""
-        for name, known in (("device", get_args(Device)), ("precision", get_args(Floats))):
-            if (given := getattr(self, name)) not in known:
-                raise InputError(f"there is no {name} {given!r}: {nearest(str(given), known)}")
-        for name in ("threads", "batch", "grain"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise InputError(f"a target's {name} is at least 1, not {number}")
+    batch: Count = 1
 
     @property
     def rank_grain(self) -> int:
@@ -81,22 +73,15 @@ UNLIMITED = f"the budget limits nothing: give at least one of {', '.join(LIMITED
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Options):
     """What may be kept of the dense network, each a share in (0, 1]; None does not limit.
 
     One without any share is that of a plan which is given: nothing is chosen under it.
     """
 
-    latency: float | None = None
-    macs: float | None = None
-    params: float | None = None
-
-    def __post_init__(self) -> None:
-        """Raises InputError where a share is outside (0, 1]."""
-        for name in LIMITED:
-            share = getattr(self, name)
-            if share is not None and not 0.0 < share <= 1.0:
-                raise InputError(f"budget {name}={share} is not a share in (0, 1]: 0.5 keeps half of the dense {name}")
+    latency: Share | None = None
+    macs: Share | None = None
+    params: Share | None = None
 
     @classmethod
     def parse(cls, parts: Sequence[str]) -> Budget:

@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from tdcompile.backend.environment import environment
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import Pass
-from tdcompile.core.registry import make
+from tdcompile.core.registry import make, registered
 from tdcompile.core.spec import split
 from tdcompile.data.loading import Given
 from tdcompile.data.loading import given as samples_of
@@ -28,6 +30,7 @@ from tdcompile.studies.crew import Outcomes, Work, in_turn, over_processes, over
 from tdcompile.studies.findings import Cell, Failure, Findings, Omission
 from tdcompile.studies.ledger import Ledger
 from tdcompile.studies.page import render_html
+from tdcompile.support.options import Count, Options
 
 METHODS = ("cp4", "tucker2", "tt")
 COMPRESSIONS = (0.5, 0.75, 0.9)
@@ -36,7 +39,7 @@ Told = Callable[[int, int, Cell | Failure], None]  # how many cells are done, of
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Options):
     """What is varied, and how the network is tuned.
 
     Attributes:
@@ -48,29 +51,20 @@ class Grid:
         tune: options of ``finetune``, e.g. ``epochs=5``, or ``none``.
     """
 
-    methods: tuple[str, ...] = METHODS
-    compressions: tuple[float, ...] = COMPRESSIONS
+    methods: tuple[Annotated[str, registered(Decomposition)], ...] = METHODS
+    compressions: tuple[Annotated[float, Field(title="a share", gt=0, lt=1)], ...] = COMPRESSIONS
     layers: tuple[str, ...] = ()
-    seeds: int = 1
+    seeds: Count = 1
     seed: int = 0
     tune: str = "none"
 
-    def __post_init__(self) -> None:
-        """Raises InputError where a method is unknown, a compression is no share, or nothing is left to vary."""
+    def check(self) -> None:
+        """Require at least one method and one compression, none of them twice, and options that tuning knows."""
         for name, values in (("method", self.methods), ("compression", self.compressions)):
             if not values:
-                raise InputError(f"a study needs a {name} at least")
+                raise InputError(f"a study needs at least one {name}")
             if len(set(values)) < len(values):
                 raise InputError(f"a {name} is given twice: {', '.join(map(str, values))}")
-        for method in self.methods:
-            make(Decomposition, method)
-        for share in self.compressions:
-            if not isinstance(share, int | float):
-                raise InputError(f"the compression {share!r} is no number: 0.75 removes three quarters of a layer")
-            if not 0.0 < share < 1.0:
-                raise InputError(f"the compression {share:g} is not in (0, 1): 0.75 removes three quarters of a layer")
-        if self.seeds < 1:
-            raise InputError(f"seeds={self.seeds} is below 1")
         if self.tune != "none":
             make(Pass, f"finetune{{{self.tune}}}")
 

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 import tdcompile
 from tdcompile.cli.main import _failure
+from tdcompile.core import registry
 from tdcompile.core.importance import Importance
 from tdcompile.core.passes import AnalysisPass, Pass, RewritePass, Rewritten, TunePass
 from tdcompile.core.pipeline import Pipeline, Silent
@@ -204,7 +205,7 @@ def test_a_failure_inside_a_plugin_names_it_and_where_it_was(monkeypatch: pytest
             return None  # type: ignore[return-value]
 
     made = {"faulty": Faulty(), "lost": Lost(), "empty": Empty()}
-    for home in (score_pass, choose_pass):
+    for home in (score_pass, choose_pass, registry):
         monkeypatch.setattr(home, "make", lambda kind, text: made.get(text) or make(kind, text))
     program = program.with_(budget=Budget(macs=0.9))
     with pytest.raises(ValueError, match="too bad") as failure:

@@ -96,9 +96,9 @@ def test_options_survive_their_text(values: dict[str, object]) -> None:
     ("options", "said"),
     [
         ({"cuont": "1"}, "no option 'cuont': did you mean 'count'"),
-        ({"count": "1.5"}, "takes int, not '1.5'"),
-        ({"share": "half"}, "takes float"),
-        ({"flag": "maybe"}, "true or false"),
+        ({"count": "1.5"}, "count=1.5 must be a whole number"),
+        ({"share": "half"}, "share=half must be a number"),
+        ({"flag": "maybe"}, "flag=maybe must be true or false"),
         ({"mode": "three"}, "one of one, two"),
     ],
 )

@@ -75,11 +75,11 @@ def test_the_grain_is_the_device_s_own_unless_one_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"device": "gpu"}, "there is no device 'gpu'"),
+        ({"device": "gpu"}, "device=gpu must be one of cpu, cuda"),
         ({"precision": "fp61"}, "did you mean 'fp16'?"),
-        ({"threads": 0}, "threads is at least 1, not 0"),
-        ({"batch": 0}, "batch is at least 1"),
-        ({"grain": -1}, "grain is at least 1"),
+        ({"threads": 0}, "threads=0 must be a whole number of at least 1"),
+        ({"batch": 0}, "batch=0 must be a whole number of at least 1"),
+        ({"grain": -1}, "grain=-1 must be a whole number of at least 1 or none"),
     ],
 )
 def test_a_target_that_cannot_be_is_refused(options: dict[str, object], said: str) -> None:

@@ -119,7 +119,7 @@ def test_errors_that_cannot_be_are_told_with_the_form_and_the_layer(
 
 @pytest.mark.parametrize("text", ["propose{grain=-1}", "propose{grain=0}", "propose{jobs=0}"])
 def test_a_grain_or_a_number_of_jobs_below_one_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="is to be at least 1"):
+    with pytest.raises(InputError, match="must be a whole number of at least 1"):
         Pipeline.parse(text)
 
 

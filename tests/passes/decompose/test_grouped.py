@@ -81,7 +81,7 @@ def test_what_it_refuses(module: nn.Conv2d, code: str) -> None:
 @pytest.mark.parametrize("option", ["form", "pointwise"])
 @pytest.mark.parametrize("text", ["grouped", "grouped{form=channel}", "nonsense"])
 def test_a_group_in_groups_and_an_unknown_form_are_refused(option: str, text: str) -> None:
-    with pytest.raises(InputError, match="is to be one of channel, cp"):
+    with pytest.raises(InputError, match="must be one of channel, cp"):
         Grouped(**{option: text})
 
 
