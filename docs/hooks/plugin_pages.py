@@ -16,10 +16,11 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.importance import Importance
 from tdcompile.core.network import Network
 from tdcompile.core.passes import Pass
-from tdcompile.core.plugin import Plugin, text_of
+from tdcompile.core.plugin import Plugin
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find
 from tdcompile.recipes import recipes
+from tdcompile.support.options import text_of
 
 # Class docstrings leave types to the fields, which griffe would warn about.
 logging.getLogger("griffe").setLevel(logging.ERROR)

@@ -19,7 +19,7 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.importance import Importance
 from tdcompile.core.network import Network
 from tdcompile.core.passes import Pass
-from tdcompile.core.plugin import Plugin, text_of
+from tdcompile.core.plugin import Plugin
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find
 from tdcompile.data.loading import kinds
@@ -27,6 +27,7 @@ from tdcompile.errors import InputError, nearest
 from tdcompile.frontend.tracing import trace
 from tdcompile.recipes import recipes
 from tdcompile.support.formatting import count
+from tdcompile.support.options import text_of
 
 Listed = dict[str, dict[str, Any]]
 

@@ -9,7 +9,6 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from functools import cache
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -24,6 +23,9 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(title="a share", gt=0, le=1)]
 Part = Annotated[float, Field(title="a share", ge=0, lt=1)]
 
+# Both are built once for each class: a search makes thousands of decompositions.
+_TYPES: dict[type, Mapping[str, Any]] = {}
+_ADAPTERS: dict[tuple[type, str], TypeAdapter[Any]] = {}
 _NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
 
 
@@ -57,11 +59,12 @@ class Options:
         return cls.__name__.lower()
 
 
-@cache
 def types_of(owner: type[Options]) -> Mapping[str, Any]:
     """The declared type of each option, ranges included."""
-    hints = typing.get_type_hints(owner, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(owner) if field.init}
+    if owner not in _TYPES:
+        hints = typing.get_type_hints(owner, include_extras=True)
+        _TYPES[owner] = {field.name: hints[field.name] for field in dataclasses.fields(owner) if field.init}
+    return _TYPES[owner]
 
 
 def check_option(owner: type[Options], name: str, value: object) -> Any:
@@ -82,9 +85,10 @@ def check_option(owner: type[Options], name: str, value: object) -> Any:
         raise InputError(f"{owner.label()}: {name}={text_of(value)} must be {allowed}") from error
 
 
-@cache
 def _adapter(owner: type[Options], name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(types_of(owner)[name])
+    if (owner, name) not in _ADAPTERS:
+        _ADAPTERS[owner, name] = TypeAdapter(types_of(owner)[name])
+    return _ADAPTERS[owner, name]
 
 
 def text_of(value: object) -> str:
