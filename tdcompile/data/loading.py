@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tdcompile.data.images import Normalisation, Shape, to_tensor
-from tdcompile.data.parquet import HELD_OUT, read_hub, read_parquet
-from tdcompile.data.readers import ArrayReader, DatasetReader, EncodedReader
+from tdcompile.data.readers import ArrayReader, DatasetReader
 from tdcompile.data.samples import Loaded, Split
+from tdcompile.data.tables import HELD_OUT, read_hub, read_image_files, read_parquet
 from tdcompile.data.task import Samples
 from tdcompile.errors import InputError, nearest
 from tdcompile.support.optional_import import import_optional
@@ -208,11 +208,11 @@ def _archive(path: Path) -> dict[str, Tensor]:
 
 
 def _parquet(argument: str, wanted: _Input, seed: int) -> tuple[Split, Split | None]:
-    return read_parquet(argument, wanted.shape, seed)
+    return read_parquet(argument, wanted.shape)
 
 
 def _hub(argument: str, wanted: _Input, seed: int) -> tuple[Split, Split | None]:
-    return read_hub(argument, wanted.shape, seed)
+    return read_hub(argument, wanted.shape)
 
 
 def _arrays(name: str, x: Tensor, y: Tensor | None, wanted: _Input, chosen: Tensor | None = None) -> Split:
@@ -258,8 +258,8 @@ def _folder(root: Path, classes: Mapping[str, int], shape: Shape) -> Split:
     found = [(path, name) for name, images in held.items() for path in images]
     # By class, the first thousand would be of one class alone; the order is mixed once and for all.
     mixed = [found[i] for i in torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()]
-    labels = torch.tensor([classes[name] for _, name in mixed], dtype=torch.long)
-    return Split.checked(f"'{root}'", EncodedReader(len(mixed), lambda index: mixed[index][0], shape), labels)
+    files, labels = [path for path, _ in mixed], [classes[name] for _, name in mixed]
+    return read_image_files(f"'{root}'", files, labels, shape)
 
 
 def _callable(spec: str, wanted: _Input, seed: int) -> tuple[Part, Part | None]:

@@ -423,7 +423,7 @@ def test_a_set_of_the_hub_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) ->
     hub(monkeypatch, datasets.DatasetDict({"training": hub_table([0])}))
     assert "did you mean 'training'" in refused("hub:x")
     hub(monkeypatch, datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}))
-    assert "no column of images, only text" in refused("hub:x")
+    assert "no column of images ({bytes, path} or binary), only text" in refused("hub:x")
     hub(monkeypatch, FileNotFoundError("Dataset 'x' doesn't exist"))
     assert "doesn't exist" in refused("hub:x")
     hub(monkeypatch, ConnectionError("Couldn't reach 'x' on the Hub"))
@@ -438,7 +438,7 @@ USERS = """
 import numpy as np, torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from tdcompile.task import Batch, Samples
+from tdcompile.data.task import Batch, Samples
 
 class Own(Samples):
     classes = 2
@@ -637,7 +637,7 @@ def test_a_spec_of_another_form_is_refused(spec: str, says: str) -> None:
     assert says in refused(spec)
 
 
-@pytest.mark.parametrize(("missing", "spec"), [("sklearn", "digits"), ("datasets", "hub:x"), ("pyarrow", "parquet:{}")])
+@pytest.mark.parametrize(("missing", "spec"), [("sklearn", "digits"), ("datasets", "hub:x"), ("datasets", "parquet:{}")])
 def test_a_missing_package_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, spec: str
 ) -> None:
