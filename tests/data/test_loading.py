@@ -637,7 +637,9 @@ def test_a_spec_of_another_form_is_refused(spec: str, says: str) -> None:
     assert says in refused(spec)
 
 
-@pytest.mark.parametrize(("missing", "spec"), [("sklearn", "digits"), ("datasets", "hub:x"), ("datasets", "parquet:{}")])
+@pytest.mark.parametrize(
+    ("missing", "spec"), [("sklearn", "digits"), ("datasets", "hub:x"), ("datasets", "parquet:{}")]
+)
 def test_a_missing_package_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, spec: str
 ) -> None:
