@@ -20,7 +20,7 @@ from tdcompile.core.plugin import Plugin
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find
 from tdcompile.recipes import recipes
-from tdcompile.support.options import text_of
+from tdcompile.support.options import describe, text_of, types_of
 
 # Class docstrings leave types to the fields, which griffe would warn about.
 logging.getLogger("griffe").setLevel(logging.ERROR)
@@ -64,9 +64,13 @@ def _section(name: str, plugin: type[Plugin]) -> str:
         for attribute in section.value
     }
     parts = [f"### `{name}`", *text, *_background(plugin)]
+    kinds = types_of(plugin)
     if fields := dataclasses.fields(plugin):
-        rows = [f"| `{f.name}` | `{_default(f)}` | {_cell(meanings.get(f.name, ''))} |" for f in fields]
-        parts.append("\n".join(["| option | default | meaning |", "|---|---|---|", *rows]))
+        rows = [
+            f"| `{f.name}` | `{_default(f)}` | {_cell(describe(kinds[f.name]))} | {_cell(meanings.get(f.name, ''))} |"
+            for f in fields
+        ]
+        parts.append("\n".join(["| option | default | values | meaning |", "|---|---|---|---|", *rows]))
     return "\n\n".join(parts)
 
 

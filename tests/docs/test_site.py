@@ -43,6 +43,13 @@ def test_the_plugin_reference_has_every_plugin_and_option_of_every_kind():
                 assert f"| `{option.name}` |" in section
 
 
+def test_an_option_shows_the_values_that_it_takes():
+    text = plugin_pages.plugin_reference("passes")
+    finetune = re.search(r"^### `finetune`\n(.*?)(?=^### )", text, re.MULTILINE | re.DOTALL)[1]
+    assert re.search(r"^\| `labels` \| `0\.1` \| a number in \[0, 1\] \| ", finetune, re.MULTILINE)
+    assert re.search(r"^\| `bn` \| `train` \| one of train, frozen \| ", finetune, re.MULTILINE)
+
+
 def test_every_decomposition_is_drawn_as_the_chain_of_its_blueprint():
     text = drawings.draw_decompositions()
     for name in find(Decomposition):
