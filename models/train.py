@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from tdcompile.ir.target import Target
 from tdcompile.support.heap import keep_freed_memory
 from tdcompile.training.augment import Augment, Augmented
 from tdcompile.training.mixed_precision import Precision, strided_depthwise_in_fp32
+from tdcompile.training.schedule import warmup_cosine
 
 MOMENTUM = 0.9
 
@@ -52,13 +54,6 @@ class Schedule:
     warmup: float = 0.1
     augment: Augment = "none"
     precision: Precision = "fp32"
-
-    def rate(self, step: int, steps: int) -> float:
-        """The share of the highest rate at a step, counted from 0."""
-        warm = round(self.warmup * steps)
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torch.Generator) -> Iterator[float]:
@@ -94,7 +89,7 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
     )
     optimizer = torch.optim.SGD(_groups(module, schedule), schedule.lr, MOMENTUM, nesterov=True)
     steps = schedule.epochs * len(loader)
-    scheduler = LambdaLR(optimizer, lambda step: schedule.rate(step, steps))
+    scheduler = LambdaLR(optimizer, partial(warmup_cosine, warmup=round(schedule.warmup * steps), total=steps))
     model, optimizer, loader, scheduler = accelerator.prepare(module, optimizer, loader, scheduler)
     for epoch in range(schedule.epochs):
         images.redraw(int(torch.randint(2**62, (), generator=generator)))

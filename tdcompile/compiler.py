@@ -22,7 +22,7 @@ from tdcompile.artifact.folder import check_out, save_weights, write_folder
 from tdcompile.artifact.measure import measure
 from tdcompile.artifact.report import Report, render_html
 from tdcompile.artifact.summary import Run, summarise
-from tdcompile.backend.session import open_session
+from tdcompile.backend.session import open_probe
 from tdcompile.core.passes import AnalysisPass, TunePass
 from tdcompile.core.pipeline import Pipeline, Silent, Watch, run_step
 from tdcompile.core.plugin import Plugin
@@ -36,7 +36,7 @@ from tdcompile.ir.facts import Fact
 from tdcompile.ir.modules import evaluating, outputs_of
 from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Program, sites
-from tdcompile.ir.target import Budget, Target
+from tdcompile.ir.target import Budget
 from tdcompile.planning.plan_file import adopt
 from tdcompile.recipes import Recipe, known_beside, load_recipe
 from tdcompile.training.distributed import from_first, is_first, no_gpu
@@ -244,7 +244,7 @@ def prepare(
     """
     target = recipe.device()
     budget = recipe.shares()
-    _prove(target)
+    open_probe(target)  # before any work
     program = trace(
         module, inputs, frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch, dynamic=recipe.dynamic
     )
@@ -392,20 +392,6 @@ def _check_labels(program: Program) -> None:
         raise InputError(
             f"the labels go up to {classes - 1}, and the network's output is {shape}: expected a score for each class"
         )
-
-
-def _prove(target: Target) -> None:
-    """Open a session on the smallest of models: whether the provider loads is known before any work.
-
-    Raises:
-        UnavailableError: it does not.
-    """
-    from onnx import TensorProto, helper  # needed in this one place
-
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", values[:1], values[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    open_session(model.SerializeToString(), target)
 
 
 def _stamp(program: Program) -> str:

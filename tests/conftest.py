@@ -7,9 +7,8 @@ import socket
 
 import pytest
 import torch
-from onnx import TensorProto, helper
 
-from tdcompile.backend.session import open_session
+from tdcompile.backend.session import open_probe
 from tdcompile.errors import UnavailableError
 from tdcompile.ir.target import Target
 
@@ -19,14 +18,8 @@ def _why_no_gpu() -> str | None:
     """The reason why the CUDA provider does not run here; None where it does."""
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device"
-    value = (
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, [1]),
-        helper.make_tensor_value_info("y", TensorProto.FLOAT, [1]),
-    )
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", [value[0]], [value[1]])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     try:
-        open_session(model.SerializeToString(), Target("cuda"))
+        open_probe(Target("cuda"))
     except UnavailableError as error:
         return str(error)
     return None

@@ -12,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from tdcompile.backend.onnx_nodes import layer_node, noise_weight, pads
 from tdcompile.ir.layer import Layer
 
 _KINDS = {"conv": ("Conv",), "linear": ("Gemm", "MatMul")}
@@ -71,7 +72,7 @@ def _is_layer(node: onnx.NodeProto, layer: Layer, stored: Mapping[str, onnx.Tens
         return True
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     automatic = given.get("auto_pad", b"NOTSET") != b"NOTSET"
-    return not automatic and list(given.get("pads", [0] * (2 * len(layer.kernel)))) == _pads(layer)
+    return not automatic and list(given.get("pads", [0] * (2 * len(layer.kernel)))) == pads(layer)
 
 
 def _chain(
@@ -83,35 +84,13 @@ def _chain(
     for i, part in enumerate(chain):
         last = i == len(chain) - 1
         weight, out = f"{name}.{i}.weight", node.output[0] if last else f"{node.output[0]}.{i}"
-        stored[weight] = numpy_helper.from_array(_noise(part).astype(kind), weight)
+        stored[weight] = numpy_helper.from_array(_weight(part).astype(kind), weight)
         inputs = [source, weight, *(node.input[2:] if last else ())]
-        made.append(_node(part, inputs, out, f"{name}.{i}/{node.name.rpartition('/')[2]}"))
+        made.append(layer_node(part, inputs, out, f"{name}.{i}/{node.name.rpartition('/')[2]}"))
         source = out
     return made
 
 
-def _node(part: Layer, inputs: Sequence[str], out: str, name: str) -> onnx.NodeProto:
-    if part.kind == "linear":
-        return helper.make_node("Gemm" if len(inputs) > 2 else "MatMul", inputs, [out], name=name)
-    return helper.make_node(
-        "Conv",
-        inputs,
-        [out],
-        name=name,
-        kernel_shape=part.kernel,
-        strides=part.stride,
-        dilations=part.dilation,
-        pads=_pads(part),
-        group=part.groups,
-    )
-
-
-def _pads(layer: Layer) -> list[int]:
-    return [before for before, _ in layer.padding] + [after for _, after in layer.padding]
-
-
-def _noise(part: Layer) -> NDArray[np.float32]:
-    """Weights that neither blow a signal up nor let it die; a short piece of noise, repeated, times like a long one."""
-    shape = part.weight_shape if part.kind == "conv" else part.weight_shape[::-1]
-    piece = np.random.default_rng(0).standard_normal(8191, dtype=np.float32)
-    return np.resize(piece, shape) / np.float32(math.sqrt(math.prod(part.weight_shape[1:])))
+def _weight(part: Layer) -> NDArray[np.float32]:
+    """Return noise divided by the root of its fan-in, which neither amplifies nor damps a signal."""
+    return noise_weight(part) / np.float32(math.sqrt(math.prod(part.weight_shape[1:])))

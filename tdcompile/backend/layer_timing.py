@@ -22,6 +22,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from tdcompile.backend.environment import environment
+from tdcompile.backend.onnx_nodes import layer_node, make_model, noise_weight
 from tdcompile.backend.profile import node_seconds
 from tdcompile.backend.session import time_models
 from tdcompile.ir.layer import Layer
@@ -184,44 +185,25 @@ def layers_model(layers: Sequence[Layer], target: Target) -> onnx.ModelProto:
     the value it writes.
     """
     kind, number = (TensorProto.FLOAT16, np.float16) if target.precision == "fp16" else (TensorProto.FLOAT, np.float32)
-    # Time does not depend on values as long as none is zero or denormal: a short piece of noise, repeated, will do.
-    noise = np.random.default_rng(0).standard_normal(8191, dtype=np.float32).astype(number)
     nodes, inputs, outputs, weights = [], [], [], []
     for i, layer in enumerate(layers):
         shape = _input_shape(layer, target.batch)
         inputs.append(helper.make_tensor_value_info(f"input{i}", kind, shape))
         nodes.append(helper.make_node("Relu", [f"input{i}"], [f"fresh{i}"], name=f"fresh{i}"))
-        stored = layer.weight_shape if layer.kind == "conv" else layer.weight_shape[::-1]
-        if layer.transposed:
-            stored = (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel)
-        weight = np.resize(noise, stored)
-        weights.append(numpy_helper.from_array(weight, f"weight{i}"))
+        weights.append(numpy_helper.from_array(noise_weight(layer).astype(number), f"weight{i}"))
         weights.append(numpy_helper.from_array(np.zeros(layer.out_channels, number), f"bias{i}"))
         nodes += _nodes(layer, i)
         outputs.append(helper.make_tensor_value_info(f"layer{i}", kind, None))
     graph = helper.make_graph(nodes, "layers", inputs, outputs, weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return make_model(graph)
 
 
 def _nodes(layer: Layer, i: int) -> list[onnx.NodeProto]:
     name, source, weight, bias = f"layer{i}", f"fresh{i}", f"weight{i}", f"bias{i}"
-    if layer.kind == "linear" and not layer.extent:
-        return [helper.make_node("Gemm", [source, weight, bias], [name], name=name)]
-    if layer.kind == "linear":
-        product = helper.make_node("MatMul", [source, weight], [f"{name}_product"], name=f"{name}_product")
-        return [product, helper.make_node("Add", [f"{name}_product", bias], [name], name=name)]
-    pads = [before for before, _ in layer.padding] + [after for _, after in layer.padding]
-    return [
-        helper.make_node(
-            "ConvTranspose" if layer.transposed else "Conv",
-            [source, weight, bias],
-            [name],
-            name=name,
-            kernel_shape=layer.kernel,
-            strides=layer.stride,
-            dilations=layer.dilation,
-            pads=pads,
-            group=layer.groups,
-            output_padding=layer.output_padding or None,  # an attribute that is None is left out
-        )
-    ]
+    if layer.kind == "linear" and layer.extent:
+        product = f"{name}_product"
+        return [
+            layer_node(layer, [source, weight], product, product),
+            helper.make_node("Add", [product, bias], [name], name=name),
+        ]
+    return [layer_node(layer, [source, weight, bias], name, name)]

@@ -22,6 +22,7 @@ from tdcompile.backend.environment import distributions
 # torch comes first: it brings the CUDA libraries, and on Windows it cannot be imported once onnxruntime has its own
 import onnxruntime as ort
 
+from tdcompile.backend.onnx_nodes import probe_model
 from tdcompile.errors import InputError, UnavailableError, first_line
 from tdcompile.ir.target import Target
 
@@ -97,6 +98,15 @@ def open_session(
     if session.get_providers()[0] != target.provider:
         raise UnavailableError(_explain_missing_provider(target.provider, said))
     return session
+
+
+def open_probe(target: Target) -> ort.InferenceSession:
+    """Open a session on the smallest model, which proves that the target's provider loads.
+
+    Raises:
+        UnavailableError: two onnxruntimes are installed, or the provider did not load.
+    """
+    return open_session(probe_model(), target)
 
 
 def _providers(target: Target, tf32: bool) -> list[str | tuple[str, dict[str, str]]]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
-import signal
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 
 import torch
 
@@ -16,13 +13,14 @@ from tdcompile.errors import InputError, TdcompileError
 from tdcompile.studies.cell import Bench, Load, Point
 from tdcompile.studies.findings import Cell, Failure
 from tdcompile.support.optional_import import import_optional
+from tdcompile.support.process_pool import LazyValues, process_pool
 
 Work = Sequence[tuple[Point, str]]  # points of the grid, each with its cell's key
 Outcomes = Iterator[Cell | Failure]
 
 _DIED = "a process of the study died, as a rule for want of memory: go on with --resume and fewer --jobs"
-_benches: dict[str, Bench] = {}  # of this process, by the study that it works for
-_load: Load | None = None
+_POOL = "pool"  # key of the one study that a process of the pool works for; Ray's processes may work for several
+BENCHES = LazyValues[Bench]()  # of this process, by study
 
 
 def in_turn(bench: Bench, work: Work) -> Outcomes:
@@ -47,21 +45,10 @@ def over_processes(load: Load, work: Work, jobs: int) -> Outcomes:
             f"the network or its data cannot be sent to other processes ({error}): define them at the top of a "
             "module, or study with one job"
         ) from error
-    threads = max(1, torch.get_num_threads() // jobs)
-    others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may stand still
-    pool = ProcessPoolExecutor(min(jobs, max(len(work), 1)), context, _begin, (load, threads))
-    try:
+    processes = min(jobs, max(len(work), 1))
+    with process_pool(processes, _DIED, _register, (load,)) as pool:
         for future in as_completed([pool.submit(_measure, point, key) for point, key in work]):
             yield future.result()
-    except BrokenProcessPool as error:
-        raise TdcompileError(_DIED) from error
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def over_ray(load: Load, work: Work, jobs: int) -> Outcomes:
@@ -100,28 +87,21 @@ def over_ray(load: Load, work: Work, jobs: int) -> Outcomes:
                 ray.cancel(undone, force=True)
 
 
-def _begin(load: Load, threads: int) -> None:
-    """Prepare a process; what can fail waits for the first cell, whose failure is told in a sentence."""
-    global _load
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the first process ends the others
-    torch.set_num_threads(threads)
-    _load = load
+def _register(load: Load) -> None:
+    """Prepare a process; the bench is loaded with the first cell, so that a failure is that cell's."""
+    BENCHES.register(_POOL, load)
 
 
 def _measure(point: Point, key: str) -> Cell | Failure:
-    assert _load is not None  # ``_begin`` has run
-    if "" not in _benches:
-        _benches[""] = _load()
-    return _benches[""].attempt(point, key)
+    return BENCHES[_POOL].attempt(point, key)
 
 
 def _measure_there(shared: list[object], folder: str, point: Point, key: str) -> Cell | Failure:
     """In a process of Ray's, which may work for several studies one after another."""
     name = str(shared[0])
-    if name not in _benches:
+    if name not in BENCHES:
         torch.set_num_threads(1)
         if os.path.isdir(folder):
             os.chdir(folder)
-        load: Load = import_optional("ray", "ray").get(shared[0])
-        _benches[name] = load()
-    return _benches[name].attempt(point, key)
+        BENCHES.register(name, import_optional("ray", "ray").get(shared[0]))
+    return BENCHES[name].attempt(point, key)

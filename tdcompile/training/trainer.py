@@ -28,6 +28,7 @@ from tdcompile.training.augment import Augment, Augmented
 from tdcompile.training.distributed import count, devices, from_first, no_gpu, same_in_all
 from tdcompile.training.mixed_precision import Precision, strided_depthwise_in_fp32
 from tdcompile.training.run_state import Epoch, Saved, Tuning, kept_in, key_of
+from tdcompile.training.schedule import warmup_cosine
 from tdcompile.training.sync_batchnorm import synchronized_batchnorm
 
 # What the start is held to have known by heart: the share of the held-out samples that the best epoch may answer wrong
@@ -141,7 +142,7 @@ class Trainer:
         self._steps = max(1, round(settings.epochs * len(loader)))
         self._epochs = math.ceil(self._steps / len(loader))
         optimizer = torch.optim.SGD(trained, settings.lr, settings.momentum, nesterov=settings.momentum > 0)
-        rate = partial(_rate, warm=round(settings.warmup * self._steps), total=self._steps)
+        rate = partial(warmup_cosine, warmup=round(settings.warmup * self._steps), total=self._steps)
         self._model, self._optimizer, self._loader, self._scheduler = accelerator.prepare(
             self._objective, optimizer, loader, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         )
@@ -369,13 +370,6 @@ def make_accelerator(target: Target, precision: str) -> Accelerator:
     mixed = "no" if precision == "fp32" else precision
     # A step's batch is shared out among the processes: where they divide it, they change neither steps nor rates.
     return Accelerator(cpu=cpu, mixed_precision=mixed, dataloader_config=DataLoaderConfiguration(split_batches=True))
-
-
-def _rate(step: int, warm: int, total: int) -> float:
-    """The share of the highest rate at a step: up along a line, down along a cosine."""
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
 def _merit(epoch: Epoch) -> tuple[float, float]:

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
@@ -91,16 +89,6 @@ def test_refuses_more_classes_than_the_network_has() -> None:
 def test_a_diverging_run_says_what_to_lower() -> None:
     with pytest.raises(TdcompileError, match="rate below"):
         trained(stripes(64), Schedule(epochs=3, lr=1e30, batch=32))
-
-
-@given(warmup=st.floats(0, 1), steps=st.integers(1, 300), data=st.data())
-def test_the_rate_rises_then_falls_and_stays_a_share(warmup: float, steps: int, data: st.DataObject) -> None:
-    schedule = Schedule(warmup=warmup)
-    rates = [schedule.rate(step, steps) for step in range(steps)]
-    peak = round(warmup * steps)
-    assert all(0.0 < rate <= 1.0 for rate in rates)
-    assert rates[:peak] == sorted(rates[:peak])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
 def test_the_command_trains_and_tells_the_accuracy(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tdcompile.ir.target import Target
 from tdcompile.studies import crew
 from tdcompile.studies.cell import Bench, Point, Subject
 from tdcompile.studies.findings import Cell
+from tdcompile.support.process_pool import LazyValues
 
 GRID: dict[str, Any] = {"methods": ("tucker2", "tt"), "compressions": (0.5, 0.9), "layers": ("0", "2")}
 POINTS = [Point(layer, "tt", share, 0) for layer in ("0", "2") for share in (0.5, 0.9)]
@@ -124,7 +125,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A cluster that is not running, in Ray's place; what it changes in this process is put back."""
     cluster, threads = Cluster(), torch.get_num_threads()
     monkeypatch.setitem(sys.modules, "ray", cluster.module())
-    monkeypatch.setattr(crew, "_benches", {})
+    monkeypatch.setattr(crew, "BENCHES", LazyValues())
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.chdir(os.getcwd())
     yield cluster

@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-import tdcompile.support.heap
-from tdcompile.support.heap import keep_freed_memory
+from tdcompile.support.heap import HEAP, keep_freed_memory
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc decides by itself")
 
@@ -86,4 +85,4 @@ def test_nothing_happens_with_another_c_library(monkeypatch, missing):
 
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Other())
     with keep_freed_memory():
-        assert not tdcompile.support.heap._keeping
+        assert not HEAP.keeping

@@ -6,8 +6,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tdcompile
@@ -16,7 +14,8 @@ from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.target import Target
 from tdcompile.training import trainer as training
 from tdcompile.training.run_state import Saved
-from tdcompile.training.trainer import Settings, Trainer, _rate
+from tdcompile.training.schedule import warmup_cosine
+from tdcompile.training.trainer import Settings, Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -76,20 +75,6 @@ def test_fp16_that_never_comes_back_is_an_error(monkeypatch: pytest.MonkeyPatch)
         trainer.run()
 
 
-@settings(deadline=None)
-@given(total=st.integers(2, 300), share=st.floats(0.0, 0.9))
-def test_the_rate_rises_along_a_line_to_its_peak_and_falls_along_a_cosine_to_nothing(total: int, share: float) -> None:
-    warm = min(round(share * total), total - 1)
-    rates = [_rate(step, warm, total) for step in range(total + 1)]
-    assert rates[0] == pytest.approx(1 / (warm + 1))
-    assert rates[warm] == 1.0 == max(rates)
-    assert rates[total] == pytest.approx(0.0, abs=1e-12)
-    assert rates[:warm] == pytest.approx([(step + 1) / (warm + 1) for step in range(warm)])
-    assert all(one > other for one, other in zip(rates[warm:], rates[warm + 1 :], strict=False))
-    if (total - warm) % 2 == 0:
-        assert rates[(total + warm) // 2] == pytest.approx(0.5)
-
-
 def plain(steps: int, clip: float, warmup: float, seen: list[float] | None = None) -> Trainer:
     """A trainer of one layer in fp32, which notes the rate of each step."""
     torch.manual_seed(0)
@@ -108,7 +93,7 @@ def plain(steps: int, clip: float, warmup: float, seen: list[float] | None = Non
 def test_training_takes_the_rates_of_the_schedule() -> None:
     seen: list[float] = []
     plain(steps=20, clip=5.0, warmup=0.2, seen=seen).run()
-    assert seen == pytest.approx([0.05 * _rate(step, 4, 20) for step in range(20)])
+    assert seen == pytest.approx([0.05 * warmup_cosine(step, 4, 20) for step in range(20)])
 
 
 @pytest.mark.parametrize("clip", [1e-3, 1e-2])
