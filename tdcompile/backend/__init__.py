@@ -1,1 +1,1 @@
-"""From a graph to onnxruntime: export, parity, sessions, timing."""
+"""From a graph to onnxruntime: export, parity check, sessions, timing."""

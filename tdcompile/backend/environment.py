@@ -1,4 +1,4 @@
-"""What the machine and its packages are, for reports: versions, processor, peak memory."""
+"""Describe the machine for reports: package versions, processor, peak memory."""
 
 from __future__ import annotations
 
@@ -22,14 +22,12 @@ _ONNXRUNTIME_PACKAGES = (
     "onnxruntime-openvino",
     "onnxruntime-training",
 )
-
-
 _REPORTED_PACKAGES = ("tdcompile", "torch", "onnx", "tensorly", "numpy")
 
 
 @functools.cache
 def distributions() -> dict[str, str]:
-    """The installed wheels that hold onnxruntime, with their versions; there should be one."""
+    """Return the installed packages that contain onnxruntime, with their versions; there should be one."""
     found = {}
     for name in _ONNXRUNTIME_PACKAGES:
         try:
@@ -40,7 +38,7 @@ def distributions() -> dict[str, str]:
 
 
 def environment(target: Target) -> dict[str, str]:
-    """Versions and machine, for a report: what a figure depends on."""
+    """Return the versions, the machine and the target that a measured figure depends on."""
     found = {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
@@ -68,10 +66,10 @@ def _cpu_name() -> str:
 
 
 def peak_memory_mb() -> float:
-    """The most memory this process has held, in MB (10⁶ bytes)."""
+    """Return the peak memory of this process in MB (10⁶ bytes)."""
     if sys.platform == "win32":
         return float(psutil.Process().memory_info().peak_wset) / 1e6
-    import resource  # there is none on Windows
+    import resource  # not available on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes on macOS, KiB elsewhere

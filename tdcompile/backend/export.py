@@ -1,4 +1,4 @@
-"""``export_onnx``: a PyTorch network to a checked, simplified ONNX file that is the same bytes every time."""
+"""Export a PyTorch network to a checked, simplified ONNX file whose bytes are reproducible."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tdcompile.ir.dynamic_shapes import BATCH, Axis, batch_of, limits, shares_ba
 from tdcompile.ir.modules import evaluating, separate_attention
 from tdcompile.support.quiet import captured_output
 
-# A protobuf message ends at 2 GiB; the graph itself, beside its weights, needs some of that.
+# A protobuf message is limited to 2 GiB; 64 MiB of it are left for the graph beside the weights.
 LARGEST_SINGLE_FILE = 2**31 - 2**26
 _OPERATOR = re.compile(r"OpOverload\(op='(?P<name>[^']+)'")
 _SOURCE_LINE = re.compile(r"(?P<place>[\w./-]+\.py:\d+)")
@@ -31,11 +31,11 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An ONNX file that was written.
 
     Attributes:
-        bytes: size of the file, with its external data where it has any.
-        notes: what did not go the usual way, a sentence each.
+        bytes: size of the file and of its external data, if any.
+        notes: deviations from the usual export, one sentence each.
     """
 
     path: Path
@@ -58,25 +58,25 @@ def export_onnx(
     simplify: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
-    """Write a network, in eval mode, as ONNX: whole or not at all.
+    """Export a network in eval mode and write the file atomically.
 
-    A node is named ``<module>/<operator>``, so what it costs can be told by layer; the outputs are ``output``, or
-    ``output_0``, ``output_1``, ... in the order of ``surgery.tensors_in``. Over 2 GB the weights stand beside the file
-    in ``<name>.data``.
+    Nodes are named ``<module>/<operator>``, so that a profile can be summed by layer. The outputs are named ``output``,
+    or ``output_0``, ``output_1``, ... in the order of ``modules.tensors_in``. Weights over 2 GB go to ``<name>.data``
+    beside the file.
 
     Args:
-        module: the network; its mode is put back.
-        inputs: example inputs, the tensors of ``forward``'s arguments in order; those whose first axis is as long
-            as that of the first input share the batch axis.
-        path: the file to write; its folder is made where there is none.
-        dynamic_batch: leave the batch axis open, under the name ``batch``.
-        axes: others to leave open, under their names.
-        input_names: names of the graph's inputs; the arguments of ``forward`` otherwise.
-        simplify: run onnxsim over what torch exports.
-        metadata: what to stamp into the model's ``metadata_props``.
+        module: the network; its train or eval mode is restored.
+        inputs: example inputs, the tensors of ``forward``'s arguments in order; an input whose first axis is as long
+            as that of the first input has a batch axis.
+        path: the file to write; its folder is created if needed.
+        dynamic_batch: make the batch axis dynamic, under the name ``batch``.
+        axes: further dynamic axes, under their names.
+        input_names: names of the graph's inputs; default the arguments of ``forward``.
+        simplify: run onnxsim on the exported model.
+        metadata: entries of the model's ``metadata_props``.
 
     Raises:
-        InputError: there is no batch axis to leave open, the network fixes it, or the names do not fit the inputs.
+        InputError: no input has a batch axis, the network fixes an axis, or the names do not fit the inputs.
         TdcompileError: torch cannot export the network, or the model is not valid ONNX.
     """
     if not inputs or (dynamic_batch and not any(x.dim() for x in inputs)):
@@ -90,7 +90,7 @@ def export_onnx(
         opened[place] |= {0: BATCH} if batched and dynamic_batch else {}
     for axis in axes:
         opened[axis.input][axis.axis] = axis.name
-    # torch takes a size of 1 for a constant
+    # torch treats a size of 1 as a constant
     one = any(0 in open_ and len(x) == 1 for x, open_ in zip(inputs, opened, strict=True))
     model = _capture(module, batch_of(inputs, 2) if one else tuple(inputs), opened)
     _check_open(model.graph, opened)
@@ -104,13 +104,13 @@ def export_onnx(
 def rewrite_metadata(
     model: Path, path: Path, metadata: Mapping[str, str], notes: Sequence[str] = ()
 ) -> Exported | None:
-    """Write a model of ``export_onnx`` with other metadata; None where its weights stand in a file of their own.
+    """Write a model of ``export_onnx`` with other metadata; return None if its weights are external data.
 
     Args:
-        model: the file it was written to; it may be the same as ``path``.
+        model: the exported file; it may be the same as ``path``.
         path: the file to write.
-        metadata: what to stamp into ``metadata_props``.
-        notes: those of the export.
+        metadata: entries of ``metadata_props``.
+        notes: copied into the result.
     """
     proto = onnx.load(model, load_external_data=False)
     if any(weight.external_data for weight in proto.graph.initializer):
@@ -152,7 +152,7 @@ def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[M
 
 
 def _explain_failure(cause: BaseException, module: nn.Module) -> str:
-    """What failed, in which part, and what can be done about it, as far as the exporter's words tell."""
+    """Return what failed, in which module, and what to do, as far as the exporter's message tells."""
     said = str(cause).strip()
     first = next(iter(said.splitlines()), type(cause).__name__)
     if "torch.classes.quantized" in said:
@@ -176,7 +176,7 @@ def _explain_failure(cause: BaseException, module: nn.Module) -> str:
 
 
 def _module_using(module: nn.Module, operator: str) -> str:
-    """The part of a traced network that an operator was met in."""
+    """Return `` of '<module>'`` for the module of a traced network that uses an operator, or an empty text."""
     nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
     for node in nodes:
         stack = node.meta.get("nn_module_stack")
@@ -192,7 +192,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _argument_names(module: nn.Module, count: int) -> list[str] | None:
-    """The names of ``forward``'s arguments; torch renames what is also an output. None where they are not one each."""
+    """Return the names of ``forward``'s arguments, or None if they are not one for each input tensor."""
     names = list(inspect.signature(module.forward).parameters)
     return names if len(names) == count else None
 
@@ -214,7 +214,7 @@ def _check_open(graph: ir.Graph, opened: Sequence[Mapping[int, str]]) -> None:
 
 
 def _normalize_names(model: ir.Model, input_names: Sequence[str] | None) -> None:
-    """Name nodes by module and outputs by place; drop what names files and versions of the machine that exported."""
+    """Name nodes by module and outputs by position; remove file names and versions of the exporting machine."""
     graph = model.graph
     for node in graph.all_nodes():
         module = _module_of(node)
@@ -230,14 +230,14 @@ def _normalize_names(model: ir.Model, input_names: Sequence[str] | None) -> None
     model.metadata_props.clear()
     for value, name in zip(graph.inputs, input_names or (), strict=bool(input_names)):
         _rename(graph, value, name)
-    # the outputs' names are a promise: an input called ``output`` gives way
+    # callers rely on the outputs' names: an input called ``output`` is renamed
     count = len(graph.outputs)
     for place, value in enumerate(graph.outputs):
         _rename(graph, value, "output" if count == 1 else f"output_{place}")
 
 
 def _module_of(node: ir.Node) -> str:
-    """``layer1.0.conv1`` from the exporter's ``['layer1', 'layer1.0', 'layer1.0.conv1', 'conv2d_1']``."""
+    """Return ``layer1.0.conv1`` from the exporter's ``['layer1', 'layer1.0', 'layer1.0.conv1', 'conv2d_1']``."""
     scopes = [part.strip(" '\"") for part in node.metadata_props.get(_SCOPES, "").strip("[]").split(",")]
     return scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_empty_nn_module_stack") else ""
 
@@ -251,12 +251,12 @@ def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
 
 
 def _write(model: ir.Model, draft: Path, path: Path, simplify: bool) -> Exported:
-    """Write and check a draft in a folder of its own, then move what is there to its place."""
+    """Write and check a draft in its own temporary folder, then move its files to their final place."""
     notes: list[str] = []
     if sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value) > (
         LARGEST_SINGLE_FILE
     ):
-        notes.append("the weights are over 2 GB: they stand in external data, and the model is not simplified")
+        notes.append("the weights are over 2 GB: they are external data, and the model is not simplified")
         ir.save(model, draft, external_data=f"{path.name}.data")
         proto = onnx.load(draft, load_external_data=False)
         _check(str(draft))
@@ -295,26 +295,26 @@ def _check(model: onnx.ModelProto | str) -> None:
 
 
 def _simplify(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
-    """The simplified model, or the model itself and a note where onnxsim fails or changes what goes in or out."""
-    import onnxsim  # slow to import, and not every caller simplifies
+    """Return the simplified model, or the model and a note if onnxsim fails or changes inputs or outputs."""
+    import onnxsim  # slow to import, and optional
 
     with captured_output():
         try:
             simple, right = onnxsim.simplify(proto)
             onnx.checker.check_model(simple)
-        except Exception as error:  # noqa: BLE001  # simplifying is a convenience: whatever fails, the model is kept
+        except Exception as error:  # noqa: BLE001  # simplification is optional: on any failure the model is kept
             first = first_line(error)
             return proto, [f"onnxsim failed ({first}): the model is not simplified"]
     if not right or _interface(simple) != _interface(proto):
         return proto, ["onnxsim changed the model's inputs or outputs: the model is not simplified"]
-    del simple.metadata_props[:]  # onnxsim's own log
+    del simple.metadata_props[:]  # a log that onnxsim writes
     simple.metadata_props.extend(proto.metadata_props)
     _name_merged_nodes(simple.graph, proto.graph)
     return simple, []
 
 
 def _name_merged_nodes(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
-    """Name a node that onnxsim made (Gemm of MatMul + Add) by the one module that read the same weights before."""
+    """Name a node that onnxsim merged (Gemm of MatMul + Add) by the module that read its weights before."""
     readers: dict[str, set[str]] = {weight.name: set() for weight in old.initializer}
     for node in old.node:
         for value in readers.keys() & set(node.input):
@@ -331,10 +331,10 @@ def _interface(proto: onnx.ModelProto) -> list[bytes]:
 
 
 def _keep_zero_padding(graph: onnx.GraphProto) -> None:
-    """Let a max-pool's padding with zeros pad with the least number above zero instead.
+    """Replace the zeros that pad a max-pool's input by the smallest positive number.
 
-    onnxruntime (seen in 1.31) takes such a pad into the pool, where padding counts as minus infinity: right behind a
-    rectifier, and wrong where what is pooled may be negative.
+    onnxruntime (seen in 1.31) fuses a Pad of zeros into the pool, whose padding counts as minus infinity. That is
+    right after a ReLU and wrong if pooled values may be negative.
     """
     made = {output: node for node in graph.node for output in node.output}
     stored = {weight.name: weight for weight in graph.initializer}
@@ -349,7 +349,7 @@ def _keep_zero_padding(graph: onnx.GraphProto) -> None:
                 continue
             kind = value.dtype
             if not np.issubdtype(kind, np.floating):
-                continue  # of whole numbers none is next to zero
+                continue  # integers have no smallest positive number close to zero
         else:
             kind = np.dtype(np.float32)
         name = f"{pad.output[0]}_least"
@@ -359,6 +359,6 @@ def _keep_zero_padding(graph: onnx.GraphProto) -> None:
 
 
 def _padding_mode(pad: onnx.NodeProto) -> str:
-    """How a Pad node pads."""
+    """Return the mode of a Pad node, ``constant`` by default."""
     found = next((helper.get_attribute_value(a) for a in pad.attribute if a.name == "mode"), b"constant")
     return str(found.decode())

@@ -1,4 +1,4 @@
-"""``graft_layers``: layers of an ONNX model replaced by chains of small ones with random weights, without exporting."""
+"""Replace layers of an ONNX model by chains of small layers with random weights, without an export."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ _KINDS = {"conv": ("Conv",), "linear": ("Gemm", "MatMul")}
 
 @dataclass(frozen=True)
 class Graft:
-    """What takes the place of a layer: the layer itself, how often the network calls it, and the chain."""
+    """Replacement of one layer.
+
+    Attributes:
+        layer: the layer to replace.
+        calls: how often the network calls it.
+        chain: the layers that replace it, in order.
+    """
 
     layer: Layer
     calls: int
@@ -28,14 +34,14 @@ class Graft:
 
 
 def graft_layers(model: Path, grafts: Mapping[str, Graft], path: Path) -> bool:
-    """Write the model with each layer's node replaced by its chain; False, and nothing written, where that cannot be.
+    """Write the model with each layer's nodes replaced by its chain; return False and write nothing if impossible.
 
-    It cannot where a node's name or padding does not tell it as the layer's own (a layer padded by a node beside it,
-    or one that onnxsim has merged with another), and where the weights stand in a file of their own.
+    It is impossible if a node cannot be identified as its layer by name and padding (another node pads its input, or
+    onnxsim merged it with another node), or if the weights are external data.
 
     Args:
         model: written by ``export_onnx``, which names nodes ``<module>/<operator>``.
-        grafts: by module name.
+        grafts: replacements by module name.
         path: the file to write.
     """
     proto = onnx.load(model, load_external_data=False)
@@ -65,7 +71,7 @@ def graft_layers(model: Path, grafts: Mapping[str, Graft], path: Path) -> bool:
 
 
 def _is_layer(node: onnx.NodeProto, layer: Layer, stored: Mapping[str, onnx.TensorProto]) -> bool:
-    """Whether the node is the layer, its padding included."""
+    """Return whether the node computes the layer, padding included."""
     if node.op_type not in _KINDS[layer.kind] or node.input[1] not in stored or layer.padding_mode != "zeros":
         return False
     if layer.kind == "linear":
@@ -78,7 +84,10 @@ def _is_layer(node: onnx.NodeProto, layer: Layer, stored: Mapping[str, onnx.Tens
 def _chain(
     node: onnx.NodeProto, name: str, chain: Sequence[Layer], stored: dict[str, onnx.TensorProto]
 ) -> list[onnx.NodeProto]:
-    """A chain's nodes from the node's input to its output, with its bias; their weights are added to the stored."""
+    """Return the chain's nodes, from the node's input to its output, and add their weights to ``stored``.
+
+    The last node takes the bias of the node that is replaced.
+    """
     kind = numpy_helper.to_array(stored[node.input[1]]).dtype
     made, source = [], node.input[0]
     for i, part in enumerate(chain):

@@ -1,4 +1,4 @@
-"""Timing of single layers in onnxruntime, many in one session, and the cache of what was measured."""
+"""Time single layers in onnxruntime, many in one session, and cache the measurements."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from tdcompile.ir.layer import Layer
 from tdcompile.ir.target import Target
 from tdcompile.support.progress import report_progress
 
-LAYERS_PER_SESSION = 48  # layers in one session
-BYTES_PER_SESSION = 128 << 20  # of weights and activations in one session
-SECONDS_PER_SESSION = 0.5  # seconds of runs a session may take before their number is cut
+LAYERS_PER_SESSION = 48  # layers that share the cost of opening one session
+BYTES_PER_SESSION = 128 << 20  # weights and activations together
+SECONDS_PER_SESSION = 0.5  # estimated time of a session above which it makes fewer runs
 FEWEST_RUNS = 3
-MACS_PER_SECOND = 5e10  # what a core reaches, roughly: only the number of runs depends on it
+MACS_PER_SECOND = 5e10  # rough rate of one core; only the number of runs depends on it
 _INDEX = re.compile(r"layer(\d+)(?!\d)")
-# Below this share of the time of its own a process that measures for so many seconds is not alone on its processor.
+# A process that measures for at least ``_MIN_SECONDS`` and gets a smaller share of the processor is not alone on it.
 _MIN_CPU_SHARE, _MIN_SECONDS = 0.8, 2.0
 
 log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where measurements are kept: ``TDCOMPILE_CACHE``, or the user's cache folder."""
+    """Return the folder of the measurements: ``TDCOMPILE_CACHE``, or the user's cache folder."""
     return Path(os.environ.get("TDCOMPILE_CACHE") or platformdirs.user_cache_dir("tdcompile"))
 
 
 class CostCache:
-    """Seconds by layer, for one target on one machine and one version of onnxruntime; a JSON file."""
+    """Seconds by layer for one target, machine and version of onnxruntime, kept in a JSON file."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -55,7 +55,7 @@ class CostCache:
 
     @classmethod
     def of(cls, target: Target) -> Self:
-        """The cache for a target; the same object at every call in one process and folder."""
+        """Return the cache for a target, one object for each process and folder."""
         return cls._opened(target, str(cache_folder()))
 
     @classmethod
@@ -73,11 +73,11 @@ class CostCache:
         return self._seconds[repr(layer)]
 
     def add(self, layers: Sequence[Layer], seconds: Sequence[float]) -> None:
-        """Keep measurements."""
+        """Add measurements, one for each layer, in seconds."""
         self._seconds.update(zip(map(repr, layers), seconds, strict=True))
 
     def save(self) -> None:
-        """Write the file whole, with what another process has added meanwhile."""
+        """Write the file atomically, merged with what other processes have added."""
         self._seconds = {**_read_cache(self._file), **self._seconds}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         draft = self._file.with_suffix(f".{os.getpid()}")
@@ -88,16 +88,16 @@ class CostCache:
 def _read_cache(file: Path) -> dict[str, float]:
     try:
         return {str(key): float(value) for key, value in json.loads(file.read_text()).items()}
-    except (OSError, ValueError, AttributeError):  # no cache yet, or one that was damaged: measure again
+    except (OSError, ValueError, AttributeError):  # no cache yet, or a damaged one: measure again
         return {}
 
 
 def measure_layers(layers: Sequence[Layer], target: Target, runs: int) -> Iterator[tuple[list[Layer], list[float]]]:
-    """Seconds of each layer, in batches: median of ``runs`` runs of ``target.batch`` samples.
+    """Yield layers and their seconds, a session at a time: the median of ``runs`` runs of ``target.batch`` samples.
 
-    On CPU layers are put side by side in one model and their kernels' times are read from onnxruntime's profiler, which
-    leaves out the reordering of memory that a layer alone would pay and a layer in a network does not. On CUDA,
-    where that profiler sees launches alone, each layer is a model of its own.
+    On a CPU the layers lie side by side in one model, and onnxruntime's profiler gives the time of each kernel. That
+    leaves out the memory reordering that a layer alone would pay and a layer in a network does not. On CUDA the
+    profiler sees kernel launches only, so that each layer is timed as its own model.
     """
     done, begun, used = 0, time.perf_counter(), time.process_time()
     for batch in _batches(layers):
@@ -113,11 +113,11 @@ def measure_layers(layers: Sequence[Layer], target: Target, runs: int) -> Iterat
 
 
 def warn_if_busy(wall: float, own: float) -> None:
-    """Say so where other processes took a good part of the time in which layers were measured.
+    """Log a warning if other processes took a good part of the processor time during the measurement.
 
     Args:
         wall: seconds by the clock.
-        own: seconds of processor time in this process, of all its threads.
+        own: processor seconds of all threads of this process.
     """
     if wall > _MIN_SECONDS and own < _MIN_CPU_SHARE * wall:
         log.warning(
@@ -128,7 +128,7 @@ def warn_if_busy(wall: float, own: float) -> None:
 
 
 def _runs(layers: Sequence[Layer], target: Target, most: int) -> int:
-    """Fewer runs where one takes long: a long kernel's time varies less, and nobody waits for the ninth of them."""
+    """Return the number of runs, fewer for long kernels, whose times vary less."""
     seconds = sum(layer.macs for layer in layers) * target.batch / MACS_PER_SECOND
     return max(FEWEST_RUNS, min(most, round(SECONDS_PER_SESSION / max(seconds, 1e-9))))
 
@@ -149,7 +149,7 @@ def _time_alone(layer: Layer, target: Target) -> float:
 
 
 def _batches(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
-    """Layers by size, so that small ones share a session and a large one has it alone."""
+    """Yield layers by size, so that small ones share a session and a large one has its own."""
     batch: list[Layer] = []
     used = 0
     for layer in sorted(layers, key=_footprint):
@@ -179,10 +179,10 @@ def _inputs(layers: Sequence[Layer], target: Target) -> list[torch.Tensor]:
 
 
 def layers_model(layers: Sequence[Layer], target: Target) -> onnx.ModelProto:
-    """An ONNX model that computes the layers side by side, each on an input of its own that a ReLU has just written.
+    """Return an ONNX model that computes the layers side by side, each on its own input behind a ReLU.
 
-    Nodes and values of layer ``i`` are called ``layer<i>...``: onnxruntime names what it makes of a convolution after
-    the value it writes.
+    Nodes and values of layer ``i`` are named ``layer<i>...``: onnxruntime names a convolution that it rewrites after
+    its output value.
     """
     kind, number = (TensorProto.FLOAT16, np.float16) if target.precision == "fp16" else (TensorProto.FLOAT, np.float32)
     nodes, inputs, outputs, weights = [], [], [], []

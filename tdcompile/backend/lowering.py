@@ -1,4 +1,4 @@
-"""The form in which a network is exported and timed: batch norm folded, nothing dead, a batch of the target's."""
+"""Lower a graph to the form that is exported and timed: batch norm folded, dead nodes removed, the target's batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOWERING = "fold-batchnorm,drop-dead"
 
 
 def lower(program: Program, graph: fx.GraphModule) -> fx.GraphModule:
-    """The graph as it is exported; the one given keeps its batch norm."""
+    """Return the graph in the exported form; the given graph keeps its batch norm."""
     return Pipeline.parse(LOWERING).run(program.with_(graph=graph)).graph
 
 
@@ -28,7 +28,7 @@ def export_lowered(
     simplify: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
-    """Export a graph of the program, folded, with the program's example inputs."""
+    """Lower a graph of the program and export it with the program's example inputs."""
     return export_onnx(
         lower(program, graph),
         program.inputs,
@@ -41,5 +41,5 @@ def export_lowered(
 
 
 def timing_inputs(program: Program) -> list[Tensor]:
-    """Inputs of ``target.batch`` samples, like the program's own; these themselves where the batch is fixed."""
+    """Return example inputs of ``target.batch`` samples, or the program's own if its batch is fixed."""
     return list(batch_of(program.inputs, program.target.batch) if program.dynamic_batch else program.inputs)

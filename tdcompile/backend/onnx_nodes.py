@@ -70,7 +70,8 @@ def probe_model() -> bytes:
     """Return the smallest model, one ReLU: a session on it proves that a provider loads."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", values[:1], values[1:])
-    return make_model(graph).SerializeToString()
+    model: bytes = make_model(graph).SerializeToString()
+    return model
 
 
 def make_model(graph: onnx.GraphProto) -> onnx.ModelProto:

@@ -1,4 +1,4 @@
-"""Parity: an ONNX model, run by onnxruntime, against the PyTorch network it came from or against another model."""
+"""Check an ONNX model in onnxruntime against the PyTorch network it came from, or against another model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tdcompile.ir.target import Target
 
 Outputs = list[NDArray[np.generic]]
 
-# (relative, absolute). fp32: both sides round to 2⁻²⁴ and sum in another order, which a deep network grows to about
-# 1e-5 of its output's scale; a wrong operator is off by far more than 1e-3. fp16: one rounding is 2⁻¹¹ ≈ 5e-4 of the
-# value, and each layer adds its own.
+# (relative, absolute). fp32: both sides round to 2⁻²⁴ and sum in a different order, which a deep network amplifies to
+# about 1e-5 of its output's scale; a wrong operator is off by far more than 1e-3. fp16: one rounding is 2⁻¹¹ ≈ 5e-4 of
+# the value, and each layer adds one.
 TOLERANCE = {"fp32": (1e-3, 1e-4), "fp16": (2e-2, 2e-3)}
 
-AXIS_GROWTH = (0, 1, 3)  # by how much open axes are longer than in the example
+AXIS_GROWTH = (0, 1, 3)  # sizes added to the dynamic axes of the example
 
 _TYPES = {
     "tensor(float)": torch.float32,
@@ -41,12 +41,12 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Parity:
-    """How well two models agree.
+    """Agreement of two models.
 
     Attributes:
         max_abs: the largest difference of any output value.
-        max_rel: the largest difference over the largest value of the reference's same output.
-        cases: ``(batch, seed, max_abs)`` of each run.
+        max_rel: the largest difference of an output, divided by the reference's largest value of that output.
+        cases: ``(batch, seed, max_abs)`` for each run.
     """
 
     provider: str
@@ -68,22 +68,22 @@ def check_parity(
     atol: float | None = None,
     seed: int = 0,
 ) -> Parity:
-    """Run a model against the PyTorch network it came from, on random inputs that are drawn like the example inputs.
+    """Compare a model with the PyTorch network it came from, on random inputs distributed like the example inputs.
 
-    A model whose batch is fixed is run at that batch alone. The first batch size is run with every seed, the others
-    with one: a batch of five is five samples already. Open axes are tried at their length in the example, and longer.
+    A model with a fixed batch is run at that batch only. The first batch size is run with every seed, the others with
+    one. Dynamic axes are run at their length in the example and at the longer lengths of ``AXIS_GROWTH``.
 
     Args:
         model: the ONNX file.
-        reference: the network, run in eval mode where it lies.
+        reference: the network, run in eval mode on its own device.
         inputs: example inputs, in the order of ``forward``.
-        axes: those that are open beside the batch axis.
-        target: the provider to run on; TF32 is off.
+        axes: dynamic axes other than the batch axis.
+        target: provider to run on; TF32 is off.
         batches: batch sizes to try.
-        seeds: how many random draws.
-        rtol: a difference may be ``atol + rtol * max|reference|``; ``TOLERANCE`` of the target's precision otherwise.
+        seeds: number of random draws.
+        rtol: a difference up to ``atol + rtol * max|reference|`` is allowed; default ``TOLERANCE``.
         atol: see ``rtol``.
-        seed: where the draws start.
+        seed: seed of the first draw.
 
     Raises:
         ParityError: outputs differ in number, shape or value, or are not finite.
@@ -123,23 +123,23 @@ def compare_models(
     atol: float | None = None,
     seed: int = 0,
 ) -> Parity:
-    """Run one ONNX model against another, the reference, on the same random inputs.
+    """Compare an ONNX model with a reference ONNX model on equal random inputs.
 
     Args:
-        a: the model to judge.
+        a: the model to check.
         b: the reference.
-        target: the provider to run both on; TF32 is off.
-        inputs: example inputs to draw like; made from the model's own types and shapes otherwise.
-        batches: as in ``check_parity``, like the rest.
-        seeds: see ``batches``.
-        rtol: see ``batches``.
-        atol: see ``batches``.
-        seed: see ``batches``.
+        target: provider to run both on; TF32 is off.
+        inputs: example inputs; by default made from the model's input types and shapes.
+        batches: as in ``check_parity``.
+        seeds: as in ``check_parity``.
+        rtol: as in ``check_parity``.
+        atol: as in ``check_parity``.
+        seed: as in ``check_parity``.
 
     Raises:
         ParityError: outputs differ in shape or value, or are not finite.
-        InputError: the models take other inputs or give another number of outputs, or an axis that is not the batch is
-            open and no inputs are given.
+        InputError: the models differ in inputs or number of outputs, or no inputs are given and an axis other than the
+            batch is dynamic.
     """
     session, other = (open_session(path, target, tf32=False) for path in (a, b))
     if _signature(session) != _signature(other):
@@ -154,7 +154,7 @@ def compare_models(
 def _plan_runs(
     session: ort.InferenceSession, batches: Sequence[int], seeds: int, seed: int, longer: Sequence[int] = (0,)
 ) -> list[tuple[int, int, int]]:
-    """The ``(batch, seed, longer)`` of each run: by how much open axes are longer than in the example."""
+    """Return ``(batch, seed, growth)`` for each run; growth is the size added to dynamic axes."""
     sizes = [value.shape[0] for value in session.get_inputs() if value.shape]
     if sizes and all(isinstance(size, int) for size in sizes):
         batches = sizes[:1]
@@ -164,7 +164,7 @@ def _plan_runs(
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Runs a session against a reference and holds the difference to the tolerance."""
+    """Compares a session with a reference, within a tolerance."""
 
     what: str
     session: ort.InferenceSession
@@ -205,11 +205,11 @@ class _Comparison:
     def _differ(
         self, name: str, got: NDArray[np.generic], expected: NDArray[np.generic], where: str
     ) -> tuple[float, float]:
-        """The largest difference of one output, absolute and over the reference's largest value."""
+        """Return the largest difference of one output, absolute and relative to the reference's largest value."""
         if got.shape != expected.shape:
             raise ParityError(f"{self.what} give '{name}' in the shapes {got.shape} and {expected.shape} {where}")
         left, right = got.astype(np.float64), expected.astype(np.float64)
-        infinite = np.isinf(right) & (left == right)  # scores that a network masks, in the same places
+        infinite = np.isinf(right) & (left == right)  # masked scores, in equal places
         for side, values in (("the reference", right), ("the model", left)):
             if not (np.isfinite(values) | infinite).all() or (values.size and infinite.all()):
                 raise ParityError(
@@ -232,9 +232,9 @@ class _Comparison:
 
 
 def _draw(example: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:
-    """Random values like the example's: normal with its mean and deviation, or picked from its own for other types.
+    """Draw values like the example's: normal with its mean and deviation, or picked from its values if not floating.
 
-    Of a mask, which is of Booleans or holds infinity, whole rows are picked: one that hides everything has no answer.
+    For a mask, which is boolean or holds infinity, whole rows are picked: a row that masks everything has no result.
     """
     shape = example.shape if batch is None else (batch, *example.shape[1:])
     values = example.detach().cpu().flatten()
@@ -250,7 +250,7 @@ def _draw(example: Tensor, batch: int | None, generator: torch.Generator) -> Ten
 
 
 def _example(value: ort.NodeArg) -> Tensor:
-    """A tensor to draw like, from an input's type and shape."""
+    """Return an example tensor for an input's type and shape."""
     if value.type not in _TYPES:
         raise InputError(f"input '{value.name}' is {value.type}: {', '.join(_TYPES)} can be drawn at random")
     shape = [size if isinstance(size, int) else 2 for size in value.shape]
@@ -263,7 +263,7 @@ def _example(value: ort.NodeArg) -> Tensor:
 
 
 def _signature(session: ort.InferenceSession) -> tuple[list[tuple[str, list[int | None]]], int]:
-    """Types and shapes of the inputs, open axes as None, and the number of outputs."""
+    """Return types and shapes of the inputs, dynamic axes as None, and the number of outputs."""
     inputs = [
         (value.type, [size if isinstance(size, int) else None for size in value.shape])
         for value in session.get_inputs()

@@ -1,4 +1,4 @@
-"""Seconds of each layer inside a whole model: onnxruntime's profile, brought back to the names of the network."""
+"""Read onnxruntime's profile of a whole model as seconds for each node and each layer of the network."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from torch import Tensor
 from tdcompile.backend.session import WARM_UP, Model, bind_inputs, open_session
 from tdcompile.ir.target import Target
 
+_KERNEL_SUFFIX = "_kernel_time"  # of a profile event's name, behind the node's name
+_BLOCKED_SUFFIX = "_nchwc"  # of a convolution that onnxruntime moved to its blocked memory layout
+
 
 def layer_seconds(
     model: Path, layers: Iterable[str], inputs: Sequence[Tensor], target: Target, runs: int = 7
 ) -> dict[str, float]:
-    """Median seconds of the kernels of each layer in one run; 0.0 where no kernel is known to be its.
+    """Return the median seconds of each layer's kernels in one run; 0.0 if no kernel is known to be the layer's.
 
     Args:
         model: written by ``export_onnx``, which names nodes ``<module>/<operator>``.
@@ -34,30 +37,24 @@ def layer_seconds(
 
 
 def _layer_of(node: str, layers: Mapping[str, float]) -> str | None:
-    """The layer whose module, or a part of it, a node's name begins with."""
+    """Return the layer whose module, or a submodule of it, prefixes a node's name."""
     parts = node.rpartition("/")[0].split(".")
     return next((name for i in range(len(parts), 0, -1) if (name := ".".join(parts[:i])) in layers), None)
 
 
-_KERNEL_SUFFIX = "_kernel_time"
-
-
-_BLOCKED_SUFFIX = "_nchwc"
-
-
 def node_seconds(model: Model, inputs: Sequence[Tensor], target: Target, runs: int = 10) -> dict[str, float]:
-    """Median kernel seconds of each node, by the name it has in the model, from onnxruntime's profiler.
+    """Return the median kernel seconds of each node, by its name in the model, from onnxruntime's profiler.
 
-    A fused node goes by the name of the operator that gave it its kind (Conv of Conv + Relu); nodes that onnxruntime
-    adds (``ReorderInput``, ``MemcpyToHost``) are summed under their kind. The profiler costs time of its own, and on
-    CUDA it sees launches: use it to compare nodes, not for latency.
+    A fused node has the name of the operator that gives its kind (Conv of Conv + Relu). Nodes that onnxruntime adds
+    (``ReorderInput``, ``MemcpyToHost``) are summed under their kind. The profiler itself takes time, and on CUDA it
+    sees launches only: use it to compare nodes, not for latency.
     """
     proto = onnx.load(model, load_external_data=False) if isinstance(model, Path) else onnx.load_from_string(model)
     warm_up = WARM_UP[target.device]
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
         session = open_session(model, target, profile=Path(folder) / "profile")
         run = bind_inputs(session, inputs, target)
-        for _ in range(warm_up - 1 + runs):  # the first was made above
+        for _ in range(warm_up - 1 + runs):  # ``bind_inputs`` has made the first run
             run()
         events = json.loads(Path(session.end_profiling()).read_bytes())
     taken: dict[tuple[str, str, str], list[float]] = defaultdict(list)
@@ -76,10 +73,10 @@ def node_seconds(model: Model, inputs: Sequence[Tensor], target: Target, runs: i
 
 
 def _model_node_name(name: str, kind: str, names: set[str], producers: dict[str, onnx.NodeProto]) -> str:
-    """The model's own name of a node that onnxruntime has fused, blocked or put in; its kind where it has none.
+    """Return the model's name of a node that onnxruntime fused, blocked or added, or its kind if it has none.
 
-    onnxruntime names a fusion ``fused <node>`` or ``<node>/<Fusion>``, and a blocked convolution after the value it
-    gives, which is that of the activation fused into it.
+    onnxruntime names a fusion ``fused <node>`` or ``<node>/<Fusion>``, and a blocked convolution after its output
+    value, which is the output of the activation fused into it.
     """
     name = name.removeprefix("fused ")
     if name not in names and name.endswith(_BLOCKED_SUFFIX):

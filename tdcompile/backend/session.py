@@ -1,4 +1,4 @@
-"""onnxruntime: sessions on the provider asked for and no other, fair timing, seconds by node, and what runs here."""
+"""onnxruntime sessions that run on the requested provider only, and the timing of models against each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from tdcompile.backend.environment import distributions
 
 # isort: split
-# torch comes first: it brings the CUDA libraries, and on Windows it cannot be imported once onnxruntime has its own
+# torch comes first: it loads the CUDA libraries, and on Windows it cannot be imported after onnxruntime's own
 import onnxruntime as ort
 
 from tdcompile.backend.onnx_nodes import probe_model
@@ -28,13 +28,13 @@ from tdcompile.ir.target import Target
 
 Model = Path | bytes
 
-_ERRORS_ONLY, _WARNING, _FATAL = 3, 2, 4  # onnxruntime's severities: errors alone, its default, nothing
-WARM_UP = {"cpu": 3, "cuda": 20}  # the first runs on CUDA search for convolution algorithms
+_ERRORS_ONLY, _WARNING, _FATAL = 3, 2, 4  # onnxruntime's severities: errors only, its default, none
+WARM_UP = {"cpu": 3, "cuda": 20}  # runs; the first ones on CUDA search for convolution algorithms
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one run: the median and the tenth and ninetieth percentile of ``runs`` runs."""
+    """Seconds of one run: median, tenth and ninetieth percentile of ``runs`` runs."""
 
     median: float
     p10: float
@@ -43,7 +43,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
-        """The quantiles of single runs."""
+        """Return the quantiles of the seconds of single runs."""
         p10, median, p90 = np.quantile(seconds, (0.1, 0.5, 0.9))
         return cls(float(median), float(p10), float(p90), len(seconds))
 
@@ -51,17 +51,17 @@ class Timing:
 def open_session(
     model: Model, target: Target, *, profile: Path | None = None, tf32: bool = True, optimised: bool = True
 ) -> ort.InferenceSession:
-    """A session that runs on the target's provider, deterministic and without spinning threads.
+    """Open a session on the target's provider, deterministic and without spinning threads.
 
     Args:
         model: a file, or a serialized model.
-        target: where to run it, and on how many threads.
-        profile: where onnxruntime's profile goes: what its name begins with.
+        target: provider and number of threads.
+        profile: prefix of the path of onnxruntime's profile.
+        tf32: let CUDA round fp32 products to TF32, as deployment does; the parity check does not.
         optimised: let onnxruntime rewrite the model, as deployment does.
-        tf32: let CUDA round fp32 products to TF32, as deployment does; validation does not.
 
     Raises:
-        InputError: there is no such file, or onnxruntime cannot load the model.
+        InputError: the file does not exist, or onnxruntime cannot load the model.
         UnavailableError: two onnxruntimes are installed, or the provider did not load.
     """
     wheels = distributions()
@@ -79,14 +79,14 @@ def open_session(
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
     options.use_deterministic_compute = True
     options.log_severity_level = _ERRORS_ONLY
-    # spinning threads of one session slow another in the same process tenfold
+    # spinning threads of one session slow down another in this process tenfold
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     said = _preload_cuda() if target.device == "cuda" else ""
     source = str(model) if isinstance(model, Path) else model
-    # a provider that fails to load is told by its absence below, with the reason, not by a line on standard error
+    # a provider that fails to load raises below, with the reason; onnxruntime's line on stderr is suppressed
     ort.set_default_logger_severity(_FATAL)
     try:
         session = ort.InferenceSession(source, options, providers=_providers(target, tf32), enable_fallback=0)
@@ -117,7 +117,7 @@ def _providers(target: Target, tf32: bool) -> list[str | tuple[str, dict[str, st
 
 @functools.cache
 def _preload_cuda() -> str:
-    """Load the CUDA libraries of the installed wheels, once; what onnxruntime prints about those it did not find."""
+    """Load the CUDA libraries of the installed packages once; return what onnxruntime prints about missing ones."""
     said = io.StringIO()
     with redirect_stdout(said):
         ort.preload_dlls()
@@ -125,7 +125,7 @@ def _preload_cuda() -> str:
 
 
 def _explain_missing_provider(provider: str, said: str) -> str:
-    """Why a provider did not load, with the versions found and what to do."""
+    """Return why a provider did not load, with the installed versions and what to do."""
     lost = [line.partition(": ")[2] or line for line in said.splitlines() if line.startswith("Failed to load")]
     if not lost and (reason := _load_error(provider)):
         lost = [reason]
@@ -142,7 +142,7 @@ def _explain_missing_provider(provider: str, said: str) -> str:
 
 
 def _load_error(provider: str) -> str:
-    """What the loader says about the provider's own library; empty where it loads or is not there."""
+    """Return the loader's error for the provider's library; empty if it loads or does not exist."""
     kind = provider.removesuffix("ExecutionProvider").lower()
     for library in sorted((Path(ort.__file__).parent / "capi").glob(f"*onnxruntime_providers_{kind}.*")):
         try:
@@ -153,7 +153,7 @@ def _load_error(provider: str) -> str:
 
 
 def infer(session: ort.InferenceSession, inputs: Sequence[Tensor]) -> list[NDArray[np.generic]]:
-    """The outputs for inputs in the graph's order.
+    """Run a session on inputs in the graph's order and return its outputs.
 
     Raises:
         InputError: the inputs do not fit the model.
@@ -167,7 +167,7 @@ def infer(session: ort.InferenceSession, inputs: Sequence[Tensor]) -> list[NDArr
 
 @contextmanager
 def _blame_inputs(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> Iterator[None]:
-    """A run that fails is blamed on what it was given.
+    """Raise a failure of the run as an error about its inputs.
 
     Raises:
         InputError: the inputs do not fit the model.
@@ -190,22 +190,22 @@ def _check_count(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> Non
 def time_models(
     models: Sequence[Model], inputs: Sequence[Tensor], target: Target, *, seconds: float = 3.0, min_runs: int = 20
 ) -> list[Timing]:
-    """Time models against each other: all open, in rounds of one run each, so that a drift of the clock hits all alike.
+    """Time models in rounds of one run each, so that a drift of the clock affects all equally.
 
-    Inputs and outputs stay on the device, and a run ends when the device has finished.
+    All sessions are open at once. Inputs and outputs stay on the device; a run ends when the device has finished.
 
     Args:
         models: files or serialized models that take the same inputs.
         inputs: one run's inputs, the target's batch already in them.
-        target: where to run.
-        seconds: how long the rounds go on, all models together.
-        min_runs: fewest rounds, however long they take.
+        target: provider and number of threads.
+        seconds: duration of all rounds together.
+        min_runs: lower bound on the number of rounds.
 
     Raises:
         InputError: the inputs do not fit a model, or see ``open_session``.
     """
     runs = [bind_inputs(open_session(model, target), inputs, target) for model in models]
-    for _ in range(WARM_UP[target.device] - 1):  # the first was made above
+    for _ in range(WARM_UP[target.device] - 1):  # ``bind_inputs`` has made the first run
         for run in runs:
             run()
     taken: list[list[float]] = [[] for _ in runs]
@@ -221,7 +221,7 @@ def time_models(
 
 
 def bind_inputs(session: ort.InferenceSession, inputs: Sequence[Tensor], target: Target) -> Callable[[], None]:
-    """One synchronised run over values that already lie on the device; the first one is made here.
+    """Copy inputs to the device, run once, and return a function that makes another synchronised run.
 
     Raises:
         InputError: the inputs do not fit the model.

@@ -1,1 +1,1 @@
-"""Optional imports, process pool, quiet, progress, formatting."""
+"""Helpers without domain knowledge: optional imports, process pools, captured output, progress, formatting."""

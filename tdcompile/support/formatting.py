@@ -1,4 +1,4 @@
-"""Numbers as people read them: counts, sizes, milliseconds, shares, ratios."""
+"""Format numbers for people: counts, sizes, milliseconds, shares, ratios."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 
 
 def change(before: str, after: str) -> str:
-    """``a → b``, or one of them where they read the same."""
+    """Return ``a → b``, or one of the two if they are equal."""
     return before if before == after else f"{before} → {after}"
 
 
 def count(number: float) -> str:
-    """12345678 as ``12.3 M``."""
+    """Format 12345678 as ``12.3 M``."""
     for power, unit in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if number >= 0.9995 * 10**power:
             return f"{_three(number / 10**power)} {unit}"
@@ -19,28 +19,28 @@ def count(number: float) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes: 12345678 as ``12.3 MB``."""
+    """Format a number of bytes: 12345678 as ``12.3 MB``."""
     text = count(number)
     return f"{text}B" if text[-1].isalpha() else f"{text} B"
 
 
 def milliseconds(number: float | None, unit: str = " ms") -> str:
-    """``3.14 ms``, or a dash where nothing was measured."""
+    """Format 3.14 as ``3.14 ms``; None, which means not measured, is a dash."""
     return "–" if number is None else f"{_three(number)}{unit}"
 
 
 def percent(share: float | None) -> str:
-    """0.8831 as ``88.31 %``."""
+    """Format 0.8831 as ``88.31 %``; None is a dash."""
     return "–" if share is None else f"{share * 100:.2f} %"
 
 
 def times(ratio: float | None) -> str:
-    """``2.41×``."""
+    """Format 2.41 as ``2.41×``; None is a dash."""
     return "–" if ratio is None else f"{ratio:.2f}×"
 
 
 def _three(number: float) -> str:
-    """Three significant digits without an exponent."""
+    """Format three significant digits without an exponent."""
     rounded = float(f"{number:.3g}")
     whole = math.floor(math.log10(abs(rounded))) if rounded else 0
     return f"{rounded:.{min(max(0, 2 - whole), 6)}f}"

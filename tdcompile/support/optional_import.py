@@ -1,4 +1,4 @@
-"""Packages that only some installs have: import one, or say which extra brings it."""
+"""Import packages that are optional, or name the extra that installs them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from tdcompile.errors import UnavailableError
 
 
 def import_optional(module: str, group: str = "data") -> Any:
-    """The module, imported now; ``group`` is the project's extra that installs it.
+    """Import and return a module.
+
+    Args:
+        module: its dotted name.
+        group: the project's extra that installs it.
 
     Raises:
-        UnavailableError: it is not installed.
+        UnavailableError: the package is not installed.
     """
     try:
         return importlib.import_module(module)

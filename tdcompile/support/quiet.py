@@ -1,4 +1,4 @@
-"""What libraries print of their own accord: native ones to stderr, for stdout is for results; exporters nowhere."""
+"""Control what libraries print: native output goes to stderr, since stdout is for results; exporters are captured."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _CHATTY = ("torch", "onnxscript", "onnx_ir")
 
 @contextmanager
 def native_output_to_stderr() -> Iterator[None]:
-    """While it lasts, file descriptor 1 is stderr, for all threads; nothing happens where there is no descriptor.
+    """Redirect file descriptor 1 to stderr, in all threads; do nothing if the descriptor is not there.
 
-    Replacing ``sys.stdout`` would not do: a C library writes to the descriptor.
+    Replacing ``sys.stdout`` is not enough: a C library writes to the descriptor.
     """
     with contextlib.suppress(AttributeError, ValueError):  # no stdout, or a closed one
         sys.stdout.flush()
@@ -39,14 +39,14 @@ def native_output_to_stderr() -> Iterator[None]:
 
 
 def _flush_c() -> None:
-    """Empty C's own buffers, which would otherwise reach the restored descriptor later."""
+    """Flush C's own buffers, which would otherwise reach the restored descriptor later."""
     with contextlib.suppress(OSError, TypeError, AttributeError):  # a platform without a handle on the running program
         ctypes.CDLL(None).fflush(None)
 
 
 @contextmanager
 def captured_output() -> Iterator[io.StringIO]:
-    """Keep what torch's exporters and onnxsim print, warn and log, each of which they do."""
+    """Capture what torch's exporters and onnxsim print, warn and log, and yield it as a buffer."""
     said = io.StringIO()
     handler = logging.StreamHandler(said)
     known = [logging.getLogger(name) for name in _CHATTY]

@@ -1,4 +1,4 @@
-"""The user's own code: ``path/to/file.py:name`` and ``package.module:name``, the only code that is ever executed."""
+"""Load the user's own code, ``path/to/file.py:name`` or ``package.module:name``; no other code is ever executed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 
 from tdcompile.errors import InputError, TdcompileError, nearest
 
-# What a user's file is called as a module, before its stem: it must not hide a module of the same name.
+# Prefix of the module name of a user's file, so that it does not hide a module with the name of its stem.
 FROM_FILE = "tdcompile_user_"
 _FORMS = "path/to/file.py:callable or package.module:callable"
 
 
 def load_callable(text: str) -> Callable[..., Any]:
-    """Import the file or module before the last colon and take the name after it.
+    """Import the file or module before the last colon and return the callable named after it.
 
     Raises:
-        InputError: there is no such file, module or name, importing it fails, or it cannot be called.
+        InputError: the file, module or name does not exist, its import fails, or it is not callable.
     """
     place, colon, name = text.rpartition(":")
     if not colon or not place or not name.isidentifier():
@@ -37,10 +37,10 @@ def load_callable(text: str) -> Callable[..., Any]:
 
 
 def call_user_function(text: str) -> object:
-    """What the callable returns when it is given nothing.
+    """Load a callable and return its result without arguments.
 
     Raises:
-        InputError: it cannot be loaded, or raised an exception, which the message names.
+        InputError: it cannot be loaded, or it raised an exception, which the message names.
     """
     function = load_callable(text)
     try:
@@ -52,12 +52,12 @@ def call_user_function(text: str) -> object:
 
 
 def names_file(place: str) -> bool:
-    """Whether the text before the colon names a file rather than a module."""
+    """Return whether the text before the colon names a file rather than a module."""
     return place.endswith(".py") or "/" in place or "\\" in place
 
 
 def names_module(place: str) -> bool:
-    """Whether a module of this name can be found; only its parent packages are imported to see."""
+    """Return whether a module of this name exists; only its parent packages are imported."""
     _add_to_path(Path.cwd())
     try:
         return importlib.util.find_spec(place) is not None
@@ -69,7 +69,7 @@ def import_file(path: Path) -> ModuleType:
     """Import a user's file.
 
     Raises:
-        InputError: there is no such file, or importing it fails.
+        InputError: the file does not exist, or its import fails.
     """
     if not path.is_file():
         raise InputError(f"there is no file '{path}'")
@@ -100,7 +100,7 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _add_to_path(folder: Path) -> None:
-    """As ``python file.py`` does: what lies beside the user's code can be imported, also later, inside functions."""
+    """Put a folder on the import path for good, as ``python file.py`` does: functions may import siblings later."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 

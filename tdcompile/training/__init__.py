@@ -1,1 +1,1 @@
-"""The training loop."""
+"""The training loop of tune passes and what belongs to it: losses, adapters, augmentation, several processes."""

@@ -1,4 +1,4 @@
-"""``Parallel``: a layer's dense weight beside its low-rank adapter, and a share that moves from one to the other."""
+"""``Parallel``: a dense weight beside its low-rank adapter, blended by a share that training anneals to the adapter."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from tdcompile.numerics.low_rank import unfold
 
 @saved_as("parallel", "tdcompile.progressive:Parallel")
 class Parallel(nn.Module):
-    """y = layer(x; a (W₀ − T(θ₀)) + T(θ)), W₀ and θ₀ frozen: the dense layer at a = 1 and θ = θ₀, low rank at a = 0.
+    """Layer with the weight a (W₀ − T(θ₀)) + T(θ): the dense layer at a = 1 and θ = θ₀, low rank at a = 0.
+
+    The share a falls during training; W₀ and θ₀ are frozen.
 
     Args:
         layer: the layer's shape.
-        form: the text form of its decomposition.
-        ranks: of the adapter.
-        weight: W₀.
-        factors: θ, the adapter's factors; their composition is what is taken off the dense weight.
-        bias: of the layer; it trains.
-        zero: the adapter starts from nothing instead, beside the whole dense weight, and is as exact at the start.
+        form: text form of its decomposition.
+        ranks: ranks of the adapter.
+        weight: W₀, in the layer's weight shape.
+        factors: θ₀, the adapter's initial factors; their composition is subtracted from W₀.
+        bias: the layer's bias, which is trained.
+        zero: start from a zero adapter beside the whole W₀; the layer equals the dense layer in both cases.
 
     Attributes:
-        stays: the layer stays dense, with the weight that it is computed with: its adapter costs no less.
+        stays: keep the layer dense at the end, with its effective weight, because its adapter is not cheaper.
     """
 
     stays = False
@@ -46,7 +48,7 @@ class Parallel(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.form, self.ranks, self.share = layer, form, ranks, 1.0
-        self.shell = layer.build()  # knows strides and padding; the weight is computed, and there while it is needed
+        self.shell = layer.build()  # knows strides and padding; holds the computed weight only during ``forward``
         for name in ("weight", "bias"):
             del owner(self.shell)._parameters[name]
             owner(self.shell).__dict__[name] = None
@@ -61,35 +63,38 @@ class Parallel(nn.Module):
 
     @property
     def decomposition(self) -> Decomposition:
-        """The form, made from its text."""
+        """Return the decomposition, made from its text form."""
         return make(Decomposition, self.form)
 
     def adapter(self) -> Tensor:
-        """T(θ), of the weight's shape."""
+        """Return T(θ), in the shape of the weight."""
         return self.decomposition.reconstruct(self.layer, [*self.factors.parameters()])
 
     def effective(self) -> Tensor:
-        """The weight that is computed with."""
+        """Return the weight that ``forward`` uses."""
         adapter = self.adapter()
         return adapter if self.share == 0 else self.share * self.gap + adapter
 
     def forward(self, input: Tensor) -> Tensor:
-        """As the layer's, which is called by that name too."""
-        held = owner(self.shell).__dict__  # past ``Module.__setattr__``, which would take the bias for the shell's own
+        """Compute the layer with its effective weight.
+
+        The argument is named as in torch's layers, which callers may pass by keyword.
+        """
+        held = owner(self.shell).__dict__  # bypasses ``Module.__setattr__``, which would register the bias in the shell
         held["weight"], held["bias"] = self.effective(), self.bias
         try:
             for part in self.shell if isinstance(self.shell, nn.Sequential) else (self.shell,):
-                input = part.forward(input)  # not called: hooks find no layer of the network here
+                input = part.forward(input)  # not ``part(...)``: hooks must not see the shell
         finally:
             held["weight"] = held["bias"] = None
         return input
 
     @torch.no_grad()
     def shrink(self, ranks: Ranks) -> None:
-        """Truncate the adapter in place: its own best approximation at fewer ranks, so that nothing else is lost.
+        """Truncate the adapter in place to its own best approximation at fewer ranks.
 
-        The parameters keep their shapes, with zeros behind the ranks that are left: there both neighbours of every zero
-        are zero, and no gradient reaches it. What is cut off does not go into the dense part.
+        The parameters keep their shapes, with zeros beyond the new ranks. Both factors are zero there, so that no
+        gradient reaches them. The dense part does not take over what is cut off.
         """
         factors = self.decomposition.factorize(self.layer, self.adapter(), ranks, None)
         for parameter, factor in zip(self.factors.parameters(), factors, strict=True):
@@ -99,22 +104,22 @@ class Parallel(nn.Module):
         self.ranks = ranks
 
     def truncated(self) -> list[Tensor]:
-        """θ at the ranks that are left, detached."""
+        """Return θ at the current ranks, detached."""
         parts = self.decomposition.blueprint(self.layer, self.ranks)
         pairs = zip(self.factors.parameters(), parts, strict=True)
         return [factor.detach()[_corner(part.weight_shape)].clone() for factor, part in pairs]
 
     def get_extra_state(self) -> Tensor:
-        """The share and the ranks, so that training can go on from a state dict."""
+        """Return the share and the ranks, so that training can resume from a state dict."""
         return torch.tensor([self.share, *self.ranks], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Share and ranks as they were."""
+        """Restore the share and the ranks."""
         share, *ranks = state.tolist()
         self.share, self.ranks = share, tuple(map(int, ranks))
 
     def energies(self) -> tuple[Tensor, ...]:
-        """For each rank the energy in the leading singular values of the effective weight's unfolding, cumulated."""
+        """Return, for each rank, the cumulated energy shares of the effective weight's unfolding, largest first."""
         weight, found = self.effective().detach().double(), []
         for mode in self.decomposition.modes:
             matrix = unfold(weight, 0 if mode == "out" else 1)
@@ -128,12 +133,12 @@ def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
 
 
 def parallel_layers(module: nn.Module) -> Mapping[str, Parallel]:
-    """The parallel layers of a network by name."""
+    """Return the ``Parallel`` layers of a network by name."""
     return {name: part for name, part in module.named_modules() if isinstance(part, Parallel)}
 
 
 def energy_ranks(energies: Sequence[Tensor], threshold: float, most: Ranks) -> Ranks:
-    """For each unfolding the smallest rank that holds a share of its energy, at most the one there is."""
+    """Return, for each unfolding, the smallest rank whose energy share reaches the threshold, at most ``most``."""
     return tuple(
         min(int((cumulated < threshold).sum()) + 1, top) for cumulated, top in zip(energies, most, strict=True)
     )

@@ -1,4 +1,4 @@
-"""``Augmented``: images shifted and mirrored at random while a network is tuned."""
+"""Augment images by random shifts and mirroring while a network is trained."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tdcompile.errors import InputError
 
 Augment = Literal["none", "shift", "shift-flip"]
 AugmentOption = Literal["auto", Augment]
-_SHIFT = 8  # up to an eighth of the side: the customary 4 pixels of 32
-_SHIFTABLE = 16  # pixels: in a smaller image a shift moves what is looked for out of it
+_SHIFT = 8  # a shift is at most an eighth of the side: the customary 4 of 32 pixels
+_SHIFTABLE = 16  # pixels a side; in a smaller image a shift moves the object out of the image
 
 
 def resolve_augment(asked: AugmentOption, inputs: Sequence[Tensor]) -> Augment:
-    """What was asked for; ``auto`` shifts images of 16 pixels a side and more, and mirrors those in colour too."""
+    """Resolve ``auto``: shift images of at least 16 pixels a side, and mirror colour images too."""
     if asked != "auto":
         return asked
     if not all(x.ndim == 4 and min(x.shape[2:]) >= _SHIFTABLE for x in inputs):
@@ -27,15 +27,15 @@ def resolve_augment(asked: AugmentOption, inputs: Sequence[Tensor]) -> Augment:
 
 
 class Augmented(Samples):
-    """A view of image samples, each moved in a way of its own until ``redraw`` moves it in another.
+    """A view of image samples, each with its own random shift and flip until ``redraw`` draws new ones.
 
-    How a sample is moved depends on its place and the seed alone, not on the batch it is in or on what was read before:
-    processes that share out a batch see the images that one process would.
+    The draw of a sample depends on its index and the seed only, not on its batch or the order of reading: processes
+    that split a batch see the images that one process would.
 
     Args:
-        samples: whose inputs are images ``(n, C, H, W)``.
-        augment: ``shift`` by up to an eighth of each side, the border reflected; ``shift-flip`` mirrors half as well.
-        seed: all randomness comes from it.
+        samples: samples whose inputs are images ``(n, C, H, W)``.
+        augment: ``shift`` by up to an eighth of each side, the border reflected; ``shift-flip`` also mirrors half.
+        seed: seeds the first draw.
     """
 
     def __init__(self, samples: Samples, augment: Augment, seed: int = 0) -> None:
@@ -43,17 +43,17 @@ class Augmented(Samples):
         self.redraw(seed)
 
     def redraw(self, seed: int) -> None:
-        """Move every sample anew, as at the start of an epoch."""
+        """Draw new shifts and flips for all samples, as at the start of an epoch."""
         self._draws = torch.rand(len(self._samples), 3, generator=torch.Generator().manual_seed(seed))
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples at these places, each with a shift and flip of its own.
+        """Return the samples at these indices, each with its own shift and flip.
 
         Raises:
-            InputError: an input is no image.
+            InputError: an input is not an image batch ``(n, C, H, W)``.
         """
         batch = self._samples.batch(indices)
         if self._augment == "none":
@@ -63,7 +63,7 @@ class Augmented(Samples):
 
     @property
     def classes(self) -> int | None:
-        """As of the samples."""
+        """Return the number of classes of the samples, None without labels."""
         return self._samples.classes
 
     def _moved(self, x: Tensor, draws: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Augmented(Samples):
 
 
 def _source_positions(draws: Tensor, side: int) -> Tensor:
-    """Where each of ``side`` pixels is taken from, ``(n, side)``: moved, and reflected at both ends."""
+    """Return the source position of each of ``side`` pixels, ``(n, side)``: shifted and reflected at both ends."""
     reach = side // _SHIFT
     moved = (torch.arange(side) + (draws * (2 * reach + 1)).long() - reach).abs()
     return side - 1 - (side - 1 - moved).abs()

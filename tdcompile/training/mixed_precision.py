@@ -1,4 +1,4 @@
-"""Automatic mixed precision: ``Precision``, what autocast computes in, and where bf16 is faster than fp32."""
+"""Automatic mixed precision: the autocast dtype of each ``Precision``, and where bf16 is faster than fp32."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfl
 
 
 def bf16_speedup(device: str) -> float:
-    """How many times as fast in bf16 as in fp32 a convolution's step goes there, measured: 64 channels, 16x16."""
-    from torch.utils.benchmark import Timer  # a fifth of a second, for the doctor alone
+    """Measure how many times faster a training step of a convolution is in bf16 than in fp32: 64 channels, 16×16."""
+    from torch.utils.benchmark import Timer  # takes 0.2 s to import, and only the doctor needs it
 
     x = torch.randn(32, 64, 16, 16, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(64, 64, 3, 3, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -39,10 +39,10 @@ def bf16_speedup(device: str) -> float:
 def strided_depthwise_in_fp32(
     network: nn.Module, precision: Precision, device: torch.device
 ) -> AbstractContextManager[None]:
-    """While it lasts, strided depthwise convolutions compute in fp32 where the rest trains in bf16 on a CPU.
+    """Compute strided depthwise convolutions in fp32 for a while, if a network trains in bf16 on a CPU.
 
-    Their gradient takes seven to fifteen times as long in bf16 as in fp32 (torch 2.13, AVX-512 BF16): in a ResNet-20
-    of CP layers two of them took a fifth of a step.
+    Their gradient takes 7 to 15 times as long in bf16 as in fp32 (torch 2.13, AVX-512 BF16): in a ResNet-20 of CP
+    layers two of them took a fifth of a step.
     """
     slow = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 != max(m.stride)]
     if precision != "bf16" or device.type != "cpu":

@@ -1,4 +1,4 @@
-"""``synchronized_batchnorm``: while several processes train, their batch norm has the statistics of the whole batch."""
+"""Batch norm over the whole batch while several processes train, on a CPU too."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tdcompile.training.distributed import count
 
 
 def synchronized_batchnorm(network: nn.Module) -> AbstractContextManager[None]:
-    """While it lasts, batch norm in training mode normalises over all processes' shares of a batch together.
+    """Normalise over all processes' shares of a batch for a while, in batch norm that is in training mode.
 
-    ``torch.nn.SyncBatchNorm`` does so on GPUs alone. Classes with a ``forward`` of their own are left alone, and in one
-    process all are. The modules stay what they are, and so do the names of their state.
+    ``torch.nn.SyncBatchNorm`` does so on GPUs only. Classes that override ``forward`` are not changed, and nothing is
+    in a single process. Module types and state-dict keys stay.
     """
     found = [part for part in network.modules() if isinstance(part, _BatchNorm)] if count() > 1 else []
     norms = [part for part in found if type(part).forward is _BatchNorm.forward and "forward" not in vars(part)]
@@ -26,7 +26,7 @@ def synchronized_batchnorm(network: nn.Module) -> AbstractContextManager[None]:
 
 
 def _normalised(module: _BatchNorm, x: Tensor) -> Tensor:
-    """``(N, C, ...)`` over N and what follows C, of all processes, in fp32 at least; N may differ between them."""
+    """Normalise ``(N, C, ...)`` over N and the axes after C of all processes, in at least fp32; N may differ."""
     if not module.training:
         return _BatchNorm.forward(module, x)
     module._check_input_dim(x)  # type: ignore[no-untyped-call]
@@ -35,7 +35,7 @@ def _normalised(module: _BatchNorm, x: Tensor) -> Tensor:
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         sums = _sum_over_processes(torch.cat((values.sum(axes), values.new_tensor([x.numel() / x.shape[1]]))))
         mean, size = sums[:-1] / sums[-1], sums[-1].detach()
-        centred = values - mean.view(shape)  # first, for squares of what is far from 0 cancel out
+        centred = values - mean.view(shape)  # before squaring, which cancels for values far from 0
         variance = _sum_over_processes(centred.square().sum(axes)) / size
         _track(module, mean.detach(), variance.detach() * size / (size - 1))
         scale = (variance + module.eps).rsqrt()
@@ -49,7 +49,7 @@ def _normalised(module: _BatchNorm, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _track(module: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    """Move the running statistics towards these, the variance unbiased, as torch does."""
+    """Update the running statistics, the variance unbiased, as torch does."""
     if module.running_mean is None or module.running_var is None or module.num_batches_tracked is None:
         return
     module.num_batches_tracked.add_(1)
@@ -64,7 +64,7 @@ def _sum_over_processes(x: Tensor) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes. Each has a loss of its own, and the gradient is that of their sum."""
+    """Sum over all processes; each has its own loss, and the gradient is that of the sum of the losses."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
