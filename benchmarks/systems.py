@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import tdcompile
+from tdcompile.core.hooks import Hook
 from tdcompile.core.passes import Pass
 from tdcompile.data.task import Task
 from tdcompile.errors import TdcompileError
@@ -47,8 +48,8 @@ SYSTEMS = {
 SEARCH = ("calibrate", "score", "propose", "choose", "rene", "anneal")
 
 
-class Passes:
-    """A watcher that counts the samples which go through the whole network while a plan is searched for."""
+class Passes(Hook):
+    """Count the samples that go through the whole network during the search for a plan."""
 
     def __init__(self) -> None:
         self.samples, self._searching = 0, False
@@ -57,9 +58,6 @@ class Passes:
     def started(self, step: Pass, position: int, of: int) -> None:
         """A pass begins."""
         self._searching = step.name in SEARCH
-
-    def advanced(self, step: Pass, done: int, of: int, note: str) -> None:
-        """It goes on."""
 
     def finished(self, step: Pass, program: Program, seconds: float) -> None:
         """It ends."""

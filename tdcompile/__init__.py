@@ -1,7 +1,7 @@
 """tdcompile: a PyTorch network in, a smaller, faster, verified ONNX model out.
 
-``compile`` is the whole; ``Pipeline``, ``trace`` and the kinds of pass are for one's own. Names are imported when they
-are first used, so that the command answers ``--help`` without loading torch.
+Call ``compile`` to compile a network. ``Pipeline``, ``trace``, ``Hook`` and the kinds of pass are for your own
+pipelines and passes. A name is imported at its first use, so ``tdcompile --help`` does not load torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tdcompile.artifact.folder import load
     from tdcompile.compiler import Compiled, compile  # the field's word, as in torch.compile
+    from tdcompile.core.hooks import Hook
     from tdcompile.core.passes import AnalysisPass, RewritePass, Rewritten, TunePass
     from tdcompile.core.pipeline import Pipeline
     from tdcompile.data.task import Batch, Samples, Task, Tensors
@@ -26,6 +27,7 @@ _HOMES = {
     "compiler": ("Compiled", "compile"),
     "errors": ("TdcompileError",),
     "studies.experiment": ("study",),
+    "core.hooks": ("Hook",),
     "core.passes": ("AnalysisPass", "RewritePass", "Rewritten", "TunePass"),
     "core.pipeline": ("Pipeline",),
     "ir.program": ("Program", "sites"),
@@ -40,6 +42,7 @@ __all__ = [
     "Batch",
     "Budget",
     "Compiled",
+    "Hook",
     "Pipeline",
     "Program",
     "RewritePass",

@@ -182,7 +182,7 @@ class Recipe(BaseModel):
             raise InputError(f"'grain' has no say beside the pipeline '{self.pipeline}', which does not 'propose'")
         if self.tune is None:
             return steps
-        trainers = [step for step in steps if getattr(kinds[step.name], "trains", False)]
+        trainers = [step for step in steps if kinds[step.name].trains]
         if self.tune == "none":
             if bound := [step.name for step in trainers if step.name != "finetune"]:
                 raise InputError(

@@ -1,4 +1,4 @@
-"""A compilation on disk between two passes: facts as JSON, tensors as safetensors, and which step was the last."""
+"""``Checkpoint``: a compilation between two passes, saved on disk; ``SaveCheckpoint``: the hook that saves it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tdcompile.artifact.folder import load_graph, save_weights
+from tdcompile.core.hooks import Hook, RunRecord, Work
+from tdcompile.core.passes import Pass
 from tdcompile.core.registry import foreign_packages
 from tdcompile.errors import InputError, TdcompileError, UnwrittenError, first_line
 from tdcompile.ir.diagnostics import Diagnostic
@@ -26,29 +28,42 @@ from tdcompile.ir.facts import Fact, Facts
 from tdcompile.ir.measurements import Calibration, Moments
 from tdcompile.ir.program import Change, Program
 from tdcompile.numerics.covariance import Sketch
+from tdcompile.training.distributed import is_first
 
 log = logging.getLogger("tdcompile")
 _HISTORY: TypeAdapter[tuple[Change | Diagnostic, ...]] = TypeAdapter(tuple[Change | Diagnostic, ...])
 
 
+class Restored(NamedTuple):
+    """A restored state: the program after ``done`` steps, and the figures of ``RunRecord``."""
+
+    program: Program
+    done: int
+    seconds: dict[str, float]
+    before_tuning: float | None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that holds the last finished step of one compilation.
+    """A folder with the state after the last finished step of one compilation.
 
     Attributes:
-        folder: the folder, made when something is saved.
-        key: what the compilation is, part by part: options, network, data; another one's state is not taken.
+        folder: the folder; the first save makes it.
+        key: the parts that identify the compilation, such as options, network and data; only a state with an equal key
+            is restored.
     """
 
     folder: Path
     key: Mapping[str, str]
 
     def save(self, program: Program, done: int, seconds: dict[str, float], before_tuning: float | None) -> None:
-        """Keep a program after ``done`` steps; the former state stands until this one is complete.
+        """Save a program after ``done`` steps; the earlier state stays valid until this one is complete.
 
         Args:
-            seconds: of each pass so far.
-            before_tuning: the accuracy before the first training pass, once it is known.
+            program: the program to save.
+            done: the number of finished steps.
+            seconds: see ``RunRecord``.
+            before_tuning: see ``RunRecord``.
 
         Raises:
             UnwrittenError: the state cannot be written, for example because the disk is full.
@@ -56,7 +71,7 @@ class Checkpoint:
         try:
             self._write(program, done, seconds, before_tuning)
         except (OSError, SafetensorError) as error:
-            raise UnwrittenError(f"the state of this run cannot be kept in {self.folder}: {error}") from error
+            raise UnwrittenError(f"the state of this run cannot be saved in {self.folder}: {error}") from error
 
     def _write(self, program: Program, done: int, seconds: dict[str, float], before_tuning: float | None) -> None:
         draft = self.folder / f"state.{os.getpid()}"
@@ -83,14 +98,14 @@ class Checkpoint:
         shutil.rmtree(former, ignore_errors=True)
         if state_folder.exists():
             state_folder.rename(former)
-        draft.rename(state_folder)  # until here ``restore`` finds the former one
+        draft.rename(state_folder)  # until here ``restore`` finds the earlier state
         shutil.rmtree(former, ignore_errors=True)
 
-    def restore(self, program: Program) -> tuple[Program, int, dict[str, float], float | None] | None:
-        """The program as it was saved, the steps done, and the rest; None where there is no state that can be read.
+    def restore(self, program: Program) -> Restored | None:
+        """Return the saved state on top of a program without facts; None without a readable state.
 
         Raises:
-            InputError: the state is of another compilation; it is left as it is.
+            InputError: the state belongs to another compilation; it stays on disk.
         """
         folder = self.folder / "state"
         folder = folder if folder.exists() else self.folder / "state.former"
@@ -105,7 +120,7 @@ class Checkpoint:
         if others:
             raise InputError(
                 f"the state in {self.folder} is of another compilation, with another {', another '.join(others)}: "
-                "give what was given then, or leave out --resume, which starts anew"
+                "give the arguments of that compilation, or leave out --resume to start anew"
             )
         try:
             facts = [_fact(name, value, folder) for name, value in state["facts"].items()]
@@ -114,52 +129,91 @@ class Checkpoint:
                 graph = load_graph(folder / "graph.safetensors", trusted=_packages(program))
             history = _HISTORY.validate_python(tuple(state["history"]))
             restored = replace(program, graph=graph, facts=Facts(*facts), history=history)
-            return restored, int(state["done"]), dict(state["seconds"]), state["before_tuning"]
+            return Restored(restored, int(state["done"]), dict(state["seconds"]), state["before_tuning"])
         except (OSError, ValueError, KeyError, ValidationError, SafetensorError, TdcompileError) as error:
             self._warn(error)
             return None
 
     def _others(self, state: Mapping[str, Any], program: Program) -> list[str]:
-        """The parts of the key in which a state is another compilation's, with what is short enough to be told."""
+        """Return the parts of the key that differ from a saved state, each with its saved value if that is short."""
         saved = state["key"]
         if not isinstance(saved, Mapping):
             return ["version of tdcompile"]
         others = [name for name in {**self.key, **saved} if saved.get(name) != self.key.get(name)]
-        told = {name: saved[name] for name in others if len(saved.get(name, "")) in range(1, 64)}  # no digests
+        told = {name: saved[name] for name in others if len(saved.get(name, "")) in range(1, 64)}  # not the digests
         if state["before_tuning"] is not None and state["eval"] != program.task.evaluate:
-            others, told["eval"] = [*others, "eval"], json.dumps(state["eval"])  # the accuracy was taken over so many
+            others, told["eval"] = (
+                [*others, "eval"],
+                json.dumps(state["eval"]),
+            )  # the number of samples behind the accuracy
         return [f"{name} ({told[name]})" if name in told else name for name in others]
 
     def _warn(self, error: Exception) -> None:
         log.warning("the state in %s cannot be read (%s): starting anew", self.folder, error)
 
     def drop(self) -> None:
-        """Forget the state: the compilation is done."""
+        """Delete the folder: the compilation is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+class SaveCheckpoint(Hook):
+    """Save the state after every step, in the first process only; restore it first if asked.
+
+    Args:
+        checkpoint: the folder of the state.
+        record: saved with the program, and restored with it.
+        resume: whether to start from the saved state, if there is one.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, record: RunRecord, *, resume: bool) -> None:
+        self._checkpoint, self._record, self._resume = checkpoint, record, resume
+
+    def begin(self, program: Program, steps: Sequence[Pass], done: int) -> tuple[Program, int]:
+        """Return the saved program and its number of steps.
+
+        Raises:
+            InputError: the state belongs to another compilation.
+        """
+        restored = self._checkpoint.restore(program) if self._resume else None
+        if restored is None:
+            return program, done
+        self._record.seconds, self._record.before_tuning = restored.seconds, restored.before_tuning
+        return restored.program, restored.done
+
+    def around(self, step: Pass, position: int, program: Program, work: Work) -> Program:
+        """Run the step, then save.
+
+        Raises:
+            UnwrittenError: see ``Checkpoint.save``.
+        """
+        after = work()
+        if is_first():
+            self._checkpoint.save(after, position + 1, self._record.seconds, self._record.before_tuning)
+        return after
+
+
 def _plain(fact: Fact) -> Any:
-    """JSON for a fact.
+    """Return a fact as JSON.
 
     Raises:
-        TdcompileError: it holds what has no text form.
+        TdcompileError: the fact holds a value without a JSON form.
     """
     try:
         return TypeAdapter(type(fact)).dump_python(fact, mode="json")
     except (PydanticSchemaGenerationError, PydanticSerializationError) as error:
         raise TdcompileError(
-            f"the fact {type(fact).__name__} cannot be kept between passes: it is to hold numbers, texts, and lists "
-            f"and mappings of them ({first_line(error)})"
+            f"the fact {type(fact).__name__} cannot be saved between passes: let it hold only numbers, texts, "
+            f"and lists and mappings of them ({first_line(error)})"
         ) from error
 
 
 def _packages(program: Program) -> tuple[str, ...]:
-    """The packages of the user's own classes and plug-ins: they are imported already, so the state may name them."""
+    """Return the packages of the user's classes and plug-ins; they are imported already, so the state may name them."""
     return (*{type(module).__module__ for module in program.dense.modules()}, *foreign_packages())
 
 
 def _tensors(calibration: Calibration) -> dict[str, Tensor]:
-    """What moments are made of, by ``kind/layer``."""
+    """Return the tensors of all moments by ``kind/layer``."""
     tensors: dict[str, Tensor] = {}
     for layer, moments in calibration.moments.items():
         if isinstance(moments.metric, Sketch):

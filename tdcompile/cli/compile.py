@@ -23,7 +23,6 @@ from tdcompile.cli.interruption import was_interrupted
 from tdcompile.cli.load_job import load_job, recipe_of, to_toml
 from tdcompile.compiler import compile as compile_module
 from tdcompile.compiler import prepare
-from tdcompile.core.passes import AnalysisPass, TunePass
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.errors import BudgetError, InputError, UnwrittenError
 from tdcompile.ir.plan import RankPlan
@@ -63,7 +62,7 @@ def plan(given: Mapping[str, Any]) -> Answer:
     job = load_job(recipe)
     program = prepare(job.module, job.inputs, job.task, recipe)
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder, watching(quiet=given["quiet"]) as watch:
-        program = steps.run(program.with_(workspace=Path(folder)), watch)
+        program = steps.run(program.with_(workspace=Path(folder)), [watch] if watch else [])
     made = program.facts[RankPlan]
     _write(out, made.to_json())
     return Answer((made.to_json(),)) if out is None or given["json"] else Answer((_choices(made), f"plan: {out}"))
@@ -76,9 +75,9 @@ def _up_to_the_plan(pipeline: Pipeline, *, planned: bool) -> Pipeline:
         InputError: the pipeline trains before there is a plan, or makes none.
     """
     for place, step in enumerate(pipeline.steps):
-        if planned and not isinstance(step, AnalysisPass):
+        if planned and not step.decides:
             return Pipeline(pipeline.steps[:place])
-        if isinstance(step, TunePass) and step.trains:
+        if step.trains:
             raise InputError(f"the pipeline '{pipeline}' has no plan before '{step.name}' has trained: compile it")
         planned = planned or RankPlan in step.gives
     if not planned:

@@ -1,4 +1,4 @@
-"""What people see: results on stdout, progress and messages on stderr; live on a terminal, else one line a stage."""
+"""Terminal output: results on stdout; progress and messages on stderr, as bars on a terminal, else one line a pass."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-if TYPE_CHECKING:  # the command prints its help without loading torch, on which passes stand
+from tdcompile.core.hooks import Hook
+
+if TYPE_CHECKING:  # the command prints its help without loading torch, which passes import
     from tdcompile.core.passes import Pass
-    from tdcompile.core.pipeline import Watch
     from tdcompile.ir.program import Program
 
-WIDTH = 140  # of a table that goes into a file or a pipe
+WIDTH = 140  # columns of a table in a file or a pipe, which have no width of their own
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found: texts and tables for stdout, in order, and the exit code."""
+    """The result of a command: texts and tables for stdout, in order, and the exit code."""
 
     parts: tuple[str | Table, ...] = ()
     code: int = 0
@@ -33,7 +34,7 @@ class Answer:
         """Write everything to stdout."""
         console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
         for part in self.parts:
-            if isinstance(part, str):  # not through rich, which would take brackets for markup and wrap long lines
+            if isinstance(part, str):  # rich would read brackets as markup and wrap long lines
                 sys.stdout.write(part if part.endswith("\n") else part + "\n")
             else:
                 console.print(part)
@@ -41,12 +42,12 @@ class Answer:
 
 
 @contextlib.contextmanager
-def watching(*, quiet: bool, then: str = "") -> Iterator[Watch | None]:
-    """A watcher of passes that draws on stderr; None where nothing is to be drawn.
+def watching(*, quiet: bool, then: str = "") -> Iterator[Hook | None]:
+    """Yield a hook that shows the progress of passes on stderr; None if quiet.
 
     Args:
-        quiet: draw nothing.
-        then: what follows the last pass, shown until the watch ends.
+        quiet: show nothing.
+        then: the stage after the last pass, shown until the context ends.
     """
     if quiet:
         yield None
@@ -64,8 +65,8 @@ def watching(*, quiet: bool, then: str = "") -> Iterator[Watch | None]:
         yield Lines(then)
 
 
-class Lines:
-    """One line a stage, for logs."""
+class Lines(Hook):
+    """Write one line for each finished pass, for logs."""
 
     def __init__(self, then: str = "") -> None:
         self._then = then
@@ -73,22 +74,19 @@ class Lines:
         self._last = False
 
     def started(self, step: Pass, position: int, of: int) -> None:
-        """A pass begins."""
+        """Remember the place of the pass."""
         self._place = f"[{position + 1:>{len(str(of))}}/{of}]"
         self._last = position + 1 == of
 
-    def advanced(self, step: Pass, done: int, of: int, note: str) -> None:
-        """A long pass has got so far."""
-
     def finished(self, step: Pass, program: Program, seconds: float) -> None:
-        """A pass has ended with this program."""
+        """Write the line; after the last pass also the stage that follows."""
         tell(f"{self._place} {step.name}: {seconds:.1f} s")
         if self._last and self._then:
             tell(self._then)
 
 
-class Bars:
-    """A bar a stage, live."""
+class Bars(Hook):
+    """Draw one live bar for each pass."""
 
     def __init__(self, progress: Progress, then: str = "") -> None:
         self._progress, self._then = progress, then
@@ -96,17 +94,17 @@ class Bars:
         self._last = False
 
     def started(self, step: Pass, position: int, of: int) -> None:
-        """A pass begins."""
+        """Add a bar."""
         self._task = self._progress.add_task(step.name, total=None, note="")
         self._last = position + 1 == of
 
     def advanced(self, step: Pass, done: int, of: int, note: str) -> None:
-        """A long pass has got so far."""
+        """Move the bar."""
         if self._task is not None:
             self._progress.update(self._task, completed=done, total=of, note=note)
 
     def finished(self, step: Pass, program: Program, seconds: float) -> None:
-        """A pass has ended with this program."""
+        """Fill the bar; after the last pass add one for the stage that follows."""
         if self._task is not None:
             task = next(task for task in self._progress.tasks if task.id == self._task)
             total = task.total or 1
@@ -116,16 +114,16 @@ class Bars:
 
 
 def tell(message: str) -> None:
-    """One line on stderr."""
+    """Write one line to stderr."""
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
 
 
 @contextlib.contextmanager
 def messages(*, verbose: bool, quiet: bool) -> Iterator[None]:
-    """While it lasts, tdcompile's log goes to stderr: warnings, everything if verbose, errors alone if quiet.
+    """Write tdcompile's log to stderr within this context: warnings, all records if verbose, only errors if quiet.
 
-    Python's warnings, which are libraries talking to their programmers, are shown if verbose.
+    Python warnings are shown only if verbose: libraries address them to programmers.
     """
     log, handler = logging.getLogger("tdcompile"), _Told()
     before = log.level, log.propagate
@@ -143,7 +141,7 @@ def messages(*, verbose: bool, quiet: bool) -> Iterator[None]:
 
 
 class _Told(logging.Handler):
-    """Writes to what stderr is at that moment: a live bar puts itself in its place."""
+    """Write to the current ``sys.stderr``: a live bar replaces it for a time."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tell(f"{record.levelname.lower()}: {self.format(record)}")

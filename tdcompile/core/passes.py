@@ -1,4 +1,4 @@
-"""The three kinds of pass, each held to its contract by its base class, and how a long pass tells its progress."""
+"""The three kinds of pass; the base class of each checks that a pass keeps its contract."""
 
 from __future__ import annotations
 
@@ -26,23 +26,36 @@ class Pass(Plugin):
     """A step of a pipeline.
 
     Attributes:
-        needs: facts that must be there before it runs.
-        gives: facts that are there after it.
-        touches: aspects of the program that it changes; facts read from them are dropped.
+        needs: facts that must be known before the pass runs.
+        gives: facts that are known after the pass.
+        touches: aspects of the program that the pass changes; facts read from them are dropped.
+        decides: the pass changes only facts; of several processes the first runs it and sends the facts to the others.
+        trains: the pass trains weights; the report shows the test accuracy before the first such pass.
+        resumable: the pass may keep training state in a folder of its name in ``Program.workspace``; the folder is
+            deleted once the result of the pass is saved.
     """
 
     needs: ClassVar[tuple[type[Fact], ...]] = ()
     gives: ClassVar[tuple[type[Fact], ...]] = ()
     touches: ClassVar[frozenset[Aspect]] = frozenset()
+    decides: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+    resumable: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, program: Program) -> Program:
-        """The program after this step; the one given is not changed."""
+        """Return the program after this step; do not change the given one."""
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What a rewrite or tune pass made: the graph, what was done or refused, and facts that are true of it."""
+    """The result of a rewrite or tune pass.
+
+    Attributes:
+        graph: the new graph.
+        history: changes made, and layers left as they were with the reason.
+        facts: facts about the new graph, of the types in ``Pass.gives``.
+    """
 
     graph: fx.GraphModule
     history: Sequence[Change | Diagnostic] = ()
@@ -50,17 +63,19 @@ class Rewritten:
 
 
 class AnalysisPass(Pass):
-    """Learns facts and touches nothing."""
+    """Finds facts and changes nothing else."""
+
+    decides: ClassVar[bool] = True
 
     @abstractmethod
     def analyze(self, program: Program) -> Fact | Sequence[Fact]:
-        """The facts, of the types in ``gives``."""
+        """Return the facts, of the types in ``gives``."""
 
     def run(self, program: Program) -> Program:
-        """Run ``analyze`` and keep its facts.
+        """Run ``analyze`` and add its facts to the program.
 
         Raises:
-            TdcompileError: the pass gave other facts than it declares.
+            TdcompileError: the types of the facts differ from ``gives``.
         """
         given = self.analyze(program)
         facts = [given] if isinstance(given, Fact) else list(given)
@@ -69,40 +84,37 @@ class AnalysisPass(Pass):
 
 
 class RewritePass(Pass):
-    """Changes the graph; the function it computes may change, its inputs and the shapes of its outputs may not."""
+    """Changes the graph and possibly the function it computes, but neither its inputs nor the shapes of its outputs."""
 
     touches: ClassVar[frozenset[Aspect]] = frozenset({Aspect.TOPOLOGY, Aspect.WEIGHTS, Aspect.STATISTICS})
 
     @abstractmethod
     def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
-        """Edit the graph, a copy over the program's own tensors: replace parameters, never write into them."""
+        """Edit the graph, a copy that shares the program's tensors: replace parameters, never write into them."""
 
     def run(self, program: Program) -> Program:
-        """Run ``rewrite``, then lint, recompile and check the outputs' shapes.
+        """Run ``rewrite``, then lint and recompile the graph and check the shapes of its outputs.
 
         Raises:
-            TdcompileError: the graph is malformed or its outputs have other shapes.
+            RuntimeError: the graph is malformed.
+            TdcompileError: the shapes of the outputs changed.
         """
         rewritten = self.rewrite(copy_graph(program.graph), program)
         return _settle(self, program, rewritten)
 
 
 class TunePass(Pass):
-    """Changes weights or statistics, not topology.
+    """Changes weights or statistics, not topology."""
 
-    Attributes:
-        trains: whether it trains weights; the accuracy before the first such pass goes into the report.
-    """
-
-    trains: ClassVar[bool] = False
+    resumable: ClassVar[bool] = True
     touches: ClassVar[frozenset[Aspect]] = frozenset({Aspect.WEIGHTS, Aspect.STATISTICS})
 
     @abstractmethod
     def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
-        """Train the graph, a copy with tensors of its own: write into them as you like."""
+        """Train the graph, a copy that owns its tensors: writing into them is allowed."""
 
     def run(self, program: Program) -> Program:
-        """Run ``tune`` and check that the topology is the same.
+        """Run ``tune`` and check that the topology did not change.
 
         Raises:
             TdcompileError: the topology changed.
@@ -115,6 +127,7 @@ class TunePass(Pass):
 
 
 def _settle(step: Pass, program: Program, made: Rewritten) -> Program:
+    """Check the result of a rewrite or tune pass, and return the program with it."""
     made.graph.graph.lint()
     made.graph.recompile()
     made.graph.eval()

@@ -1,13 +1,14 @@
-"""``Pipeline``: a list of passes with a text form; checks the plan in milliseconds, then runs the steps."""
+"""``Pipeline``: a list of passes with a text form; checks what passes need in milliseconds, then runs them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
-from tdcompile.core.passes import Pass, TunePass
+from tdcompile.core.hooks import Hook, Work
+from tdcompile.core.passes import Pass
 from tdcompile.core.registry import find, make
 from tdcompile.core.spec import Spec, parse_specs
 from tdcompile.errors import InputError, during
@@ -19,35 +20,9 @@ from tdcompile.support.heap import keep_freed_memory
 from tdcompile.support.progress import progress
 
 
-class Watch(Protocol):
-    """What progress, timing, saving for resume and drawing hang on."""
-
-    def started(self, step: Pass, position: int, of: int) -> None:
-        """A pass begins."""
-
-    def advanced(self, step: Pass, done: int, of: int, note: str) -> None:
-        """A long pass has got so far."""
-
-    def finished(self, step: Pass, program: Program, seconds: float) -> None:
-        """A pass has ended with this program."""
-
-
-class Silent:
-    """Watches nothing; a base for watchers that want only some of the calls."""
-
-    def started(self, step: Pass, position: int, of: int) -> None:
-        """A pass begins."""
-
-    def advanced(self, step: Pass, done: int, of: int, note: str) -> None:
-        """A long pass has got so far."""
-
-    def finished(self, step: Pass, program: Program, seconds: float) -> None:
-        """A pass has ended with this program."""
-
-
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in order; ``str(pipeline)`` reads back to an equal one."""
+    """Passes in order; ``Pipeline.parse(str(pipeline))`` equals the pipeline."""
 
     steps: tuple[Pass, ...]
 
@@ -56,28 +31,28 @@ class Pipeline:
         """Read ``calibrate,propose,choose{by=knapsack},factorize``.
 
         Raises:
-            InputError: malformed text, an unknown pass or an unknown option.
+            InputError: the text is malformed, or names an unknown pass or option.
         """
         return cls.of(parse_specs(text))
 
     @classmethod
     def of(cls, steps: Iterable[Pass | Spec]) -> Pipeline:
-        """From passes, specs, or both."""
+        """Return the pipeline of passes, specs, or both."""
         return cls(tuple(step if isinstance(step, Pass) else make(Pass, step) for step in steps))
 
     def __str__(self) -> str:
         return ",".join(str(step.spec()) for step in self.steps)
 
     def check(self, facts: Facts | None = None, *, planned: bool = False) -> None:
-        """Find an unmet need before any work is done.
+        """Check, before any pass runs, that every pass gets the facts that it needs.
 
         Args:
-            facts: what is known beforehand.
-            planned: whether there is to be a plan at the end, as whoever compiles needs.
+            facts: facts known before the first pass.
+            planned: whether the pipeline must end with a ``RankPlan``, as a compilation requires.
 
         Raises:
-            InputError: a pass needs a fact that no earlier pass gives, or that one in between makes untrue; or there
-                is to be a plan, and no pass gives one.
+            InputError: no earlier pass gives a fact that a pass needs, or a pass in between invalidates it; or the
+                pipeline must end with a plan and does not.
         """
         known = {type(fact) for fact in facts or ()}
         for position, step in enumerate(self.steps):
@@ -99,35 +74,49 @@ class Pipeline:
 
     @property
     def trainer(self) -> str | None:
-        """The name of the first pass that trains."""
-        return next((step.name for step in self.steps if isinstance(step, TunePass) and step.trains), None)
+        """The name of the first pass that trains; None if no pass does."""
+        return next((step.name for step in self.steps if step.trains), None)
 
-    def run(self, program: Program, watch: Watch | None = None, skip: int = 0) -> Program:
+    def run(self, program: Program, hooks: Sequence[Hook] = ()) -> Program:
         """Run the steps on a program.
 
         Args:
-            watch: told of every start, advance and end.
-            skip: how many steps are already done (see resume).
+            program: the program before the first step.
+            hooks: surround and observe the steps; the first is the outermost.
 
         Raises:
             InputError: see ``check``.
         """
-        self.check(program.facts) if not skip else None
-        watch = watch or Silent()
-        for position, step in enumerate(self.steps[skip:], start=skip):
-            program = run_step(step, program, watch, position, len(self.steps))
+        self.check(program.facts)
+        done = 0
+        for hook in hooks:
+            program, done = hook.begin(program, self.steps, done)
+        for position in range(done, len(self.steps)):
+            step = self.steps[position]
+            work: Work = partial(self._run_step, position, program, hooks)
+            for hook in reversed(hooks):
+                work = partial(hook.around, step, position, program, work)
+            program = work()
         return program
 
+    def _run_step(self, position: int, program: Program, hooks: Sequence[Hook]) -> Program:
+        """Run one pass, and tell the hooks of its start, progress and end."""
+        step = self.steps[position]
+        for hook in hooks:
+            hook.started(step, position, len(self.steps))
 
-def run_step(step: Pass, program: Program, watch: Watch, position: int = 0, of: int = 1) -> Program:
-    """Run one pass under a watcher."""
-    watch.started(step, position, of)
-    token = progress.set(lambda done, total, note: watch.advanced(step, done, total, note))
-    start = time.perf_counter()
-    try:
-        with separate_attention(), keep_freed_memory(), during(f"in the pass '{step.name}'"):
-            program = step.run(program)
-    finally:
-        progress.reset(token)
-    watch.finished(step, program, time.perf_counter() - start)
-    return program
+        def advanced(done: int, of: int, note: str) -> None:
+            for hook in hooks:
+                hook.advanced(step, done, of, note)
+
+        token = progress.set(advanced)
+        start = time.perf_counter()
+        try:
+            with separate_attention(), keep_freed_memory(), during(f"in the pass '{step.name}'"):
+                program = step.run(program)
+        finally:
+            progress.reset(token)
+        seconds = time.perf_counter() - start
+        for hook in hooks:
+            hook.finished(step, program, seconds)
+        return program

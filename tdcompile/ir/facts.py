@@ -1,8 +1,8 @@
-"""``Facts``: what analysis passes have learnt, keyed by type, immutable, dropped when what they read is touched."""
+"""``Facts``: results of analysis passes by type, immutable, dropped when a pass changes what they were read from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, TypeVar, cast
@@ -11,7 +11,7 @@ from tdcompile.errors import TdcompileError
 
 
 class Aspect(Enum):
-    """What a pass can touch and a fact can have been read from."""
+    """A part of the program that a pass can change and a fact can be read from."""
 
     TOPOLOGY = "topology"
     WEIGHTS = "weights"
@@ -20,7 +20,7 @@ class Aspect(Enum):
 
 @dataclass(frozen=True)
 class Fact:
-    """A typed result of an analysis pass; ``reads`` names the aspects of the program it was read from."""
+    """A typed result of an analysis; ``reads`` names the aspects of the program that it was read from."""
 
     reads: ClassVar[frozenset[Aspect]] = frozenset()
 
@@ -29,13 +29,18 @@ F = TypeVar("F", bound=Fact)
 
 
 class Facts:
-    """An immutable set of facts, at most one of each type; ``facts[RankPlan]`` is a ``RankPlan``."""
+    """An immutable set of facts, at most one of each type; ``facts[RankPlan]`` is a ``RankPlan``.
+
+    Derived facts are cached beside the set: see ``derived``. Iteration, ``in`` and ``len`` do not see them, so they are
+    neither saved in a checkpoint nor sent to another process.
+    """
 
     def __init__(self, *facts: Fact) -> None:
         self._facts = {type(fact): fact for fact in facts}
+        self._derived: dict[type[Fact], Fact] = {}
 
     def __getitem__(self, kind: type[F]) -> F:
-        """The fact of that type.
+        """Return the fact of a type.
 
         Raises:
             TdcompileError: no pass has given it.
@@ -46,7 +51,7 @@ class Facts:
         return cast(F, self._facts[kind])
 
     def get(self, kind: type[F]) -> F | None:
-        """The fact of that type, or None."""
+        """Return the fact of a type, or None."""
         return cast("F | None", self._facts.get(kind))
 
     def __contains__(self, kind: object) -> bool:
@@ -59,9 +64,23 @@ class Facts:
         return len(self._facts)
 
     def having(self, *facts: Fact) -> Facts:
-        """These facts and the given ones, which replace those of their type."""
-        return Facts(*self, *facts)
+        """Return these facts with the given ones, which replace facts of their types."""
+        both = Facts(*self, *facts)
+        both._derived = self._derived  # shared: both describe one graph
+        return both
 
     def after(self, touched: frozenset[Aspect]) -> Facts:
-        """The facts that stay true once these aspects of the program have changed."""
-        return Facts(*(fact for fact in self if not fact.reads & touched))
+        """Return the facts that stay true once these aspects of the program have changed."""
+        kept = Facts(*(fact for fact in self if not fact.reads & touched))
+        kept._derived = {kind: fact for kind, fact in self._derived.items() if not fact.reads & touched}
+        return kept
+
+    def without_derived(self) -> Facts:
+        """Return the same facts for another graph or other inputs: derived facts are computed again."""
+        return Facts(*self)
+
+    def derived(self, kind: type[F], compute: Callable[[], F]) -> F:
+        """Return a fact that follows from the graph and the example inputs; compute it only if it is not cached."""
+        if kind not in self._derived:
+            self._derived[kind] = compute()
+        return cast(F, self._derived[kind])

@@ -1,4 +1,4 @@
-"""``Program``: the one thing that flows through the passes: graph, inputs, task, target, facts and history."""
+"""``Program``, the value that passes take and return, and ``sites``, its convolution and linear layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +16,7 @@ from tdcompile.data.task import Task
 from tdcompile.errors import InputError, first_line
 from tdcompile.ir.diagnostics import Diagnostic, Reason
 from tdcompile.ir.dynamic_shapes import Axis
-from tdcompile.ir.facts import Facts
+from tdcompile.ir.facts import Aspect, Fact, Facts
 from tdcompile.ir.graph_edits import attribute
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.modules import called_differently, input_of, separate_attention
@@ -25,7 +25,7 @@ from tdcompile.ir.target import Budget, Target
 
 @dataclass(frozen=True)
 class Change:
-    """What a pass did to a layer, in a sentence."""
+    """A change that a pass made to a layer, as a sentence."""
 
     layer: str
     step: str
@@ -37,9 +37,10 @@ class Site:
     """A convolution or linear layer of the graph, by its module's name.
 
     Attributes:
-        calls: one ``Layer`` for each time the module is called; a shared module has several.
-        module: the module itself, whose tensors belong to the program.
-        inner: the name of the untraced leaf that contains it; None where the graph calls it directly.
+        name: the name of the module in the graph.
+        module: the module itself; its tensors belong to the program.
+        calls: one ``Layer`` for each call of the module; a shared module has several.
+        inner: the name of the untraced leaf that contains the module; None if the graph calls it directly.
     """
 
     name: str
@@ -49,30 +50,52 @@ class Site:
 
     @property
     def layer(self) -> Layer:
-        """The layer at its first call."""
+        """The layer at the first call."""
         return self.calls[0]
 
     @property
     def weight(self) -> Tensor:
-        """``(T, C / groups, *kernel)``, detached."""
+        """The weight of shape ``(T, C / groups, *kernel)``, detached."""
         weight = self.module.weight
-        assert isinstance(weight, Tensor)  # ``Layer.of`` takes nothing without one
+        assert isinstance(weight, Tensor)  # ``Layer.of`` accepts no module without a weight
         return weight.detach()
 
 
 @dataclass(frozen=True)
-class Program:
-    """A network under compilation; every pass returns a new one.
+class Sites(Fact):
+    """The calls of every convolution and linear layer, by name; ``sites`` joins them with the modules of a graph.
+
+    It holds no module, so it stays true for a copy of the graph with other weights.
 
     Attributes:
-        graph: the network; its example ``inputs`` have a batch of at least 2 where that axis stays open.
-        dense: the traced network as it came; the teacher of tuning and the reference of every figure.
-        keep_dense: layer names the user wants left alone, with the reason to report.
-        seed: where every random draw comes from, through ``generator``.
-        frontend: what traced the network, ``fx`` or ``export``.
-        dynamic_batch: whether the batch axis stays open; otherwise the model takes the batch of ``inputs`` alone.
-        axes: those that stay open beside it.
-        workspace: a folder in which a pass may keep what it needs to resume; None keeps nothing.
+        calls: for each layer one ``Layer`` a call, in the order of first calls.
+        inner: for each layer the untraced leaf that contains it; None if the graph calls the layer directly.
+    """
+
+    reads: ClassVar[frozenset[Aspect]] = frozenset({Aspect.TOPOLOGY})
+    calls: Mapping[str, tuple[Layer, ...]] = field(default_factory=dict)
+    inner: Mapping[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network under compilation; every pass returns a new program.
+
+    Attributes:
+        graph: the network as it is now.
+        inputs: example inputs; with ``dynamic_batch`` their batch is at least 2.
+        dense: the network as it was traced: the teacher in tuning, and the reference of every figure.
+        task: samples for calibration, training and test.
+        target: the device to compile for.
+        budget: the shares of the dense cost that the compiled network may have.
+        facts: results of analysis passes.
+        history: changes so far, and layers left as they were with the reason.
+        keep_dense: names of layers that the user keeps dense, with the reason to report.
+        seed: the seed of every random draw; see ``generator``.
+        frontend: the tracer that made the graph, ``fx`` or ``export``.
+        dynamic_batch: whether the exported model takes any batch size; otherwise only that of ``inputs``.
+        axes: other axes that the exported model takes at any size.
+        workspace: a folder in which a pass may keep state to resume from; None if nothing is kept.
     """
 
     graph: fx.GraphModule
@@ -91,35 +114,50 @@ class Program:
     workspace: Path | None = None
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A generator that depends on the seed and the purpose alone, so that passes do not disturb each other."""
+        """Return a generator seeded by the seed and the purpose: draws of one pass do not change those of another."""
         return torch.Generator().manual_seed(hash_text(f"{self.seed}/{purpose}"))
 
     def with_(self, **changes: object) -> Program:
-        """A copy with some attributes replaced."""
-        return replace(self, **changes)  # type: ignore[arg-type]  # the names are this class's own
+        """Return a copy with some attributes replaced; derived facts are dropped if the graph or inputs are."""
+        if changes.keys() & {"graph", "inputs"} and "facts" not in changes:
+            changes["facts"] = self.facts.without_derived()
+        return replace(self, **changes)  # type: ignore[arg-type]  # the names are attributes of this class
 
 
 def hash_text(text: str) -> int:
-    """A stable 63-bit number for a text (Python's own ``hash`` changes from run to run)."""
+    """Return a 63-bit number for a text, equal in every run; Python's ``hash`` differs between runs."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def sites(program: Program) -> dict[str, Site]:
-    """Every convolution and linear layer of the graph in the order of its first call, found by running the inputs once.
+    """Return every convolution and linear layer of the graph by name, in the order of first calls.
+
+    The network runs once on the example inputs; the result is cached until a pass changes the topology.
 
     Raises:
-        InputError: the inputs do not fit the network.
+        InputError: the network does not run on the example inputs.
     """
-    return sites_of(program.graph, program.inputs)
+
+    def compute() -> Sites:
+        found = sites_of(program.graph, program.inputs)
+        calls = {name: site.calls for name, site in found.items()}
+        return Sites(calls, {name: site.inner for name, site in found.items()})
+
+    known = program.facts.derived(Sites, compute)
+    modules = dict(program.graph.named_modules())
+    return {name: Site(name, modules[name], calls, known.inner[name]) for name, calls in known.calls.items()}
 
 
 @torch.no_grad()
 def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
-    """Like ``sites``, for a module that belongs to no program; a module under two names is listed under the first.
+    """Find the layers of a module by running it once; a module with two names is listed under the first.
 
-    Where a network folds another axis into the batch (tokens, windows, frames), a layer works so many times for each
-    sample: that axis is one of a linear layer's ``extent``, and a convolution counts as called so many times. Where the
-    batch is not the first axis, as in torch's attention, what a linear layer does for one sample is told by its rows.
+    If a network folds another axis into the batch (tokens, windows, frames), a layer runs several times for each
+    sample: a linear layer has that axis in its ``extent``, and a convolution counts as called several times. If the
+    batch is not the first axis, as in torch's attention, the extent of a linear layer is its rows for one sample.
+
+    Raises:
+        InputError: the module does not run on the inputs.
     """
     batch = next((len(x) for x in inputs if x.dim()), 1) or 1
     names = {module: name for name, module in graph.named_modules()}
@@ -134,19 +172,19 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
         ) -> None:
             x = input_of(arguments, named)
             weight = module.weight
-            assert isinstance(weight, Tensor)  # ``Layer.of`` takes nothing without one
+            assert isinstance(weight, Tensor)  # ``Layer.of`` accepts no module without a weight
             if not isinstance(module, nn.Linear) and x.dim() != weight.dim():
                 return  # a convolution of one sample without a batch axis
             repeats = len(x) // batch if x.dim() and len(x) % batch == 0 else 1
             layer = Layer.of(module, _extent(module, x, repeats, batch))
-            assert layer is not None  # the loop has left the others out
+            assert layer is not None  # the loop skips modules of other kinds
             calls.setdefault(name, []).extend([layer] * (1 if layer.kind == "linear" else max(1, repeats)))
 
         hooks.append(module.register_forward_pre_hook(record, with_kwargs=True))
     training = graph.training
     try:
         with separate_attention():
-            graph.eval()(*(x.clone() for x in inputs))  # a network may work in place
+            graph.eval()(*(x.clone() for x in inputs))  # the network may write into its inputs
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         shapes = ", ".join("x".join(map(str, x.shape)) + f":{str(x.dtype).removeprefix('torch.')}" for x in inputs)
         reason = first_line(error)
@@ -168,9 +206,10 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
 
 
 def kept_dense(program: Program, found: Mapping[str, Site]) -> dict[str, Reason]:
-    """The layers that no form may replace, and why: kept by the user, with a hook, or on a weight of others or of none.
+    """Return the layers that no decomposition may replace, with the reason.
 
-    Every pass that chooses layers asks this first; ``factorize`` refuses a plan that has not.
+    A layer is kept dense if the user asks for it, if it has a hook, if it shares its weight, or if its weight is not
+    floating point. Every pass that chooses layers calls this first; ``factorize`` refuses a plan for such a layer.
     """
     owners: dict[int, list[str]] = {}
     for name, module in program.graph.named_modules():
@@ -207,11 +246,11 @@ def _extent(module: nn.Module, x: Tensor, repeats: int, batch: int) -> tuple[int
 
 
 def _leaf(name: str, called: set[str]) -> str:
-    """The traced leaf whose name is a prefix of this one; the network itself is ''."""
+    """Return the traced leaf whose name is a prefix of this name; the network itself is ''."""
     parts = name.split(".")
     return next((p for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in called), "")
 
 
 def parameters_of(module: nn.Module) -> int:
-    """How many parameters, shared ones once."""
+    """Return the number of parameters; shared ones count once."""
     return sum(math.prod(p.shape) for p in module.parameters())

@@ -1,4 +1,4 @@
-"""One command in several processes (``torchrun``, ``accelerate launch``): the first decides and writes, all train."""
+"""Several processes (``torchrun``, ``accelerate launch``): the first decides and writes files, all of them train."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ from tdcompile.errors import TdcompileError
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=7)  # how long the others wait for what the first works out; a search may take hours
+_TIMEOUT = timedelta(days=7)  # of waiting for the first process, whose search for ranks may take hours
 
 
 def count() -> int:
-    """How many processes take part: those of a launcher, which tells each of them its place (``LOCAL_RANK``)."""
+    """Return the number of processes; a launcher sets ``WORLD_SIZE`` and ``LOCAL_RANK`` in each."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that decides, measures and writes: the only one, or the first of several."""
+    """Return whether this process decides, measures and writes files: it is the only one, or has rank 0."""
     return count() == 1 or int(os.environ.get("RANK", "0")) == 0
 
 
 def devices(cpu: bool) -> PartialState:
-    """The view that accelerate has of this process, and the bond between the processes, which the first call makes."""
+    """Return accelerate's state of this process; the first call initialises the process group."""
     if count() == 1:
         return PartialState(cpu=cpu)
-    _part_at_exit()
-    return PartialState(cpu=cpu, timeout=_PATIENCE)
+    _destroy_group_at_exit()
+    return PartialState(cpu=cpu, timeout=_TIMEOUT)
 
 
 @functools.cache
-def _part_at_exit() -> None:
-    """A process that ends with the bond in place may be aborted: its threads still listen for the others."""
-    atexit.register(_part)
+def _destroy_group_at_exit() -> None:
+    """Leave the process group before exit: the threads of an initialised group may abort the process."""
+    atexit.register(_destroy_group)
 
 
-def _part() -> None:
+def _destroy_group() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def from_first(work: Callable[[], T], cpu: bool) -> T:
-    """What the first process finds, in every process; the others wait, and what is raised there is raised here.
+    """Call ``work`` in the first process, and return its result in every process.
 
-    Latency is measured by one process alone, and what was measured decides: left to themselves, two processes would
-    train two networks.
+    The other processes wait. An error in the first process is raised in all. Decisions depend on measured latency,
+    which differs between processes: if each measured for itself, they would train different networks.
 
     Args:
-        work: gives something that can be pickled; called in the first process.
-        cpu: whether training is to be on the CPU.
+        work: returns a value that can be pickled.
+        cpu: whether training runs on the CPU.
 
     Raises:
-        Exception: what ``work`` raised in the first process.
+        Exception: ``work`` raised it in the first process.
     """
     if count() == 1:
         return work()
@@ -71,7 +71,7 @@ def from_first(work: Callable[[], T], cpu: bool) -> T:
     if is_first():
         try:
             found[0] = work()
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # told to those who wait, then raised
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # sent to the other processes, then raised
             raised = error
             found[1] = error if isinstance(error, TdcompileError) else TdcompileError(f"the first process: {error}")
     torch.distributed.broadcast_object_list(found, src=0, device=state.device)
@@ -84,14 +84,14 @@ def from_first(work: Callable[[], T], cpu: bool) -> T:
 
 
 def same_in_all(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with the first process's; each has as many, of the same shapes, in the same order."""
+    """Overwrite tensors with those of the first process; number, order and shapes must agree in all processes."""
     if count() > 1:
         for tensor in tensors:
             torch.distributed.broadcast(tensor, src=0)
 
 
 def mean_of_all(value: Tensor) -> Tensor:
-    """The mean over all processes of a value that needs no gradient; every one of them has to come here."""
+    """Return the mean over all processes of a value without gradient; every process must call this."""
     if count() > 1:
         value = value.clone()
         torch.distributed.all_reduce(value)
@@ -100,5 +100,5 @@ def mean_of_all(value: Tensor) -> Tensor:
 
 
 def no_gpu(device: str) -> bool:
-    """Whether training for a target goes to the CPU: its device is, or there is no GPU here."""
+    """Return whether training for a target runs on the CPU: the target is a CPU, or this machine has no GPU."""
     return device == "cpu" or not torch.cuda.is_available()

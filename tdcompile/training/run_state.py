@@ -1,4 +1,4 @@
-"""``Tuning``: how a training run went, for the report; ``Saved``: what an interrupted one goes on from."""
+"""``Tuning``: the figures of a training run, for the report; ``Saved``: its state on disk, to resume from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger("tdcompile")
 
 
 class Epoch(NamedTuple):
-    """One epoch of training; the held-out figures are None where nothing is held out, or without labels."""
+    """One epoch of training; the held-out figures are None without a held-out split or without labels."""
 
     epoch: int
     train_loss: float
@@ -34,14 +34,14 @@ class Epoch(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuning(Fact):
-    """How a training run went.
+    """The figures of a training run.
 
     Attributes:
-        epochs: how many were run; 0 where there was nothing to train on.
+        epochs: the number of epochs; 0 without training samples.
         curve: one entry an epoch.
-        best_epoch: whose weights were kept; 0 are those before training.
-        seconds: of all epochs, those before an interruption included.
-        start_accuracy: on the held-out samples before training.
+        best_epoch: the epoch whose weights were kept; 0 keeps the weights before training.
+        seconds: the duration of all epochs, including epochs before an interruption.
+        start_accuracy: the accuracy on the held-out split before training.
         rate: the highest learning rate.
     """
 
@@ -55,39 +55,39 @@ class Tuning(Fact):
 
 @dataclass(frozen=True)
 class Saved:
-    """The state of a training run on disk, good for the run with the same key alone.
+    """The state of a training run on disk; only a run with the same key resumes from it.
 
     Attributes:
-        folder: where it lies; None keeps nothing.
-        key: see ``key_of``.
+        folder: the folder of the state; None saves nothing.
+        key: the digest of all that decides the run; see ``key_of``.
     """
 
     folder: Path | None
     key: str
 
     def read(self, device: torch.device) -> dict[str, Any] | None:
-        """The state of a run, its tensors on the device; None where there is none, or one of another run."""
-        where = "cpu" if device.type == "cpu" else device  # torch knows no place 'cpu:0', as several processes have it
+        """Return the state with its tensors on the device; None without a readable state of this run."""
+        where = "cpu" if device.type == "cpu" else device  # torch.load rejects 'cpu:0', the device in several processes
         if self.folder is None or not (self.folder / "state.pt").is_file():
             return None
         path = self.folder / "state.pt"
         try:
-            if not zipfile.is_zipfile(path):  # torch's reader of its older format raises anything at all
-                raise OSError("it is no whole zip file")
+            if not zipfile.is_zipfile(path):  # torch's reader of its older format raises errors of any type
+                raise OSError("it is not a complete zip file")
             state: dict[str, Any] = torch.load(path, map_location=where, weights_only=True)
         except (RuntimeError, OSError, pickle.UnpicklingError) as error:
-            log.warning("the saved training state %s cannot be read and is left aside: %s", path, error)
+            log.warning("the saved training state %s cannot be read and is ignored: %s", path, error)
             return None
         if state.get("key") != self.key:
-            log.info("the saved training state %s is of another run and is left aside", path)
+            log.info("the saved training state %s belongs to another run and is ignored", path)
             return None
         return state
 
     def write(self, state: dict[str, Any]) -> None:
-        """Keep a state, whole or not at all.
+        """Write a state atomically.
 
         Raises:
-            UnwrittenError: the folder cannot be written.
+            UnwrittenError: the state cannot be written, for example because the disk is full.
         """
         if self.folder is None:
             return
@@ -96,27 +96,29 @@ class Saved:
             self.folder.mkdir(parents=True, exist_ok=True)
             torch.save({**state, "key": self.key}, part)
             os.replace(part, self.folder / "state.pt")
-        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             raise UnwrittenError(f"the training state cannot be written to {self.folder}: {error}") from error
 
-    def clear(self) -> None:
-        """Forget the state: what the run made is kept elsewhere."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
-
-def kept_in(workspace: Path | None, step: Plugin) -> Path | None:
-    """Where a pass keeps its training; None without a workspace."""
+def state_folder(workspace: Path | None, step: Plugin) -> Path | None:
+    """Return the folder of a pass's training state; None without a workspace."""
     return None if workspace is None else workspace / step.name
 
 
+def delete_state(workspace: Path | None, step: Plugin) -> None:
+    """Delete the training state of a pass: its result is saved, or another run begins."""
+    folder = state_folder(workspace, step)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def key_of(modules: Iterable[nn.Module], *facts: object) -> str:
-    """A digest of the modules' parameters and buffers, names, shapes and values, and of whatever else decides a run."""
+    """Return a digest of the modules' parameters and buffers and of other facts that decide a run."""
     digest = hashlib.sha256(repr(facts).encode())
     for module in modules:
         for name, tensor in module.state_dict().items():
             plain = isinstance(tensor, torch.Tensor) and not tensor.is_quantized
-            if not plain:  # a quantised layer's state holds other things too
+            if not plain:  # the state of a quantised layer holds other values too
                 digest.update(f"{name}:{tensor}".encode())
                 continue
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())

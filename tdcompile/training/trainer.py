@@ -27,7 +27,7 @@ from tdcompile.support.progress import report_progress
 from tdcompile.training.augment import Augment, Augmented
 from tdcompile.training.distributed import count, devices, from_first, no_gpu, same_in_all
 from tdcompile.training.mixed_precision import Precision, strided_depthwise_in_fp32
-from tdcompile.training.run_state import Epoch, Saved, Tuning, kept_in, key_of
+from tdcompile.training.run_state import Epoch, Saved, Tuning, key_of, state_folder
 from tdcompile.training.schedule import warmup_cosine
 from tdcompile.training.sync_batchnorm import synchronized_batchnorm
 
@@ -322,7 +322,7 @@ class _Objective(nn.Module):
 
 def training_state_of(step: Plugin, graph: fx.GraphModule, train: Samples, program: Program) -> Saved:
     """Where a pass keeps its training, good for these weights, options, data and seed; nowhere without a workspace."""
-    folder = kept_in(program.workspace, step)
+    folder = state_folder(program.workspace, step)
     if folder is None:
         return Saved(None, "")
     return Saved(folder, key_of([graph, program.dense], step, program.seed, train.fingerprint(), program.task.source))

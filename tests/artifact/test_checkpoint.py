@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 import tdcompile
-from tdcompile.artifact.checkpoint import Checkpoint
+from tdcompile.artifact.checkpoint import Checkpoint, SaveCheckpoint
+from tdcompile.core.hooks import Hook, RunRecord, StepTimer
+from tdcompile.core.passes import Pass
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError, TdcompileError
@@ -155,7 +157,7 @@ def test_the_state_of_a_former_version_is_refused(programs: tuple[Program, Progr
 
 def test_a_place_that_cannot_be_written_is_one_sentence(programs: tuple[Program, Program], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be kept in"):
+    with pytest.raises(InputError, match="cannot be saved in"):
         Checkpoint(tmp_path / "file" / "state", KEY).save(programs[1], 1, {}, None)
 
 
@@ -189,5 +191,44 @@ class Weights(Fact):
 
 def test_a_fact_that_has_no_text_form_is_named(programs: tuple[Program, Program], tmp_path: Path) -> None:
     program = programs[0].with_(facts=programs[0].facts.having(Weights(torch.zeros(2))))
-    with pytest.raises(TdcompileError, match="the fact Weights cannot be kept between passes: it is to hold numbers"):
+    with pytest.raises(
+        TdcompileError, match="the fact Weights cannot be saved between passes: let it hold only numbers"
+    ):
         Checkpoint(tmp_path, KEY).save(program, 1, {}, None)
+
+
+class Interrupt(Hook):
+    """Raise before the step of a name; record the steps that start."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name, self.started_steps = name, list[tuple[str, int, int]]()
+
+    def started(self, step: Pass, position: int, of: int) -> None:
+        if step.name == self.name:
+            raise KeyboardInterrupt
+        self.started_steps.append((step.name, position, of))
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_the_hook_starts_at_the_saved_step_only_if_asked(
+    programs: tuple[Program, Program], tmp_path: Path, resume: bool
+) -> None:
+    pipeline, checkpoint = (
+        Pipeline.parse("score{by=none},propose{decompose=svd+channel},choose"),
+        Checkpoint(tmp_path, KEY),
+    )
+    record = RunRecord({"trace": 2.0}, before_tuning=0.25)
+    saving = SaveCheckpoint(checkpoint, record, resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(programs[0], [saving, StepTimer(record), Interrupt("choose")])
+    again, watch = RunRecord({"trace": 3.0}), Interrupt()
+    after = pipeline.run(programs[0], [SaveCheckpoint(checkpoint, again, resume=resume), StepTimer(again), watch])
+    names = ["score", "propose", "choose"]
+    assert watch.started_steps == [(name, place, 3) for place, name in enumerate(names)][2 if resume else 0 :]
+    assert again.seconds.keys() == {"trace", *names}
+    assert again.seconds["trace"] == (2.0 if resume else 3.0)
+    assert again.before_tuning == (0.25 if resume else None)
+    assert RankPlan in after.facts
+    restored = checkpoint.restore(programs[0])
+    assert restored is not None
+    assert restored.done == 3

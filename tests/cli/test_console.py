@@ -12,8 +12,8 @@ import pytest
 from rich.table import Table
 
 from tdcompile.cli.console import WIDTH, Answer, Lines, messages, tell, watching
+from tdcompile.core.hooks import Hook
 from tdcompile.core.passes import Pass
-from tdcompile.core.pipeline import Watch
 from tdcompile.core.registry import make
 from tdcompile.ir.program import Program
 
@@ -25,7 +25,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def two_passes(watch: Watch) -> None:
+def two_passes(watch: Hook) -> None:
     for position, name in enumerate(("calibrate", "propose")):
         step = make(Pass, name)
         watch.started(step, position, 2)

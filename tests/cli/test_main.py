@@ -25,10 +25,12 @@ import tdcompile.compiler
 from tdcompile.artifact.checkpoint import Checkpoint
 from tdcompile.artifact.report import Report
 from tdcompile.backend.export import export_onnx
+from tdcompile.backend.lowering import LOWERING
 from tdcompile.cli.compile import name_of, workspace_of
 from tdcompile.cli.load_job import recipe_of, to_toml
 from tdcompile.cli.main import VERBS, main
 from tdcompile.cli.options import OPTIONS
+from tdcompile.core.pipeline import Pipeline
 from tdcompile.errors import InputError
 from tdcompile.ir.program import Program
 from tdcompile.recipes import Recipe, load_recipe
@@ -239,26 +241,27 @@ def stopped() -> NoReturn:
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(tdc: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran_steps: list[str] = []
-    run_step = tdcompile.compiler.run_step
+    run_step = Pipeline._run_step
 
-    def killed(step: Any, *arguments: Any) -> Any:
-        if step.name == "recalibrate":
+    def counted(self: Pipeline, position: int, *arguments: Any) -> Program:
+        ran_steps.append(self.steps[position].name)
+        return run_step(self, position, *arguments)
+
+    def killed(self: Pipeline, position: int, *arguments: Any) -> Program:
+        if self.steps[position].name == "recalibrate":
             os.kill(os.getpid(), signal.SIGTERM)
-        ran_steps.append(step.name)
-        return run_step(step, *arguments)
+        return counted(self, position, *arguments)
 
     command = ["compile", "net.py:build", *SMALL, "-o", "made"]
     with monkeypatch.context() as patch:
-        patch.setattr(tdcompile.compiler, "run_step", killed)
+        patch.setattr(Pipeline, "_run_step", killed)
         ran = tdc(*command)
     assert (ran.code, ran.out) == (130, "")
     assert f"go on with: tdcompile {' '.join(command)} --resume" in ran.err
     assert not (home / "made").exists()
     assert workspace_of(home / "made").is_dir()
     ran_steps.clear()
-    monkeypatch.setattr(
-        tdcompile.compiler, "run_step", lambda step, *rest: ran_steps.append(step.name) or run_step(step, *rest)
-    )
+    monkeypatch.setattr(Pipeline, "_run_step", counted)
     assert tdc(*command, "--resume", "-q").code == 0
     assert "factorize" not in ran_steps
     assert "recalibrate" in ran_steps
@@ -277,7 +280,12 @@ def test_resuming_another_command_leaves_the_state_for_the_right_one(
     assert ran.code == 2
     assert "is of another compilation, with another budget" in ran.sentence
     assert (workspace_of(home / "made") / "state").is_dir()
-    monkeypatch.setattr(tdcompile.compiler, "run_step", stopped)  # nothing is left to be done
+    run_step = Pipeline._run_step
+
+    def only_lowering(self: Pipeline, *arguments: Any) -> Program:
+        return run_step(self, *arguments) if str(self) == LOWERING else stopped()  # no pass of the pipeline is left
+
+    monkeypatch.setattr(Pipeline, "_run_step", only_lowering)
     ran = tdc(*command, "--resume", "--max-drop", "100", "--jobs", "2", "--eval", "2", "--json")
     assert ran.code == 0, ran.err
     assert [gate["name"] for gate in json.loads(ran.out)["gates"]] == ["macs", "max-drop"]

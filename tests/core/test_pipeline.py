@@ -1,4 +1,4 @@
-"""Passes as contracts: what a base class demands of every pass, and what the driver tells its watcher."""
+"""Passes keep the contracts of their base classes; a pipeline runs its hooks around the steps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import fx, nn
 import tdcompile
 from tdcompile.cli.main import _failure
 from tdcompile.core import registry
+from tdcompile.core.hooks import Hook, RunRecord, StepTimer, Work
 from tdcompile.core.importance import Importance
 from tdcompile.core.passes import AnalysisPass, Pass, RewritePass, Rewritten, TunePass
-from tdcompile.core.pipeline import Pipeline, Silent
+from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError, TdcompileError
@@ -158,10 +159,10 @@ def test_a_need_is_met_by_what_is_known_beforehand_or_not_at_all() -> None:
         Pipeline((Learn(), Scale(), Scale())).check()
 
 
-def test_a_watcher_is_told_everything_and_steps_can_be_skipped(program: Program) -> None:
+def test_a_hook_observes_every_step_and_can_start_after_the_first(program: Program) -> None:
     told: list[tuple[object, ...]] = []
 
-    class Watch(Silent):
+    class Watch(Hook):
         def started(self, step: Pass, position: int, of: int) -> None:
             told.append(("started", type(step).__name__, position, of))
 
@@ -172,7 +173,7 @@ def test_a_watcher_is_told_everything_and_steps_can_be_skipped(program: Program)
             told.append(("finished", type(step).__name__))
 
     pipeline = Pipeline((Learn(), Scale()))
-    pipeline.run(program, Watch())
+    pipeline.run(program, [Watch()])
     assert told == [
         ("started", "Learn", 0, 2),
         ("advanced", 1, 2, "half"),
@@ -181,8 +182,63 @@ def test_a_watcher_is_told_everything_and_steps_can_be_skipped(program: Program)
         ("finished", "Scale"),
     ]
     told.clear()
-    pipeline.run(program, Watch(), skip=1)
-    assert [entry[1] for entry in told] == ["Scale", "Scale"]
+
+    class Restore(Hook):
+        def begin(self, program: Program, steps: Sequence[Pass], done: int) -> tuple[Program, int]:
+            return Learn().run(program), 1
+
+    after = pipeline.run(program, [Restore(), Watch()])
+    assert told == [("started", "Scale", 1, 2), ("finished", "Scale")]
+    assert after.history[-1] == Change("", "scale", "doubled")
+
+
+def test_the_first_hook_is_the_outermost_and_a_hook_can_replace_a_step(program: Program) -> None:
+    told: list[str] = []
+
+    class Told(Hook):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def around(self, step: Pass, position: int, program: Program, work: Work) -> Program:
+            told.append(f"{self.name} before {position}")
+            after = work()
+            told.append(f"{self.name} after {position}")
+            return after
+
+        def started(self, step: Pass, position: int, of: int) -> None:
+            told.append(f"{self.name} started")
+
+    class Instead(Hook):
+        def around(self, step: Pass, position: int, program: Program, work: Work) -> Program:
+            return program
+
+    Pipeline((Learn(),)).run(program, [Told("a"), Told("b")])
+    assert told == ["a before 0", "b before 0", "a started", "b started", "b after 0", "a after 0"]
+    told.clear()
+    assert Pipeline((Learn(),)).run(program, [Told("a"), Instead(), Told("b")]) is program
+    assert told == ["a before 0", "a after 0"]
+
+
+def test_the_timer_sums_the_passes_of_one_name(program: Program) -> None:
+    record = RunRecord({"trace": 1.0})
+    Pipeline((Learn(), Learn())).run(program, [StepTimer(record)])
+    once = dict(record.seconds)
+    assert once.keys() == {"trace", ""}
+    Pipeline((Learn(),)).run(program, [StepTimer(record)])
+    assert record.seconds[""] > once[""] > 0
+    assert record.seconds["trace"] == 1.0
+
+
+def test_passes_declare_what_hooks_must_know() -> None:
+    assert Learn.decides
+    assert not Learn.trains
+    assert not Learn.resumable
+    assert Scale.resumable
+    assert not Scale.decides
+    assert not Halve.decides
+    assert not Halve.resumable
+    assert Pipeline.parse("calibrate,recalibrate,finetune,anneal").trainer == "finetune"
+    assert Pipeline.parse("calibrate,recalibrate").trainer is None
 
 
 def test_a_failure_inside_a_plugin_names_it_and_where_it_was(monkeypatch: pytest.MonkeyPatch, program: Program) -> None:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tdcompile
 from tdcompile.artifact.checkpoint import Checkpoint
 from tdcompile.compiler import Compiled
-from tdcompile.core.pipeline import Silent
+from tdcompile.core.hooks import Hook
 from tdcompile.data.task import Tensors
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.training.run_state import Tuning
@@ -43,7 +43,7 @@ def network(classes=2):
 X = torch.randn(1, 3, 12, 12)
 
 
-class Steps(Silent):
+class Steps(Hook):
     """Records the steps, and raises after one."""
 
     def __init__(self, stop=None):

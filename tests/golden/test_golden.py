@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tdcompile
-from tdcompile.core.pipeline import Silent
+from tdcompile.core.hooks import Hook
 
 FILE = Path(__file__).with_name("resnet_block.txt")
 
@@ -25,7 +25,7 @@ class Block(nn.Module):
         return self.head(self.drop(y).mean((2, 3)))
 
 
-class Text(Silent):
+class Text(Hook):
     def __init__(self):
         self.parts = []
 
@@ -39,7 +39,7 @@ def test_the_graph_after_each_step():
     program = tdcompile.trace(Block().eval(), (torch.randn(2, 8, 6, 6),)).with_(budget=tdcompile.Budget(macs=0.6))
     text = Text()
     steps = "score,propose{decompose=tucker2},choose,factorize,recalibrate,fold-batchnorm,drop-dead"
-    tdcompile.Pipeline.parse(steps).run(program, text)
+    tdcompile.Pipeline.parse(steps).run(program, [text])
     got = "\n".join(text.parts[3:])  # the steps before touch nothing
     if os.environ.get("TDCOMPILE_GOLDEN") == "write":
         FILE.write_text(got)

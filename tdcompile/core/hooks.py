@@ -1,0 +1,75 @@
+"""``Hook``: code that surrounds or observes the steps of a pipeline; the timer, and the figures that hooks collect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:  # the command subclasses Hook and prints its help without loading torch
+    from tdcompile.core.passes import Pass
+    from tdcompile.ir.program import Program
+
+Work: TypeAlias = "Callable[[], Program]"
+
+
+class Hook:
+    """Base class of hooks: subclass it and override what you need; the defaults change nothing.
+
+    ``Pipeline.run`` calls ``begin`` once. For each step it calls ``around``, and within it ``started``, ``advanced``
+    and ``finished``. The first hook of a list is the outermost: its ``around`` contains those of the others.
+    """
+
+    def begin(self, program: Program, steps: Sequence[Pass], done: int) -> tuple[Program, int]:
+        """Return the program to start from and the number of steps already done, for example from a checkpoint.
+
+        Args:
+            program: the program to start from so far.
+            steps: all steps of the pipeline.
+            done: the number of steps already done so far.
+        """
+        return program, done
+
+    def around(self, step: Pass, position: int, program: Program, work: Work) -> Program:
+        """Call ``work`` and return its program.
+
+        Args:
+            step: the pass that ``work`` runs.
+            position: the index of the step in the pipeline.
+            program: the program before the step.
+            work: runs the step with the remaining hooks.
+        """
+        return work()
+
+    def started(self, step: Pass, position: int, of: int) -> None:
+        """A pass starts: step ``position``, counted from 0, ``of`` as many."""
+
+    def advanced(self, step: Pass, done: int, of: int, note: str) -> None:
+        """A long pass has finished ``done`` ``of`` its parts; ``note`` names the part, e.g. a layer."""
+
+    def finished(self, step: Pass, program: Program, seconds: float) -> None:
+        """A pass has returned this program."""
+
+
+@dataclass
+class RunRecord:
+    """Figures that hooks collect during a run and a checkpoint saves.
+
+    Attributes:
+        seconds: the duration of each pass by name, summed over passes of one name.
+        before_tuning: the test accuracy before the first pass that trains; None before that, or without labels.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    before_tuning: float | None = None
+
+
+class StepTimer(Hook):
+    """Add the duration of every pass to a record."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self._record = record
+
+    def finished(self, step: Pass, program: Program, seconds: float) -> None:
+        """Add the seconds to the sum of this pass's name."""
+        self._record.seconds[step.name] = self._record.seconds.get(step.name, 0.0) + seconds

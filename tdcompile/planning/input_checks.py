@@ -1,0 +1,88 @@
+"""Checks of samples and options against a traced network, before any pass runs."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.data.task import Task
+from tdcompile.errors import InputError, nearest
+from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.modules import outputs_of
+from tdcompile.ir.program import Program, sites
+
+
+def check_training_samples(pipeline: Pipeline, task: Task) -> None:
+    """Require training samples if a pass trains.
+
+    Raises:
+        InputError: a pass trains, and the task has no training samples.
+    """
+    if pipeline.trainer and task.train is None:
+        raise InputError(f"'{pipeline.trainer}' trains, and there is nothing to train on: give data")
+
+
+def check_test_labels(max_drop: float | None, task: Task) -> None:
+    """Require labelled test samples if the loss of accuracy is bounded.
+
+    Raises:
+        InputError: ``max_drop`` is set, and the task has no labelled test samples.
+    """
+    test = task.test
+    if max_drop is not None and (test is None or test.classes is None or not len(test)):
+        raise InputError(
+            f"max_drop={max_drop:g} bounds the loss of accuracy, and there are no labelled test samples to measure it "
+            "on: give data that have them"
+        )
+
+
+def check_sample_inputs(program: Program) -> None:
+    """Require that samples have as many inputs as the network.
+
+    Raises:
+        InputError: a sample has fewer or more.
+    """
+    for samples, what in ((program.task.train, "training"), (program.task.test, "test")):
+        if samples is not None and len(samples):
+            count = len(next(samples.batches(1, limit=1)).inputs)
+            if count != len(program.inputs):
+                raise InputError(
+                    f"a {what} sample has {count} input(s), and the network was given {len(program.inputs)}"
+                )
+
+
+def check_labels(program: Program) -> None:
+    """Require a score in the network's output for every class of the labels.
+
+    Raises:
+        InputError: the labels have more classes than the network.
+    """
+    classes = max((s.classes or 0 for s in (program.task.train, program.task.test) if s is not None), default=0)
+    if not classes:
+        return
+    scores = outputs_of(program.graph, program.inputs)[0]
+    if scores.dim() != 2 or classes > scores.shape[1]:
+        shape = "x".join(map(str, scores.shape))
+        raise InputError(
+            f"the labels go up to {classes - 1}, and the network's output is {shape}: expected a score for each class"
+        )
+
+
+def matched_layers(program: Program, patterns: Sequence[str]) -> dict[str, str]:
+    """Return the layers that ``--keep-dense`` patterns match, with the reason to report.
+
+    Raises:
+        InputError: a pattern matches no layer, or the network has no layer to factorise.
+    """
+    found = sites(program)
+    if not found:
+        said = "; ".join(entry.text for entry in program.history if isinstance(entry, Diagnostic))
+        raise InputError(f"the network has no convolution or linear layer to factorise{f': {said}' if said else ''}")
+    kept: dict[str, str] = {}
+    for pattern in patterns:
+        matched = fnmatch.filter(found, pattern)
+        if not matched:
+            raise InputError(f"--keep-dense '{pattern}' matches no layer: {nearest(pattern, found)}")
+        kept |= dict.fromkeys(matched, f"left alone as asked by '{pattern}'")
+    return kept
