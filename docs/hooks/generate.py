@@ -17,7 +17,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
-from plugin_pages import plugin_reference, recipe_table
+from plugin_pages import code_table, plugin_reference, recipe_table
+
+from tdcompile.ir.diagnostics import DiagnosticCode, ReasonCode
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIRECTIVE = re.compile(r"^<!-- generated: (\S+)(?: (\S+))? -->$", re.MULTILINE)
@@ -77,8 +79,10 @@ PARTS: Mapping[str, Callable[[str], str]] = {
     "api": public_names,
     "commands": lambda _: command_reference(),
     "decompositions": lambda _: draw_decompositions(),
+    "diagnostics": lambda _: code_table(DiagnosticCode),
     "file": project_file,
     "pipeline": lambda _: draw_pipeline(),
     "plug-ins": plugin_reference,
+    "reasons": lambda _: code_table(ReasonCode),
     "recipes": lambda _: recipe_table(),
 }

@@ -1,4 +1,4 @@
-"""Tables of the plug-ins and recipes that ship, read from the registry and from docstrings."""
+"""Tables of the plug-ins, recipes and codes that ship, read from the registry, docstrings and enums."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tdcompile.core.passes import Pass
 from tdcompile.core.plugin import Plugin
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find
+from tdcompile.ir.diagnostics import DiagnosticCode, ReasonCode
 from tdcompile.recipes import recipes
 from tdcompile.support.options import describe, text_of, types_of
 
@@ -92,3 +93,9 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def code_table(codes: type[DiagnosticCode] | type[ReasonCode]) -> str:
+    """Return a table of codes and their meanings."""
+    rows = [f"| `{code}` | {code.meaning} |" for code in codes]
+    return "\n".join(["| code | meaning |", "|---|---|", *rows])

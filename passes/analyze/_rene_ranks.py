@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan, Ranks, within
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Cost
@@ -165,14 +165,14 @@ class SingleRanks(Prices):
             if name in reasons:
                 continue
             if name not in self.forms:
-                reasons[name] = Reason("refused", "neither the search's form nor svd applies to it")
+                reasons[name] = Reason(ReasonCode.REFUSED, "neither the search's form nor svd applies to it")
             elif name not in ranks:
                 alone = "the search's form has rank 1 alone here, so nothing to search for; dense loses nothing"
-                reasons[name] = Reason("dense_is_best", alone)
+                reasons[name] = Reason(ReasonCode.DENSE_IS_BEST, alone)
             elif ranks[name] == WHOLE:
                 reasons[name] = self._whole(name)
             elif self.share(name, rank := ranks[name]) >= 1:
-                reasons[name] = Reason("not_cheaper", f"at the rank found, {rank}, it costs more than dense")
+                reasons[name] = Reason(ReasonCode.NOT_CHEAPER, f"at the rank found, {rank}, it costs more than dense")
             else:
                 form, cost = self.forms[name], self.cost(name, rank)
                 choices[name] = Candidate(
@@ -185,11 +185,11 @@ class SingleRanks(Prices):
         """Why a layer stays dense though the search might have given it a rank."""
         least = self._cheapest(name)
         if least == WHOLE:
-            return Reason("not_cheaper", "no rank for this layer is cheaper than dense")
+            return Reason(ReasonCode.NOT_CHEAPER, "no rank for this layer is cheaper than dense")
         lost = (
             f"rank {least} saves {1 - self.share(name, least):.3g} of its cost at error {self.error(name, least):.3g}"
         )
-        return Reason("dense_is_best", f"dense is best here under the budget: {lost}")
+        return Reason(ReasonCode.DENSE_IS_BEST, f"dense is best here under the budget: {lost}")
 
     def _least(self, names: Iterable[str]) -> dict[str, int]:
         """Rank 1 for each; where that does not keep to the budget, the cheapest, as measured prices may have it."""

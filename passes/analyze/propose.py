@@ -14,7 +14,7 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.core.registry import find, make, registered
 from tdcompile.errors import TdcompileError, during
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.measurements import Baseline, Calibration, Moments
@@ -31,7 +31,14 @@ from tdcompile.support.progress import report_progress
 _MARGIN = 1.1
 
 # Codes of forms that say that the layer is of a kind which another form takes.
-_FOR_ANOTHER = ("kind", "kernel", "pointwise", "transposed", "grouped", "ungrouped")
+_FOR_ANOTHER = (
+    ReasonCode.KIND,
+    ReasonCode.KERNEL,
+    ReasonCode.POINTWISE,
+    ReasonCode.TRANSPOSED,
+    ReasonCode.GROUPED,
+    ReasonCode.UNGROUPED,
+)
 
 _Work = tuple[Decomposition, Layer, Tensor, Sequence[Ranks], Moments | None]
 
@@ -219,7 +226,7 @@ def _refused(site: Site, forms: Sequence[Decomposition]) -> Reason:
     """
     reasons = [refusal for form in forms if (refusal := form.refuse(site.layer)) is not None]
     if not reasons:
-        return Reason("no_ranks", "its ranks are below the grain: it is too small to be split")
+        return Reason(ReasonCode.NO_RANKS, "its ranks are below the grain: it is too small to be split")
     reasons = [refusal for refusal in reasons if refusal.code not in _FOR_ANOTHER] or reasons
     codes = [refusal.code for refusal in reasons]
     return max(reasons, key=lambda reason: codes.count(reason.code))

@@ -23,7 +23,7 @@ from tdcompile.core.passes import AnalysisPass
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_graph, replace_module
 from tdcompile.ir.measurements import Baseline, Rehearsal, Round
@@ -190,7 +190,7 @@ def _slower(plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, f
     """The replaced layers that were not faster inside the graph."""
     return {
         name: Reason(
-            "slower_in_graph",
+            ReasonCode.SLOWER_IN_GRAPH,
             f"{choice.decomposition}{list(choice.ranks)} took {measured[name] * 1e3:.3f} ms inside the graph, "
             f"the dense layer {dense[name] * 1e3:.3f} ms",
         )

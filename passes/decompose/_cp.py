@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
@@ -61,13 +61,13 @@ class Polyadic(Decomposition):
     def refuse(self, layer: Layer) -> Reason | None:
         """Ungrouped convolutions with more than one tap are accepted."""
         if layer.kind != "conv":
-            return Reason("kind", f"{self.name} is a form of convolutions")
+            return Reason(ReasonCode.KIND, f"{self.name} is a form of convolutions")
         if layer.transposed:
-            return Reason("transposed", "it is a transposed convolution; channel and tucker2 fit it")
+            return Reason(ReasonCode.TRANSPOSED, "it is a transposed convolution; channel and tucker2 fit it")
         if (grouped := in_groups(layer)) is not None:
             return grouped
         if layer.pointwise:
-            return Reason("pointwise", f"{self.name} needs a kernel of more than one tap")
+            return Reason(ReasonCode.POINTWISE, f"{self.name} needs a kernel of more than one tap")
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.plan import Ranks
 from tdcompile.passes.decompose._cp import Polyadic
@@ -30,7 +30,7 @@ class CP4(Polyadic):
         refusal = super().refuse(layer)
         if refusal is None and (len(layer.kernel) != 2 or min(layer.kernel) < 2):
             size = "x".join(map(str, layer.kernel))
-            return Reason("kernel", f"cp4 separates the two axes of a kernel; {size} has no two to separate")
+            return Reason(ReasonCode.KERNEL, f"cp4 separates the two axes of a kernel; {size} has no two to separate")
         return refusal
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:

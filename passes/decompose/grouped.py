@@ -19,7 +19,7 @@ from tdcompile.core.decomposition import Decomposition, energy
 from tdcompile.core.registry import find, make
 from tdcompile.core.spec import parse_spec
 from tdcompile.errors import InputError
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
@@ -51,7 +51,7 @@ class Grouped(Decomposition):
     def refuse(self, layer: Layer) -> Reason | None:
         """Ungrouped and depthwise layers, and groups that their form refuses."""
         if layer.groups == 1:
-            return Reason("ungrouped", "its channels are in one group")
+            return Reason(ReasonCode.UNGROUPED, "its channels are in one group")
         if layer.depthwise:
             return in_groups(layer)
         refused = self._form(layer).refuse(_one(layer))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
@@ -37,15 +37,17 @@ class Spatial(Decomposition):
     def refuse(self, layer: Layer) -> Reason | None:
         """Groups, kernels that are not two-dimensional with both sides above 1, and layers rank 1 makes no cheaper."""
         if layer.transposed:
-            return Reason("transposed", "it is a transposed convolution; channel and tucker2 fit it")
+            return Reason(ReasonCode.TRANSPOSED, "it is a transposed convolution; channel and tucker2 fit it")
         if (grouped := in_groups(layer)) is not None:
             return grouped
         if layer.pointwise:
-            return Reason("pointwise", "it has no kernel to part by axis; svd fits it")
+            return Reason(ReasonCode.POINTWISE, "it has no kernel to part by axis; svd fits it")
         if len(layer.kernel) != 2 or 1 in layer.kernel:
-            return Reason("kernel", f"its kernel {layer.kernel} has no two axes longer than 1 to part")
+            return Reason(ReasonCode.KERNEL, f"its kernel {layer.kernel} has no two axes longer than 1 to part")
         if self._macs(layer, (1,)) >= layer.macs:
-            return Reason("small", f"{layer.in_channels} -> {layer.out_channels} costs less than two factors do")
+            return Reason(
+                ReasonCode.SMALL, f"{layer.in_channels} -> {layer.out_channels} costs less than two factors do"
+            )
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
@@ -32,13 +32,17 @@ class SVD(Decomposition):
     def refuse(self, layer: Layer) -> Reason | None:
         """Groups, kernels of more than one tap, and layers that rank 1 would not make cheaper."""
         if layer.transposed:
-            return Reason("transposed", "it is a transposed convolution; channel and tucker2 fit it")
+            return Reason(ReasonCode.TRANSPOSED, "it is a transposed convolution; channel and tucker2 fit it")
         if (grouped := in_groups(layer)) is not None:
             return grouped
         if not layer.pointwise:
-            return Reason("kernel", f"its kernel {layer.kernel} has more than one tap; channel or tucker2 fit it")
+            return Reason(
+                ReasonCode.KERNEL, f"its kernel {layer.kernel} has more than one tap; channel or tucker2 fit it"
+            )
         if self._macs(layer, (1,)) >= layer.macs:
-            return Reason("small", f"{layer.in_channels} -> {layer.out_channels} costs less than two factors do")
+            return Reason(
+                ReasonCode.SMALL, f"{layer.in_channels} -> {layer.out_channels} costs less than two factors do"
+            )
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
@@ -39,16 +39,16 @@ class TT(Decomposition):
     def refuse(self, layer: Layer) -> Reason | None:
         """Ungrouped convolutions in two dimensions with a kernel longer than 1 along both are accepted."""
         if layer.kind != "conv":
-            return Reason("kind", "tt is a form of convolutions; tt-linear is that of linear layers")
+            return Reason(ReasonCode.KIND, "tt is a form of convolutions; tt-linear is that of linear layers")
         if layer.transposed:
-            return Reason("transposed", "it is a transposed convolution; channel and tucker2 fit it")
+            return Reason(ReasonCode.TRANSPOSED, "it is a transposed convolution; channel and tucker2 fit it")
         if (grouped := in_groups(layer)) is not None:
             return grouped
         if layer.pointwise:
-            return Reason("pointwise", "tt needs a kernel of more than one tap")
+            return Reason(ReasonCode.POINTWISE, "tt needs a kernel of more than one tap")
         if len(layer.kernel) != 2 or min(layer.kernel) < 2:
             size = "x".join(map(str, layer.kernel))
-            return Reason("kernel", f"tt separates the two axes of a kernel; {size} has no two to separate")
+            return Reason(ReasonCode.KERNEL, f"tt separates the two axes of a kernel; {size} has no two to separate")
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:

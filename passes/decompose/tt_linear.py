@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
@@ -49,10 +49,10 @@ class TTLinear(Decomposition):
         if (grouped := in_groups(layer)) is not None:
             return grouped
         if layer.kind != "linear":
-            return Reason("kind", "tt-linear is a form of linear layers")
+            return Reason(ReasonCode.KIND, "tt-linear is a form of linear layers")
         for size in (layer.in_channels, layer.out_channels):
             if not modes_of(size, self.cores):
-                return Reason("shape", f"{size} features are not a product of {self.cores} numbers above 1")
+                return Reason(ReasonCode.SHAPE, f"{size} features are not a product of {self.cores} numbers above 1")
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:

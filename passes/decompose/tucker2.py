@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
 from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
@@ -49,11 +49,13 @@ class Tucker2(Decomposition):
         if (grouped := in_groups(layer)) is not None:
             return grouped
         if layer.pointwise and layer.transposed:
-            return Reason("no_form", "it is a transposed convolution of one tap, which no form takes")
+            return Reason(ReasonCode.NO_FORM, "it is a transposed convolution of one tap, which no form takes")
         if layer.pointwise:
-            return Reason("pointwise", "it has no kernel beyond one tap; svd fits it")
+            return Reason(ReasonCode.POINTWISE, "it has no kernel beyond one tap; svd fits it")
         if self._macs(layer, (1, 1)) >= layer.macs:
-            return Reason("small", f"{layer.in_channels} -> {layer.out_channels} costs less than three factors do")
+            return Reason(
+                ReasonCode.SMALL, f"{layer.in_channels} -> {layer.out_channels} costs less than three factors do"
+            )
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:

@@ -11,7 +11,7 @@ from typing import ClassVar
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.spec import parse_spec
 from tdcompile.errors import InputError, nearest
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.plan import DENSE, Candidate, Candidates, RankPlan, Spectrum, within
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import first_fit, full_ranks, gainful, limits_of, load, settle
@@ -72,7 +72,7 @@ class Uniform(RankSelector):
     def _reasons(self, candidates: Candidates) -> dict[str, Reason]:
         """For the layers that a named form does not apply to, though others do."""
         return {
-            name: Reason("other_form", f"'{self.form}' was asked for and does not apply to this layer")
+            name: Reason(ReasonCode.OTHER_FORM, f"'{self.form}' was asked for and does not apply to this layer")
             for name, options in candidates.layers.items()
             if self.form != "auto" and len(options) > 1 and all(_form_of(o) != self.form for o in options[1:])
         }

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 from tdcompile.core.rank_selector import RankSelector
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.plan import Candidate, Candidates, RankPlan, Spectrum
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import first_fit, full_ranks, gainful, limits_of, load, settle
@@ -71,10 +71,10 @@ class VBMF(RankSelector):
             spectra = candidates.spectra.get(name)
             if not spectra:
                 blind = "the singular values of this layer's unfoldings are not known"
-                reasons[name] = Reason("no_spectrum", blind)
+                reasons[name] = Reason(ReasonCode.NO_SPECTRUM, blind)
             elif (full := min(map(_full, spectra.values()))) <= self.floor > 1:
                 narrow = f"its full rank, {full}, is not above the floor of vbmf, {self.floor}"
-                reasons[name] = Reason("narrow", narrow)
+                reasons[name] = Reason(ReasonCode.NARROW, narrow)
         return reasons
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from tdcompile.core.decomposition import relative_error
 from tdcompile.core.passes import RewritePass, Rewritten
 from tdcompile.errors import TdcompileError
-from tdcompile.ir.diagnostics import Diagnostic, Reason
+from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import replace_module
 from tdcompile.ir.modules import outputs_of
@@ -69,7 +69,7 @@ class DetachDense(RewritePass):
             error = 0.0 if layer is None else relative_error(site.weight, layer.effective(), None)
             if layer is None or layer.stays:
                 choices[name] = Candidate(DENSE, (), error, prices.layers[name])
-                reasons[name] = told.get(name, Reason("refused", "it has no adapter"))
+                reasons[name] = told.get(name, Reason(ReasonCode.REFUSED, "it has no adapter"))
             else:
                 cost = prices.at(name, layer.decomposition, layer.ranks)
                 choices[name] = Candidate(layer.form, layer.ranks, error, cost, layer.decomposition.modes)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import RewritePass, Rewritten
 from tdcompile.errors import InputError, during, nearest
-from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import replace_module
 from tdcompile.ir.layer import Layer
@@ -68,7 +68,7 @@ class Factorize(RewritePass):
                 replace_module(graph, name, form.build(site.layer, choice.ranks, factors, bias))
             history.append(Change(name, self.name, f"{choice.decomposition}{list(choice.ranks)}"))
             if (caution := form.caution(site.layer, site.weight, factors)) is not None:
-                history.append(Diagnostic("warning", "caution", f"'{name}': {caution}"))
+                history.append(Diagnostic("warning", DiagnosticCode.CAUTION, f"'{name}': {caution}", name))
             report_progress(done, len(replaced), name)
         return Rewritten(graph, history)
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
-from tdcompile.ir.diagnostics import Diagnostic, Reason
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode, Reason, ReasonCode
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.plan import DENSE, Candidate, Ranks, within
 from tdcompile.ir.program import Change, Program
@@ -74,13 +74,20 @@ class Anneal(TunePass):
         layers = parallel_layers(graph)
         if not layers:
             return Rewritten(
-                graph, [Diagnostic("warning", "no_adapters", "anneal: no layer has an adapter; attach-adapters first")]
+                graph,
+                [
+                    Diagnostic(
+                        "warning", DiagnosticCode.NO_ADAPTERS, "anneal: no layer has an adapter; attach-adapters first"
+                    )
+                ],
             )
         train = program.task.train
         schedule = _Schedule(layers, program, self.decay, self.selections)
         if train is None or len(train) < 2:
             dense = schedule.finish()
-            told = Diagnostic("warning", "no_data", "anneal: no training samples; the dense share is cut off")
+            told = Diagnostic(
+                "warning", DiagnosticCode.NO_DATA, "anneal: no training samples; the dense share is cut off"
+            )
             return Rewritten(graph, [told, *(reason.about(name) for name, reason in dense.items())])
         settings = Settings(
             epochs=self.epochs,
@@ -174,7 +181,7 @@ class _Schedule:
     def _dense(self) -> dict[str, Reason]:
         why = "its adapter costs no less than dense at the ranks that it has left, {}"
         return {
-            name: Reason("not_cheaper", why.format(list(layer.ranks)))
+            name: Reason(ReasonCode.NOT_CHEAPER, why.format(list(layer.ranks)))
             for name, layer in self._layers.items()
             if self._gain(name, layer.ranks) is None
         }

@@ -16,7 +16,7 @@ from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.data.task import Samples
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.plan import RankPlan
@@ -101,7 +101,7 @@ class Finetune(TunePass):
         train = program.task.train
         if train is None or len(train) < 2:
             reason = "finetune: there are no training samples"
-            return Rewritten(graph, [Diagnostic("warning", "no_data", reason)], [Tuning()])
+            return Rewritten(graph, [Diagnostic("warning", DiagnosticCode.NO_DATA, reason)], [Tuning()])
         fit, heldout = self._split(train, program)
         saved = training_state_of(self, graph, train, program)
         settings = self._settings(program)

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.data.task import Samples
 from tdcompile.errors import InputError
-from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Aspect
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.modules import input_of
@@ -53,10 +53,28 @@ class Recalibrate(TunePass):
         """
         layers = _norms(graph)
         if not layers:
-            return _refused(graph, "no_batchnorm", "the network has no batch-norm layer with running statistics")
+            return Rewritten(
+                graph,
+                [
+                    Diagnostic(
+                        "info",
+                        DiagnosticCode.NO_BATCHNORM,
+                        "recalibrate: the network has no batch-norm layer with running statistics",
+                    )
+                ],
+            )
         train = program.task.train
         if train is None or len(train) < 2:
-            return _refused(graph, "no_data", "there are no training samples to estimate batch-norm statistics on")
+            return Rewritten(
+                graph,
+                [
+                    Diagnostic(
+                        "warning",
+                        DiagnosticCode.NO_DATA,
+                        "recalibrate: there are no training samples to estimate batch-norm statistics on",
+                    )
+                ],
+            )
         count = min(self.samples, len(train))
         chosen = train.shuffled(program.generator(self.name)).subset(range(count))
         pools = self._pooled(graph, chosen)
@@ -142,7 +160,3 @@ def _norms(graph: fx.GraphModule) -> dict[str, _BatchNorm]:
         for name, module in graph.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
-
-
-def _refused(graph: fx.GraphModule, code: str, reason: str) -> Rewritten:
-    return Rewritten(graph, [Diagnostic("info", code, f"recalibrate: {reason}")])

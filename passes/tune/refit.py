@@ -25,7 +25,7 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.ir.diagnostics import Diagnostic, Reason
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.graph_edits import calls_of, module_at, only_user
 from tdcompile.ir.im2col import patches_at, positions, values_at
 from tdcompile.ir.layer import Layer, owner
@@ -79,13 +79,15 @@ class Refit(TunePass):
         """
         train = program.task.train
         if train is None or len(train) < 2:
-            return Rewritten(graph, [Diagnostic("warning", "no_data", "refit: there are no training samples")])
+            return Rewritten(
+                graph, [Diagnostic("warning", DiagnosticCode.NO_DATA, "refit: there are no training samples")]
+            )
         count = min(self.samples, len(train), _fitting(graph, program, self.memory))
         chosen = train.shuffled(program.generator(self.name)).subset(range(count))
         graph.eval()
         if not (follows(graph, program.inputs) and follows(program.dense.eval(), program.inputs)):
             why = "refit: the network changes values in place in a way that cannot be followed layer by layer"
-            return Rewritten(graph, [Diagnostic("warning", "in_place", why)])
+            return Rewritten(graph, [Diagnostic("warning", DiagnosticCode.IN_PLACE, why)])
         batches = [batch.inputs for batch in chosen.batches(self.batch)]
         streams = Stream(graph, batches), Stream(program.dense.eval(), batches)
         plan = program.facts.get(RankPlan)
@@ -98,8 +100,8 @@ class Refit(TunePass):
             if choice.decomposition == DENSE and not self.dense:
                 continue
             aim = _Aim.of(graph, program.dense, site, self.blocks)
-            if isinstance(aim, Reason):
-                history += [aim.about(name)] if sweep == 0 else []
+            if isinstance(aim, Diagnostic):
+                history += [aim] if sweep == 0 else []
             else:
                 history.append(Change(name, self.name, self._fit(aim, choice, program, streams)))
         return Rewritten(graph, history)
@@ -148,19 +150,29 @@ class _Aim:
     other: fx.Node | None
 
     @classmethod
-    def of(cls, graph: fx.GraphModule, dense: fx.GraphModule, site: Site, blocks: bool) -> _Aim | Reason:
+    def of(cls, graph: fx.GraphModule, dense: fx.GraphModule, site: Site, blocks: bool) -> _Aim | Diagnostic:
         """Find it, or say why there is none."""
         name, width = site.name, site.weight[0].numel()
         chain = _chain(graph, name)
         if len(site.calls) > 1 or site.inner is not None or not chain:
             where = "called more than once" if len(site.calls) > 1 else "inside a module that could not be traced"
-            return Reason("not_refitted", f"refit: it is {where}")
+            return Diagnostic("info", DiagnosticCode.NOT_REFITTED, f"refit: it is {where}", name)
         if site.layer.groups > 1 or width > _WIDEST:
             what = f"has {site.layer.groups} groups" if site.layer.groups > 1 else f"has {width} inputs"
-            return Reason("not_refitted", f"refit: it {what}; one regression takes one group of at most {_WIDEST}")
+            return Diagnostic(
+                "info",
+                DiagnosticCode.NOT_REFITTED,
+                f"refit: it {what}; one regression takes one group of at most {_WIDEST}",
+                name,
+            )
         ours, theirs = _behind(graph, chain[-1], blocks), _behind(dense, calls_of(dense, name)[0], blocks)
         if [end is None for end in ours] != [end is None for end in theirs]:
-            return Reason("not_refitted", "refit: what follows it is not what follows it in the dense network")
+            return Diagnostic(
+                "info",
+                DiagnosticCode.NOT_REFITTED,
+                "refit: what follows it is not what follows it in the dense network",
+                name,
+            )
         norm, source = module_at(graph, ours[1]), chain[0].args[0]
         assert isinstance(source, fx.Node)  # a call_module of one argument
         behind = norm if isinstance(norm, _BatchNorm) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,10 @@ from tdcompile.artifact.report import (
 from tdcompile.artifact.report import Reason as ReportedReason
 from tdcompile.backend.environment import environment, peak_memory_mb
 from tdcompile.backend.parity import Parity
-from tdcompile.ir.diagnostics import Diagnostic, Reason
+from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
 from tdcompile.ir.measurements import Rehearsal
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan
-from tdcompile.ir.program import Program, sites_of
+from tdcompile.ir.program import Change, Program, sites_of
 from tdcompile.ir.target import LIMITED, Cost
 from tdcompile.training.run_state import Tuning
 
@@ -163,7 +163,7 @@ def _reason(choice: Candidate | None, known: Reason | None) -> ReportedReason | 
     if choice is not None and choice.decomposition != DENSE:
         return None
     if known is None:
-        return ReportedReason(code="not_in_plan", reason="the plan does not mention it")
+        return ReportedReason(code=ReasonCode.NOT_IN_PLAN, reason="the plan does not mention it")
     return ReportedReason(code=known.code, reason=known.text)
 
 
@@ -221,10 +221,14 @@ def _verdict(outcome: Outcome, ratio: Ratio, gates: Sequence[Gate]) -> str:
 
 
 def _notes(program: Program, outcome: Outcome) -> Iterator[str]:
-    """What did not go the usual way: untraced leaves, skipped passes, an export that was not simplified."""
-    layers = set(sites_of(program.dense, program.inputs))
-    for entry in program.history:
-        if isinstance(entry, Diagnostic) and entry.layer not in layers:
-            yield entry.text
+    """Yield what the history and the exports say beyond the rows."""
+    yield from history_notes(program.history, sites_of(program.dense, program.inputs))
     for network, role in ((outcome.dense, "dense"), (outcome.compiled, "compiled")):
         yield from (f"{role} model: {note}" for note in network.exported.notes)
+
+
+def history_notes(history: Iterable[Change | Diagnostic], layers: Container[str]) -> Iterator[str]:
+    """Yield the messages about the network, and warnings; a row has the reason of its layer."""
+    for entry in history:
+        if isinstance(entry, Diagnostic) and (entry.layer not in layers or entry.level == "warning"):
+            yield entry.text

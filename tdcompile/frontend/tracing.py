@@ -23,7 +23,7 @@ from tdcompile.frontend.half_precision import half_dtypes, inputs_to_single_prec
 from tdcompile.frontend.parametrizations import without_parametrizations
 from tdcompile.frontend.select import Frontend, FrontendSelector, Traced, describe_sizes
 from tdcompile.frontend.signature import Call
-from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.dynamic_shapes import Axis, batch_of, open_axes, shares_batch
 from tdcompile.ir.modules import evaluating, keep_separate, not_finite, parent_of, separate_attention
 from tdcompile.ir.program import Program, sites_of
@@ -93,7 +93,7 @@ def trace(
         history = [
             *_tracing_notes(traced, changed, half_dtypes(module) if single is not plain else ""),
             *(
-                [Diagnostic("warning", "padding", _PADDING)]
+                [Diagnostic("warning", DiagnosticCode.PADDING, _PADDING)]
                 if single is own and _fused_kernels_zero_padding(isolated_copy(module), cases[0])
                 else []
             ),
@@ -149,24 +149,27 @@ def _tracing_notes(traced: Traced, changed: Sequence[str], half: str) -> list[Di
     """What became of a network otherwise than its user may think."""
     told = [
         Diagnostic(
-            "warning", "not_traced", f"symbolic tracing stops inside '{name or 'the network'}': {why}", name or None
+            "warning",
+            DiagnosticCode.NOT_TRACED,
+            f"symbolic tracing stops inside '{name or 'the network'}': {why}",
+            name or None,
         )
         for name, why in traced.leaves.items()
     ]
     told += [
         Diagnostic(
             "warning",
-            "untried",
+            DiagnosticCode.UNTRIED,
             f"whether it does something else where {describe_sizes(sizes)} takes too much memory to try",
         )
         for sizes in traced.untried
     ]
     if half:
         reason = f"its weights are {half}: it is compiled in float32, which onnxruntime has kernels for"
-        told.append(Diagnostic("info", "half_precision", reason))
+        told.append(Diagnostic("info", DiagnosticCode.HALF_PRECISION, reason))
     if changed:
         reason = f"it changes {', '.join(changed)} as it answers: the compiled model answers as in the first calls"
-        told.append(Diagnostic("warning", "state", reason))
+        told.append(Diagnostic("warning", DiagnosticCode.STATE, reason))
     return told
 
 
@@ -222,11 +225,13 @@ def _untouched_weights(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> lis
                 known.add(id(weight))
                 found.setdefault(_why_untouched(part, readers.get(path)), []).append(path)
     return [
-        Diagnostic("info", "no_layer", f"left as it is: {', '.join(names[:4])}{_more(names)}: {reason}")
+        Diagnostic("info", DiagnosticCode.NO_LAYER, f"left as it is: {', '.join(names[:4])}{_more(names)}: {reason}")
         for reason, names in found.items()
     ] + [
         Diagnostic(
-            "info", "quantised", f"left as they are: {', '.join(quantised[:4])}{_more(quantised)}: they are quantised"
+            "info",
+            DiagnosticCode.QUANTISED,
+            f"left as they are: {', '.join(quantised[:4])}{_more(quantised)}: they are quantised",
         )
         for _ in quantised[:1]
     ]

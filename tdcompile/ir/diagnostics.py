@@ -1,16 +1,87 @@
-"""``Reason``: why a layer stays dense or a form refuses it; ``Diagnostic``: a message in the history."""
+"""``Reason``: why a layer stays dense or a form refuses it; ``Diagnostic``: a message in the history; their codes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from enum import StrEnum
+from typing import Literal, Self
 
 Level = Literal["info", "warning"]
 
 
+class _Code(StrEnum):
+    """A text for machines with a ``meaning`` for people."""
+
+    meaning: str
+
+    def __new__(cls, value: str, meaning: str) -> Self:
+        """Store the meaning beside the text."""
+        code = str.__new__(cls, value)
+        code._value_ = value
+        code.meaning = meaning
+        return code
+
+
+class ReasonCode(_Code):
+    """Codes of reasons: why a form refuses a layer, or why a layer stays dense."""
+
+    # The layer's kind: another form may fit.
+    KIND = "kind", "the form takes the other kind of layer: convolution or linear"
+    KERNEL = "kernel", "the kernel has too many or too few taps for the form"
+    POINTWISE = "pointwise", "the kernel has one tap, and the form needs more"
+    TRANSPOSED = "transposed", "the form does not take transposed convolutions"
+    GROUPED = "grouped", "the layer has groups, and the form takes one group"
+    UNGROUPED = "ungrouped", "the layer has one group, and the form takes groups"
+    # The layer's size.
+    DEPTHWISE = "depthwise", "each group has one input channel: there is nothing to decompose"
+    SHAPE = "shape", "the numbers of features have no product of the length that the form needs"
+    SMALL = "small", "even rank 1 costs as much as the layer"
+    NO_FORM = "no_form", "no decomposition takes this kind of layer"
+    NO_RANKS = "no_ranks", "all ranks are below the grain"
+    # The network or the user.
+    EXCLUDED_BY_USER = "excluded_by_user", "`--keep-dense` names the layer"
+    HOOKED = "hooked", "the layer has a forward hook or its own forward method, which factors would lose"
+    TIED_PARAMETER = "tied_parameter", "another module or operator uses the same weight"
+    NO_FLOAT_WEIGHT = "no_float_weight", "the weight has no floating-point values"
+    # The choice.
+    NOT_CHEAPER = "not_cheaper", "no candidate costs less than the dense layer"
+    DENSE_IS_BEST = "dense_is_best", "cheaper candidates exist; the budget holds without them, at a lower loss"
+    SLOWER_IN_GRAPH = "slower_in_graph", "the replacement was measured in the whole graph and was not faster"
+    NARROW = "narrow", "the full rank is not above the selector's floor"
+    NO_SPECTRUM = "no_spectrum", "the selector needs singular values, and `propose` did not compute them"
+    OTHER_FORM = "other_form", "the selector was asked for one form, which does not fit the layer"
+    REFUSED = "refused", "none of the forms that the method uses fits the layer"
+    DENSE_IN_PLAN = "dense_in_plan", "the plan that was given leaves the layer dense"
+    NOT_IN_PLAN = "not_in_plan", "the plan does not mention the layer"
+
+
+class DiagnosticCode(_Code):
+    """Codes of diagnostics: messages about the network or about what a pass did not do."""
+
+    NOT_TRACED = "not_traced", "a module could not be traced; it is called as it is, and its layers are still rewritten"
+    UNTRIED = "untried", "a size of the inputs takes too much memory to compare the graph with the network"
+    PADDING = "padding", "torch's fused attention kernels give 0 for padding, and the compiled model does not"
+    HALF_PRECISION = "half_precision", "the weights are half precision and are compiled in float32"
+    STATE = "state", "the network changes its buffers at each call, and the compiled model does not"
+    NO_LAYER = "no_layer", "a weight belongs to no convolution or linear layer"
+    QUANTISED = "quantised", "a layer is quantised already"
+    CAUTION = "caution", "a decomposition reports a numerical problem in the factors of a layer"
+    NO_DATA = "no_data", "the pass needs training samples, and there are none"
+    NO_BATCHNORM = "no_batchnorm", "the network has no batch norm with running statistics"
+    NO_ADAPTERS = "no_adapters", "no layer has an adapter"
+    IN_PLACE = "in_place", "the network changes values in place, so `refit` cannot follow them layer by layer"
+    NOT_REFITTED = "not_refitted", "`refit` cannot fit the layer by one regression"
+    OUTPUT_LEFT_OUT = "output_left_out", "an output of the network has no part in the training loss"
+
+
 @dataclass(frozen=True)
 class Reason:
-    """Why a layer is left alone: a code for machines (``grouped``, ``tied_parameter``) and a sentence for people."""
+    """Why a layer stays dense or a form refuses it.
+
+    Attributes:
+        code: a ``ReasonCode``, or a plug-in's own text.
+        text: a sentence for people.
+    """
 
     code: str
     text: str
@@ -26,7 +97,7 @@ class Diagnostic:
 
     Attributes:
         level: ``warning`` if the result may differ from what the user expects, otherwise ``info``.
-        code: a name for machines, for example ``no_data``.
+        code: a ``DiagnosticCode`` or ``ReasonCode``, or a plug-in's own text.
         text: a sentence for people.
         layer: the layer's name; None if the message is about the network.
     """

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.saved_classes import saved_as
 
 Pair = tuple[int, int]
@@ -175,8 +175,8 @@ def in_groups(layer: Layer) -> Reason | None:
         return None
     if layer.depthwise:
         reason = f"each of its {layer.groups} groups has one input channel: there is nothing to decompose"
-        return Reason("depthwise", reason)
-    return Reason("grouped", f"its {layer.groups} groups each see other channels; the form 'grouped' fits it")
+        return Reason(ReasonCode.DEPTHWISE, reason)
+    return Reason(ReasonCode.GROUPED, f"its {layer.groups} groups each see other channels; the form 'grouped' fits it")
 
 
 @saved_as("transposed-conv", "tdcompile.layer:TransposedConv")

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError, first_line
-from tdcompile.ir.diagnostics import Diagnostic, Reason
+from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
 from tdcompile.ir.dynamic_shapes import Axis
 from tdcompile.ir.facts import Aspect, Fact, Facts
 from tdcompile.ir.graph_edits import attribute
@@ -224,15 +224,15 @@ def kept_dense(program: Program, found: Mapping[str, Site]) -> dict[str, Reason]
     for name, site in found.items():
         sharing = [other for other in owners.get(id(site.module.weight), ()) if other != name]
         if name in program.keep_dense:
-            kept[name] = Reason("excluded_by_user", program.keep_dense[name])
+            kept[name] = Reason(ReasonCode.EXCLUDED_BY_USER, program.keep_dense[name])
         elif called_differently(site.module):
             lost = "it has a forward hook or a forward of its own, which factors would lose"
-            kept[name] = Reason("hooked", lost)
+            kept[name] = Reason(ReasonCode.HOOKED, lost)
         elif sharing:
-            kept[name] = Reason("tied_parameter", f"its weight also belongs to {', '.join(sharing)}")
+            kept[name] = Reason(ReasonCode.TIED_PARAMETER, f"its weight also belongs to {', '.join(sharing)}")
         elif site.weight.is_meta or not site.weight.is_floating_point():
             what = f"its weight is {site.weight.dtype} on {site.weight.device}"
-            kept[name] = Reason("no_float_weight", what)
+            kept[name] = Reason(ReasonCode.NO_FLOAT_WEIGHT, what)
     return kept
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.plan import Candidate, Candidates, RankPlan, Spectrum, within
 from tdcompile.ir.target import LIMITED, Budget, Cost
 
@@ -201,7 +201,7 @@ def label(candidate: Candidate) -> str:
 
 def _reason(options: Sequence[Candidate], limits: Mapping[str, float]) -> Reason:
     if len(options) == 1:
-        return Reason("not_cheaper", "no candidate for this layer is cheaper than dense")
+        return Reason(ReasonCode.NOT_CHEAPER, "no candidate for this layer is cheaper than dense")
     saving = gainful(options, limits)
     cheapest = min(saving or options[1:], key=lambda option: (load(option.cost, limits), option.error))
     field = max(limits, key=lambda f: getattr(options[0].cost, f) - getattr(cheapest.cost, f))
@@ -209,9 +209,9 @@ def _reason(options: Sequence[Candidate], limits: Mapping[str, float]) -> Reason
     share = after / before if before else math.inf
     if not saving:
         sentence = f"no form is cheaper than dense here: {label(cheapest)} costs {share:.3g} times its {_WORD[field]}"
-        return Reason("not_cheaper", sentence)
+        return Reason(ReasonCode.NOT_CHEAPER, sentence)
     return Reason(
-        "dense_is_best",
+        ReasonCode.DENSE_IS_BEST,
         f"dense is best here under the budget: the cheapest alternative {label(cheapest)} "
         f"saves {1 - share:.3g} of its {_WORD[field]} at error {cheapest.error:.3g}",
     )

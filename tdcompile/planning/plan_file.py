@@ -9,7 +9,7 @@ from pathlib import Path
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import find, make
 from tdcompile.errors import InputError, nearest
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Program, Site, kept_dense, sites
@@ -52,14 +52,14 @@ def adopt(program: Program, given: str) -> Program:
     if changed := _changed(choices, plan.choices):
         plan = replace(plan, selector=HAND, gap=None)
     reasons = {
-        name: Reason("dense_in_plan", f"{Path(source).name} leaves it dense")
+        name: Reason(ReasonCode.DENSE_IN_PLAN, f"{Path(source).name} leaves it dense")
         for name, choice in choices.items()
         if choice.decomposition == DENSE
     }
     lasting = [name for name in reasons if not changed or _fits_none(found[name])]
     reasons |= {name: plan.reasons[name] for name in lasting if name in plan.reasons}
     reasons |= {name: reason for name, reason in kept.items() if name in reasons and changed}
-    reasons |= {name: Reason("excluded_by_user", why) for name, why in program.keep_dense.items()}
+    reasons |= {name: Reason(ReasonCode.EXCLUDED_BY_USER, why) for name, why in program.keep_dense.items()}
     return program.with_(facts=program.facts.having(replace(plan, choices=choices, reasons=reasons)))
 
 

@@ -15,7 +15,7 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import make
 from tdcompile.data.task import Batch, Samples, classified
 from tdcompile.errors import InputError
-from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.modules import outputs_of, tensors_in
 from tdcompile.ir.plan import DENSE, RankPlan, Ranks
@@ -117,7 +117,9 @@ def output_energies(teacher: nn.Module, train: Samples, weight: float) -> tuple[
 
 def excluded_output(who: str, place: int, why: str) -> Diagnostic:
     """What a pass says of an output that it does not learn from."""
-    return Diagnostic("warning", "output_left_out", f"{who}: output {place} has no part in the loss: {why}")
+    return Diagnostic(
+        "warning", DiagnosticCode.OUTPUT_LEFT_OUT, f"{who}: output {place} has no part in the loss: {why}"
+    )
 
 
 @dataclass(frozen=True)

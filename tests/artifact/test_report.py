@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from tdcompile.artifact.report import Report, render_html, tables
-from tdcompile.artifact.summary import budget_gates, drop_gate
+from tdcompile.artifact.summary import budget_gates, drop_gate, history_notes
 from tdcompile.backend.session import Timing
+from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.program import Change
 from tdcompile.ir.target import Budget
 from tdcompile.support.formatting import count, milliseconds, size
 
@@ -330,3 +332,14 @@ def test_accuracy_may_fall_by_the_points_allowed_and_rise_by_any() -> None:
         assert gate.value == pytest.approx((dense - compiled) * 100)
     unknown = drop_gate(1.0, None, None)
     assert (unknown.passed, unknown.value) == (False, None)
+
+
+def test_notes_are_messages_about_the_network_and_warnings() -> None:
+    history = (
+        Change("conv", "factorize", "svd[3]"),
+        Diagnostic("info", "half_precision", "about the network"),
+        Diagnostic("warning", "not_traced", "about a module", "block"),
+        Diagnostic("info", "depthwise", "in the layer's row", "conv"),
+        Diagnostic("warning", "caution", "about a layer", "conv"),
+    )
+    assert list(history_notes(history, {"conv"})) == ["about the network", "about a module", "about a layer"]

@@ -385,7 +385,7 @@ def test_shrinking_is_the_adapters_own_best_approximation() -> None:
     conv = nn.Conv2d(6, 8, 3)
     layer = tdcompile.ir.layer.Layer.of(conv, (5, 5))
     assert layer is not None
-    form = tdcompile.registry.make(Decomposition, "tucker2")
+    form = tdcompile.core.registry.make(Decomposition, "tucker2")
     part = Parallel(layer, "tucker2", (8, 6), weight, form.factorize(layer, weight, (8, 6), None), None)
     identities = [id(p) for p in part.factors.parameters()]
     part.shrink((4, 3))
@@ -398,7 +398,7 @@ def test_ranks_that_were_cut_stay_cut_while_the_rest_trains() -> None:
     layer = tdcompile.ir.layer.Layer.of(nn.Conv2d(6, 8, 3), (5, 5))
     assert layer is not None
     weight = torch.randn(8, 6, 3, 3)
-    form = tdcompile.registry.make(Decomposition, "tucker2")
+    form = tdcompile.core.registry.make(Decomposition, "tucker2")
     part = Parallel(layer, "tucker2", (8, 6), weight, form.factorize(layer, weight, (8, 6), None), None)
     part.shrink((4, 3))
     part.share = 0.0
