@@ -1,1 +1,1 @@
-"""Reference networks, one file an architecture, and the code that trains the checkpoint of the quick start."""
+"""Reference networks, one file per architecture, and the code that trains the quick start's checkpoint."""

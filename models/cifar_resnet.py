@@ -14,14 +14,14 @@ from tdcompile.ir.saved_classes import saved_as
 
 @saved_as("cifar-resnet/shortcut", "tdcompile.models.cifar_resnet:Shortcut")
 class Shortcut(nn.Module):
-    """Option A of the paper: every second pixel, and zero channels on both sides of the old ones."""
+    """Parameter-free shortcut, option A of the paper: every second pixel, zero channels padded on both sides."""
 
     def __init__(self, added: int) -> None:
         super().__init__()
         self.before, self.after = added // 2, added - added // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, C + added, ceil(H / 2), ceil(W / 2))``."""
+        """Map ``(N, C, H, W)`` to ``(N, C + added, ceil(H / 2), ceil(W / 2))``."""
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
 
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
         self.shortcut = nn.Identity() if stride == 1 else Shortcut(width - channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, width, H / stride, W / stride)``."""
+        """Map ``(N, C, H, W)`` to ``(N, width, H / stride, W / stride)``."""
         out = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
@@ -57,7 +57,7 @@ class CifarResNet(nn.Module):
         self.linear = nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
+        """Map images ``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
@@ -71,14 +71,14 @@ def _stage(channels: int, width: int, blocks: int, stride: int) -> nn.Sequential
 
 @dataclass(frozen=True)
 class _Family(Network):
-    """What the depths share: 6n + 2 layers for n blocks a stage."""
+    """Base of the depths: 6n + 2 layers for n blocks per stage."""
 
     depth: ClassVar[int]
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 32, 32),)
     num_classes: int = 10
 
     def build(self) -> nn.Module:
-        """The network in eval mode, randomly initialised."""
+        """Return the network in eval mode, randomly initialised."""
         return CifarResNet((self.depth - 2) // 6, self.num_classes).eval()
 
 

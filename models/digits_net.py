@@ -1,4 +1,4 @@
-"""The network of the quick start: small enough to ship with its weights, large enough for a speed-up to be measured."""
+"""Network of the quick start: small enough to ship with weights, large enough for a measurable speed-up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DigitsNet(Network):
     num_classes: int = 10
 
     def build(self) -> nn.Module:
-        """The network in eval mode, randomly initialised."""
+        """Return the network in eval mode, randomly initialised."""
         layers: list[nn.Module] = []
         channels = self.input_shapes[0][0]
         for stage in STAGES:

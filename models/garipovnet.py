@@ -1,8 +1,8 @@
-"""GaripovNet, on which tensor-train convolutions were introduced (Garipov et al., arXiv 1611.03214).
+"""GaripovNet, the network that introduced tensor-train convolutions (Garipov et al., arXiv 1611.03214).
 
-The variant is that of Schuurmans et al., arXiv 2305.05318, whose figures are compared with: every convolution is padded
-by 1, the pools are not padded (32 → 15 → 7 → 1), and the last convolution has neither batch norm nor ReLU. It returns
-logits where theirs ends in a log-softmax.
+The variant follows Schuurmans et al., arXiv 2305.05318, with whose figures ours are compared. Every convolution is
+padded by 1, the pools are not padded (32 → 15 → 7 → 1), and the last convolution has neither batch norm nor ReLU.
+It returns logits; theirs ends in a log-softmax.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from tdcompile.core.network import Network
 
-# The widths of the six convolutions, and the ones that a 3×3 max pool of stride 2 follows.
+# Widths of the six convolutions, and the numbers of those before a 3×3 max pool of stride 2.
 WIDTHS = (64, 64, 128, 128, 128, 128)
 POOLED = (2, 4)
 
@@ -29,7 +29,7 @@ class GaripovNet(Network):
     num_classes: int = 10
 
     def build(self) -> nn.Module:
-        """The network in eval mode, randomly initialised."""
+        """Return the network in eval mode, randomly initialised."""
         parts = OrderedDict[str, nn.Module]()
         channels, last = 3, len(WIDTHS)
         for number, width in enumerate(WIDTHS, start=1):

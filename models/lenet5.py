@@ -20,8 +20,8 @@ class LeNet5(Network):
     num_classes: int = 10
 
     def build(self) -> nn.Module:
-        """The network in eval mode, randomly initialised."""
-        # The first padding makes of 28×28 the paper's 32×32.
+        """Return the network in eval mode, randomly initialised."""
+        # The first padding extends 28×28 to the paper's 32×32.
         return nn.Sequential(
             OrderedDict[str, nn.Module](
                 conv1=nn.Conv2d(1, 6, 5, padding=2),

@@ -25,7 +25,7 @@ STAGES = (
 
 
 def _conv(channels: int, width: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """A convolution, batch norm and ReLU6."""
+    """Return a convolution, batch norm and ReLU6."""
     conv = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU6())
 
@@ -46,7 +46,7 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, channels, H, W)`` to ``(N, width, H / stride, W / stride)``."""
+        """Map ``(N, channels, H, W)`` to ``(N, width, H / stride, W / stride)``."""
         out: Tensor = self.conv(x)
         return x + out if self.residual else out
 
@@ -57,11 +57,12 @@ class MobileNetV2(Network):
 
     name: ClassVar[str] = "mobilenet_v2"
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 224, 224),)
-    halving: ClassVar[int] = 0  # the first stage whose stride is the paper's; the stem's is before stage 0
+    # First stage with the paper's stride; above 0, the stem and earlier stages have stride 1.
+    halving: ClassVar[int] = 0
     num_classes: int = 1000
 
     def build(self) -> nn.Module:
-        """The network in eval mode, randomly initialised."""
+        """Return the network in eval mode, randomly initialised."""
         features: list[nn.Module] = [_conv(3, STEM, 3, stride=1 if self.halving else 2)]
         channels = STEM
         for stage, (expansion, width, blocks, first) in enumerate(STAGES):

@@ -1,4 +1,4 @@
-"""The residual networks for ImageNet (He et al., arXiv 1512.03385), with torchvision's state-dict keys.
+"""Residual networks for ImageNet (He et al., arXiv 1512.03385), with torchvision's state-dict keys.
 
 As in torchvision the bottleneck's stride sits in its 3×3 convolution ("v1.5"), not in the first 1×1.
 """
@@ -30,7 +30,7 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, channels, H, W)`` to ``(N, width, H / stride, W / stride)``."""
+        """Map ``(N, channels, H, W)`` to ``(N, width, H / stride, W / stride)``."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(channels, width * self.expansion, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, channels, H, W)`` to ``(N, 4 · width, H / stride, W / stride)``."""
+        """Map ``(N, channels, H, W)`` to ``(N, 4 · width, H / stride, W / stride)``."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -82,7 +82,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(512 * block.expansion, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
+        """Map images ``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
         out = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         logits: Tensor = self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
@@ -102,7 +102,7 @@ def _stage(block: type[BasicBlock | Bottleneck], channels: int, width: int, bloc
 
 @dataclass(frozen=True)
 class _Family(Network):
-    """What the depths share."""
+    """Base of the depths."""
 
     block: ClassVar[type[BasicBlock | Bottleneck]]
     blocks: ClassVar[tuple[int, ...]]
@@ -111,7 +111,7 @@ class _Family(Network):
     num_classes: int = 1000
 
     def build(self) -> nn.Module:
-        """The network in eval mode, randomly initialised."""
+        """Return the network in eval mode, randomly initialised."""
         return ResNet(self.block, self.blocks, self.num_classes, self.small).eval()
 
 

@@ -1,4 +1,4 @@
-"""Trains a reference network from scratch: ``python -m tdcompile.models.train digits_net --data digits -o FILE``."""
+"""Train a reference network from scratch: ``python -m tdcompile.models.train digits_net --data digits -o FILE``."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to train: SGD with Nesterov momentum, the rate up in a line and down along a cosine.
+    """Hyperparameters of SGD with Nesterov momentum, linear warm-up and cosine decay.
 
     Attributes:
-        lr: the highest rate.
-        batch: samples a step.
-        weight_decay: of weights; biases and the scales of norms are left alone.
-        smoothing: share of the label that is spread over all classes.
+        epochs: number of epochs.
+        lr: highest learning rate.
+        batch: samples per step.
+        weight_decay: decay of weights; biases and norm parameters have none.
+        smoothing: label smoothing, the share of the label that is spread over all classes.
         warmup: share of the steps in which the rate rises.
-        precision: what autocast computes in; the weights stay in fp32.
+        augment: augmentation of images.
+        precision: precision of autocast; the weights stay in fp32.
     """
 
     epochs: int = 12
@@ -57,16 +59,16 @@ class Schedule:
 
 
 def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torch.Generator) -> Iterator[float]:
-    """Train a network in place, in train mode, and give the mean loss of each epoch as it ends; eval mode at the end.
+    """Train a network in place and yield the mean loss after each epoch; the network is in eval mode then.
 
     Args:
-        module: is left on the device that accelerate finds.
-        samples: with labels.
-        schedule: how.
-        generator: the order and the augmentation are drawn from it; dropout draws from torch's own.
+        module: the network; it stays on the device that accelerate selects.
+        samples: labelled samples.
+        schedule: hyperparameters.
+        generator: draws the order and the augmentation; dropout draws from torch's global generator.
 
     Raises:
-        InputError: there are no labels, more classes than the network has, inputs it does not run on, or fp16 on CPU.
+        InputError: labels are missing or exceed the network's classes, it does not run on the inputs, or fp16 on a CPU.
         TdcompileError: the loss became NaN or Inf.
     """
     from tdcompile.training.trainer import (  # the registry imports this file too, and must stay quick
@@ -84,7 +86,7 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
         schedule.batch,
         shuffle=True,
         generator=generator,
-        drop_last=len(samples) > schedule.batch,  # a rest of one sample has no batch statistics
+        drop_last=len(samples) > schedule.batch,  # a last batch of one sample has no batch statistics
         collate_fn=_whole,
     )
     optimizer = torch.optim.SGD(_groups(module, schedule), schedule.lr, MOMENTUM, nesterov=True)
@@ -112,7 +114,7 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
 
 
 def _whole(batch: Any) -> Batch:
-    """What the loader is to hand on: ``Samples`` are read a batch at a time already."""
+    """Return the batch unchanged: ``Samples`` already returns whole batches."""
     assert isinstance(batch, Batch)
     return batch
 
@@ -130,7 +132,7 @@ def _check_classes(module: nn.Module, samples: Samples) -> None:
     if samples.classes is None:
         raise InputError("the data have no labels; training needs them")
     inputs = samples.batch([0]).inputs
-    sites_of(module, inputs)  # says so where the network does not run on them
+    sites_of(module, inputs)  # raises InputError if the network does not run on them
     known = logits(module.eval()(*inputs)).shape[1]
     if samples.classes > known:
         raise InputError(
@@ -139,10 +141,10 @@ def _check_classes(module: nn.Module, samples: Samples) -> None:
 
 
 def save(module: nn.Module, path: Path) -> None:
-    """Write the weights to a safetensors file, whole or not at all."""
+    """Write the weights to a safetensors file atomically."""
     partial = path.with_name(path.name + ".partial")
     weights = {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
-    partial.write_bytes(serialize(weights))  # safetensors' own writer makes a file that only its owner can read
+    partial.write_bytes(serialize(weights))  # safetensors' own writer creates a file that only its owner can read
     os.replace(partial, path)
 
 

@@ -10,13 +10,13 @@ from torch import nn
 
 from tdcompile.core.network import Network
 
-# Configuration D of the paper: the widths of each stage's convolutions; a 2×2 max pool ends a stage.
+# Configuration D of the paper: widths of each stage's convolutions. A 2×2 max pool ends a stage.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 HIDDEN = 4096
 
 
 def _features() -> nn.Sequential:
-    """The 13 convolutions; the members' numbers are torchvision's."""
+    """Return the 13 convolutions, with torchvision's module numbers."""
     layers: list[nn.Module] = []
     channels = 3
     for stage in STAGES:
@@ -47,7 +47,7 @@ class VGG16(Network):
     num_classes: int = 1000
 
     def build(self) -> nn.Module:
-        """The network in eval mode, randomly initialised."""
+        """Return the network in eval mode, randomly initialised."""
         pooled = 7
         classifier = nn.Sequential(
             nn.Linear(STAGES[-1][-1] * pooled**2, HIDDEN),
@@ -70,5 +70,5 @@ class VGG16Cifar(Network):
     num_classes: int = 10
 
     def build(self) -> nn.Module:
-        """The network in eval mode, randomly initialised."""
+        """Return the network in eval mode, randomly initialised."""
         return _network(1, nn.Linear(STAGES[-1][-1], self.num_classes))

@@ -13,7 +13,7 @@ from tdcompile.core.network import Network
 from tdcompile.ir.saved_classes import saved_as
 
 IMAGE, PATCH = 224, 16
-EPSILON = 1e-6  # of the layer norms; PyTorch's own default is ten times that
+EPSILON = 1e-6  # of the layer norms, as in DeiT; PyTorch's default is 1e-5
 
 
 @saved_as("vit-tiny/attention", "tdcompile.models.vit_tiny:Attention")
@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens ``(N, L, width)`` to tokens of the same shape."""
+        """Map tokens ``(N, L, width)`` to tokens of the same shape."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, N, heads, L, width / heads)
         mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 @saved_as("vit-tiny/mlp", "tdcompile.models.vit_tiny:Mlp")
 class Mlp(nn.Module):
-    """Two linear layers and a GELU."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens ``(N, L, width)`` to tokens of the same shape."""
+        """Map tokens ``(N, L, width)`` to tokens of the same shape."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
 
 @saved_as("vit-tiny/block", "tdcompile.models.vit_tiny:Block")
 class Block(nn.Module):
-    """Attention and MLP, each behind a layer norm and around a shortcut."""
+    """Attention and MLP, each with a layer norm before it and a shortcut around it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, 4 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens ``(N, L, width)`` to tokens of the same shape."""
+        """Map tokens ``(N, L, width)`` to tokens of the same shape."""
         x = x + self.attn(self.norm1(x))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -69,21 +69,21 @@ class Block(nn.Module):
 
 @saved_as("vit-tiny/patch-embed", "tdcompile.models.vit_tiny:PatchEmbed")
 class PatchEmbed(nn.Module):
-    """Square patches to tokens by one strided convolution."""
+    """Strided convolution that maps square patches to tokens."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, width, PATCH, stride=PATCH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``(N, 3, H, W)`` to tokens ``(N, H · W / 256, width)``."""
+        """Map images ``(N, 3, H, W)`` to tokens ``(N, H · W / 256, width)``."""
         tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
         return tokens
 
 
 @saved_as("vit-tiny/vision-transformer", "tdcompile.models.vit_tiny:VisionTransformer")
 class VisionTransformer(nn.Module):
-    """Patches and a class token through the blocks; the class token is classified."""
+    """Vision transformer: patches and a class token pass through the blocks, and the class token is classified."""
 
     def __init__(self, width: int, heads: int, depth: int, num_classes: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``(N, 3, 224, 224)`` to logits ``(N, num_classes)``."""
+        """Map images ``(N, 3, 224, 224)`` to logits ``(N, num_classes)``."""
         tokens = self.patch_embed(x)
         first = self.cls_token.expand(x.shape[0], -1, -1)
         tokens = self.blocks(torch.cat([first, tokens], dim=1) + self.pos_embed)
@@ -114,5 +114,5 @@ class ViTTiny(Network):
     num_classes: int = 1000
 
     def build(self) -> nn.Module:
-        """The network in eval mode, randomly initialised."""
+        """Return the network in eval mode, randomly initialised."""
         return VisionTransformer(width=192, heads=3, depth=12, num_classes=self.num_classes).eval()

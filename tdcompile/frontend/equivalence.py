@@ -1,4 +1,4 @@
-"""``record_cases``: what a network answers, to the example inputs and to others, and whether it answers alike twice."""
+"""Equivalence check: record a network's outputs on example inputs and compare a graph's outputs with them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tdcompile.frontend.signature import Call
 from tdcompile.ir.dynamic_shapes import Axis, as_long, batch_of, resized, shares_batch
 from tdcompile.ir.modules import register_trees, tensors_in
 
-# How far a graph's outputs may be from the network's, of the largest: the same operators in the same order leave
-# rounding alone, and that of a few more or fewer bits where a layer is computed by another kernel.
+# Allowed difference of a graph's outputs, relative to the network's largest output. Equal operators in equal order
+# differ by rounding only, plus a few bits if a layer is computed by another kernel.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-# A parameter of so many numbers is kept while a network runs, which may set it by the first inputs that it sees.
+# Parameters up to this size are saved while a network runs, since it may initialise them from its first inputs.
 _SMALL_PARAMETER = 2**16
-# What every module has.
+# Attributes of every module.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs, and what the network answers to them.
+    """Inputs and the network's outputs on them.
 
     Attributes:
-        what: the inputs in words, to follow a verb.
+        what: the inputs in words, for a message, such as ``at a batch of 3``.
     """
 
     what: str
@@ -42,14 +42,15 @@ class Case:
 def record_cases(
     module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch: bool
 ) -> tuple[list[Case], list[str]]:
-    """The network's answers to the example inputs, and to others of every size that is to stay open.
+    """Run the network on the example inputs and on inputs with longer dynamic axes, and record the outputs.
 
-    Beside them the network's own numbers, words, collections and buffers that each answer changes, a count of its calls
-    say; tensors that it merely holds are caches.
+    Returns:
+        The cases, and the names of state that each call changes: numbers, strings, collections and buffers, such as a
+        count of calls. Plain tensor attributes count as caches and are not named.
 
     Raises:
-        InputError: the network does not run on the inputs, or answers the same inputs in two ways.
-        FixedAxisError: it does, but not on another size.
+        InputError: the network does not run on the inputs, or its outputs differ between calls on equal inputs.
+        FixedAxisError: the network runs on the example inputs and not on another size of a dynamic axis.
     """
     fresh, start = isolated_copy(module, share=False), _state_snapshot(module)
     try:
@@ -71,7 +72,7 @@ def record_cases(
     if call.tensors[0].is_meta:
         return cases, []
     for what, tensors, instead in others:
-        other = call.having(tensors)
+        other = call.with_tensors(tensors)
         try:
             cases.append(Case(what, other, run_network(module, other)))
         except Exception as error:
@@ -83,9 +84,9 @@ def record_cases(
             ) from error
     again = [run_network(module, call)]
     kept, changed = _changed_names(start, first), _changed_names(first, _state_snapshot(module))
-    if changed:  # every second call may be another
+    if changed:  # every second call may differ
         again.append(run_network(module, call))
-    if kept and fresh is not module:  # what it keeps may be of what it was given first
+    if kept and fresh is not module:  # its state may depend on its first inputs
         again.append(_outputs_after_other_inputs(fresh, call))
     if any(output_difference(cases[0].outputs, other) is not None for other in again):
         known = changed or kept
@@ -101,10 +102,10 @@ def record_cases(
 
 
 def _axes_to_open_too(module: nn.Module, call: Call, axes: Sequence[Axis]) -> str:
-    """The axes that must be open beside these, as of ``--dynamic``; empty where that does not help either."""
+    """Return further axes that must be dynamic too, as written for ``--dynamic``; empty if they do not help."""
     others = as_long(call.tensors, axes)
     with suppress(Exception):  # whatever the network's own code raises
-        run_network(module, call.having(resized(call.tensors, (*axes, *others), 1)))
+        run_network(module, call.with_tensors(resized(call.tensors, (*axes, *others), 1)))
         return ", ".join(f"{call.names[axis.input]}:{axis.axis}" for axis in others)
     return ""
 
@@ -114,10 +115,10 @@ def _tensor_attributes(part: nn.Module) -> list[str]:
 
 
 def _outputs_after_other_inputs(module: nn.Module, call: Call) -> list[Tensor]:
-    """What a network that has not answered yet answers to the example after other inputs of its shape."""
+    """Return the outputs on the example of a network whose first call had other inputs of the same shape."""
     other = [2 * x.flip(0) if x.is_floating_point() and x.dim() else x for x in call.tensors]
-    with suppress(Exception):  # inputs that it does not take change nothing
-        run_network(module, call.having(other))
+    with suppress(Exception):  # inputs that the network rejects change nothing
+        run_network(module, call.with_tensors(other))
     return run_network(module, call)
 
 
@@ -127,12 +128,12 @@ def _changed_names(before: Mapping[str, object], after: Mapping[str, object]) ->
 
 @torch.no_grad()
 def run_network(module: nn.Module, call: Call) -> list[Tensor]:
-    """The tensors that a network returns.
+    """Call a network on copies of the inputs and return its output tensors.
 
     Raises:
-        InputError: there is something else among them.
+        InputError: the output contains a number or string.
     """
-    args, kwargs = call.split([x.clone() for x in call.tensors])  # a network may work in place
+    args, kwargs = call.split([x.clone() for x in call.tensors])  # a network may change its inputs in place
     output = module(*args, **kwargs)
     plain = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, int | float | str)), None)
     if plain is not None:
@@ -140,12 +141,12 @@ def run_network(module: nn.Module, call: Call) -> list[Tensor]:
             f"among what the network returns is {plain!r}, and an ONNX model returns tensors alone: return it as a "
             "tensor, or leave it out"
         )
-    register_trees(output)  # torch.export asks for it
+    register_trees(output)  # torch.export requires it
     return list(tensors_in(output))
 
 
 def output_difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> str | None:
-    """What is wrong with a graph's outputs, in a few words; None where nothing is."""
+    """Return the first deviation of a graph's outputs in words, or None if they are equivalent."""
     if len(expected) != len(got):
         return f"{len(got)} outputs for {len(expected)}"
     for place, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
@@ -164,17 +165,17 @@ def output_difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> str 
 
 
 def isolated_copy(module: nn.Module, share: bool = True) -> nn.Module:
-    """A copy over the same tensors: what a network keeps as it runs, in a cache say, stays out of the one given.
+    """Return a copy over shared tensors, so that state a network keeps in a call, such as a cache, stays in the copy.
 
-    The module itself where it cannot be copied.
+    A module that cannot be copied is returned itself.
 
     Args:
         module: the network.
-        share: also the tensors that a network may change as it runs: its buffers, and parameters that are small.
+        share: also share tensors that a call may change: buffers and small parameters.
     """
     own = set() if share else {id(t) for t in _mutable_tensors(module)}
     shared: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers()) if id(t) not in own}
-    # torch copies no tensor that another was computed to, which may stand in any attribute
+    # torch does not copy computed tensors (not leaves of autograd), which any attribute may hold
     loose = (v for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor))
     shared |= {id(v): v.detach() for v in loose if not v.is_leaf}
     try:
@@ -189,7 +190,7 @@ def _mutable_tensors(module: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def restoring_state(module: nn.Module) -> Iterator[None]:
-    """Put back afterwards what a network changes in place as it answers: buffers, and parameters that are small."""
+    """Restore buffers and small parameters that a network changes in place, at the end of the context."""
     tensors = [t for t in _mutable_tensors(module) if not t.is_meta and t.layout == torch.strided]
     kept = [(t, t.detach().clone()) for t in tensors]
     try:
@@ -207,7 +208,7 @@ def describe_shapes(call: Call) -> str:
 
 
 def _state_snapshot(module: nn.Module) -> Mapping[str, object]:
-    """What a network holds, by name, to be compared: tensors by how often they have been changed."""
+    """Return a comparable snapshot of a network's state by name; tensors count by their number of changes."""
     found: dict[str, object] = {}
     for path, part in module.named_modules():
         own = {key: _fingerprint(value) for key, value in vars(part).items() if key not in _MODULE_ATTRIBUTES}
@@ -225,5 +226,5 @@ def _fingerprint(value: object) -> object:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often it was changed in place; what was made in inference mode does not count it."""
+    """Return the number of in-place changes; tensors made in inference mode do not count them."""
     return 0 if tensor.is_inference() else tensor._version

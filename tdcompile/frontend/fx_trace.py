@@ -17,7 +17,7 @@ from tdcompile.ir.graph_edits import works_in_place
 
 
 class _Tracer(fx.Tracer):
-    """Symbolic tracing in which some sub-modules are taken as they are."""
+    """Symbolic tracer with additional leaf modules."""
 
     def __init__(self, leaves: Mapping[str, str]) -> None:
         super().__init__()
@@ -25,11 +25,11 @@ class _Tracer(fx.Tracer):
         self.stack: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """torch.nn's own modules except containers, and what an earlier attempt could not trace."""
+        """Return whether a module is one of torch.nn's own, except containers, or failed in an earlier attempt."""
         return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward, args, kwargs):  # type: ignore[no-untyped-def]  # fx's own signature
-        """Keep the stack of modules while an error may be raised in them."""
+        """Record the stack of modules, which shows where an error was raised."""
         self.stack.append(self.path_of_module(m))
         result = super().call_module(m, forward, args, kwargs)
         self.stack.pop()
@@ -37,10 +37,13 @@ class _Tracer(fx.Tracer):
 
 
 def trace_with_fx(module: nn.Module, call: Call) -> tuple[fx.GraphModule, dict[str, str]]:
-    """Trace, making a leaf of the innermost module that fails until it succeeds; the leaves, each with its reason.
+    """Trace a network; the innermost module that fails becomes a leaf, until tracing succeeds.
+
+    Returns:
+        The graph, and the reason for each leaf by its name.
 
     Raises:
-        UntraceableError: a tensor is given inside another argument, which proxies cannot stand for.
+        UntraceableError: an argument contains tensors, which a proxy cannot represent.
     """
     if call.nested:
         raise UntraceableError("an argument holds tensors inside it, and a proxy stands for a whole argument")
@@ -49,7 +52,7 @@ def trace_with_fx(module: nn.Module, call: Call) -> tuple[fx.GraphModule, dict[s
         tracer = _Tracer(leaves)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # on every argument that keeps its default
+                warnings.simplefilter("ignore")  # one for every argument with its default value
                 graph = tracer.trace(module, call.defaults())
             _keep_tensor_inputs(graph, call, module)
             _inline_dtypes(graph, module)
@@ -65,7 +68,7 @@ def trace_with_fx(module: nn.Module, call: Call) -> tuple[fx.GraphModule, dict[s
 
 
 def _keep_tensor_inputs(graph: fx.Graph, call: Call, module: nn.Module) -> None:
-    """Leave the graph with one input for each tensor, under its argument's name: fx makes one of every argument."""
+    """Remove the graph's inputs that are not tensors: fx makes an input of every argument."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     found: dict[str, fx.Node] = {}
     for node in inputs:
@@ -74,7 +77,7 @@ def _keep_tensor_inputs(graph: fx.Graph, call: Call, module: nn.Module) -> None:
             node.args = ()
             found[name] = node
             continue
-        for check in [user for user in node.users if not user.users]:  # fx's own, that the default was not changed
+        for check in [user for user in node.users if not user.users]:  # fx's checks that the default is unchanged
             graph.erase_node(check)
         for part in [user for user in node.users if all(not u.users for u in user.users)]:
             for check in list(part.users):
@@ -93,7 +96,7 @@ def _keep_tensor_inputs(graph: fx.Graph, call: Call, module: nn.Module) -> None:
 
 
 def _inline_dtypes(graph: fx.Graph, module: nn.Module) -> None:
-    """Put the kind of number in the place of ``weight.dtype``: what reads it does not read the weight."""
+    """Replace ``weight.dtype`` by its value, so that its users do not read the weight."""
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not getattr or node.args[1:] != ("dtype",):
             continue
@@ -109,7 +112,7 @@ def _inline_dtypes(graph: fx.Graph, module: nn.Module) -> None:
 
 
 def _replace_argument(arguments: Any, node: fx.Node, value: Any) -> Any:
-    """A node's arguments with a value in the place of another node."""
+    """Return a node's arguments with a value in place of another node."""
 
     def put(other: fx.Node) -> Any:
         return value if other is node else other
@@ -118,7 +121,7 @@ def _replace_argument(arguments: Any, node: fx.Node, value: Any) -> Any:
 
 
 def _plain_containers(value: Any) -> Any:
-    """An output with dataclasses as mappings: a graph is to return nothing but tensors in plain containers."""
+    """Return an output with dataclasses as mappings, so that the graph returns tensors in plain containers only."""
     if isinstance(value, fx.Node):
         if value.op != "call_function" or not dataclasses.is_dataclass(value.target):
             return value
@@ -135,7 +138,7 @@ def _plain_containers(value: Any) -> Any:
 
 
 def _single_node_graph(module: nn.Module, call: Call) -> fx.GraphModule:
-    """A graph of one node that calls the network itself, for one that cannot be traced at its top."""
+    """Return a graph of one node that calls the network, for a network whose own ``forward`` cannot be traced."""
     holder = nn.Module()
     holder.add_module("network", module)
     graph = fx.Graph()

@@ -1,4 +1,4 @@
-"""``guard_violations``: sizes of the open axes at which a network goes another way than the one that was traced."""
+"""Find sizes of dynamic axes that violate a guard of the trace, at which the network may compute something else."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tdcompile.ir.dynamic_shapes import LARGEST_SIZE, limits, open_symbols
 
-# Sizes next to the example's, and small ones, that are looked at for every condition.
+# Number of sizes next to the example's, and of small ones, that are tried for every guard.
 _NEIGHBOURS = 16
-# How many ways of each kind of breaking a condition are told: a network may refuse the first of them.
+# Violations of each kind that are returned for a guard: the network may reject the first of them.
 _VIOLATIONS_PER_KIND = 4
-# Combinations of sizes of several axes that are looked at together.
+# Combinations of sizes of several axes that are tried.
 _COMBINATIONS = 400
 
 Sizes = Mapping[str, int]
@@ -26,26 +26,26 @@ Sizes = Mapping[str, int]
 def guard_violations(
     program: ExportedProgram, opened: Sequence[Mapping[int, str]], example: Sizes
 ) -> list[list[dict[str, int]]]:
-    """Sizes of open axes that break a condition which the trace was made under: a few for each, the smallest first.
+    """Return sizes of dynamic axes that violate a guard of the trace: a few for each guard, the smallest first.
 
-    ``torch.export`` notes every comparison of sizes that it met, in the network's own code (``if x.shape[1] > 16``) or
-    in torch's (whether a tensor is contiguous, say). Most of the latter change nothing: what differs is for the caller
-    to find out, by running both. Two axes of different names that torch takes for one are a condition too.
+    ``torch.export`` records every comparison of sizes, in the network's code (``if x.shape[1] > 16``) and in torch's
+    (whether a tensor is contiguous). Most of torch's guards change nothing; the caller finds out by running both. Two
+    axes of different names that torch treats as one count as a guard too.
 
-    Sizes are looked for near the example's, among the small ones, among doublings of the example's and among the
-    numbers that a condition names, their sums and differences with one another and with the example's sizes: of each
-    axis alone, and of several axes at once at fewer. A condition that holds at all of these is left out.
+    Candidates are sizes near the example's, small sizes, and doublings of the example's. Further candidates are the
+    numbers in a guard, with their sums and differences with each other and the example's sizes. Each axis is tried by
+    itself, several axes together at fewer sizes. A guard that holds at all candidates is omitted.
 
     Args:
-        program: as ``torch.export`` made it, not decomposed: decomposing loses the conditions.
-        opened: for each input that is a tensor, the names of its open axes.
-        example: the size of each of these names in the example.
+        program: the result of ``torch.export``, not decomposed: decomposition loses the guards.
+        opened: for each input tensor, names of dynamic axes by axis.
+        example: size of each named axis in the example.
     """
     names: dict[sympy.Symbol, str] = {}
     found: list[list[dict[str, int]]] = []
     for size, name in open_symbols(program, opened):
         if not isinstance(size, sympy.Symbol) or names.setdefault(size, name) != name:
-            found.append([{name: example[name] + 1}])  # torch takes it for another axis, or for a multiple of one
+            found.append([{name: example[name] + 1}])  # torch treats it as another axis, or as a multiple of one
     known, conditions = limits(program, opened), list[tuple[Boolean, bool]]()
     for size, name in names.items():
         least, largest = known.get(name, (1, None))
@@ -54,7 +54,7 @@ def guard_violations(
     conditions += [(guard.expr, False) for guard in _shape_environment(program).guards]
     for condition, bound in dict.fromkeys(conditions):
         if condition.free_symbols and condition.free_symbols <= names.keys():
-            # sizes beyond a bound break that one, and what else is true of them says nothing
+            # sizes outside a bound violate the bound itself, so that other guards are not evaluated there
             ways = _violations(condition, names, example, {} if bound else known)
             ways.sort(key=lambda changed: math.prod(size / example[name] for name, size in changed.items()))
             found += [ways] if ways and ways not in found else []
@@ -64,7 +64,7 @@ def guard_violations(
 def _violations(
     condition: Boolean, names: Mapping[sympy.Symbol, str], example: Sizes, known: Mapping[str, tuple[int, int | None]]
 ) -> list[dict[str, int]]:
-    """Sizes at which a condition does not hold, some of each kind: 1 only if there are no others."""
+    """Return sizes at which a guard does not hold, some of each kind; a size of 1 only if there are no others."""
     used = list(dict.fromkeys(names[symbol] for symbol in sorted(condition.free_symbols, key=str)))
     numbers = {abs(int(number)) for number in condition.atoms(sympy.Integer)} | {example[name] for name in used}
     near = {name: _candidate_sizes(numbers, example[name], *known.get(name, (1, None))) for name in used}
@@ -73,7 +73,7 @@ def _violations(
         sizes = {symbol: sympy.Integer(changed.get(name, example[name])) for symbol, name in names.items()}
         try:
             return bool(condition.xreplace(sizes) == sympy.false)
-        except Exception:  # noqa: BLE001  # torch's functions assert, divide and overflow at sizes they do not allow for
+        except Exception:  # noqa: BLE001  # torch's functions assert, divide by zero or overflow at sizes they do not support
             return False
 
     found: list[dict[str, int]] = []
@@ -89,7 +89,7 @@ def _single_axis(near: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
 
 
 def _all_axes_grown(used: Sequence[str], example: Sizes, near: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
-    """All axes twice as long, four times, ...; and all as long as one another."""
+    """Yield all axes doubled, quadrupled, ..., then all axes at an equal size."""
     if len(used) > 1:
         yield from ({name: example[name] * 2**times for name in used} for times in range(1, 12))
         yield from (dict.fromkeys(used, size) for size in near[used[0]])
@@ -105,7 +105,7 @@ def _combined_axes(near: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]
 
 
 def _candidate_sizes(numbers: set[int], size: int, least: int, largest: int | None) -> list[int]:
-    """Sizes of one axis to look at, those nearest to the example first; not 1, which torch takes for a constant."""
+    """Return candidate sizes of one axis, nearest to the example first; not 1, which torch treats as a constant."""
     named = {number for number in numbers if number <= LARGEST_SIZE}
     sums = {a + sign * b for a in named for b in named for sign in (-1, 1)} if len(named) <= 8 else set()
     sizes = {
@@ -119,7 +119,7 @@ def _candidate_sizes(numbers: set[int], size: int, least: int, largest: int | No
 
 
 def _shape_environment(program: ExportedProgram) -> ShapeEnv:
-    """What torch knows of the sizes in a program; of one without symbols, nothing."""
+    """Return the program's shape environment, an empty one if the program has no symbolic sizes."""
     values = (node.meta.get("val") for node in program.graph.nodes)
     fakes = (getattr(value, "fake_mode", None) for value in values)
     return next((fake.shape_env for fake in fakes if fake is not None and fake.shape_env is not None), ShapeEnv())

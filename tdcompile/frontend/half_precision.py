@@ -15,10 +15,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def to_single_precision(module: nn.Module) -> nn.Module:
-    """The network itself, or, where a weight is fp16 or bf16, a copy in fp32, which holds the same values.
+    """Return the network, or a float32 copy with equal values if a parameter or buffer is fp16 or bf16.
 
-    onnxruntime has no kernels for bf16 on a CPU and few for fp16, and factors are computed from spectra that half
-    precision does not tell apart.
+    onnxruntime has no bf16 kernels on a CPU and few fp16 kernels, and half precision does not resolve the spectra that
+    factors are computed from.
     """
     tensors = [*module.parameters(), *module.buffers()]
     if not any(tensor.dtype in HALF for tensor in tensors):
@@ -30,7 +30,7 @@ def to_single_precision(module: nn.Module) -> nn.Module:
         else:
             known[id(tensor)] = tensor.float() if tensor.dtype in HALF else tensor
     single = copy.deepcopy(module, known)
-    for part in single.modules():  # what a module goes by when it makes tensors of its own
+    for part in single.modules():  # dtypes that a module uses for tensors it creates
         for name, value in vars(part).items():
             if isinstance(value, torch.dtype) and value in HALF:
                 setattr(part, name, torch.float32)
@@ -38,12 +38,12 @@ def to_single_precision(module: nn.Module) -> nn.Module:
 
 
 def inputs_to_single_precision(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same of inputs."""
+    """Return the inputs with fp16 and bf16 tensors cast to float32."""
     return tuple(x.float() if x.dtype in HALF else x for x in tensors)
 
 
 def samples_cast_like(samples: Samples | None, examples: tuple[Tensor, ...]) -> Samples | None:
-    """Data in the precision of the example inputs: files may hold fp16 or fp64, and a layer takes its own alone."""
+    """Return samples cast to the example inputs' dtypes: files may hold fp16 or fp64, layers accept only theirs."""
     return None if samples is None else _CastSamples(samples, examples)
 
 
@@ -70,6 +70,6 @@ def _cast(x: Tensor, kind: torch.dtype | None) -> Tensor:
 
 
 def half_dtypes(module: nn.Module) -> str:
-    """The half precisions in a network, for a sentence."""
+    """Return the half-precision dtypes of a network as text, such as ``bfloat16 and float16``."""
     kinds = {tensor.dtype for tensor in chain(module.parameters(), module.buffers())} & set(HALF)
     return " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))

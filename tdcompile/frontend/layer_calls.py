@@ -1,4 +1,4 @@
-"""``LayerCall``: a functional call, ``F.conv2d`` or ``aten.linear``, and the module that computes the same."""
+"""``LayerCall``: a functional call, such as ``F.conv2d`` or ``aten.linear``, and its equivalent module."""
 
 from __future__ import annotations
 
@@ -34,7 +34,14 @@ _CHANNEL_DROPOUTS: dict[object, type[nn.Dropout1d | nn.Dropout2d | nn.Dropout3d]
 
 @dataclass(frozen=True)
 class LayerCall:
-    """A functional call whose weight, and bias if any, are constants of the network."""
+    """A functional call whose weight and bias are constants of the network.
+
+    Attributes:
+        node: the call.
+        input: the node of its input.
+        tensors: weight, bias and running statistics, as far as given, by argument name.
+        options: all other arguments by name.
+    """
 
     node: fx.Node
     input: fx.Node
@@ -43,23 +50,26 @@ class LayerCall:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The same for calls of the same layer."""
+        """Return a key that is equal for calls of one layer."""
         held = tuple(id(self.tensors.get(name)) for name in TENSORS) if self.tensors else (traced_in(self.node),)
         return (_BUILDERS[self.node.target], *held, tuple(sorted(self.options.items(), key=str)))
 
     def build(self, constants: Constants) -> nn.Module | None:
-        """The layer as a module, which computes what the call does; None where torch has none that does."""
+        """Return an equivalent module, or None if torch has none."""
         return _BUILDERS[self.node.target](self, constants)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """What a call that ``read_layer_call`` knows was given, by the names of its signature."""
-    names = _SIGNATURES[node.target]  # the caller has looked
+    """Return the arguments of a layer's call by the names of its signature."""
+    names = _SIGNATURES[node.target]  # the caller has checked that it is there
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def read_layer_call(node: fx.Node, constants: Constants) -> LayerCall | None:
-    """A layer's call; None where weight or options are computed from an input, the input is not, or one is missing."""
+    """Return a layer's call, or None if the node is none.
+
+    Weight and options must not depend on an input of the network, the layer's input must, and a weight must be given.
+    """
     if node.op != "call_function" or node.target not in _BUILDERS:
         return None
     given = arguments(node)
@@ -73,7 +83,7 @@ def read_layer_call(node: fx.Node, constants: Constants) -> LayerCall | None:
         if given.get(name) is None:
             continue
         trained = name in ("weight", "bias")
-        value = constants.parameter(given[name]) if trained else constants.of(given[name])
+        value = constants.parameter(given[name]) if trained else constants.value(given[name])
         if value is None:
             return None
         tensors[name] = value
@@ -96,13 +106,13 @@ def _linear(call: LayerCall, constants: Constants) -> nn.Module | None:
 
 
 def _transposed_linear(call: LayerCall, constants: Constants) -> nn.Module | None:
-    """``x @ weight``, as ``addmm`` and ``matmul`` have it: the weight is ``(C, T)``."""
+    """Build a linear layer from ``x @ weight`` of ``addmm`` or ``matmul``, whose weight is ``(C, T)``."""
     weight, dims = call.tensors["weight"], _rank_of(call.input)
     if weight.dim() != 2 or any(call.options.get(scale, 1) != 1 for scale in ("beta", "alpha")):
         return None
     if "bias" in call.tensors and call.tensors["bias"].shape != weight.shape[1:]:
         return None
-    if (dims is not None and dims < 2) or not constants.only(arguments(call.node)["weight"], call.node):
+    if (dims is not None and dims < 2) or not constants.read_only_by(arguments(call.node)["weight"], call.node):
         return None
     turned = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
     module = unset(nn.Linear, *weight.shape, bias="bias" in call.tensors)
@@ -118,7 +128,7 @@ def _transposed_conv(call: LayerCall, constants: Constants) -> nn.Module | None:
 
 
 def _either_conv(call: LayerCall, constants: Constants) -> nn.Module | None:
-    """``aten.convolution``, which has one option more."""
+    """Build either kind of convolution from ``aten.convolution``, which has the option ``transposed``."""
     options = dict(call.options)
     if options.pop("transposed"):
         return _convolution(call, constants, TRANSPOSED_CONVS, options)
@@ -141,11 +151,11 @@ def _convolution(
     module = _with_weights(
         unset(kinds[axes - 1], inputs, outputs, tuple(kernel), bias="bias" in call.tensors, **spread), call
     )
-    return TransposedConv.of(module, constants.turned) if isinstance(module, TRANSPOSED_CONVS) else module
+    return TransposedConv.of(module, constants.transposed) if isinstance(module, TRANSPOSED_CONVS) else module
 
 
 def _per_axis(value: Any, axes: int) -> Any:
-    """One figure for each axis, where a call may give one for all."""
+    """Return one value per axis, where a call may give a single value for all axes."""
     if isinstance(value, str):
         return value
     values = value if isinstance(value, tuple) else (value,)
@@ -165,12 +175,12 @@ def _batch_norm(call: LayerCall, constants: Constants) -> nn.Module | None:
 
 
 def _dropout(call: LayerCall, constants: Constants) -> nn.Module | None:
-    """In eval mode, in which a network is traced, it does nothing; as a module it comes back with training."""
+    """Build a dropout module: tracing runs in eval mode, and the module is active again in training."""
     return nn.Dropout(call.options.get("p", 0.5))
 
 
 def _channel_dropout(call: LayerCall, constants: Constants) -> nn.Module | None:
-    """By what the network calls; ATen has one operator for all."""
+    """Build channel dropout by the function that is called, or by the input's axes for ATen's one operator."""
     kind = _CHANNEL_DROPOUTS.get(call.node.target) or _CHANNEL_DROPOUTS.get(_rank_of(call.input))
     return kind(call.options.get("p", 0.5)) if kind is not None else None
 
@@ -185,13 +195,13 @@ def _with_weights(module: nn.Module, call: LayerCall) -> nn.Module:
 
 
 def _rank_of(node: fx.Node) -> int | None:
-    """How many axes a value has, where the front end knows."""
+    """Return the number of axes of a node's value, or None if the front end does not know it."""
     value = node.meta.get("val")
     return value.dim() if isinstance(value, Tensor) else None
 
 
 def traced_in(node: fx.Node) -> str:
-    """The module that a node was traced in, as the front end tells it."""
+    """Return the name of the module in which a node was traced, empty if unknown."""
     stack = node.meta.get("nn_module_stack")
     return str(next(reversed(stack.values()))[0]).partition("@")[0] if stack else ""
 

@@ -1,4 +1,4 @@
-"""The network to compile: from the user's callable or by its registered name, and weights from a file into it."""
+"""Load the network to compile, from a callable or by its registered name, and its weights from a file."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from tdcompile.support.user_code import call_user_function, load_callable, names
 __all__ = ["check_weights", "load_callable", "load_source", "load_weights"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
-# How the header of a safetensors file begins, a pickle, and a zip archive, which torch.save writes.
+_PREFIXES = ("module.", "_orig_mod.")  # that DataParallel and torch.compile add to every name
+# First bytes of a safetensors header, a pickle, and a zip archive, which torch.save writes.
 _SAFETENSORS_START, _PICKLE_START, _ZIP_START = b"{", b"\x80", b"PK"
 _UNREADABLE = "it is no PyTorch or safetensors file, or cut off"
-_MAX_NAMES = 4  # how many names of a kind a message lists
+_MAX_NAMES = 4  # names that a message lists of each kind
 
 
 def load_source(source: str) -> tuple[nn.Module, Network | None]:
-    """The network, in eval mode, and its plug-in where the source is a registered name.
+    """Return the network in eval mode, and its plug-in if the source is a registered name.
 
     Raises:
-        InputError: there is no such file, module, callable or registered name, or it gives no ``nn.Module``.
+        InputError: the file, module, callable or registered name does not exist, or gives no ``nn.Module``.
     """
     if ":" not in source:
         if names_file(source):
@@ -50,10 +50,10 @@ def load_source(source: str) -> tuple[nn.Module, Network | None]:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a checkpoint into the module, all of it; a file is only ever read, none of it is executed.
+    """Load a complete checkpoint into the module; no code in the file is executed.
 
     Raises:
-        InputError: the file cannot be read, needs code, does not fit the network or holds NaN or Inf.
+        InputError: the file cannot be read, needs code, does not fit the network, or holds NaN or Inf.
     """
     weights = _unwrap_state_dict(_read_file(path), set(module.state_dict()), path)
     own = module.state_dict()
@@ -77,7 +77,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def _tied_names(module: nn.Module) -> list[set[str]]:
-    """The names of every parameter and buffer, those of one tensor together."""
+    """Return the names of all parameters and buffers, grouped by tensor."""
     names: dict[int, set[str]] = {}
     parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     for name, tensor in (*parameters, *buffers):
@@ -94,10 +94,10 @@ def _check_tied_weights(weights: Mapping[str, Tensor], tied: Iterable[set[str]],
 
 
 def _assign_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Any:
-    """Give the network's tensors the memory of those that were read: of a safetensors file what is needed is read.
+    """Assign the weights to the network's tensors without a copy, so that a safetensors file is read on demand.
 
-    Parameters stay the objects that they are, wherever the network holds them; only those without values, on the meta
-    device, are replaced, and what is one of them under several names stays one.
+    Parameters keep their identity, wherever the network holds them. Only tensors on the meta device, which have no
+    values, are replaced, and tied ones stay tied.
     """
     own = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
     empty = {id(tensor) for tensor in own.values() if tensor.is_meta}
@@ -129,7 +129,7 @@ def _assign_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Any:
 
 
 def check_weights(module: nn.Module, where: str) -> None:
-    """Refuse a network with NaN or Inf in it; -Inf is allowed in buffers, where attention masks hold it.
+    """Check that a network holds no NaN or Inf; -Inf is allowed in buffers, where attention masks hold it.
 
     Raises:
         InputError: a parameter or buffer is not finite; the message names the first.
@@ -152,7 +152,7 @@ def _read_file(path: Path) -> object:
         if path.suffix == ".safetensors" or head[8:] == _SAFETENSORS_START:
             return safetensors.torch.load_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch remarks on odd files is said below, in one sentence
+            warnings.simplefilter("ignore")  # on unusual files; the errors below say it in one sentence
             return torch.load(path, map_location="cpu", weights_only=True)
     except safetensors.SafetensorError as error:
         raise InputError(f"'{path}' cannot be read as weights: it is no safetensors file, or cut off") from error
@@ -170,7 +170,7 @@ def _read_file(path: Path) -> object:
             f"'{path}' is a pickle that needs code to load ({needs[1]}), which is refused: "
             "save the state_dict() alone, best as safetensors"
         ) from error
-    except Exception as error:  # torch's reader meets a file of another kind with whatever its parsing runs into
+    except Exception as error:  # torch's reader raises anything on files of another kind
         if "TorchScript" in str(error):
             raise InputError(f"'{path}' is a TorchScript archive, which holds code; a state dict is needed") from error
         if isinstance(error, PermissionError):
@@ -179,7 +179,7 @@ def _read_file(path: Path) -> object:
 
 
 def _head(path: Path) -> bytes:
-    """The first nine bytes: a safetensors file has a length in eight, and JSON after it."""
+    """Return the first nine bytes; a safetensors file has a length in eight of them, followed by JSON."""
     with path.open("rb") as file:
         return file.read(9)
 

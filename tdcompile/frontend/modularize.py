@@ -1,7 +1,7 @@
-"""``modularize``: functional layers in a graph, ``F.conv2d`` or ``aten.linear``, as modules over their weights.
+"""Replace functional layers in a graph, such as ``F.conv2d`` or ``aten.linear``, by modules over their weights.
 
-From there on a layer is a module with a name, whichever front end has found it. A weight that is computed from
-parameters alone (a slice of a packed projection, a transposed matrix) is computed once, here.
+After that a layer is a module with a name, whichever front end traced it. A weight that is computed from parameters
+only (a slice of a packed projection, a transposed matrix) is computed once, here.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tdcompile.ir.layer import TransposedConv
 
 aten = torch.ops.aten
 
-_PARAMETRIZED = ".parametrizations.weight."  # where torch keeps what a parametrised weight is computed from
-# What a run-time check is in a traced graph: it has done its work when the graph is compared with the network.
+_PARAMETRIZED = ".parametrizations.weight."  # path of the tensors that a parametrised weight is computed from
+# Run-time checks in a traced graph; the equivalence check of the graph replaces them.
 _RUNTIME_CHECKS = {
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
@@ -31,7 +31,7 @@ _RUNTIME_CHECKS = {
 
 
 def modularize(graph: fx.GraphModule) -> None:
-    """Turn every layer on constant weights into a call of a module; drop run-time checks and what nothing reads."""
+    """Turn each layer with constant weights into a module call, in place; remove run-time checks and unread tensors."""
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target in _RUNTIME_CHECKS and not node.users:
             graph.graph.erase_node(node)
@@ -55,7 +55,7 @@ def modularize(graph: fx.GraphModule) -> None:
         new.meta = dict(call.node.meta)
         call.node.replace_all_uses_with(new)
         _erase_with_sources(graph.graph, call.node)
-    _drop_unread(graph)  # what is computed once is there once, and its original is gone
+    _drop_unread(graph)  # a weight that was computed replaces its source, which is removed
     for name in sorted(modules, key=lambda name: name.count(".")):
         graph.add_submodule(name, modules[name])
     graph.graph.lint()
@@ -63,7 +63,7 @@ def modularize(graph: fx.GraphModule) -> None:
 
 
 def _positional_arguments(graph: fx.GraphModule) -> None:
-    """Give torch's modules their arguments in order, where the network names them: passes read what is the first."""
+    """Turn keyword arguments of torch's modules into positional ones: passes read the first argument."""
     for node in graph.graph.nodes:
         part = module_at(graph, node)
         if part is None or not node.kwargs or not type(part).__module__.startswith("torch.nn."):
@@ -77,17 +77,17 @@ def _positional_arguments(graph: fx.GraphModule) -> None:
 
 
 def _transposed_convolutions(graph: fx.GraphModule, constants: Constants) -> dict[str, nn.Module]:
-    """What takes the place of torch's own transposed convolutions, by name."""
+    """Return replacements of torch's transposed convolution modules by name."""
     found: dict[str, nn.Module] = {}
     for node in graph.graph.nodes:
         part = module_at(graph, node) if str(node.target) not in found else None
         if isinstance(part, TRANSPOSED_CONVS) and len(node.args) == 1 and not node.kwargs:
-            found[str(node.target)] = TransposedConv.of(part, constants.turned)
+            found[str(node.target)] = TransposedConv.of(part, constants.transposed)
     return found
 
 
 def _drop_unread(graph: fx.GraphModule) -> None:
-    """Take parameters and buffers that no node reads out of the graph's own containers; modules keep theirs."""
+    """Remove unread parameters and buffers from the graph's plain containers; layers keep theirs."""
     used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
     for path, part in graph.named_modules():
         if part is graph or type(part) is nn.Module:
@@ -98,7 +98,7 @@ def _drop_unread(graph: fx.GraphModule) -> None:
 
 
 def _erase_with_sources(graph: fx.Graph, node: fx.Node) -> None:
-    """Take out a node, and what only it has read."""
+    """Erase a node and the nodes that only it reads."""
     pending = [node]
     while pending:
         gone = pending.pop()
@@ -110,12 +110,12 @@ def _erase_with_sources(graph: fx.Graph, node: fx.Node) -> None:
 
 
 class _Names:
-    """Names for new modules in a graph."""
+    """Chooses names for new modules of a graph."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self._called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
         self._known = {name for name, _ in graph.named_modules()}
-        self._inside: dict[str, set[str]] = {}  # what the graph reads or calls, by every part that it is in
+        self._inside: dict[str, set[str]] = {}  # targets that the graph reads or calls, by each module above them
         for node in graph.graph.nodes:
             if node.op in ("get_attr", "call_module"):
                 parts = str(node.target).split(".")
@@ -123,10 +123,10 @@ class _Names:
                     self._inside.setdefault(".".join(parts[:end]), set()).add(str(node.target))
 
     def of(self, calls: Sequence[LayerCall], constants: Constants) -> dict[tuple[object, ...], str]:
-        """That of the part whose weight it is, ``fc`` for ``fc.weight``, if that part is nothing else.
+        """Return a name for each call's key: the module that holds the weight, ``fc`` for ``fc.weight``.
 
-        Otherwise, for a weight among others, ``blocks.0.w_layer`` after ``blocks.0.w``; for what has no weight the
-        part that it was traced in.
+        If that module has other uses, the name is derived from the weight, ``blocks.0.w_layer`` from ``blocks.0.w``.
+        A layer without a weight is named after the module in which it was traced.
         """
         found: dict[tuple[object, ...], str] = {}
         for call in calls:
@@ -139,7 +139,7 @@ class _Names:
         return found
 
     def _holder(self, node: fx.Node, constants: Constants) -> str:
-        """The part that is nothing but this layer; nothing where there is none."""
+        """Return the module that holds this layer only, or an empty text if there is none."""
         weight = arguments(node).get("weight")
         if not isinstance(weight, fx.Node):
             path = traced_in(node)
@@ -158,11 +158,11 @@ class _Names:
             path = traced_in(node)
             return f"{path}.dropout" if path else node.name
         sources = constants.sources(weight)
-        assert sources  # what is computed from an input has been left alone
+        assert sources  # a weight that depends on an input is not a layer's call
         return str(sources[0].target)
 
     def _fresh(self, base: str) -> str:
-        """A name that is not inside a layer or another module that the graph calls."""
+        """Return a new name outside all modules that the graph calls."""
         parts = base.split(".")
         for end in range(1, len(parts)):
             if ".".join(parts[:end]) in self._called:
@@ -181,7 +181,7 @@ class _Names:
 
 
 def _reads(node: fx.Node) -> list[fx.Node]:
-    """The parameters and buffers that a call reads."""
+    """Return the nodes of the parameters and buffers that a call reads."""
     found, pending = [], [value for name in TENSORS if isinstance(value := arguments(node).get(name), fx.Node)]
     while pending:
         other = pending.pop()

@@ -1,4 +1,4 @@
-"""``without_parametrizations``: a network whose weights are computed on every call, with the weights as they are."""
+"""Replace weights that a parametrisation computes in every call by their current values."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-# How torch's older forms, which are hooks, are taken off.
+# torch's older parametrisations, which are hooks, and the functions that remove them.
 _HOOKS = {WeightNorm: remove_weight_norm, SpectralNorm: remove_spectral_norm}
 
 
 def without_parametrizations(module: nn.Module) -> nn.Module:
-    """The network itself, or, where a weight is parametrised (weight or spectral norm, ...), a copy in which none is.
+    """Return the network, or a copy with plain weights if any weight is parametrised (weight or spectral norm, ...).
 
-    The copy shares every other tensor. A compressed layer has no use for the parametrisation: its factors are others.
+    The copy shares every other tensor. A compressed layer has factors of its own, to which the parametrisation does not
+    apply.
 
     Args:
-        module: in eval mode, in which spectral norm leaves its estimates alone.
+        module: a network in eval mode, in which spectral norm does not update its estimates.
     """
     if not any(map(_is_parametrized, module.modules())):
         return module
     own = {id(tensor) for part in module.modules() if _is_parametrized(part) for tensor in part.parameters()}
     tensors = chain(module.parameters(), module.buffers())
     shared: dict[int, object] = {id(tensor): tensor for tensor in tensors if id(tensor) not in own}
-    # What a hook has computed last is no parameter, and torch copies no tensor that another was computed to.
+    # A hook's last result is not a parameter, and torch does not copy computed tensors.
     shared |= {id(v): v.detach() for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor)}
     plain = copy.deepcopy(module, shared)
     for part in list(plain.modules()):
         if parametrize.is_parametrized(part):
-            kind = type(part)  # made for the network's own part, which would lose its weight with it
+            kind = type(part)  # a class made for the original module, which must keep its weight property
             part.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
             for name in list(part.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
                 parametrize.remove_parametrizations(part, name)

@@ -22,25 +22,25 @@ from tdcompile.ir.program import sites_of
 
 Frontend = Literal["auto", "fx", "export"]
 
-# Batches at which a graph is held against its network, beside that of the example and the next.
+# Batch sizes of the equivalence check, beside the example's and the next larger one.
 _EXTRA_BATCHES = (1, 8)
-# A graph is run at other sizes where its inputs grow by so much and hold so many numbers, or beyond by so many.
+# Limits of the check at other sizes: growth of the inputs, numbers in them, and numbers if they grow by more.
 _MAX_GROWTH, _MAX_NUMBERS, _MAX_NUMBERS_BEYOND_GROWTH = 64, 2**26, 2**20
-# A whole number is taken for a word, which costs what so many numbers do.
+# An integer is assumed to be a token, which costs as much as this many numbers.
 _NUMBERS_PER_TOKEN = 64
-# Layers without a form here, which no front end opens: what is not seen in them is not missed.
+# Layers without a decomposition, which no front end opens: weights inside them do not count as hidden.
 _OPAQUE_LAYERS = (nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
-# What functions come from that run nothing of the network's own.
+# Packages whose functions do not run the network's own code.
 _LIBRARY_PACKAGES = ("torch", "_operator", "operator", "builtins", "math")
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph that answers like the network.
+    """A graph that is equivalent to the network.
 
     Attributes:
-        leaves: the parts that symbolic tracing could not pass through, each with its reason.
-        untried: sizes at which the network may go another way, and which take too much memory to try.
+        leaves: modules that symbolic tracing could not pass through, with reasons.
+        untried: sizes that violate a guard of the trace and take too much memory to try.
     """
 
     graph: fx.GraphModule
@@ -51,10 +51,10 @@ class Traced:
 
 @dataclass(frozen=True)
 class FrontendSelector:
-    """The front ends, tried on one network.
+    """Tries the front ends on one network.
 
     Attributes:
-        cases: what the network answers; every graph is to answer the same.
+        cases: the network's recorded outputs, which every graph must reproduce.
     """
 
     module: nn.Module
@@ -64,11 +64,11 @@ class FrontendSelector:
     cases: Sequence[Case]
 
     def choose(self, frontend: Frontend) -> Traced:
-        """The graph of a front end; with ``auto``, of symbolic tracing if that sees every layer.
+        """Return the graph of a front end; ``auto`` takes symbolic tracing if it sees every layer.
 
         Raises:
-            UntraceableError: what was asked for cannot trace the network.
-            FixedAxisError: the network fixes an axis that is to stay open.
+            UntraceableError: the requested front end cannot trace the network.
+            FixedAxisError: the network fixes an axis that is to be dynamic.
         """
         if frontend != "auto":
             return self._fx() if frontend == "fx" else self._export()
@@ -98,64 +98,65 @@ class FrontendSelector:
     def _fx(self) -> Traced:
         graph, leaves = trace_with_fx(isolated_copy(self.module), self.call)
         traced = self._checked(Traced(graph, leaves, "fx"))
-        untried = self._same_way_within(graph) if leaves or _calls_own_code(graph) else []
+        untried = self._check_leaf_code(graph) if leaves or _calls_own_code(graph) else []
         self._at_other_sizes(graph, [])
         return replace(traced, untried=untried)
 
-    def _same_way_within(self, graph: fx.GraphModule) -> list[Sizes]:
-        """Try the network's own code, which the graph runs in its leaves and a model has one way through.
+    def _check_leaf_code(self, graph: fx.GraphModule) -> list[Sizes]:
+        """Check the network's own code inside the graph's leaves, of which a model contains one control path.
 
-        Gives what was not tried, as ``_at_other_sizes`` does.
+        Returns:
+            Sizes that were not tried, see ``_at_other_sizes``.
 
         Raises:
-            FixedAxisError: it goes another way at some other size.
+            FixedAxisError: the code takes another path at another size.
         """
         call = Call.of(graph, self.call.tensors)
         try:
-            way, turning = trace_with_export(
+            path, violations = trace_with_export(
                 isolated_copy(graph), call, dynamic_batch=self.dynamic_batch, axes=self.axes
             )
-        except (UntraceableError, FixedAxisError):  # what cannot be exported does not become a model
+        except (UntraceableError, FixedAxisError):  # the export to ONNX will fail too
             return []
         longer = {axis.name: self.call.tensors[axis.input].shape[axis.axis] + 1 for axis in self.axes}
         batch = next((len(x) for x, b in zip(self.call.tensors, shares_batch(self.call.tensors), strict=True) if b), 0)
-        turning += [[{BATCH: batch + 1}]] if self.dynamic_batch and batch else []
-        return self._at_other_sizes(way, [*turning, *([[longer]] if longer else [])])
+        violations += [[{BATCH: batch + 1}]] if self.dynamic_batch and batch else []
+        return self._at_other_sizes(path, [*violations, *([[longer]] if longer else [])])
 
     def _export(self) -> Traced:
-        graph, turning = trace_with_export(
+        graph, violations = trace_with_export(
             isolated_copy(self.module), self.call, dynamic_batch=self.dynamic_batch, axes=self.axes
         )
         traced = self._checked(Traced(graph, {}, "export"))
-        return replace(traced, untried=self._at_other_sizes(graph, turning))
+        return replace(traced, untried=self._at_other_sizes(graph, violations))
 
-    def _at_other_sizes(self, graph: fx.GraphModule, turning: Sequence[Sequence[Sizes]]) -> list[Sizes]:
-        """Run the graph where the network may go another way: a batch of one is a constant to torch, for instance.
+    def _at_other_sizes(self, graph: fx.GraphModule, violations: Sequence[Sequence[Sizes]]) -> list[Sizes]:
+        """Compare graph and network at sizes that violate a guard; torch treats a batch of one as a constant, too.
 
         Args:
-            graph: one way through the network.
-            turning: for each condition some sizes that break it, of which the first that the network takes is run.
+            graph: the trace of one control path of the network.
+            violations: for each guard some sizes that violate it; the first that the network accepts is run.
 
         Returns:
-            Sizes that would have taken too much memory, where no others broke their condition.
+            Sizes that take too much memory, one for each guard that no other size violates.
 
         Raises:
-            FixedAxisError: the network takes a size, and the graph gives something else.
+            FixedAxisError: the network accepts a size at which the graph's outputs differ.
         """
         if self.call.tensors[0].is_meta:
             return []
         batched = self.dynamic_batch and any(shares_batch(self.call.tensors))
         known: dict[frozenset[tuple[str, int]], bool | None] = {}
         untried: list[Sizes] = []
-        for ways in (*turning, *([{BATCH: size}] for size in _EXTRA_BATCHES if batched)):
-            dear: list[Sizes] = []
-            for sizes in ways:
+        for choices in (*violations, *([{BATCH: size}] for size in _EXTRA_BATCHES if batched)):
+            too_large: list[Sizes] = []
+            for sizes in choices:
                 if not self._affordable(sizes):
-                    dear.append(sizes)
+                    too_large.append(sizes)
                     continue
                 key = frozenset(sizes.items())
                 if key not in known:
-                    known[key] = self._differs(graph, self._of(sizes))
+                    known[key] = self._differs(graph, self._call_of_size(sizes))
                 if known[key]:
                     raise FixedAxisError(
                         f"the network does something else where {describe_sizes(sizes)} than where it is as in the "
@@ -165,11 +166,11 @@ class FrontendSelector:
                 if known[key] is False:
                     break
             else:
-                untried += dear[:1]
+                untried += too_large[:1]
         return untried
 
     def _affordable(self, sizes: Sizes) -> bool:
-        """Whether inputs of these sizes are in proportion to the example; a word is more than a pixel."""
+        """Return whether inputs of these sizes are small enough to run, relative to the example."""
         most = 0
         growth = 1.0
         for place, (x, batched) in enumerate(zip(self.call.tensors, shares_batch(self.call.tensors), strict=True)):
@@ -181,37 +182,37 @@ class FrontendSelector:
             most += int(x.numel() * times * (1 if x.is_floating_point() else _NUMBERS_PER_TOKEN))
         return most <= (_MAX_NUMBERS if growth <= _MAX_GROWTH else _MAX_NUMBERS_BEYOND_GROWTH)
 
-    def _of(self, sizes: Sizes) -> Call:
-        """The example inputs with some axes of other sizes."""
+    def _call_of_size(self, sizes: Sizes) -> Call:
+        """Return the example inputs with other sizes of some axes."""
         tensors = self.call.tensors
         for name, size in sizes.items():
             own = [axis for axis in self.axes if axis.name == name]
             tensors = batch_of(tensors, size) if name == BATCH else sized(tensors, own, size)
-        return self.call.having(tensors)
+        return self.call.with_tensors(tensors)
 
     def _differs(self, graph: fx.GraphModule, call: Call) -> bool | None:
-        """Whether the graph gives something else than the network; None where that does not take these inputs."""
+        """Return whether the graph's outputs differ from the network's, or None if the network rejects the inputs."""
         try:
             expected = run_network(self.module, call)
-        except Exception:  # noqa: BLE001  # a size that the network itself does not take
+        except Exception:  # noqa: BLE001  # the network itself rejects the size
             return None
         try:
             return output_difference(expected, _run_graph(graph, call)) is not None
-        except Exception:  # noqa: BLE001  # as above: a graph fails in any way
+        except Exception:  # noqa: BLE001  # a graph may fail in any way
             return True
 
     def _checked(self, traced: Traced) -> Traced:
-        """The graph with its layers as modules, which answers like the network.
+        """Turn the graph's layers into modules and check that it is equivalent to the network.
 
         Raises:
-            UntraceableError: it does not.
+            UntraceableError: it is not.
         """
         modularize(traced.graph)
         traced.graph.eval()
         for case in self.cases:
             try:
                 got = _run_graph(traced.graph, case.call)
-            except Exception as error:  # a graph that took an input's size for a constant fails in any way
+            except Exception as error:  # a graph with a size as a constant may fail in any way
                 raise UntraceableError(f"its graph does not run {case.what}: {first_line(error)}") from error
             wrong = output_difference(case.outputs, got)
             if wrong is not None:
@@ -220,7 +221,7 @@ class FrontendSelector:
 
 
 def describe_sizes(sizes: Sizes) -> str:
-    """The sizes of some open axes in words."""
+    """Return sizes of dynamic axes in words."""
     return " and ".join(
         f"the batch is {size}" if name == BATCH else f"the axis '{name}' is {size}" for name, size in sizes.items()
     )
@@ -232,7 +233,7 @@ def _run_graph(graph: fx.GraphModule, call: Call) -> list[torch.Tensor]:
 
 
 def _calls_own_code(graph: fx.GraphModule) -> bool:
-    """Whether a graph calls functions of the network's own, which ``torch.fx.wrap`` leaves in it as they are."""
+    """Return whether a graph calls the network's own functions, which ``torch.fx.wrap`` keeps as single nodes."""
     return any(
         node.op == "call_function"
         and str(getattr(node.target, "__module__", "")).partition(".")[0] not in _LIBRARY_PACKAGES
@@ -241,7 +242,7 @@ def _calls_own_code(graph: fx.GraphModule) -> bool:
 
 
 def _weights_inside_leaves(graph: fx.GraphModule, call: Call) -> list[str]:
-    """Weights in the graph's leaves that no layer of it has: of attention as one module, of a parametrised layer."""
+    """Return weights in the graph's leaves that belong to no layer of it, such as those of an attention module."""
     known = {id(site.module.weight) for site in sites_of(graph, call.tensors).values()}
     found = []
     for node in graph.graph.nodes:

@@ -1,4 +1,4 @@
-"""``Call``: the tensors that a network is called with, whatever nesting it takes them in; ``Axis``: one left open."""
+"""``Call``: the arguments of a network's call, whose tensors may be nested and can be replaced."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tdcompile.ir.modules import register_trees
 
 @dataclass(frozen=True)
 class Call:
-    """How a network is called with example inputs.
+    """A network's call with example inputs.
 
     Attributes:
-        tensors: every tensor in the arguments, in the order of ``forward``'s signature, nested ones in theirs.
-        names: of each: the argument's, with the place inside it where it is nested.
+        tensors: all tensors in the arguments, in the order of ``forward``'s signature and of their nesting.
+        names: name of each tensor: its argument, followed by the path inside it if nested.
     """
 
     tensors: tuple[Tensor, ...]
@@ -32,10 +32,10 @@ class Call:
 
     @classmethod
     def of(cls, module: nn.Module, inputs: Sequence[Any] | Mapping[str, Any] | Tensor) -> Call:
-        """Read example inputs: a tensor, the arguments in order, or a mapping of them by name.
+        """Bind example inputs to ``forward``: a tensor, the arguments in order, or a mapping by name.
 
         Raises:
-            InputError: ``forward`` does not take such arguments, or there is no tensor in them.
+            InputError: ``forward`` does not accept the arguments, or they contain no tensor.
         """
         if inputs is None:
             raise InputError(
@@ -63,16 +63,16 @@ class Call:
             raise InputError("the inputs hold no tensor: give at least one, (N, ...)")
         return cls(tensors, tuple(names), signature, leaves, spec)
 
-    def having(self, tensors: Sequence[Tensor]) -> Call:
-        """The same call with other tensors."""
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Call:
+        """Return the call with other tensors."""
         return replace(self, tensors=tuple(tensors), _leaves=self._filled(tensors))
 
     def arguments(self, values: Sequence[Any], rest: Any = ...) -> dict[str, Any]:
-        """The arguments by name, with a value in the place of each tensor.
+        """Return the arguments by name, with a value in place of each tensor.
 
         Args:
-            values: one for each of ``tensors``.
-            rest: what to put in the place of every other leaf; its own value if not given.
+            values: one value for each of ``tensors``.
+            rest: value in place of every other leaf; by default the leaf's own.
         """
         arguments: dict[str, Any] = pytree.tree_unflatten(list(self._filled(values, rest)), self._spec)
         return arguments
@@ -84,12 +84,12 @@ class Call:
         )
 
     def split(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What ``forward`` is called with, ``(args, kwargs)``, with a value in the place of each tensor."""
+        """Return ``(args, kwargs)`` of the call, with a value in place of each tensor."""
         bound = inspect.BoundArguments(self._signature, self.arguments(values))
         return bound.args, bound.kwargs
 
     def defaults(self) -> dict[str, Any]:
-        """The arguments that hold no tensor, with their values, and those left out, with their defaults."""
+        """Return the arguments without tensors by name, with given or default values."""
         given = self.arguments(self.tensors)
         plain = {
             name: value
@@ -103,15 +103,15 @@ class Call:
         }
 
     @property
-    def loose(self) -> list[str]:
-        """The arguments that hold tensors and that ``forward`` takes by ``**kwargs``, without naming them."""
+    def tensors_in_kwargs(self) -> list[str]:
+        """Return the names of arguments with tensors that ``forward`` takes by ``**kwargs``."""
         last = [p.name for p in self._signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
         given = self.arguments(self.tensors).get(last[0], {}) if last else {}
         return [name for name, value in given.items() if _contains_tensor(value)]
 
     @property
     def nested(self) -> bool:
-        """Whether a tensor is given inside another argument."""
+        """Return whether an argument contains tensors rather than being one."""
         return any(
             not isinstance(value, Tensor) for value in self.arguments(self.tensors).values() if _contains_tensor(value)
         )

@@ -1,4 +1,4 @@
-"""``trace_with_export``: the front end that runs a network through ``torch.export`` and gives its ATen graph."""
+"""Front end on ``torch.export``, which returns the network's ATen graph."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from tdcompile.support.quiet import captured_output
 def trace_with_export(
     module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes: Sequence[Axis] = ()
 ) -> tuple[fx.GraphModule, list[list[dict[str, int]]]]:
-    """The network's ATen graph, over the network's own tensors; its inputs are the call's tensors, in their order.
+    """Return the network's ATen graph, over the network's tensors, with the call's tensors in order as inputs.
 
     The second value holds sizes of the open axes that violate a guard of the trace, see ``guard_violations``.
 
     Args:
-        module: in eval mode.
+        module: a network in eval mode.
         call: the example inputs.
-        dynamic_batch: leave the batch axis open.
-        axes: other axes to leave open.
+        dynamic_batch: make the batch axis dynamic.
+        axes: further dynamic axes.
 
     Raises:
         UntraceableError: ``torch.export`` cannot pass through the network; the message says where.
-        FixedAxisError: the network fixes an axis that is to be open.
+        FixedAxisError: the network fixes an axis that is to be dynamic.
     """
     opened: list[dict[int, str]] = [{} for _ in call.tensors]
     for place, batched in enumerate(shares_batch(call.tensors)):
@@ -43,9 +43,10 @@ def trace_with_export(
             opened[place][0] = "the batch axis"
     for axis in axes:
         opened[axis.input][axis.axis] = f"the axis '{axis.name}'"
-    if call.loose and any(opened):
+    if call.tensors_in_kwargs and any(opened):
+        given = ", ".join(call.tensors_in_kwargs)
         raise UntraceableError(
-            f"torch.export leaves no axis open where forward takes a tensor by **kwargs, here {', '.join(call.loose)}: "
+            f"torch.export leaves no axis open where forward takes a tensor by **kwargs, here {given}: "
             "name it in forward's signature, or give --no-dynamic-batch"
         )
     args, kwargs = call.split(call.tensors)
@@ -63,12 +64,12 @@ def trace_with_export(
                 try:
                     with _integer_buffers_as_constants(module):
                         program = export()
-                except Exception:  # noqa: BLE001  # the second try is no more than that: what the first said stands
+                except Exception:  # noqa: BLE001  # on failure of the second attempt the first error stands
                     raise error from None
     except Exception as error:  # a network's forward may raise anything on symbols
         raise UntraceableError(_reason(error)) from error
     held = program.module(check_guards=False)
-    assert isinstance(held, fx.GraphModule)  # what ``module`` returns
+    assert isinstance(held, fx.GraphModule)  # ``module`` returns one
     _check_open_axes(held, call, opened)
     names: list[dict[int, str]] = [{0: BATCH} if 0 in open_ and dynamic_batch else {} for open_ in opened]
     for axis in axes:
@@ -80,9 +81,9 @@ def trace_with_export(
 
 @contextmanager
 def _integer_buffers_as_constants(module: nn.Module) -> Iterator[None]:
-    """For a while the integers that a network keeps in buffers, a stride say, are constants made in its code.
+    """Turn integers that a network keeps in buffers, such as a stride, into constants for a while.
 
-    ``torch.export`` takes a buffer's value for unknown, and a size that is computed from it too.
+    ``torch.export`` treats a buffer's value as unknown, and sizes computed from it too.
     """
     changed: list[tuple[nn.Module, type[nn.Module], dict[str, Tensor | None]]] = []
     try:
@@ -92,7 +93,7 @@ def _integer_buffers_as_constants(module: nn.Module) -> Iterator[None]:
                 for name, value in part.named_buffers(recurse=False)
                 if value.dim() == 0 and value.dtype in (torch.int32, torch.int64) and not value.is_meta
             }
-            # torch's own keep counts of batches there, and a scripted part is not Python's to change
+            # torch's own modules count batches there, and a scripted module cannot be changed
             if not found or type(part).__module__.startswith("torch."):
                 continue
             made = {name: property(_constant_getter(value)) for name, value in found.items()}
@@ -104,7 +105,7 @@ def _integer_buffers_as_constants(module: nn.Module) -> Iterator[None]:
     finally:
         for part, kind, buffers in changed:
             part.__class__ = kind
-            part._buffers.clear()  # and all of them anew: their order is that of the state dict
+            part._buffers.clear()  # all are restored, because the state dict has their order
             part._buffers.update(buffers)
 
 
@@ -128,7 +129,7 @@ def _tensor_inputs(held: fx.GraphModule) -> list[fx.Node]:
 
 
 def _with_tensor_inputs(held: fx.GraphModule, call: Call, spec: pytree.TreeSpec | None) -> fx.Graph:
-    """A graph whose inputs are the tensors alone, and whose output is nested as the network's, in plain containers."""
+    """Return a graph whose inputs are tensors only, with the network's output nesting in plain containers."""
     graph, known = fx.Graph(), dict[fx.Node, fx.Node]()
     tensors = dict(zip(_tensor_inputs(held), call.names, strict=True))
     for node in held.graph.nodes:
@@ -148,7 +149,7 @@ def _with_tensor_inputs(held: fx.GraphModule, call: Call, spec: pytree.TreeSpec 
 
 
 def _nest_outputs(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
-    """The leaves in tuples and dicts: a dataclass or a model's own output type becomes what it holds, by name."""
+    """Nest leaves in tuples and dicts; a dataclass or a model's output type becomes a dict by field name."""
     remaining = iter(leaves)
 
     def build(part: pytree.TreeSpec) -> Any:
@@ -157,7 +158,7 @@ def _nest_outputs(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
         children = [build(child) for child in part.children()]
         keys = part.context
         if isinstance(keys, list) and keys and isinstance(keys[0], list):
-            keys = keys[0]  # of a dataclass: the names of what it holds, and of what is None
+            keys = keys[0]  # a dataclass has its field names here, and the names of fields that are None
         named = isinstance(keys, list | tuple) and len(keys) == len(children) and all(isinstance(k, str) for k in keys)
         if named and part.type is not tuple:
             return dict(zip(keys, children, strict=True))
@@ -167,6 +168,6 @@ def _nest_outputs(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """One line of what ``torch.export`` says, which may be pages."""
+    """Return the first line of torch.export's message, which may be pages."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,4 +1,4 @@
-"""A module to a ``Program``: by symbolic tracing where that sees all layers, by ``torch.export`` where it does not."""
+"""``trace``: turn a module into a ``Program``, by ``torch.fx`` if it sees every layer, else by ``torch.export``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tdcompile.ir.dynamic_shapes import Axis, batch_of, open_axes, shares_batch
 from tdcompile.ir.modules import evaluating, keep_separate, not_finite, parent_of, separate_attention
 from tdcompile.ir.program import Program, sites_of
 
-# What is said where a network pads.
+# Text of the warning about padding masks.
 _PADDING = (
     "torch's fused kernels of nn.TransformerEncoder, which run in eval mode without gradients, answer 0 where a mask "
     "says that the input is padding; the compiled model answers there as the layers do"
@@ -46,37 +46,35 @@ def trace(
 ) -> Program:
     """Trace a network.
 
-    ``torch.fx`` keeps the network's own modules; ``torch.export`` passes through more of what Python can write. With
-    ``auto`` the first is taken where it sees every layer, the second where it does not. What neither passes through
-    (control flow on values, say) becomes a leaf of the first: its own layers are still found and rewritten, and a
-    ``Diagnostic`` with the code ``not_traced`` in the history says why. The graph is run against the network, at
-    another batch size too, before it is taken.
+    ``torch.fx`` keeps the network's own modules; ``torch.export`` supports more Python code. ``auto`` takes the first
+    if it sees every layer, and the second otherwise. A module that neither can trace (control flow on values, for
+    instance) becomes a leaf of the first: its layers are still found and rewritten, and a ``Diagnostic`` with the code
+    ``not_traced`` says why. The graph's outputs are compared with the network's, at another batch size too.
 
-    The module is put into eval mode for tracing and put back; its tensors are shared, not copied, but for those of
-    half precision, which become float32: passes run on the program then want samples in float32 (``compile`` sees
-    to that itself).
+    The module is in eval mode during tracing, and its mode is restored. Its tensors are shared, except those of half
+    precision, which become float32: passes on the program then need float32 samples (``compile`` casts them).
 
     Args:
         module: the network.
-        inputs: example inputs: a tensor, the arguments in order, or a mapping by name; tensors may stand inside them.
+        inputs: example inputs: a tensor, the arguments in order, or a mapping by name; tensors may be nested.
         frontend: ``fx`` or ``export`` to force one.
-        dynamic_batch: leave the batch axis open; a batch of 1 is then doubled, because tracing takes 1 for a constant.
-        dynamic: other axes to leave open, ``NAME:AXIS`` or ``NAME:AXIS=LABEL``.
+        dynamic_batch: make the batch axis dynamic; a batch of 1 is then doubled, since tracing treats 1 as a constant.
+        dynamic: further dynamic axes, ``NAME:AXIS`` or ``NAME:AXIS=LABEL``.
 
     Raises:
-        InputError: the network does not run on these inputs, holds NaN or Inf, fixes an axis that is to stay open, or
-            the front end that was asked for cannot trace it.
+        InputError: the network does not run on the inputs, holds NaN or Inf, fixes an axis that is to be dynamic, or
+            cannot be traced by the requested front end.
     """
     check_is_network(module)
     call = Call.of(module, inputs)
-    call = call.having([x.detach().clone() for x in call.tensors])  # a network may work in place on what it is given
+    call = call.with_tensors([x.detach().clone() for x in call.tensors])  # a network may change its inputs in place
     if dynamic_batch and any(b and len(x) == 1 for x, b in zip(call.tensors, shares_batch(call.tensors), strict=True)):
-        call = call.having(batch_of(call.tensors, 2))
+        call = call.with_tensors(batch_of(call.tensors, 2))
     axes = open_axes(dynamic, call.names, call.tensors)
     _check_weights(module)
-    # without the fused attention kernels, which bypass the layers that they are made of
+    # without the fused attention kernels, which bypass the layers
     with evaluating(module), separate_attention(), restoring_state(module):
-        own = isolated_copy(module)  # a network may change as it answers
+        own = isolated_copy(module)  # a call may change the network's state
         if own is not module:
             keep_separate(own)
         plain = without_parametrizations(own)
@@ -111,10 +109,10 @@ def trace(
 
 
 def check_is_network(module: object) -> None:
-    """A module in Python.
+    """Check that an object is an ``nn.Module``.
 
     Raises:
-        InputError: it is TorchScript, or no module.
+        InputError: it is TorchScript, or not a module.
     """
     if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise InputError("the network is TorchScript, which torch.fx and torch.export do not take: give its nn.Module")
@@ -125,10 +123,10 @@ def check_is_network(module: object) -> None:
 def _record_cases(
     own: nn.Module, module: nn.Module, call: Call, axes: tuple[Axis, ...], dynamic_batch: bool
 ) -> tuple[list[Case], list[str]]:
-    """What a copy of a network answers.
+    """Record the outputs of a copy of a network.
 
     Raises:
-        InputError: it does not, or in two ways.
+        InputError: the copy or the network does not run, or outputs differ between calls on equal inputs.
     """
     try:
         return record_cases(own, call, axes, dynamic_batch)
@@ -137,7 +135,7 @@ def _record_cases(
             raise
         try:
             run_network(module, call)
-        except Exception:  # noqa: BLE001  # nor does the network itself
+        except Exception:  # noqa: BLE001  # the network itself does not run either
             raise error from error.__cause__
         raise InputError(
             "the network runs and a copy of it does not, so that it cannot be traced: a hook or a function of its own "
@@ -146,7 +144,7 @@ def _record_cases(
 
 
 def _tracing_notes(traced: Traced, changed: Sequence[str], half: str) -> list[Diagnostic]:
-    """What became of a network otherwise than its user may think."""
+    """Return notes on what a user may not expect of the traced graph."""
     told = [
         Diagnostic(
             "warning",
@@ -176,15 +174,15 @@ def _tracing_notes(traced: Traced, changed: Sequence[str], half: str) -> list[Di
 def _record_cases_in_fp32(
     own: nn.Module, single: nn.Module, call: Call, axes: tuple[Axis, ...], dynamic_batch: bool
 ) -> tuple[list[Case], list[str]]:
-    """What a network of half precision answers in float32.
+    """Record the outputs of a half-precision network in float32.
 
     Raises:
-        InputError: it does not, and does in its own precision.
+        InputError: it does not run in float32.
     """
     try:
-        return record_cases(single, call.having(inputs_to_single_precision(call.tensors)), axes, dynamic_batch)
+        return record_cases(single, call.with_tensors(inputs_to_single_precision(call.tensors)), axes, dynamic_batch)
     except InputError as error:
-        record_cases(own, call, axes, dynamic_batch)  # says so where it does not run at all
+        record_cases(own, call, axes, dynamic_batch)  # raises if it does not run at all
         raise InputError(
             f"its weights are {half_dtypes(own)}, it is compiled in float32, and its own code makes other numbers of "
             f"what it computes: build it in float32; it says: {error}"
@@ -192,28 +190,28 @@ def _record_cases_in_fp32(
 
 
 def _fused_kernels_zero_padding(module: nn.Module, case: Case) -> bool:
-    """Whether torch's fused kernels answer otherwise than the layers that they stand for."""
+    """Return whether torch's fused kernels compute something else than the layers, on padded inputs."""
     if case.call.tensors[0].is_meta or not any(isinstance(part, nn.TransformerEncoder) for part in module.modules()):
         return False
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(True)
     try:
         return output_difference(run_network(module, case.call), case.outputs) is not None
-    except RuntimeError:  # the fused kernels do not take every mask that the layers do
+    except RuntimeError:  # the fused kernels reject some masks that the layers accept
         return False
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _copy_buffers(graph: fx.GraphModule, known: set[int]) -> None:
-    """Give a graph copies of these buffers, which it changes as it runs: the network's stay as they are."""
+    """Replace buffers that a call changes by copies, so that the network keeps its own."""
     for name, buffer in list(graph.named_buffers()):
         if id(buffer) in known:
             setattr(parent_of(graph, name)[0], name.rpartition(".")[2], buffer.clone())
 
 
 def _untouched_weights(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Diagnostic]:
-    """Why weights that are in no convolution or linear layer are left alone, one entry for each reason."""
+    """Return why weights outside convolutions and linear layers stay unchanged, one note per reason."""
     known = {id(site.module.weight) for site in sites_of(graph, inputs).values()}
     readers = {str(n.target): next(iter(n.users), n) for n in graph.graph.nodes if n.op == "get_attr"}
     found: dict[str, list[str]] = {}
@@ -238,7 +236,7 @@ def _untouched_weights(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> lis
 
 
 def _why_untouched(part: nn.Module, reader: fx.Node | None) -> str:
-    """What a weight is for."""
+    """Return why a weight stays unchanged, from its use."""
     target = str(getattr(reader, "target", ""))
     if isinstance(part, nn.RNNBase | nn.RNNCellBase) or any(kind in target for kind in ("lstm", "gru", "rnn")):
         return "a recurrent layer is one operator that goes through its steps by itself"

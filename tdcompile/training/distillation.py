@@ -1,4 +1,4 @@
-"""``Distillation``: the loss of tuning, which learns from the dense network and from labels where there are any."""
+"""Losses of tuning: distillation from the dense network, from labels if there are any, and layer by layer."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from tdcompile.ir.plan import DENSE, RankPlan, Ranks
 from tdcompile.training.distributed import mean_of_all
 from tdcompile.training.mixed_precision import AUTOCAST, Precision
 
-# Mean squares, as a part of those of the largest output, below which an output says nothing.
+# An output whose mean square is a smaller share of the largest output's carries rounding noise only.
 _MIN_ENERGY_SHARE = 1e-6
-_ENERGY_SAMPLES = 32  # samples that they are taken over
+_ENERGY_SAMPLES = 32  # number of samples for the mean squares of the outputs
 
 
 class Distillation(nn.Module):
-    """The loss: maps the compressed network's outputs and their batch to a scalar.
+    """Loss that maps the compressed network's outputs and their batch to a scalar.
 
-    The first output is the class scores, ``(N, classes)``, or another answer. The dense network computes in the
-    precision that the compressed one trains in; the loss itself is fp32.
+    The first output holds class scores ``(N, classes)`` or other values. The dense network computes in the precision
+    of the training; the loss itself is fp32.
 
     Args:
         teacher: the dense network.
-        temperature: T, of the class scores.
-        labels: share of the label loss.
-        layers: adds its loss.
-        precision: what the compressed network trains in.
-        others: of the outputs but the first, by place, the energy that their squared differences are divided by.
+        temperature: T, the divisor of the class scores.
+        labels: share of the cross-entropy with the labels.
+        layers: a layerwise loss to add.
+        precision: precision in which the compressed network trains.
+        others: energy by index of an output other than the first; divides that output's squared error.
     """
 
     def __init__(
@@ -57,7 +57,9 @@ class Distillation(nn.Module):
         self._computed_in, self._others = AUTOCAST[precision], dict(others or {})
 
     def forward(self, outputs: object, batch: Batch) -> Tensor:
-        """(1 - labels) · T² · KL + labels · cross-entropy of scores, else squares over the energy; others', layers'.
+        """Return (1 - labels) · T² · KL + labels · cross-entropy, plus the losses of other outputs and of layers.
+
+        A first output without class scores has its squared error over the teacher's energy instead.
 
         Args:
             outputs: a tensor, or a nesting of them.
@@ -74,7 +76,7 @@ class Distillation(nn.Module):
     def _of_answers(self, scores: Tensor, wanted: Tensor, labels: Tensor | None) -> Tensor:
         if not classified(scores):
             energy = wanted.square().mean()
-            if torch.is_grad_enabled():  # all processes are at this step, with a share of a batch; one alone judges
+            if torch.is_grad_enabled():  # in training all processes are at this step; the first alone evaluates
                 energy = mean_of_all(energy)
             return F.mse_loss(scores, wanted) / energy.clamp_min(torch.finfo(wanted.dtype).tiny)
         soft, target = ((x / self.temperature).log_softmax(1) for x in (scores, wanted))
@@ -85,15 +87,15 @@ class Distillation(nn.Module):
 
 
 def output_energies(teacher: nn.Module, train: Samples, weight: float) -> tuple[dict[int, float], dict[int, str]]:
-    """What ``others`` is for a network, by place in its outputs, and why some are left out.
+    """Return ``others`` of ``Distillation`` for a network, and why some outputs are excluded, both by output index.
 
-    Whole and complex numbers are in neither. Left out is what is not finite or nearly zero, as masks are: what is left
-    by rounding would outweigh all else.
+    An output that is not finite or nearly zero, as masks are, is excluded: its rounding noise would outweigh all else.
+    Integer and complex outputs are in neither result.
 
     Args:
         teacher: the dense network.
-        train: the energies are those of its first samples.
-        weight: of these outputs in the loss; 0 leaves them all out.
+        train: samples, the first of which give the energies.
+        weight: weight of these outputs in the loss; 0 excludes all of them.
     """
     if not weight:
         return {}, {}
@@ -116,7 +118,7 @@ def output_energies(teacher: nn.Module, train: Samples, weight: float) -> tuple[
 
 
 def excluded_output(who: str, place: int, why: str) -> Diagnostic:
-    """What a pass says of an output that it does not learn from."""
+    """Return a pass's note on an output that it does not train on."""
     return Diagnostic(
         "warning", DiagnosticCode.OUTPUT_LEFT_OUT, f"{who}: output {place} has no part in the loss: {why}"
     )
@@ -124,7 +126,13 @@ def excluded_output(who: str, place: int, why: str) -> Diagnostic:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A dense layer and what has taken its place: the module that gives its output, and its factors' parameters."""
+    """A dense layer and its replacement.
+
+    Attributes:
+        factors: parameters of the replacement, in the order of the blueprint.
+        dense: the layer in the dense network.
+        last: the module of the compressed network that returns the layer's output.
+    """
 
     layer: Layer
     form: Decomposition
@@ -134,33 +142,33 @@ class _Pair:
     last: nn.Module
 
     def weight(self) -> Tensor:
-        """W, wherever the dense network is by now."""
+        """Return W, on the current device of the dense network."""
         weight = self.dense.weight
         assert isinstance(weight, Tensor)  # it is a convolution or a linear layer
         return weight.detach()
 
     def approximation(self) -> Tensor:
-        """W̃, of the shape of the dense weight."""
+        """Return W̃, in the shape of the dense weight."""
         shapes = [part.weight_shape for part in self.form.blueprint(self.layer, self.ranks)]
         return self.form.reconstruct(self.layer, [f.reshape(s) for f, s in zip(self.factors, shapes, strict=True)])
 
 
 class LayerwiseLoss:
-    """Layer by layer, outputs and weights drawn to those of the dense network (RENE, arXiv 2409.03555, equation 10).
+    """Loss that pulls each layer's output and weight to the dense network's (RENE, arXiv 2409.03555, equation 10).
 
-    Σ_i over the replaced layers of ``weights`` · mean (W_i − W̃_i)² and ``outputs`` · mean (O_i − D_i)², means over
-    elements as in the method's code, where the paper writes sums. The input of each layer is that of its own network.
+    Σ_i over the replaced layers of ``weights`` · mean (W_i − W̃_i)² and ``outputs`` · mean (O_i − D_i)². Means are over
+    elements, as in the method's code; the paper writes sums. Each layer has the input that its own network gives it.
 
     Args:
         teacher: the dense network.
-        graph: the compressed one.
-        plan: what was replaced by what.
-        layers: of the dense network, by name.
+        graph: the compressed network.
+        plan: the replaced layers with their decompositions and ranks.
+        layers: layers of the dense network, by name.
         outputs: share of the layers' outputs in the loss.
-        weights: share of their weights.
+        weights: share of the layers' weights in the loss.
 
     Raises:
-        InputError: a layer is not replaced in the way the plan says.
+        InputError: a layer does not have the factors that the plan says.
     """
 
     def __init__(
@@ -191,10 +199,10 @@ class LayerwiseLoss:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While it lasts, both networks' passes are seen."""
+        """Record the layer outputs of both networks for a while, through hooks."""
 
         def see(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            self._seen.setdefault(module, []).append(output.clone())  # what follows may work in place
+            self._seen.setdefault(module, []).append(output.clone())  # later operators may work in place
 
         watched = [module for pair in self._pairs for module in (pair.dense, pair.last)] if self._outputs else []
         hooks = [module.register_forward_hook(see) for module in watched]
@@ -206,7 +214,7 @@ class LayerwiseLoss:
             self._seen.clear()
 
     def take(self) -> Tensor:
-        """The loss of the last pass of both networks."""
+        """Return the loss of the last forward pass of both networks, and drop its record."""
         seen: Mapping[nn.Module, list[Tensor]] = self._seen
         self._seen = {}
         losses = []

@@ -1,4 +1,4 @@
-"""``Trainer``: the training loop of tune passes, on Hugging Face accelerate: one CPU, one GPU or several."""
+"""``Trainer``: the training loop of tune passes, on Hugging Face accelerate, for a CPU, a GPU or several."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ from tdcompile.training.run_state import Epoch, Saved, Tuning, key_of, state_fol
 from tdcompile.training.schedule import warmup_cosine
 from tdcompile.training.sync_batchnorm import synchronized_batchnorm
 
-# What the start is held to have known by heart: the share of the held-out samples that the best epoch may answer wrong
-# beyond it and still be kept. They are often among those that the dense network was trained on, which a start that is
-# near it still knows, and no epoch learns (this project's measurement, ``docs/results.md``).
-_START_DISCOUNT = (
-    0.01 + 1e-9
-)  # accuracies are ratios of whole numbers: one that is worse by just this much is still kept
+# Discount on the start's held-out accuracy when the best weights are selected. Held-out samples are often part of the
+# dense network's training data, which the start has memorised and no epoch learns again (measured by this project). The
+# addend keeps an epoch that is worse by exactly 0.01.
+_START_DISCOUNT = 0.01 + 1e-9
 
-# Steps in a row that fp16 may leave out: its scale starts at 2^16 and is halved each time.
+# Consecutive steps that fp16 may skip: its loss scale starts at 2^16 and is halved by each.
 _MAX_SKIPPED_STEPS = 20
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train: SGD with Nesterov momentum, a linear warm-up, a cosine to zero, clipped gradients, no decay.
+    """Hyperparameters of SGD with Nesterov momentum, linear warm-up, cosine decay, clipped gradients, no weight decay.
 
     Attributes:
-        epochs: may be a fraction.
-        lr: the highest rate.
-        batch: samples a step, over all processes together.
+        epochs: number of epochs; may be a fraction.
+        lr: highest learning rate.
+        batch: samples per step, over all processes together.
+        momentum: momentum of SGD; 0 turns Nesterov off.
         warmup: share of the steps in which the rate rises.
-        clip: largest norm of the gradient of all parameters together.
-        frozen: leave batch-norm statistics as they are.
-        average: decay of the exponential moving average of the weights, which is then judged and kept; 0 is none.
-        patience: stop after so many epochs without a better one; 0 never stops early.
-        precision: what autocast computes in; the weights stay in fp32.
+        clip: upper bound on the gradient norm of all parameters together.
+        augment: augmentation of images.
+        frozen: keep batch-norm statistics fixed.
+        average: decay of the exponential moving average of the weights, which is then evaluated and kept; 0 is off.
+        patience: stop after so many epochs without improvement; 0 never stops early.
+        precision: precision of autocast; the weights stay in fp32.
     """
 
     epochs: float
@@ -72,29 +72,30 @@ class Settings:
 
 
 class Trainer:
-    """Trains a graph in place and leaves it with the weights that did best on the held-out samples.
+    """Trains a graph in place and leaves it with the weights that score best on the held-out split.
 
-    The weights of the start are kept only where those of every epoch answer more than a hundredth of these samples
-    worse, or without labels where none has a lower loss.
+    The initial weights are kept only if every epoch's accuracy on that split is lower by more than 0.01, or, without
+    labels, if no epoch has a lower loss.
 
-    All randomness of an epoch comes from the program's seed, the purpose and the epoch's number, so that a run that
-    goes on from a saved epoch equals one that was never interrupted.
+    All randomness of an epoch comes from the program's seed, the purpose and the epoch's number. A run that resumes
+    from a saved epoch therefore equals a run that was not interrupted.
 
-    Several processes end as one does, but for rounding: they share out a batch in the same order, with the same shifts
-    and flips, and batch norm and gradients are those of the whole of it; where their number does not divide the batch,
-    it is rounded down to a multiple. Not synchronised are what dropout draws, the same for each share, and a batch norm
-    of a class with a ``forward`` of its own.
+    Several processes give the result of one, up to rounding. They split each batch in one order, with equal shifts and
+    flips, and compute batch norm and gradients over the whole batch. A batch that their number does not divide is
+    rounded down to a multiple. Dropout draws equal masks in each share, and batch norm of a class that overrides
+    ``forward`` is not synchronised.
 
     Args:
-        graph: with tensors of its own.
-        loss: maps the network's outputs, a list, and their batch to a scalar; its mode is its own affair.
+        graph: the network, with its own tensors.
+        loss: maps the network's outputs, a list, and their batch to a scalar; its train or eval mode is not changed.
         fit: samples to train on, at least two.
-        heldout: samples to judge by; None keeps the last weights.
-        program: gives the target and the generators.
-        purpose: names the generators.
-        saved: written after each epoch. It stays: whoever keeps the result clears it then.
-        schedule: called before each step, with its number from 0, the number of steps and the optimizer.
-        only: the parameters to train; none trains all that are floating point.
+        heldout: held-out split, which selects the best epoch; None keeps the last weights.
+        settings: hyperparameters.
+        program: gives the target and the random generators.
+        purpose: name of the generators, and of the run in messages.
+        saved: state on disk, written after each epoch; the caller clears it once the result is kept.
+        schedule: called before each step with its index from 0, the number of steps and the optimizer.
+        only: the parameters to train; default all floating-point parameters.
     """
 
     def __init__(
@@ -123,12 +124,12 @@ class Trainer:
         self._accelerator = accelerator = make_accelerator(program.target, settings.precision)
         loss = loss.to(accelerator.device)
         graph.to(accelerator.device)
-        # Depthwise convolutions, which CP makes, train two to three times as fast with the channels last.
+        # Depthwise convolutions, which CP makes, train two to three times as fast in channels-last memory format.
         for network in (graph, loss):
             set_memory_format(network, torch.channels_last)
         self._objective = _Objective(graph, loss)
         if count() > 1 and not self._objective.reaches(trained, fit.batch([0, 1]).on(accelerator.device)):
-            # not always: in every step it takes time to look for them
+            # not by default: the search costs time in every step
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self._order, self._images = torch.Generator(), Augmented(fit, settings.augment)
         processes = accelerator.num_processes
@@ -136,7 +137,7 @@ class Trainer:
             self._images,
             batch_size=max(1, min(settings.batch, len(fit)) // processes) * processes,
             sampler=RandomSampler(fit, generator=self._order),
-            drop_last=True,  # a rest of one sample has no batch statistics
+            drop_last=True,  # a last batch of one sample has no batch statistics
             collate_fn=_identity,
         )
         self._steps = max(1, round(settings.epochs * len(loader)))
@@ -150,7 +151,7 @@ class Trainer:
         self._skipped = 0  # steps in a row whose gradient was not finite
 
     def run(self) -> Tuning:
-        """Train to the end, from the saved epoch on where there is one.
+        """Train to the end, resuming from the saved epoch if there is one.
 
         Raises:
             TdcompileError: the loss or its gradient became NaN or Inf.
@@ -187,7 +188,7 @@ class Trainer:
         return Tuning(len(curve), tuple(curve), kept, state["seconds"], state["start"][2], rate)
 
     def _begin(self) -> dict[str, Any]:
-        """The saved state, put back into the graph and the optimizer, or the state of a new run."""
+        """Return the saved state after loading it into graph and optimizer, or the state of a new run."""
         state = self._saved.read(self._accelerator.device)
         if state is None:
             start = (0, math.nan, *self._judge())
@@ -212,7 +213,7 @@ class Trainer:
         self._accelerator.free_memory()
 
     def _epoch(self, number: int, curve: list[Epoch]) -> float:
-        """Train for one epoch, the last of which may be a part; the mean loss."""
+        """Train for one epoch and return its mean loss; the last epoch may be partial."""
         done = (number - 1) * len(self._loader)
         steps = min(len(self._loader), self._steps - done)
         self._order.manual_seed(self._seed("order", number))
@@ -239,8 +240,8 @@ class Trainer:
         loss, _ = self._model(batch)
         self._accelerator.backward(loss)
         norm = self._accelerator.clip_grad_norm_(self._graph.parameters(), self._settings.clip)
-        # NaN in one process's loss is NaN here in all. In fp16 the scaler leaves such a step out and lowers its scale,
-        # which it raises until that happens.
+        # A NaN loss in one process gives a NaN norm in all. In fp16 the scaler skips such a step and lowers its scale,
+        # which it raises otherwise.
         self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
         if self._skipped > (_MAX_SKIPPED_STEPS if self._accelerator.scaler is not None else 0):
             if step == self._skipped:
@@ -266,10 +267,10 @@ class Trainer:
                     module.eval()
 
     def _judge(self) -> tuple[float | None, float | None]:
-        """Accuracy and loss on the held-out samples, each None where it cannot be told.
+        """Return accuracy and loss on the held-out split; accuracy is None without labels, both without a split.
 
-        Of several processes the first judges, with statistics that are the same in all: what they then decide, which
-        epoch to keep and when to stop, they decide alike.
+        The first of several processes evaluates, with batch-norm statistics that are equal in all. All processes then
+        agree on the epoch to keep and on when to stop.
         """
         if self._heldout is None:
             return None, None
@@ -294,18 +295,19 @@ class Trainer:
 
 
 class _Objective(nn.Module):
-    """A network and its loss in one pass, the loss without autocast.
+    """A network and its loss as one module, the loss without autocast.
 
-    Of several processes each has to see which parameters the loss reaches, for the rest have no gradients to share.
+    With several processes, accelerate's wrapper of this module must see which parameters the loss reaches: the others
+    have no gradients to share.
     """
 
     def __init__(self, graph: fx.GraphModule, loss: nn.Module) -> None:
         super().__init__()
         self.graph = graph
-        self._loss = (loss,)  # no part of it: nothing in there is trained
+        self._loss = (loss,)  # in a tuple, so that it is not a submodule: nothing in it is trained
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss, and the first output."""
+        """Return the loss and the first output, detached."""
         given = [*tensors_in(self.graph(*batch.copies()))]
         device = given[0].device.type
         if torch.is_autocast_enabled(device):
@@ -314,14 +316,14 @@ class _Objective(nn.Module):
             return self._loss[0](given, batch), given[0].detach()
 
     def reaches(self, trained: Sequence[nn.Parameter], batch: Batch) -> bool:
-        """Whether every parameter has a gradient: not so where it makes nothing but whole numbers."""
+        """Return whether every parameter gets a gradient; one that only leads to integers does not."""
         with evaluating(self.graph), torch.enable_grad():
             found = torch.autograd.grad(self(batch)[0], trained, allow_unused=True)
         return all(gradient is not None for gradient in found)
 
 
 def training_state_of(step: Plugin, graph: fx.GraphModule, train: Samples, program: Program) -> Saved:
-    """Where a pass keeps its training, good for these weights, options, data and seed; nowhere without a workspace."""
+    """Return the training state of a pass for these weights, options, data and seed; unset without a workspace."""
     folder = state_folder(program.workspace, step)
     if folder is None:
         return Saved(None, "")
@@ -329,10 +331,10 @@ def training_state_of(step: Plugin, graph: fx.GraphModule, train: Samples, progr
 
 
 class WeightAverage:
-    """An exponential moving average of a network's weights and statistics, which follows fast at first.
+    """Exponential moving average of a network's weights and statistics, with a lower decay in the first steps.
 
     Attributes:
-        state: the average by name, over what is floating point.
+        state: averages by name; what is not floating point is copied.
     """
 
     def __init__(self, graph: fx.GraphModule, decay: float) -> None:
@@ -341,7 +343,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
-        """Take in the weights after a step, counted from 1; the decay is at most (1 + step) / (10 + step)."""
+        """Update the average after a step, counted from 1; the decay is at most (1 + step) / (10 + step)."""
         decay = min(self._decay, (1 + step) / (10 + step))
         for name, value in self._graph.state_dict().items():
             if value.is_floating_point():
@@ -351,7 +353,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """While it lasts, the network has the average's values."""
+        """Load the average into the network for a while."""
         own = _copy_state(self._graph)
         self._graph.load_state_dict(self.state)
         try:
@@ -361,24 +363,30 @@ class WeightAverage:
 
 
 def make_accelerator(target: Target, precision: str) -> Accelerator:
-    """One for the target's kind of device; accelerate remembers the first device and precision a process asked for."""
+    """Return an accelerator for the target's device and a precision.
+
+    accelerate keeps the first device and precision of a process, so that its state is reset for another one.
+
+    Raises:
+        InputError: fp16 is asked for on a CPU.
+    """
     cpu = no_gpu(target.device)
     if cpu and precision == "fp16":
         raise InputError("training in fp16 needs a CUDA device; on CPU precision is fp32 or bf16")
     other = (devices(cpu).device.type == "cpu") != cpu
     AcceleratorState._reset_state(reset_partial_state=other)
     mixed = "no" if precision == "fp32" else precision
-    # A step's batch is shared out among the processes: where they divide it, they change neither steps nor rates.
+    # Split batches: the number of processes changes neither the number of steps nor the rates.
     return Accelerator(cpu=cpu, mixed_precision=mixed, dataloader_config=DataLoaderConfiguration(split_batches=True))
 
 
 def _merit(epoch: Epoch) -> tuple[float, float]:
-    """By which weights are chosen: held-out accuracy, of which the start's counts for less, then loss."""
+    """Return the selection key of an epoch: held-out accuracy, discounted for the start, then loss."""
     accuracy, loss = epoch.heldout_accuracy or 0.0, epoch.heldout_loss or 0.0
     if not math.isfinite(loss):
         return -1.0, -math.inf
-    known = _START_DISCOUNT if epoch.epoch == 0 else 0.0
-    return max(0.0, accuracy - known), -loss
+    discount = _START_DISCOUNT if epoch.epoch == 0 else 0.0
+    return max(0.0, accuracy - discount), -loss
 
 
 def _copy_state(module: nn.Module) -> dict[str, Tensor]:
@@ -390,12 +398,15 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def set_memory_format(network: nn.Module, form: torch.memory_format) -> None:
-    """In place, what has four axes; ``Module.to(memory_format=…)`` fails where a convolution goes over three."""
+    """Set the memory format of all 4-D parameters in place.
+
+    ``Module.to(memory_format=…)`` fails on 5-D weights.
+    """
     for weight in network.parameters():
         if weight.dim() == 4:
-            # not ``contiguous``, which leaves the strides of a 1x1 kernel as they are: it is laid out in both ways
+            # not ``contiguous``, which keeps the strides of a 1×1 kernel because it fits both formats
             weight.data = torch.empty_like(weight.data, memory_format=form).copy_(weight.data)
 
 
 def _identity(batch: Any) -> Any:
-    return batch  # ``Samples`` reads a batch at a time
+    return batch  # ``Samples`` already returns whole batches

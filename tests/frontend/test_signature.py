@@ -38,8 +38,8 @@ def test_tensors_come_in_the_order_of_the_signature():
 
 
 def test_tensors_that_no_argument_names_are_known():
-    assert Call.of(Takes(), {"x": X, "other": MASK, "more": [X], "scale": 3.0}).loose == ["other", "more"]
-    assert Call.of(Takes(), {"x": X, "extra": MASK, "word": 3}).loose == []
+    assert Call.of(Takes(), {"x": X, "other": MASK, "more": [X], "scale": 3.0}).tensors_in_kwargs == ["other", "more"]
+    assert Call.of(Takes(), {"x": X, "extra": MASK, "word": 3}).tensors_in_kwargs == []
 
 
 def test_nested_inputs_are_named_by_their_place():
