@@ -162,7 +162,7 @@ def test_finetune_with_them_ends_nearer_to_the_dense_layers_and_leaves_no_hook(p
     with torch.no_grad():  # plain factors are at their nearest already
         for parameter in program.graph.get_submodule("body").parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    options = "epochs=4,lr=0.05,batch=16,holdout=0,trial=0"
+    options = "epochs=2,lr=0.05,batch=16,holdout=0,trial=0"
     without = Pipeline.parse(f"finetune{{{options}}}").run(program)
     with_them = Pipeline.parse(f"finetune{{{options},outputs=1,weights=100}}").run(program)
     assert distance(with_them) < 0.9 * distance(without)
