@@ -254,14 +254,6 @@ def test_files_that_a_page_names_are_there(name):
     assert {path for path in named if not (ROOT / path).is_file()} == set()
 
 
-def test_the_reasons_that_the_docs_list_are_those_of_the_code():
-    table = page("docs/concepts/choice.md").partition("| code | reason |")[2].partition("\n\n")[0]
-    codes = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    source = "".join(file.read_text() for folder in ("tdcompile", "passes") for file in (ROOT / folder).rglob("*.py"))
-    assert codes
-    assert [code for code in codes if f'"{code}"' not in source] == []
-
-
 DOCSTRINGS = [
     ".".join(("tdcompile", *file.relative_to(ROOT).with_suffix("").parts)).replace("tdcompile.tdcompile", "tdcompile")
     for folder in ("tdcompile", "passes", "models")

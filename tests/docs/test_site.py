@@ -15,6 +15,7 @@ from mkdocs.exceptions import PluginError
 import tdcompile
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import find
+from tdcompile.ir.diagnostics import DiagnosticCode, ReasonCode
 from tdcompile.ir.layer import Layer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -77,6 +78,12 @@ def test_a_directive_becomes_its_part_and_other_comments_stay():
     assert "::: tdcompile.compile" in filled("<!-- generated: api tdcompile -->")
     assert filled("<!-- a note -->") == "<!-- a note -->"
     assert len(re.findall("^::: ", filled("<!-- generated: api tdcompile -->"), re.MULTILINE)) == len(tdcompile.__all__)
+
+
+def test_every_code_of_a_reason_or_a_diagnostic_has_its_meaning_on_the_page():
+    text = filled((ROOT / "docs/concepts/choice.md").read_text())
+    for code in (*ReasonCode, *DiagnosticCode):
+        assert f"| `{code.value}` | {code.meaning} |" in text
 
 
 def test_a_directive_for_an_unknown_part_stops_the_build():
