@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, fx, nn
 
@@ -40,7 +40,7 @@ from tdcompile.planning.input_checks import (
     matched_layers,
 )
 from tdcompile.planning.plan_file import adopt
-from tdcompile.recipes import Recipe, known_beside, load_recipe
+from tdcompile.recipes import CompileOptions, Recipe, load_recipe, not_replaced
 from tdcompile.training.distributed import from_first, is_first, no_gpu
 from tdcompile.training.hooks import AccuracyBeforeTraining, DeleteTrainingState, FirstProcessDecides
 from tdcompile.training.run_state import key_of
@@ -112,7 +112,7 @@ def compile(  # the field's word, as in torch.compile
     workspace: str | Path | None = None,
     resume: bool = False,
     watch: Hook | None = None,
-    **options: Any,
+    **options: Unpack[CompileOptions],
 ) -> Compiled:
     """Compile a network: trace, choose decompositions and ranks, factorise, tune, export, verify, measure.
 
@@ -229,7 +229,7 @@ def resolve(recipe: str | Path | Recipe | None, options: Mapping[str, Any]) -> R
     """
     given = {key: _plain(value) for key, value in options.items()}
     if isinstance(recipe, Recipe):
-        return load_recipe(None, {**known_beside(recipe.model_dump(exclude_unset=True), given), **given})
+        return load_recipe(None, {**not_replaced(recipe.model_dump(exclude_unset=True), given), **given})
     return load_recipe(None if recipe is None else str(recipe), given)
 
 

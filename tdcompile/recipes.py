@@ -1,122 +1,91 @@
-"""``Recipe``: everything that decides a compilation, from defaults, a shipped or own TOML file, and flags."""
+"""``Recipe``: the options of a compilation, read from defaults, then a TOML file, then flags."""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 from torch import Tensor
 
 from tdcompile.core.passes import Pass
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import get
-from tdcompile.core.spec import Spec, parse_options, parse_spec, parse_specs, split
+from tdcompile.core.spec import Spec, parse_options, parse_spec, parse_specs
 from tdcompile.data.loading import Given, given
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.plan import RankPlan
-from tdcompile.ir.target import UNLIMITED, Budget, Target
+from tdcompile.ir.target import UNLIMITED, Budget, Device, Target
+from tdcompile.recipe_options import Frontend, RecipeOptions, budget_of
 
 SHIPPED = "recipes.toml"
-_OF_PIPELINE = ("decompose", "ranks", "importance", "tune", "plan", "grain")  # what a pipeline is made of
-_OF_MACHINE = ("grain", "jobs")  # what a pass is told of where it works, and what for
-# What changes no pass's result, or what the program itself tells: the network, its inputs, a given plan.
-_OF_NO_RESULT = {"source", "weights", "input", "plan", "max_drop", "min_speedup", "eval", "jobs"}
-_OF_PLAN = ("decompose", "ranks", "importance", "grain")  # what a plan is made by
-
-_Count = Annotated[int, Field(ge=1)]
-_Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch takes
+_PLANNING = ("decompose", "ranks", "importance", "grain")  # the options that decide a plan
+_PIPELINE = (*_PLANNING, "tune", "plan")  # the options that decide a pipeline
+_PASSED_ON = ("grain", "jobs")  # the options that are passed on to every pass that has them
+# Options that change no result of a pass, or that the program itself holds: the network, its inputs, a given plan.
+_WITHOUT_EFFECT = {"source", "weights", "input", "plan", "max_drop", "min_speedup", "eval", "jobs"}
 
 
-class Recipe(BaseModel):
-    """All options of a compilation; the names are those of the command's flags.
+class CompileOptions(TypedDict, total=False):
+    """The keyword options of ``tdcompile.compile``, as fields of ``Recipe``; objects may replace their text forms."""
 
-    A budget and a list may also be texts, as the flags have them: ``macs=0.5``, ``svd,channel``.
+    source: str | None
+    dynamic_batch: bool
+    dynamic: str | Sequence[str]
+    frontend: Frontend
+    normalize: str
+    calibrate: int
+    eval: int | None
+    target: Device
+    threads: int
+    grain: int | None
+    budget: str | Mapping[str, float] | Budget
+    decompose: str | Sequence[str]
+    ranks: str
+    importance: str
+    plan: str | Path | RankPlan | None
+    tune: str | None
+    keep_dense: str | Sequence[str]
+    max_drop: float | None
+    min_speedup: float | None
+    pipeline: str | Pipeline | None
+    jobs: int
+    seed: int
 
-    Attributes:
-        budget: shares of the dense cost that may be kept, by name; beside a plan the default is none.
-        decompose: decompositions to consider; ``("auto",)`` is all of them.
-        plan: a file with a plan, or its text.
-        tune: ``none``, or options of the pass ``finetune``, e.g. ``epochs=5,lr=0.02``; of a pipeline of one's own those
-            of the passes that train. None leaves such a pipeline as it is, and is ``none`` without one.
-        pipeline: a pipeline of one's own in text form, in place of the one made of the options above.
-    """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str | None = None
-    weights: str | None = None
-    input: tuple[str, ...] = ()
-    dynamic_batch: bool = True
-    dynamic: tuple[str, ...] = ()
-    frontend: Literal["auto", "fx", "export"] = "auto"
-    data: str | None = None
-    normalize: str = "none"
-    calibrate: _Count = 1024
-    eval: _Count | None = None
-    target: Literal["cpu", "cuda"] = "cpu"
-    threads: _Count = 1
-    grain: _Count | None = None
-    budget: Mapping[str, float] = {"latency": 0.5}
-    decompose: tuple[str, ...] = ("auto",)
-    ranks: str = "knapsack"
-    importance: str = "auto"
-    plan: str | None = None
-    tune: str | None = None
-    keep_dense: tuple[str, ...] = ()
-    max_drop: _Bound | None = None
-    min_speedup: _Bound | None = None
-    pipeline: str | None = None
-    jobs: _Count = 1
-    seed: _Seed = 0
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _shares(cls, value: Any) -> Any:
-        return Budget.parse([value]).shares if isinstance(value, str) else value
-
-    @field_validator("budget")
-    @classmethod
-    def _in_range(cls, value: Mapping[str, float]) -> Mapping[str, float]:
-        _budget(value)
-        return value
-
-    @field_validator("decompose", "dynamic", "keep_dense", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return tuple(split(value)) if isinstance(value, str) else value
+class Recipe(RecipeOptions):
+    """All options of a compilation, and the budget, target, data and pipeline that they describe."""
 
     def shares(self) -> Budget:
-        """The budget.
+        """Return the budget.
 
         Raises:
-            InputError: it limits nothing and a plan is to be made.
+            InputError: the budget limits nothing, and the pipeline makes a plan.
         """
         if not self.budget and any(RankPlan in step.gives for step in self.steps().steps):
             raise InputError(UNLIMITED)
-        return _budget(self.budget)
+        return budget_of(self.budget)
 
     def deciding(self) -> dict[str, Any]:
-        """The options that decide what the passes do, by name, as JSON has them."""
-        return self.model_dump(mode="json", exclude=_OF_NO_RESULT)
+        """Return the options that decide the results of the passes, by name, as JSON values."""
+        return self.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
 
     def device(self) -> Target:
-        """The target."""
+        """Return the target."""
         return Target(device=self.target, threads=self.threads, grain=self.grain)
 
     def task(self, data: Task | Given, first: Tensor) -> Task:
-        """The task that data make for a network whose first input is ``first``; a ``Task`` is taken as it is.
+        """Make a task of data, for a network whose first input is ``first``; return a ``Task`` unchanged.
 
         Raises:
-            InputError: they cannot be read, or do not fit the input (``data.given``).
-            UnavailableError: a package that reads them is missing.
+            InputError: the data cannot be read, or do not fit the input (``data.given``).
+            UnavailableError: a package that reads the data is missing.
         """
         if isinstance(data, Task):
             return data
@@ -125,13 +94,13 @@ class Recipe(BaseModel):
         return Task(train, test, self.calibrate, self.eval, source)
 
     def steps(self) -> Pipeline:
-        """The pipeline that the options describe.
+        """Return the pipeline that the options describe.
 
         Raises:
-            InputError: an unknown pass, plug-in or option, or one that has no say beside another.
+            InputError: a pass, plug-in or option is unknown, or an option has no effect beside another.
         """
         if self.pipeline is not None:
-            return Pipeline.of(map(self._here, self._own(parse_specs(self.pipeline))))
+            return Pipeline.of(map(self._passed_on, self._adapted(parse_specs(self.pipeline))))
         latency = "latency" in self.budget
         parts = ["baseline"] if latency else []
         if self.plan is None:
@@ -147,81 +116,81 @@ class Recipe(BaseModel):
             ]
             parts += ["rehearse"] if latency else []
         else:
-            if idle := [name for name in _OF_PLAN if self._asked(name)]:
-                raise InputError(f"'{idle[0]}' has no say beside a plan, which is made already: leave it out")
+            if idle := [name for name in _PLANNING if self._is_set(name)]:
+                raise InputError(f"'{idle[0]}' has no effect beside a plan: leave it out")
             parts += ["calibrate"]
         parts += ["factorize", "recalibrate", "refit"]
         if self.tune not in (None, "none"):
             parse_options(self.tune)
             parts += [f"finetune{{{self.tune}}}"]
         parts += ["fold-batchnorm", "drop-dead"]
-        return Pipeline.of(map(self._here, parse_specs(",".join(parts))))
+        return Pipeline.of(map(self._passed_on, parse_specs(",".join(parts))))
 
-    def _own(self, steps: list[Spec]) -> list[Spec]:
-        """A pipeline of one's own with the options that have a say in it.
+    def _adapted(self, steps: list[Spec]) -> list[Spec]:
+        """Apply ``tune`` to a pipeline that the user gave, and refuse the options that have no effect beside it.
 
-        A plan has none where the pipeline makes one, and a grain none where nothing is proposed.
+        A plan has no effect if the pipeline makes one; a grain has none if the pipeline does not propose.
 
         Raises:
-            InputError: an option that is for the pipeline to name, or tuning that it has no pass for.
+            InputError: the pipeline itself decides an option, or it has no pass that trains.
         """
         for name, step in (
             ("decompose", "propose{decompose=…}"),
             ("importance", "score{by=…}"),
             ("ranks", "choose{by=…}"),
         ):
-            if self._asked(name):
+            if self._is_set(name):
                 raise InputError(
-                    f"'{name}' has no say beside the pipeline '{self.pipeline}', which names its passes: "
-                    f"leave it out, or write it into a pipeline of your own as {step}"
+                    f"'{name}' has no effect beside the pipeline '{self.pipeline}', which names its passes: "
+                    f"leave it out, or write it into your own pipeline as {step}"
                 )
         kinds = {step.name: get(Pass, step.name) for step in steps}
         if self.plan is not None and (made := [name for name, kind in kinds.items() if RankPlan in kind.gives]):
-            raise InputError(f"'plan' has no say beside the pipeline '{self.pipeline}', whose '{made[0]}' makes one")
+            raise InputError(f"'plan' has no effect beside the pipeline '{self.pipeline}', whose '{made[0]}' makes one")
         if self.grain is not None and "propose" not in kinds:
-            raise InputError(f"'grain' has no say beside the pipeline '{self.pipeline}', which does not 'propose'")
+            raise InputError(f"'grain' has no effect beside the pipeline '{self.pipeline}', which does not 'propose'")
         if self.tune is None:
             return steps
         trainers = [step for step in steps if kinds[step.name].trains]
         if self.tune == "none":
-            if bound := [step.name for step in trainers if step.name != "finetune"]:
+            if needed := [step.name for step in trainers if step.name != "finetune"]:
                 raise InputError(
-                    f"tune=none: the pipeline '{self.pipeline}' is nothing without its training, '{bound[0]}'"
+                    f"tune=none: the pipeline '{self.pipeline}' does not work without its training, '{needed[0]}'"
                 )
             return [step for step in steps if step not in trainers]
         if not trainers:
             raise InputError(
-                f"tune={self.tune}: the pipeline '{self.pipeline}' has no pass that trains; add finetune{{…}}"
+                f"tune={self.tune}: the pipeline '{self.pipeline}' has no pass that trains: add finetune{{…}}"
             )
         options = parse_options(self.tune)
         return [replace(step, options={**step.options, **options}) if step in trainers else step for step in steps]
 
-    def _here(self, step: Spec) -> Spec:
-        """The step with the grain and the jobs asked for, where it takes them and does not name its own."""
+    def _passed_on(self, step: Spec) -> Spec:
+        """Add the grain and the jobs to a step that has these options and does not set them itself."""
         taken = {field.name for field in fields(get(Pass, step.name))} - set(step.options)
-        asked = {name: str(getattr(self, name)) for name in _OF_MACHINE if self._asked(name)}
+        asked = {name: str(getattr(self, name)) for name in _PASSED_ON if self._is_set(name)}
         return replace(step, options={**step.options, **{key: asked[key] for key in asked if key in taken}})
 
-    def _asked(self, name: str) -> bool:
+    def _is_set(self, name: str) -> bool:
         return bool(getattr(self, name) != Recipe.model_fields[name].default)
 
 
 def recipes() -> dict[str, dict[str, Any]]:
-    """The shipped recipes by name, each with a ``description`` and options."""
+    """Return the shipped recipes by name, each with a ``description`` and options."""
     return tomllib.loads(resources.files("tdcompile").joinpath(SHIPPED).read_text())
 
 
 def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
-    """Defaults, then a recipe, then overrides.
+    """Make a recipe of the defaults, then the named recipe, then overrides.
 
     Args:
-        name: a shipped recipe's name, a TOML file, or None.
+        name: the name of a shipped recipe, a TOML file, or None.
         overrides: options that were given explicitly.
 
     Raises:
-        InputError: no such recipe, an unknown option (the nearest is named), or a value of the wrong kind.
+        InputError: there is no such recipe, an option is unknown, or a value does not fit.
     """
-    return _recipe({**known_beside(_read(name) if name else {}, overrides), **overrides})
+    return _recipe({**not_replaced(_read(name) if name else {}, overrides), **overrides})
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:
@@ -240,13 +209,9 @@ def _recipe(options: dict[str, Any]) -> Recipe:
         raise InputError(f"the option '{where}' cannot be {first.get('input')!r}: {why}{form}") from error
 
 
-def _budget(shares: Mapping[str, float]) -> Budget:
-    return Budget.parse([f"{name}={share}" for name, share in shares.items()])
-
-
-def known_beside(known: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe says beside overrides: a pipeline takes the place of all that the recipe would make one of."""
-    replaced = (*(_OF_PIPELINE if overrides.get("pipeline") else ()), *(_OF_PLAN if overrides.get("plan") else ()))
+def not_replaced(known: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a recipe that overrides leave in force: a pipeline or a plan replaces what decides it."""
+    replaced = (*(_PIPELINE if overrides.get("pipeline") else ()), *(_PLANNING if overrides.get("plan") else ()))
     return {key: value for key, value in known.items() if key not in replaced}
 
 
@@ -261,7 +226,7 @@ def _read(name: str) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"the recipe {name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"the recipe {name} is not UTF-8, as TOML is: {error.reason} at byte {error.start}") from error
+        raise InputError(f"the recipe {name} is not UTF-8: {error.reason} at byte {error.start}") from error
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"the recipe {name} is not TOML: {error}") from error
     options = {key.replace("-", "_"): value for key, value in document.items()}

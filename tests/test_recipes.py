@@ -51,7 +51,7 @@ def test_any_options_make_a_pipeline_that_reads_back(recipe: Recipe) -> None:
     if recipe.plan is not None:
         idle = [name for name in ("decompose", "ranks", "importance", "grain") if name in changed(recipe)]
         if idle:
-            with pytest.raises(InputError, match=f"^'{idle[0]}' has no say beside a plan"):
+            with pytest.raises(InputError, match=f"^'{idle[0]}' has no effect beside a plan"):
                 recipe.steps()
             return
     pipeline = recipe.steps()
@@ -98,7 +98,7 @@ def test_a_plan_takes_the_place_of_what_a_recipe_would_make_one_by(tmp_path: Pat
         "fold-batchnorm",
         "drop-dead",
     ]
-    with pytest.raises(InputError, match="'ranks' has no say beside a plan"):
+    with pytest.raises(InputError, match="'ranks' has no effect beside a plan"):
         load_recipe(str(own), {"plan": "plan.json", "ranks": "greedy"}).steps()
 
 
@@ -118,13 +118,13 @@ def test_tuning_goes_to_the_pass_of_a_pipeline_that_trains() -> None:
     ("recipe", "options", "said"),
     [
         ("progressive-tucker", {"tune": "none"}, "without its training"),
-        ("rene", {"ranks": "uniform"}, "'ranks' has no say"),
-        ("rene", {"decompose": ("cp",)}, "'decompose' has no say"),
-        (None, {"pipeline": "score", "importance": "fisher"}, "'importance' has no say"),
+        ("rene", {"ranks": "uniform"}, "'ranks' has no effect"),
+        ("rene", {"decompose": ("cp",)}, "'decompose' has no effect"),
+        (None, {"pipeline": "score", "importance": "fisher"}, "'importance' has no effect"),
         (None, {"pipeline": "score", "tune": "epochs=1"}, "no pass that trains"),
         ("rene", {"tune": "epoch=1"}, "'epoch'"),
-        ("rene", {"plan": "plan.json"}, "'plan' has no say"),
-        ("rene", {"grain": 4}, "'grain' has no say"),
+        ("rene", {"plan": "plan.json"}, "'plan' has no effect"),
+        ("rene", {"grain": 4}, "'grain' has no effect"),
     ],
 )
 def test_options_that_a_pipeline_of_ones_own_leaves_no_room_for_are_refused(

@@ -7,12 +7,12 @@ from typing import Any
 
 import typer
 
-from tdcompile.cli import main as cli
+from tdcompile.cli.main import app
 
 
 def root() -> Any:
     """The click command ``tdcompile``."""
-    return typer.main.get_command(cli._app([]))
+    return typer.main.get_command(app)
 
 
 def command_reference() -> str:

@@ -1,6 +1,6 @@
-"""``tdcompile doctor``: whether this environment can do what tdcompile does, one check at a time.
+"""The command ``doctor``: checks whether this environment can compile.
 
-What is looked at is imported where it is looked at: a broken installation is what the doctor is asked about.
+Each check imports what it needs itself: in a broken installation the other checks must still run.
 """
 
 from __future__ import annotations
@@ -8,34 +8,36 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from json import dumps
 
 from rich.table import Table
 from rich.text import Text
 
 from tdcompile.cli.console import Answer
+from tdcompile.cli.options import Json, Quiet, Target, Verbose
 from tdcompile.errors import InputError, TdcompileError, UnavailableError, nearest
 
 _DEVICES = ("cpu", "cuda")
-_WORTH = 1.2  # times as fast, below which bf16 is nothing to advise
-# What an extra is for, and what is imported of it.
+_WORTH = 1.2  # speed-up below which bf16 is not recommended
+# For each extra: its purpose, and the packages it brings.
 _EXTRAS = {"data": ("to read such data", ("datasets", "pyarrow", "PIL", "sklearn")), "ray": ("for --ray", ("ray",))}
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, what was found, and whether what was asked can be done without it.
+    """The result of one check.
 
     Attributes:
-        passed: it is as it should be.
-        needed: where it is not, ``tdcompile doctor`` fails.
+        name: the subject of the check.
+        passed: whether the check passed.
+        found: the details.
+        needed: whether ``tdcompile doctor`` fails if the check does.
     """
 
     name: str
@@ -44,20 +46,25 @@ class Check:
     needed: bool = True
 
 
-def doctor(given: Mapping[str, Any]) -> Answer:
-    """The environment and the checks; exit code 5 where one fails that is needed.
+def doctor(
+    target: Target = None,
+    json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> Answer:
+    """Check whether this environment can compile; exit 5 if not.
 
     Raises:
         InputError: there is no such target.
     """
-    target = given["target"] or "cpu"
+    target = target or "cpu"
     if target not in _DEVICES:
         raise InputError(f"there is no target '{target}': {nearest(target, _DEVICES)}")
     checks, about = examine(target), machine()
     code = UnavailableError.exit_code if any(check.needed and not check.passed for check in checks) else 0
-    if given["json"]:
+    if json:
         document = {"environment": about, "checks": [dataclasses.asdict(check) for check in checks]}
-        return Answer((json.dumps(document, indent=1),), code)
+        return Answer((dumps(document, indent=1),), code)
     environment = Table("", "found", title="environment", title_justify="left")
     for name, value in about.items():
         environment.add_row(name, Text(value))
@@ -69,7 +76,7 @@ def doctor(given: Mapping[str, Any]) -> Answer:
 
 
 def examine(target: str = "cpu") -> list[Check]:
-    """All checks, those of a CUDA device counting only where it is the target."""
+    """Run all checks; the CUDA provider is needed only if CUDA is the target."""
     return [
         _tried("packages", _packages),
         _tried("one onnxruntime", _one_onnxruntime),
@@ -82,7 +89,7 @@ def examine(target: str = "cpu") -> list[Check]:
 
 
 def machine() -> dict[str, str]:
-    """Versions and machine, as far as they can be told."""
+    """Return versions and machine, as far as they are known."""
     try:
         from tdcompile.backend.environment import environment
         from tdcompile.ir.target import Target
@@ -118,7 +125,7 @@ def _versions() -> Iterator[tuple[str, str | None]]:
 
 
 def _needed() -> list[str]:
-    """The names of what the installed package asks for, but for onnxruntime, which has a check of its own."""
+    """Return the required packages without onnxruntime, which has its own check."""
     asked = [text for text in importlib.metadata.requires("tdcompile") or () if "extra ==" not in text]
     names = dict.fromkeys(match[0] for text in asked if (match := re.match(r"[\w.-]+", text)))
     return [name for name in names if not name.startswith("onnxruntime")]

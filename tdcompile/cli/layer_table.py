@@ -1,18 +1,27 @@
-"""``anatomy``: every layer of a network, how much of its weight a rank holds, and which decompositions apply to it."""
+"""The work of ``analyze``: every layer, the energy that its ranks hold, and the decompositions that apply to it."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
+from tdcompile.cli.console import Answer, tell
+from tdcompile.cli.load_job import load_network
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import find, make
+from tdcompile.frontend.tracing import trace
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.program import Program, Site, sites
 from tdcompile.numerics.low_rank import low_rank_errors, operands, unfold
+from tdcompile.recipes import Recipe
+from tdcompile.support.formatting import count
 from tdcompile.support.progress import report_progress
 
 ENERGIES = (0.9, 0.99)
@@ -43,6 +52,18 @@ class LayerAnatomy:
     energy_ranks: Mapping[str, tuple[int, ...]]
     forms: tuple[str, ...]
     refusals: Mapping[str, str]
+
+
+def analyze_network(recipe: Recipe, *, as_json: bool, quiet: bool) -> Answer:
+    """Trace a network, and show a table of its layers."""
+    program = trace(*load_network(recipe), frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch)
+    layers = anatomy(program)
+    if as_json:
+        return Answer((json.dumps([dataclasses.asdict(layer) for layer in layers], indent=1),))
+    if not quiet:
+        for note in program.history:
+            tell(f"note: {getattr(note, 'text', note)}")
+    return Answer((_layers(layers),))
 
 
 def anatomy(program: Program) -> list[LayerAnatomy]:
@@ -93,3 +114,25 @@ def _energy_ranks(weight: Tensor, mode: int) -> tuple[int, ...]:
     kept = 1 - low_rank_errors(flat, None).cpu() ** 2
     # At full rank rounding may leave less than everything, so that rank always counts.
     return tuple(min(int(torch.searchsorted(kept, energy - 1e-12)), len(kept) - 1) for energy in ENERGIES)
+
+
+def _layers(layers: list[LayerAnatomy]) -> Table:
+    shares = "/".join(f"{energy:.0%}" for energy in ENERGIES)
+    table = Table(title="layers", title_justify="left")
+    for heading in ("layer", "kind", "weight", "stride"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("params", "MACs", "break-even", f"out {shares}", f"in {shares}"):
+        table.add_column(heading, justify="right")
+    table.add_column("decompositions that apply", overflow="fold")
+    for layer in layers:
+        ranks = ["/".join(map(str, layer.energy_ranks[mode])) for mode in ("out", "in")]
+        shapes = ["×".join(map(str, shape)) for shape in (layer.weight, layer.stride)]
+        figures = [count(layer.params), count(layer.macs), str(layer.break_even), *ranks]
+        forms = ", ".join(layer.forms) or f"none: {_commonest(layer)}"
+        table.add_row(*map(Text, (layer.name, layer.kind, *shapes, *figures, forms)))
+    return table
+
+
+def _commonest(layer: LayerAnatomy) -> str:
+    reasons = list(layer.refusals.values())
+    return max(reasons, key=reasons.count, default="no decomposition is registered")

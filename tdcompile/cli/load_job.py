@@ -1,4 +1,4 @@
-"""From flags to what is compiled: the recipe they make, and the network, inputs and data that it names."""
+"""From flags to a recipe, and from a recipe to its network, inputs and data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger("tdcompile")
 
 @dataclass(frozen=True)
 class Job:
-    """What a recipe names, loaded."""
+    """The network, inputs and data of a recipe."""
 
     module: nn.Module
     inputs: tuple[Tensor, ...] | dict[str, Tensor]
@@ -41,10 +41,10 @@ class Job:
 
 
 def recipe_of(given: Mapping[str, Any]) -> Recipe:
-    """The recipe that flags make: those that were given, over the one they name, over the defaults; checked.
+    """Make a recipe of the flags given, the recipe they name and the defaults, in this order, and check it.
 
     Raises:
-        InputError: an option, plug-in or recipe is unknown, or a value cannot be used.
+        InputError: an option, plug-in or recipe is unknown, or a value does not fit.
     """
     flags = {name: value for name in Recipe.model_fields if (value := given.get(name)) not in (None, [])}
     if "budget" in flags:
@@ -53,43 +53,52 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
         flags["decompose"] = tuple(split(flags["decompose"]))
     recipe = _completed(load_recipe(given.get("recipe"), {k: _frozen(v) for k, v in flags.items()}))
     if recipe.source and recipe.data is None and (idle := [name for name in ("calibrate", "eval") if name in flags]):
-        raise InputError(f"--{idle[0]} {flags[idle[0]]} counts samples, and there are no data: give --data")
+        raise InputError(f"--{idle[0]} {flags[idle[0]]} counts samples, but there is no data: give --data")
     _check(recipe)
     return recipe
 
 
-def load_module(recipe: Recipe) -> nn.Module:
-    """The network with its weights.
+def source_of(recipe: Recipe) -> str:
+    """Return the recipe's source.
 
     Raises:
-        InputError: no source, or it or the weights cannot be used.
+        InputError: it has none.
     """
     if recipe.source is None:
         raise InputError("give a SOURCE: file.py:callable, package.module:callable, or one of 'tdcompile list models'")
-    torch.manual_seed(recipe.seed)  # the user's callable may draw its weights: one seed, one network
-    module, _ = load_source(recipe.source)
+    return recipe.source
+
+
+def load_module(recipe: Recipe) -> nn.Module:
+    """Load the network with its weights.
+
+    Raises:
+        InputError: the source is missing, or the source or the weights cannot be used.
+    """
+    torch.manual_seed(recipe.seed)  # the user's callable may draw random weights: a seed gives one network
+    module, _ = load_source(source_of(recipe))
     if recipe.weights is not None:
         load_weights(module, Path(recipe.weights))
     elif any(parameter.is_meta for parameter in module.parameters()):
-        raise InputError(f"'{recipe.source}' makes a network without weights, on the meta device: give --weights")
+        raise InputError(f"'{recipe.source}' makes a network on the meta device, without weights: give --weights")
     return module
 
 
 def load_network(recipe: Recipe) -> tuple[nn.Module, tuple[Tensor, ...] | dict[str, Tensor]]:
-    """The network with its weights, and example inputs: in the order of its arguments, or by name where they have one.
+    """Load the network and draw example inputs, in the order of its arguments or by name.
 
     Raises:
-        InputError: no source, or it, the weights or the inputs cannot be used.
+        InputError: the source is missing, or the source, the weights or the inputs cannot be used.
     """
     module = load_module(recipe)
     return module, draw_arguments(recipe.input, module, recipe.seed)
 
 
 def load_job(recipe: Recipe) -> Job:
-    """The network, its inputs, and the data.
+    """Load the network, its inputs and the data.
 
     Raises:
-        InputError: one of them cannot be used, or the data do not fit the first input.
+        InputError: one of them cannot be used, or the data does not fit the first input.
         UnavailableError: a package that reads the data is missing.
     """
     module, inputs = load_network(recipe)
@@ -100,13 +109,13 @@ def load_job(recipe: Recipe) -> Job:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The recipe as a file that ``--recipe`` reads; what is not set is left out."""
+    """Write the recipe in the form that ``--recipe`` reads, without the options that are None."""
     values = recipe.model_dump(mode="json", exclude_none=True)
     return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items())
 
 
 def _completed(recipe: Recipe) -> Recipe:
-    """With what a registered network knows of itself: its input, and the weights that ship with it and their data."""
+    """Add the input of a registered network, and the weights and data that ship with it."""
     if recipe.source is None or ":" in recipe.source or "/" in recipe.source or recipe.source.endswith(".py"):
         return recipe
     network, known = make(Network, recipe.source), dict[str, Any]()
@@ -120,7 +129,7 @@ def _completed(recipe: Recipe) -> Recipe:
 
 
 def _check(recipe: Recipe) -> None:
-    """Find what is wrong with a recipe in milliseconds, before a network is loaded or a layer measured."""
+    """Check a recipe before a network is loaded or a layer measured; takes milliseconds."""
     recipe.shares()
     for text in recipe.input:
         parse_example(text)
@@ -132,7 +141,7 @@ def _check(recipe: Recipe) -> None:
     pipeline = recipe.steps()
     pipeline.check(Facts(RankPlan({}, Cost(), Cost())) if recipe.plan else None, planned=True)
     if pipeline.trainer and recipe.source and recipe.data is None:
-        raise InputError(f"'{pipeline.trainer}' trains, and there is nothing to train on: give --data")
+        raise InputError(f"'{pipeline.trainer}' trains, but there are no training samples: give --data")
 
 
 def _frozen(value: Any) -> Any:
@@ -142,4 +151,4 @@ def _frozen(value: Any) -> Any:
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{ {', '.join(f'{key} = {_toml(item)}' for key, item in value.items())} }}"
-    return json.dumps(value, ensure_ascii=False)  # of texts, numbers, truths and lists, JSON is TOML too
+    return json.dumps(value, ensure_ascii=False)  # JSON and TOML write texts, numbers, booleans and lists alike

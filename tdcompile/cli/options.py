@@ -1,159 +1,134 @@
-"""The command's options, each declared once; a command names those it takes."""
+"""The command's options, each declared once as an ``Annotated`` alias; a command's parameters name those it takes.
+
+Options of a compilation take their help from ``RecipeOptions``, which also checks their values. None means that the
+flag is not given: the value of the recipe then holds.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tdcompile.recipe_options import RecipeOptions
+from tdcompile.support.options import text_of
+
 _NETWORK, _DATA, _TARGET = "Network", "Data", "Target"
 _CHOICE, _RUN = "What to keep and how", "Running"
 
 
-def _option(kind: Any, help: str, *names: str, panel: str, default: Any = None, **more: Any) -> tuple[Any, Any]:
-    return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **more)], default
+def _recipe_option(name: str, *names: str, panel: str, metavar: str | None = None, note: str = "") -> Any:
+    """Declare the flag of a recipe's option.
+
+    Args:
+        name: the option.
+        names: the flags; by default one named like the option.
+        panel: heading in the help.
+        metavar: the value in the help.
+        note: what concerns the flag alone.
+    """
+    field = RecipeOptions.model_fields[name]
+    default = _default(field.default)
+    help = "; ".join(filter(None, (field.description, note, f"default {default}" if default else "")))
+    return typer.Option(*names, help=f"{help}.", rich_help_panel=panel, metavar=metavar)
 
 
-def _argument(kind: Any, help: str, metavar: str, default: Any = None) -> tuple[Any, Any]:
-    return Annotated[kind, typer.Argument(help=help, metavar=metavar)], default
+def _default(value: Any) -> str:
+    """A recipe's default as one writes it after the flag; nothing if the option is then left out."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={share}" for name, share in value.items())
+    return "" if value is None or isinstance(value, bool) else text_of(value)
 
 
-# The type of each, and its default. None is "not given": a recipe's value holds then, or the recipe's default.
-OPTIONS: Mapping[str, tuple[Any, Any]] = {
-    "source": _argument(str | None, "file.py:callable, package.module:callable, or a registered model.", "SOURCE"),
-    "model": _argument(Path, "An ONNX file.", "A.onnx", inspect.Parameter.empty),
-    "models": _argument(list[Path], "ONNX files that take the same inputs.", "A.onnx...", inspect.Parameter.empty),
-    "kind": _argument(str | None, "What to list; everything if not given.", "KIND"),
-    "out": _option(Path | None, "Where the result goes.", "--out", "-o", panel=_RUN),
-    "against": _option(
-        str,
-        "An ONNX file, a SOURCE, or a folder that 'compile' wrote.",
-        panel=_NETWORK,
-        default=inspect.Parameter.empty,
-        metavar="B.onnx|SOURCE",
-    ),
-    "weights": _option(str | None, "safetensors, or a state dict; never run as code.", panel=_NETWORK, metavar="FILE"),
-    "input": _option(
-        list[str] | None, "e.g. 1x3x224x224 or ids=1x64:int64; repeatable.", panel=_NETWORK, metavar="SPEC"
-    ),
-    "dynamic_batch": _option(
-        bool | None,
-        "Leave the batch dimension open; default dynamic-batch.",
-        "--dynamic-batch/--no-dynamic-batch",
-        panel=_NETWORK,
-    ),
-    "dynamic": _option(
-        list[str] | None,
-        "Leave another axis open, e.g. ids:1 or ids:1=time; repeatable.",
-        panel=_NETWORK,
-        metavar="NAME:AXIS",
-    ),
-    "frontend": _option(
-        str | None, "What traces the network: auto, fx or export; default auto.", panel=_NETWORK, metavar="NAME"
-    ),
-    "data": _option(
-        str | None,
-        "digits, parquet:DIR, imagefolder:DIR, npz:FILE, hub:NAME or file.py:callable.",
-        panel=_DATA,
-        metavar="SPEC",
-    ),
-    "normalize": _option(str | None, "none, imagenet, or m,m,m/s,s,s; default none.", panel=_DATA),
-    "calibrate": _option(
-        int | None, "Training samples that calibration reads; default 1024.", panel=_DATA, metavar="N", min=1
-    ),
-    "eval": _option(int | None, "Test samples of the final figure; default all.", panel=_DATA, metavar="N", min=1),
-    "target": _option(str | None, "cpu or cuda; default cpu.", panel=_TARGET),
-    "threads": _option(int | None, "Threads of onnxruntime; default 1.", panel=_TARGET, metavar="N", min=1),
-    "grain": _option(int | None, "Ranks are multiples of it.", panel=_TARGET, metavar="N", min=1),
-    "batch": _option(int | None, "Samples in one timed run; default 1.", panel=_TARGET, metavar="N", min=1),
-    "budget": _option(
-        list[str] | None,
-        "What may be kept of the dense network: latency=0.5, macs=0.5, params=0.3; repeatable; default latency=0.5.",
+def _option(help: str, *names: str, panel: str = _RUN, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+# Options of a compilation.
+Source = Annotated[
+    str | None, typer.Argument(help=f"{RecipeOptions.model_fields['source'].description}.", metavar="SOURCE")
+]
+Weights = Annotated[str | None, _recipe_option("weights", panel=_NETWORK, metavar="FILE")]
+Input = Annotated[list[str] | None, _recipe_option("input", panel=_NETWORK, metavar="SPEC", note="repeatable")]
+DynamicBatch = Annotated[
+    bool | None,
+    _recipe_option("dynamic_batch", "--dynamic-batch/--no-dynamic-batch", panel=_NETWORK, note="default dynamic-batch"),
+]
+Dynamic = Annotated[list[str] | None, _recipe_option("dynamic", panel=_NETWORK, metavar="NAME:AXIS", note="repeatable")]
+Frontend = Annotated[str | None, _recipe_option("frontend", panel=_NETWORK, metavar="NAME")]
+Data = Annotated[str | None, _recipe_option("data", panel=_DATA, metavar="SPEC")]
+Normalize = Annotated[str | None, _recipe_option("normalize", panel=_DATA)]
+Calibrate = Annotated[int | None, _recipe_option("calibrate", panel=_DATA, metavar="N")]
+Eval = Annotated[int | None, _recipe_option("eval", panel=_DATA, metavar="N")]
+Target = Annotated[str | None, _recipe_option("target", panel=_TARGET)]
+Threads = Annotated[int | None, _recipe_option("threads", panel=_TARGET, metavar="N")]
+Grain = Annotated[int | None, _recipe_option("grain", panel=_TARGET, metavar="N")]
+Budget = Annotated[list[str] | None, _recipe_option("budget", panel=_CHOICE, metavar="NAME=SHARE", note="repeatable")]
+Decompose = Annotated[str | None, _recipe_option("decompose", panel=_CHOICE, metavar="NAME,...")]
+Ranks = Annotated[str | None, _recipe_option("ranks", panel=_CHOICE, metavar="SELECTOR")]
+Importance = Annotated[str | None, _recipe_option("importance", panel=_CHOICE, metavar="SCORE")]
+Plan = Annotated[str | None, _recipe_option("plan", panel=_CHOICE, metavar="plan.json")]
+Tune = Annotated[str | None, _recipe_option("tune", panel=_CHOICE, metavar="OPTIONS", note="in demo epochs=1")]
+KeepDense = Annotated[list[str] | None, _recipe_option("keep_dense", panel=_CHOICE, metavar="GLOB", note="repeatable")]
+MaxDrop = Annotated[float | None, _recipe_option("max_drop", panel=_CHOICE, metavar="POINTS")]
+MinSpeedup = Annotated[float | None, _recipe_option("min_speedup", panel=_CHOICE, metavar="X")]
+Pipeline = Annotated[str | None, _recipe_option("pipeline", panel=_CHOICE, metavar="PASS,...")]
+Jobs = Annotated[int | None, _recipe_option("jobs", panel=_RUN, metavar="N")]
+Seed = Annotated[int | None, _recipe_option("seed", panel=_RUN, metavar="N")]
+
+# Options of the commands.
+RecipeName = Annotated[
+    str | None,
+    _option("Set all of these options from a shipped recipe or a TOML file; flags override it."),
+]
+Out = Annotated[Path | None, _option("Folder or file to write the result to.", "--out", "-o")]
+Resume = Annotated[bool, _option("Continue an interrupted run of the same command.", "--resume")]
+DryRun = Annotated[bool, _option("Print the recipe and the pipeline, and stop.", "--dry-run")]
+Json = Annotated[bool, _option("Write JSON, and nothing else, to stdout.", "--json")]
+Verbose = Annotated[bool, _option("Log everything; show tracebacks.", "--verbose", "-v")]
+Quiet = Annotated[bool, _option("Show no progress and no warnings.", "--quiet", "-q")]
+
+Methods = Annotated[
+    str | None,
+    _option("Decompositions to study; default cp4,tucker2,tt.", panel=_CHOICE, metavar="NAME,..."),
+]
+Compressions = Annotated[
+    str | None,
+    _option(
+        "Shares of a layer's weights to remove; default 0.5,0.75,0.9.",
         panel=_CHOICE,
-        metavar="NAME=SHARE",
+        metavar="SHARE,...",
     ),
-    "decompose": _option(str | None, "Decompositions to consider; default auto.", panel=_CHOICE, metavar="NAME,..."),
-    "ranks": _option(str | None, "The rank selector; default knapsack.", panel=_CHOICE, metavar="SELECTOR"),
-    "importance": _option(str | None, "The score of layers; default auto.", panel=_CHOICE, metavar="SCORE"),
-    "plan": _option(str | None, "Apply this plan, edited by hand or not.", panel=_CHOICE, metavar="plan.json"),
-    "tune": _option(
-        str | None,
-        "none, or e.g. epochs=5,lr=0.02; default none, or what the recipe says; in demo one epoch.",
-        panel=_CHOICE,
-        metavar="OPTIONS",
-    ),
-    "keep_dense": _option(
-        list[str] | None, "Layers to leave alone; repeatable.", "--keep-dense", panel=_CHOICE, metavar="GLOB"
-    ),
-    "methods": _option(
-        str | None, "Decompositions to study; default cp4,tucker2,tt.", panel=_CHOICE, metavar="NAME,..."
-    ),
-    "compressions": _option(
-        str | None, "Shares of a layer's weights to remove; default 0.5,0.75,0.9.", panel=_CHOICE, metavar="SHARE,..."
-    ),
-    "layers": _option(
-        list[str] | None,
+]
+Layers = Annotated[
+    list[str] | None,
+    _option(
         "Layers to compress, one at a time; repeatable; default all but the first and the last.",
         panel=_CHOICE,
         metavar="GLOB",
     ),
-    "seeds": _option(
-        int, "How many, each with its own calibration sample and tuning.", panel=_CHOICE, default=1, metavar="N", min=1
-    ),
-    "max_drop": _option(
-        float | None, "Exit with 4 if accuracy falls by more points.", "--max-drop", panel=_CHOICE, metavar="POINTS"
-    ),
-    "min_speedup": _option(
-        float | None, "Exit with 4 if not so many times as fast.", "--min-speedup", panel=_CHOICE, metavar="X"
-    ),
-    "pipeline": _option(
-        str | None,
-        "Passes of your own choice, in place of those that the flags describe; budget, gates and keep-dense hold.",
-        panel=_CHOICE,
-        metavar="PASS,...",
-    ),
-    "recipe": _option(
-        str | None, "All of the above from a shipped recipe or a TOML file; flags override it.", panel=_RUN
-    ),
-    "rtol": _option(float | None, "Allowed difference, relative to the largest output.", panel=_RUN, min=0.0),
-    "atol": _option(float | None, "Allowed difference, absolute.", panel=_RUN, min=0.0),
-    "seconds": _option(float, "How long to measure, all models together.", panel=_RUN, default=5.0, min=0.0),
-    "seed": _option(int | None, "Of every random draw; default 0.", panel=_RUN, metavar="N"),
-    "jobs": _option(
-        int | None, "Layers, or cells of a study, side by side; default 1.", panel=_RUN, metavar="N", min=1
-    ),
-    "ray": _option(
-        bool,
-        "Spread the cells over the Ray cluster of RAY_ADDRESS, or a local one.",
-        "--ray",
-        panel=_RUN,
-        default=False,
-    ),
-    "dry_run": _option(bool, "Print the recipe and the pipeline, do nothing.", "--dry-run", panel=_RUN, default=False),
-    "resume": _option(
-        bool, "Go on with an interrupted run of the same command.", "--resume", panel=_RUN, default=False
-    ),
-    "schema": _option(bool, "The JSON schema of report.json.", "--schema", panel=_RUN, default=False),
-    "json": _option(bool, "JSON on stdout, nothing else.", "--json", panel=_RUN, default=False),
-    "verbose": _option(bool, "Log everything; tracebacks.", "--verbose", "-v", panel=_RUN, default=False),
-    "quiet": _option(bool, "No progress, no warnings.", "--quiet", "-q", panel=_RUN, default=False),
-}
+]
+Seeds = Annotated[
+    int,
+    _option("Number of seeds, each with its own calibration sample and tuning.", panel=_CHOICE, metavar="N", min=1),
+]
+Ray = Annotated[bool, _option("Spread the cells over the Ray cluster of RAY_ADDRESS, or a local one.", "--ray")]
 
-
-def signed(function: Callable[[Mapping[str, Any]], Any], names: Iterable[str], about: str) -> Callable[..., Any]:
-    """The function of one mapping as one of these options, in the form that typer reads."""
-
-    def call(**given: Any) -> Any:
-        return function(given)
-
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-        for name, (kind, default) in ((name, OPTIONS[name]) for name in names)
-    ]
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what inspect.signature looks for
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    call.__doc__ = about
-    return call
+Model = Annotated[Path, typer.Argument(help="An ONNX file.", metavar="A.onnx")]
+Models = Annotated[list[Path], typer.Argument(help="ONNX files that take the same inputs.", metavar="A.onnx...")]
+Against = Annotated[
+    str,
+    _option(
+        "An ONNX file, a SOURCE, or a folder that 'compile' wrote.",
+        panel=_NETWORK,
+        metavar="B.onnx|SOURCE",
+    ),
+]
+Rtol = Annotated[float | None, _option("Allowed difference, relative to the largest output.", min=0.0)]
+Atol = Annotated[float | None, _option("Allowed absolute difference.", min=0.0)]
+Batch = Annotated[int | None, _option("Samples in one timed run; default 1.", panel=_TARGET, metavar="N", min=1)]
+Seconds = Annotated[float, _option("Time to measure, for all models together.", min=0.0)]
+Kind = Annotated[str | None, typer.Argument(help="What to list; by default everything.", metavar="KIND")]
+Schema = Annotated[bool, _option("Print the JSON schema of report.json.", "--schema")]

@@ -1,0 +1,116 @@
+"""The work of ``validate`` and ``bench``: compare ONNX models with each other, or a model with its network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tdcompile.artifact.folder import load
+from tdcompile.backend.parity import check_parity, compare_models
+from tdcompile.backend.session import Timing, time_models
+from tdcompile.cli.console import Answer
+from tdcompile.cli.example_inputs import model_inputs
+from tdcompile.cli.load_job import load_module, load_network, recipe_of
+from tdcompile.core.registry import foreign_packages
+from tdcompile.errors import InputError
+from tdcompile.frontend.tracing import trace
+from tdcompile.recipes import Recipe
+from tdcompile.support.formatting import milliseconds, times
+
+TRACED = 2  # samples in example inputs: exporters and tracers treat a batch of 1 as a constant
+
+
+def validate_model(
+    model: Path, against: str, flags: Mapping[str, Any], tolerances: Mapping[str, float | None], *, as_json: bool
+) -> Answer:
+    """Compare a model with another one, with a network, or with the network of an output folder.
+
+    Raises:
+        ParityError: their outputs differ by more than the tolerance.
+        InputError: they cannot be compared.
+    """
+    if not model.is_file():
+        raise InputError(f"there is no model {model}")
+    other = Path(against)
+    network = not (other.suffix == ".onnx" or other.is_dir())
+    recipe = recipe_of({**flags, "source": against if network else None})
+    target, seed = recipe.device(), recipe.seed
+    how: dict[str, Any] = {**tolerances, "seed": seed}
+    if other.suffix == ".onnx":
+        inputs = model_inputs(model, TRACED, seed, recipe.input) if recipe.input else None
+        parity = compare_models(model, other, target, inputs=inputs, **how)
+    elif network and recipe.input:
+        program = trace(
+            *load_network(recipe),
+            frontend=recipe.frontend,
+            dynamic_batch=recipe.dynamic_batch,
+            dynamic=recipe.dynamic,
+        )
+        parity = check_parity(model, program.graph, program.inputs, target, axes=program.axes, **how)
+    else:
+        inputs = model_inputs(model, TRACED, seed, recipe.input)
+        parity = check_parity(
+            model, load_module(recipe) if network else load(other, foreign_packages()), inputs, target, **how
+        )
+    if as_json:
+        return Answer((json.dumps(dataclasses.asdict(parity), indent=1),))
+    table = Table(title=f"{model} against {against} on {parity.provider}", title_justify="left")
+    for heading in ("batch", "seed", "largest difference"):
+        table.add_column(heading, justify="right")
+    for batch, draw, most in parity.cases:
+        table.add_row(str(batch), str(draw), f"{most:.3g}")
+    return Answer((table, f"they agree: max_abs {parity.max_abs:.3g}, max_rel {parity.max_rel:.3g}"))
+
+
+def bench_models(models: Sequence[Path], recipe: Recipe, batch: int | None, seconds: float, *, as_json: bool) -> Answer:
+    """Measure latencies, and the speed of each model relative to the first.
+
+    Raises:
+        InputError: a model is missing, or takes other inputs than the first, or another batch than was asked for.
+    """
+    target = dataclasses.replace(recipe.device(), batch=_batch(models[0], batch, recipe))
+    each = [model_inputs(model, target.batch, recipe.seed, recipe.input) for model in models]
+    for model, inputs in zip(models, each, strict=True):
+        if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in each[0]]:
+            raise InputError(f"{model} takes other inputs than {models[0]}, so their times cannot be compared")
+    timings = time_models(models, each[0], target, seconds=seconds)
+    ratios = [timings[0].median / timing.median for timing in timings]
+    measured = list(zip(map(str, models), timings, ratios, strict=True))
+    if as_json:
+        rows = [{"model": name, **_milliseconds(timing), "ratio": ratio} for name, timing, ratio in measured]
+        document = {"target": target.device, "threads": target.threads, "batch": target.batch, "models": rows}
+        return Answer((json.dumps(document, indent=1),))
+    title = f"{target.provider}, {target.threads} thread(s), batch {target.batch}, {timings[0].runs} runs in turns"
+    table = Table("model", title=title, title_justify="left")
+    for heading in ("median", "p10", "p90", "first / this"):
+        table.add_column(heading, justify="right")
+    for name, timing, ratio in measured:
+        figures = [milliseconds(seconds * 1e3) for seconds in (timing.median, timing.p10, timing.p90)]
+        table.add_row(name, *figures, times(ratio))
+    return Answer((table,))
+
+
+def _batch(model: Path, asked: int | None, recipe: Recipe) -> int:
+    """Return the samples in one timed run: those asked for if the model leaves its batch open, else the fixed number.
+
+    Raises:
+        InputError: the model or ``--input`` fixes another number.
+    """
+    two, three = (model_inputs(model, size, recipe.seed, recipe.input) for size in (2, 3))
+    if not recipe.input and any(x.shape != y.shape for x, y in zip(two, three, strict=True)):
+        return asked or 1
+    fixed = next((len(x) for x in two if x.dim()), 1)
+    if asked not in (None, fixed):
+        by = f"--input {' '.join(recipe.input)}" if recipe.input else str(model)
+        raise InputError(f"{by} fixes the batch at {fixed}: --batch {asked} cannot be")
+    return fixed
+
+
+def _milliseconds(timing: Timing) -> dict[str, float]:
+    figures = {"median_ms": timing.median, "p10_ms": timing.p10, "p90_ms": timing.p90}
+    return {**{name: seconds * 1e3 for name, seconds in figures.items()}, "runs": timing.runs}

@@ -1,0 +1,206 @@
+"""The work of ``compile``, ``plan`` and ``demo``: from a recipe to the output folder and its tables."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from tdcompile.artifact.folder import check_out
+from tdcompile.artifact.report import tables
+from tdcompile.cli.console import Answer, watching
+from tdcompile.cli.interruption import was_interrupted
+from tdcompile.cli.load_job import load_job, recipe_of, source_of, to_toml
+from tdcompile.compiler import compile as compile_module
+from tdcompile.compiler import prepare
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.errors import BudgetError, InputError, UnwrittenError
+from tdcompile.ir.plan import RankPlan
+from tdcompile.recipes import Recipe
+from tdcompile.support.formatting import count, milliseconds, percent
+from tdcompile.training.distributed import from_first, is_first, no_gpu
+
+log = logging.getLogger("tdcompile")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command writes, and how.
+
+    Attributes:
+        out: the folder; None takes a default.
+        resume: continue an interrupted run.
+        as_json: write JSON to stdout instead of tables.
+        quiet: show no progress.
+        command: the command line.
+    """
+
+    out: Path | None
+    resume: bool
+    as_json: bool
+    quiet: bool
+    command: tuple[str, ...]
+
+    @property
+    def resumed(self) -> str:
+        """The command line that continues this one."""
+        return shlex.join([*self.command, *([] if "--resume" in self.command else ["--resume"])])
+
+
+def compile_network(recipe: Recipe, output: Output) -> Answer:
+    """Compile, and write the output folder.
+
+    Raises:
+        TdcompileError: see ``tdcompile.compiler.compile``.
+        KeyboardInterrupt: the run was interrupted; the message says how to continue it.
+    """
+    return _compile(recipe, output.out or Path("out") / name_of(source_of(recipe)), output)
+
+
+def compile_demo(flags: Mapping[str, Any], output: Output) -> Answer:
+    """Compile the network that ships with its weights."""
+    given = {"budget": ["latency=0.5"], "tune": "epochs=1", **{name: value for name, value in flags.items() if value}}
+    return _compile(recipe_of({**given, "source": "digits_net"}), output.out or Path("out/demo"), output)
+
+
+def make_plan(recipe: Recipe, out: Path | None, *, as_json: bool, quiet: bool) -> Answer:
+    """Run the passes up to the plan, and write it."""
+    _check_file(out)
+    steps = _up_to_the_plan(recipe.steps(), planned=recipe.plan is not None)
+    job = load_job(recipe)
+    program = prepare(job.module, job.inputs, job.task, recipe)
+    with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder, watching(quiet=quiet) as watch:
+        program = steps.run(program.with_(workspace=Path(folder)), [watch] if watch else [])
+    made = program.facts[RankPlan]
+    _write(out, made.to_json())
+    return Answer((made.to_json(),)) if out is None or as_json else Answer((_choices(made), f"plan: {out}"))
+
+
+def _up_to_the_plan(pipeline: Pipeline, *, planned: bool) -> Pipeline:
+    """Return the passes before the first that applies the plan.
+
+    Raises:
+        InputError: the pipeline trains before it has a plan, or makes none.
+    """
+    for place, step in enumerate(pipeline.steps):
+        if planned and not step.decides:
+            return Pipeline(pipeline.steps[:place])
+        if step.trains:
+            raise InputError(f"the pipeline '{pipeline}' has no plan before '{step.name}' has trained: compile it")
+        planned = planned or RankPlan in step.gives
+    if not planned:
+        raise InputError(f"the pipeline '{pipeline}' makes no plan: it needs a pass such as 'choose'")
+    return pipeline
+
+
+def name_of(source: str) -> str:
+    """Return the default name of the output folder: ``net-build`` for ``net.py:build``."""
+    place, _, name = source.rpartition(":")
+    return f"{Path(place).stem if place.endswith('.py') else place}-{name}" if place else name.partition("{")[0]
+
+
+def workspace_of(out: Path) -> Path:
+    """Return the folder in which an interrupted run of this output folder keeps its state."""
+    return out.with_name(f".{out.name}.work")
+
+
+def _compile(recipe: Recipe, out: Path, output: Output) -> Answer:
+    check_out(out)
+    workspace = workspace_of(out.absolute())
+    fresh = not workspace.exists()
+    if output.resume and not (workspace / "state").exists():
+        log.warning("there is no interrupted run of %s: starting anew", out)
+    job, compiled = load_job(recipe), None
+    try:
+        with watching(quiet=output.quiet or not is_first(), then="export, verify, measure") as watch:
+            compiled = compile_module(
+                job.module,
+                job.inputs,
+                data=job.task,
+                recipe=recipe,
+                workspace=workspace,
+                resume=output.resume,
+                watch=watch,
+            )
+        from_first(partial(compiled.save, out, output.command), no_gpu(recipe.device().device))
+    except (Exception, KeyboardInterrupt) as error:
+        # The state of an earlier run stays. This run's state stays only if it can be resumed: after a full disk it can,
+        # after a wrong input it cannot. If the network is compiled, only the place to write it to was wrong.
+        unwritten = isinstance(error, UnwrittenError) or (isinstance(error, InputError) and compiled is not None)
+        hopeless = isinstance(error, InputError | BudgetError) and compiled is None and not unwritten
+        if fresh and is_first() and (hopeless or not (workspace / "state").exists()):
+            shutil.rmtree(workspace, ignore_errors=True)
+        go_on = f"go on with: {output.resumed}" if (workspace / "state").exists() else "nothing was written"
+        if was_interrupted(error):
+            raise KeyboardInterrupt(go_on) from error
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {error.filename or out}: {error.strerror or error}; {go_on}") from error
+        if unwritten:
+            raise InputError(f"{error}; {go_on}") from error
+        raise
+    report = compiled.report
+    if not is_first():
+        return Answer(code=0)
+    code = 0 if report.met else BudgetError.exit_code
+    if output.as_json:
+        return Answer((report.to_json(),), code)
+    layers_last = reversed(tables(report))  # the totals come last, where a terminal shows them
+    return Answer((*layers_last, *report.notes, report.verdict, f"report: {out / 'report.html'}"), code)
+
+
+def describe(recipe: Recipe, *, as_json: bool) -> Answer:
+    """Show the recipe and its pipeline."""
+    pipeline = str(recipe.steps())
+    if as_json:
+        return Answer((json.dumps({"recipe": recipe.model_dump(mode="json"), "pipeline": pipeline}, indent=1),))
+    return Answer((to_toml(recipe), f"# the passes: {pipeline}"))
+
+
+def _choices(plan: RankPlan) -> Table:
+    table = Table(title=f"plan by {plan.selector}", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("form")
+    for heading in ("error", "params", "MACs", "ms"):
+        table.add_column(heading, justify="right")
+    for name, choice in plan.choices.items():
+        form, cost = " ".join((choice.decomposition, "×".join(map(str, choice.ranks)))).strip(), choice.cost
+        figures = percent(choice.error), count(cost.params), count(cost.macs), milliseconds(cost.seconds * 1e3 or None)
+        table.add_row(*map(Text, (name, form, *figures)))
+    for name, cost in (("dense network", plan.dense), ("planned network", plan.predicted)):
+        table.add_row(name, "", "", count(cost.params), count(cost.macs), milliseconds(cost.seconds * 1e3 or None))
+    return table
+
+
+def _check_file(out: Path | None) -> None:
+    """Require, before any work, that this file can be written."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; give -o a file, e.g. {out / 'plan.json'}")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise InputError(f"cannot write into {parent}; give an -o in a folder that you may write to")
+
+
+def _write(out: Path | None, text: str) -> None:
+    """Write the whole file, or leave the old one."""
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        draft.write_text(text)
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)

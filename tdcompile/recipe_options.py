@@ -1,0 +1,94 @@
+"""``RecipeOptions``: name, type, range, default and description of every option of a compilation, in one place.
+
+``Recipe`` adds behaviour, ``CompileOptions`` the types for Python, and ``cli/options.py`` the flags. This file does not
+import torch, so that the command prints its help at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from tdcompile.core.spec import split
+from tdcompile.ir.target import Budget, Device
+from tdcompile.support.options import Count
+
+Frontend = Literal["auto", "fx", "export"]
+
+_Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # the range of torch.manual_seed
+
+
+class RecipeOptions(BaseModel):
+    """All options of a compilation. The names are those of the command's flags.
+
+    A budget and a list may also be texts in the form of the flags: ``macs=0.5``, ``svd,channel``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str | None = Field(
+        default=None, description="file.py:callable, package.module:callable, or a registered model"
+    )
+    weights: str | None = Field(default=None, description="safetensors file, or a state dict; never run as code")
+    input: tuple[str, ...] = Field(default=(), description="Example input, e.g. 1x3x224x224 or ids=1x64:int64")
+    dynamic_batch: bool = Field(default=True, description="Leave the batch dimension open")
+    dynamic: tuple[str, ...] = Field(default=(), description="Leave another axis open, e.g. ids:1 or ids:1=time")
+    frontend: Frontend = Field(default="auto", description="How the network is traced: auto, fx or export")
+    data: str | None = Field(
+        default=None, description="digits, parquet:DIR, imagefolder:DIR, npz:FILE, hub:NAME or file.py:callable"
+    )
+    normalize: str = Field(default="none", description="none, imagenet, or m,m,m/s,s,s")
+    calibrate: Count = Field(default=1024, description="Training samples that calibration reads")
+    eval: Count | None = Field(default=None, description="Test samples of the final accuracy; default all")
+    target: Device = Field(default="cpu", description="cpu or cuda")
+    threads: Count = Field(default=1, description="Threads of onnxruntime")
+    grain: Count | None = Field(default=None, description="Ranks are multiples of this number")
+    budget: Mapping[str, float] = Field(
+        default={"latency": 0.5},
+        description="Share of the dense network to keep, e.g. latency=0.5, macs=0.5, params=0.3; none beside a plan",
+    )
+    decompose: tuple[str, ...] = Field(default=("auto",), description="Decompositions to consider; auto considers all")
+    ranks: str = Field(default="knapsack", description="Rank selector")
+    importance: str = Field(default="auto", description="Score of layers")
+    plan: str | None = Field(default=None, description="File of a plan to apply, edited by hand or not")
+    tune: str | None = Field(
+        default=None,
+        description="none, or options of the training passes, e.g. epochs=5,lr=0.02; default none, or the recipe's",
+    )
+    keep_dense: tuple[str, ...] = Field(default=(), description="Layers to leave dense, as a name or a glob")
+    max_drop: _Bound | None = Field(default=None, description="Exit with 4 if accuracy falls by more points")
+    min_speedup: _Bound | None = Field(default=None, description="Exit with 4 if the speed-up is smaller")
+    pipeline: str | None = Field(
+        default=None,
+        description="Passes to run instead of those that the options describe; budget, gates and keep-dense apply",
+    )
+    jobs: Count = Field(default=1, description="Layers, or cells of a study, processed in parallel")
+    seed: _Seed = Field(default=0, description="Seed of every random draw")
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _read_budget(cls, value: Any) -> Any:
+        return Budget.parse([value]).shares if isinstance(value, str) else value
+
+    @field_validator("budget")
+    @classmethod
+    def _check_budget(cls, value: Mapping[str, float]) -> Mapping[str, float]:
+        budget_of(value)
+        return value
+
+    @field_validator("decompose", "dynamic", "keep_dense", mode="before")
+    @classmethod
+    def _read_list(cls, value: Any) -> Any:
+        return tuple(split(value)) if isinstance(value, str) else value
+
+
+def budget_of(shares: Mapping[str, float]) -> Budget:
+    """Make a budget of shares by name.
+
+    Raises:
+        InputError: an unknown name, or a share outside (0, 1].
+    """
+    return Budget.parse([f"{name}={share}" for name, share in shares.items()])
