@@ -11,8 +11,9 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights, fuse_linear_bn_eval
 
 from tdcompile.core.passes import RewritePass, Rewritten
+from tdcompile.ir.conv_modules import TransposedConv
 from tdcompile.ir.graph_edits import calls_of, drop_node, module_at, only_user
-from tdcompile.ir.layer import Layer, TransposedConv
+from tdcompile.ir.layer import Layer
 from tdcompile.ir.modules import called_differently, parent_of
 from tdcompile.ir.program import Change, Program, sites
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tdcompile.frontend.constants import Constants
-from tdcompile.ir.layer import TransposedConv, unset
+from tdcompile.ir.conv_modules import TransposedConv, uninitialised
 
 aten = torch.ops.aten
 
@@ -101,7 +101,7 @@ def _linear(call: LayerCall, constants: Constants) -> nn.Module | None:
     weight = call.tensors["weight"]
     if weight.dim() != 2:
         return None
-    module = unset(nn.Linear, weight.shape[1], weight.shape[0], bias="bias" in call.tensors)
+    module = uninitialised(nn.Linear, weight.shape[1], weight.shape[0], bias="bias" in call.tensors)
     return _with_weights(module, call)
 
 
@@ -115,7 +115,7 @@ def _transposed_linear(call: LayerCall, constants: Constants) -> nn.Module | Non
     if (dims is not None and dims < 2) or not constants.read_only_by(arguments(call.node)["weight"], call.node):
         return None
     turned = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
-    module = unset(nn.Linear, *weight.shape, bias="bias" in call.tensors)
+    module = uninitialised(nn.Linear, *weight.shape, bias="bias" in call.tensors)
     return _with_weights(module, LayerCall(call.node, call.input, {**call.tensors, "weight": turned}, call.options))
 
 
@@ -149,7 +149,7 @@ def _convolution(
     spread = {key: _per_axis(value, axes) if key != "groups" else value for key, value in options.items()}
     inputs, outputs = (first, second * groups) if turned else (second * groups, first)
     module = _with_weights(
-        unset(kinds[axes - 1], inputs, outputs, tuple(kernel), bias="bias" in call.tensors, **spread), call
+        uninitialised(kinds[axes - 1], inputs, outputs, tuple(kernel), bias="bias" in call.tensors, **spread), call
     )
     return TransposedConv.of(module, constants.transposed) if isinstance(module, TRANSPOSED_CONVS) else module
 

@@ -14,8 +14,8 @@ from torch import fx, nn
 
 from tdcompile.frontend.constants import Constants
 from tdcompile.frontend.layer_calls import TENSORS, TRANSPOSED_CONVS, LayerCall, arguments, read_layer_call, traced_in
+from tdcompile.ir.conv_modules import TransposedConv
 from tdcompile.ir.graph_edits import module_at
-from tdcompile.ir.layer import TransposedConv
 
 aten = torch.ops.aten
 

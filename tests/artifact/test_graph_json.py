@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from tdcompile.artifact.graph_json import describe, rebuild, tensors_of
 from tdcompile.errors import InputError
-from tdcompile.ir.layer import Pad
+from tdcompile.ir.conv_modules import Pad
 
 
 class Residual(nn.Module):

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition, energy, relative_error
 from tdcompile.core.registry import find, make
+from tdcompile.ir.conv_modules import TransposedConv
 from tdcompile.ir.diagnostics import Reason
-from tdcompile.ir.layer import Layer, TransposedConv, owner
+from tdcompile.ir.layer import Layer, owner
 from tdcompile.ir.measurements import Moments
 from tdcompile.numerics.covariance import Sketch
 from tdcompile.numerics.low_rank import PRECISE
