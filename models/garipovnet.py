@@ -1,7 +1,7 @@
 """GaripovNet, the network that introduced tensor-train convolutions (Garipov et al., arXiv 1611.03214).
 
 The variant follows Schuurmans et al., arXiv 2305.05318, with whose figures ours are compared. Every convolution is
-padded by 1, the pools are not padded (32 → 15 → 7 → 1), and the last convolution has neither batch norm nor ReLU.
+padded by 1, and the pools are not padded (32 → 15 → 7 → 1). The last convolution has neither batch norm nor ReLU.
 It returns logits; theirs ends in a log-softmax.
 """
 

@@ -36,8 +36,8 @@ class Graft:
 def graft_layers(model: Path, grafts: Mapping[str, Graft], path: Path) -> bool:
     """Write the model with each layer's nodes replaced by its chain; return False and write nothing if impossible.
 
-    It is impossible if a node cannot be identified as its layer by name and padding (another node pads its input, or
-    onnxsim merged it with another node), or if the weights are external data.
+    It is impossible if the weights are external data, or if a node cannot be identified as its layer by name and
+    padding: another node pads its input, or onnxsim merged it with another node.
 
     Args:
         model: written by ``export_onnx``, which names nodes ``<module>/<operator>``.

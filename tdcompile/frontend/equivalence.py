@@ -90,9 +90,9 @@ def record_cases(
         again.append(_outputs_after_other_inputs(fresh, call))
     if any(output_difference(cases[0].outputs, other) is not None for other in again):
         known = changed or kept
-        why = f"it changes '{known[0]}' as it answers" if known else "it draws random numbers, or keeps something"
+        why = f"each call changes '{known[0]}'" if known else "it draws random numbers, or keeps state"
         raise InputError(
-            f"the network gives different answers to the same inputs in eval mode: {why}, and a compiled model, which "
+            f"the network gives different outputs for equal inputs in eval mode: {why}, and a compiled model, which "
             "keeps nothing from one call for the next, cannot be checked against it; turn that off where it is built"
         )
     held = {
@@ -138,7 +138,7 @@ def run_network(module: nn.Module, call: Call) -> list[Tensor]:
     plain = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, int | float | str)), None)
     if plain is not None:
         raise InputError(
-            f"among what the network returns is {plain!r}, and an ONNX model returns tensors alone: return it as a "
+            f"the network returns {plain!r}, and an ONNX model returns tensors only: return it as a "
             "tensor, or leave it out"
         )
     register_trees(output)  # torch.export requires it
@@ -203,7 +203,7 @@ def restoring_state(module: nn.Module) -> Iterator[None]:
 
 
 def describe_shapes(call: Call) -> str:
-    """The inputs' shapes and kinds of number, to be read."""
+    """Return the inputs' shapes and dtypes as text."""
     return ", ".join(f"{'x'.join(map(str, x.shape))}:{str(x.dtype).removeprefix('torch.')}" for x in call.tensors)
 
 

@@ -30,7 +30,7 @@ from tdcompile.ir.program import Program, sites_of
 
 # Text of the warning about padding masks.
 _PADDING = (
-    "torch's fused kernels of nn.TransformerEncoder, which run in eval mode without gradients, answer 0 where a mask "
+    "torch's fused kernels of nn.TransformerEncoder, which run in eval mode without gradients, return 0 where a mask "
     "says that the input is padding; the compiled model answers there as the layers do"
 )
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
@@ -158,7 +158,7 @@ def _tracing_notes(traced: Traced, changed: Sequence[str], half: str) -> list[Di
         Diagnostic(
             "warning",
             DiagnosticCode.UNTRIED,
-            f"whether it does something else where {describe_sizes(sizes)} takes too much memory to try",
+            f"not checked against the network where {describe_sizes(sizes)}: the inputs take too much memory",
         )
         for sizes in traced.untried
     ]
@@ -166,7 +166,7 @@ def _tracing_notes(traced: Traced, changed: Sequence[str], half: str) -> list[Di
         reason = f"its weights are {half}: it is compiled in float32, which onnxruntime has kernels for"
         told.append(Diagnostic("info", DiagnosticCode.HALF_PRECISION, reason))
     if changed:
-        reason = f"it changes {', '.join(changed)} as it answers: the compiled model answers as in the first calls"
+        reason = f"a call changes {', '.join(changed)}: the compiled model computes what the first calls do"
         told.append(Diagnostic("warning", DiagnosticCode.STATE, reason))
     return told
 
@@ -184,8 +184,8 @@ def _record_cases_in_fp32(
     except InputError as error:
         record_cases(own, call, axes, dynamic_batch)  # raises if it does not run at all
         raise InputError(
-            f"its weights are {half_dtypes(own)}, it is compiled in float32, and its own code makes other numbers of "
-            f"what it computes: build it in float32; it says: {error}"
+            f"its weights are {half_dtypes(own)}, it is compiled in float32, and its own code casts tensors to "
+            f"another dtype: build it in float32; it says: {error}"
         ) from error
 
 
@@ -239,9 +239,9 @@ def _why_untouched(part: nn.Module, reader: fx.Node | None) -> str:
     """Return why a weight stays unchanged, from its use."""
     target = str(getattr(reader, "target", ""))
     if isinstance(part, nn.RNNBase | nn.RNNCellBase) or any(kind in target for kind in ("lstm", "gru", "rnn")):
-        return "a recurrent layer is one operator that goes through its steps by itself"
+        return "a recurrent layer is one operator over all its steps"
     if isinstance(part, nn.Embedding | nn.EmbeddingBag) or "embedding" in target:
-        return "a table that is looked up computes nothing"
+        return "an embedding is a lookup in a table, without products to save"
     if isinstance(part, nn.MultiheadAttention):
         return "symbolic tracing takes attention for one operator; --frontend export sees its projections"
     if isinstance(part, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):

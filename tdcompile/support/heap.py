@@ -30,8 +30,8 @@ class Heap:
     def keep_freed_memory(self) -> Iterator[None]:
         """Keep freed memory with the process for a while; the outermost call returns it to the system at its end.
 
-        glibc returns the end of the heap to the system as soon as it is free, so that the pages of every batch's
-        activations are mapped and zeroed again (mallopt(3)). With another C library nothing happens.
+        glibc returns the end of the heap to the system as soon as it is free. The pages of every batch's activations
+        are then mapped and zeroed again (mallopt(3)). With another C library nothing happens.
         """
         libc = ctypes.CDLL(None) if sys.platform == "linux" else None
         if self.keeping or libc is None or not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):

@@ -74,8 +74,8 @@ class Settings:
 class Trainer:
     """Trains a graph in place and leaves it with the weights that score best on the held-out split.
 
-    The initial weights are kept only if every epoch's accuracy on that split is lower by more than 0.01, or, without
-    labels, if no epoch has a lower loss.
+    The initial weights are kept only if every epoch's accuracy on that split is lower by more than 0.01. Without labels
+    they are kept if no epoch has a lower loss.
 
     All randomness of an epoch comes from the program's seed, the purpose and the epoch's number. A run that resumes
     from a saved epoch therefore equals a run that was not interrupted.

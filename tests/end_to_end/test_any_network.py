@@ -351,7 +351,7 @@ def test_an_output_that_is_no_tensor_is_refused_in_a_sentence(value: object) -> 
         def forward(self, x: Tensor) -> dict[str, object]:
             return {"y": self.fc(x), "told": value, "nothing": None}
 
-    with pytest.raises(InputError, match="returns tensors alone"):
+    with pytest.raises(InputError, match="returns tensors only"):
         tdcompile.trace(Telling().eval(), torch.randn(2, 8))
 
 
