@@ -17,7 +17,8 @@ from tdcompile.data.task import accuracy
 from tdcompile.ir.plan import DENSE, RankPlan
 from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import Target
-from tdcompile.numerics.cp import sensitivity
+from tdcompile.numerics.covariance import Identity
+from tdcompile.numerics.cp_correction import sensitivity
 from tdcompile.passes.decompose._cp import mode_matrices
 
 
@@ -81,8 +82,9 @@ def _figures(program: Program, plan: RankPlan) -> list[tuple[float, float]]:
     for name, choice in plan.choices.items():
         if choice.decomposition != DENSE:
             site, form = found[name], make(Decomposition, choice.decomposition)
-            factors = form.factorize(site.layer, site.weight, choice.ranks, None)
-            error = relative_error(site.weight, form.reconstruct(site.layer, factors), None)
+            plain = Identity.of(site.weight)
+            factors = form.factorize(site.layer, site.weight, choice.ranks, plain)
+            error = relative_error(site.weight, form.reconstruct(site.layer, factors), plain)
             figures.append((error, sensitivity([matrix.double() for matrix in mode_matrices(factors)])))
     return figures
 

@@ -1,4 +1,4 @@
-"""What factors from a sketch of a layer's moments lose to those from the moments themselves, and gain on plain ones."""
+"""Compare factors from a low-rank covariance with factors from the full covariance and from the weight alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from common import publish, traced
 from tdcompile.core.decomposition import Decomposition, relative_error
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.registry import find
-from tdcompile.ir.measurements import Calibration, Moments
+from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.plan import Ranks
 from tdcompile.ir.program import Program, Site, sites
 from tdcompile.ir.target import Target
+from tdcompile.numerics.covariance import Covariance, Identity
 
 
 def main(
@@ -41,21 +42,22 @@ def main(
     chosen = sorted(found.values(), key=lambda site: -site.weight[0].numel())[:layers]
     widths = [site.weight[0].numel() for site in chosen]
     entire = f"calibrate{{largest={max(widths)}}}"
-    truth = _moments(unseen, entire)
-    sources: dict[str, dict[str, Moments] | None] = {"weights alone": None}
+    truth = _covariances(unseen, entire)
+    plain: dict[str, Covariance] = {site.name: Identity.of(site.weight) for site in chosen}
+    sources = {"weights alone": plain}
     for rank in map(int, ranks.split(",")):
-        sources[f"sketch of rank {rank}"] = _moments(shown, f"calibrate{{largest={min(widths) - 1},sketch={rank}}}")
-    sources["full covariance"] = _moments(shown, entire)
+        sources[f"sketch of rank {rank}"] = _covariances(shown, f"calibrate{{largest={min(widths) - 1},sketch={rank}}}")
+    sources["full covariance"] = _covariances(shown, entire)
     rows = []
     for kind in find(Decomposition).values():
         form = kind()
         taken = {site.name: _ranks(form, site, macs) for site in chosen if form.refuse(site.layer) is None}
-        for source, moments in sources.items() if taken else ():
+        for source, covariances in sources.items() if taken else ():
             errors, seconds = [], 0.0
             for site in chosen:
                 if site.name in taken:
                     start = time.perf_counter()
-                    factors = form.factorize(site.layer, site.weight, taken[site.name], moments and moments[site.name])
+                    factors = form.factorize(site.layer, site.weight, taken[site.name], covariances[site.name])
                     seconds += time.perf_counter() - start
                     made = form.reconstruct(site.layer, factors)
                     errors.append(relative_error(site.weight, made, truth[site.name]))
@@ -65,8 +67,8 @@ def main(
     publish(f"Factors at {macs:g} of the MACs: {network}, {named}", rows, seed, Target(), json)
 
 
-def _moments(program: Program, step: str) -> dict[str, Moments]:
-    return dict(Pipeline.parse(step).run(program).facts[Calibration].moments)
+def _covariances(program: Program, step: str) -> dict[str, Covariance]:
+    return dict(Pipeline.parse(step).run(program).facts[Calibration].covariances)
 
 
 def _ranks(form: Decomposition, site: Site, macs: float) -> Ranks:

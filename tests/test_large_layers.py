@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Moments
-from tdcompile.numerics.covariance import Range, Sketch
+from tdcompile.numerics.covariance import Identity, LowRankPlusDiagonal
+from tdcompile.numerics.nystrom import NystromSketch
 from tdcompile.passes.analyze.calibrate import Calibrate
 from tdcompile.passes.decompose.svd import SVD
 from tdcompile.passes.decompose.tt_linear import TTLinear
@@ -83,7 +83,8 @@ def test_beside_the_weight_there_is_less_than_twice_as_much(
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(layer.weight_shape, generator=generator)
     inputs = layer.in_channels
-    moments = Moments(Sketch(torch.randn(inputs, 64, generator=generator), torch.ones(inputs)), 64) if data else None
+    factor = torch.randn(inputs, 64, generator=generator)
+    moments = LowRankPlusDiagonal(factor, torch.ones(inputs), 64) if data else Identity(inputs)
     own = weight.numel() * weight.element_size()
     assert peak(lambda: form.factorize(layer, weight, ranks, moments)) < 2 * own
     assert peak(lambda: form.errors(layer, weight, [ranks, form.exact_ranks(layer)], moments)) < 2 * own
@@ -94,7 +95,7 @@ def test_a_sketch_of_vgg16s_widest_layer_takes_less_than_a_gigabyte() -> None:
     batches = [torch.rand(Calibrate.batch, VGG.in_channels, generator=generator) for _ in range(2)]
 
     def work() -> None:
-        gathered = Range(VGG.in_channels, Calibrate.sketch, generator)
+        gathered = NystromSketch(VGG.in_channels, Calibrate.sketch, generator)
         for batch in batches:
             gathered.add(batch)
         made.append(gathered.result())
@@ -114,6 +115,6 @@ def test_vgg16s_widest_layer_is_factorised_in_less_than_a_gigabyte_beside_it(
     generator, inputs = torch.Generator().manual_seed(0), VGG.in_channels
     weight = torch.randn(VGG.weight_shape, generator=generator)
     factor = torch.randn(inputs, Calibrate.sketch, generator=generator) if data else None
-    moments = None if factor is None else Moments(Sketch(factor, torch.ones(inputs)), 1024)
+    moments = Identity(inputs) if factor is None else LowRankPlusDiagonal(factor, torch.ones(inputs), 1024)
     assert peak(lambda: form.factorize(VGG, weight, ranks, moments)) < GIGABYTE
     assert peak(lambda: form.errors(VGG, weight, [ranks, form.exact_ranks(VGG)], moments)) < GIGABYTE

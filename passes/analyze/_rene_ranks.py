@@ -14,6 +14,7 @@ from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan, Ranks, within
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Cost
+from tdcompile.numerics.covariance import Identity
 from tdcompile.planning.pricing import Prices
 from tdcompile.planning.rank_grid import tied
 
@@ -225,7 +226,8 @@ class SingleRanks(Prices):
     def _learn(self, name: str, ranks: Sequence[int]) -> None:
         site, missing = self.sites[name], [rank for rank in ranks if (name, rank) not in self._errors]
         space = [self.ranks(name, rank) for rank in missing]
-        found = self.forms[name].errors(site.layer, site.weight, space, None) if space else []
+        plain = Identity.of(site.weight)
+        found = self.forms[name].errors(site.layer, site.weight, space, plain) if space else []
         self._errors |= {(name, rank): float(error) for rank, error in zip(missing, found, strict=True)}
 
     def _slope(self, name: str, low: int, high: int) -> float:

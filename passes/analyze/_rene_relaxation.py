@@ -13,6 +13,7 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.errors import TdcompileError
 from tdcompile.ir.plan import Ranks
 from tdcompile.ir.program import Site
+from tdcompile.numerics.covariance import Identity
 from tdcompile.passes.analyze._rene_ranks import WHOLE
 
 
@@ -69,9 +70,10 @@ class Relaxed(nn.Module):
         super().__init__()
         self.site, self.form, self.candidates = site, form, list(candidates)
         self.coefficients = nn.Parameter(torch.zeros(len(candidates)))
+        plain = Identity.of(site.weight)
         self.factors = nn.ModuleList(
             nn.ParameterList(
-                nn.Parameter(factor.float()) for factor in form.factorize(site.layer, site.weight, tie(rank), None)
+                nn.Parameter(factor.float()) for factor in form.factorize(site.layer, site.weight, tie(rank), plain)
             )
             for rank in candidates
             if rank != WHOLE

@@ -15,10 +15,11 @@ from tdcompile.errors import InputError
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.im2col import patches_at, positions
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Calibration, Moments
+from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Program, Site, sites
-from tdcompile.numerics.covariance import Range
+from tdcompile.numerics.covariance import Covariance, Full, PerGroup
+from tdcompile.numerics.nystrom import NystromSketch
 from tdcompile.support.options import Count
 from tdcompile.support.progress import report_progress
 
@@ -68,7 +69,7 @@ class Calibrate(AnalysisPass):
         finally:
             for hook in hooks:
                 hook.remove()
-        return Calibration({name: tap.moments() for name, tap in taps.items()}, skipped, count)
+        return Calibration({name: tap.covariance() for name, tap in taps.items()}, skipped, count)
 
     def _taps(self, program: Program, count: int) -> tuple[dict[str, _Tap], dict[str, str]]:
         taps, skipped = {}, {}
@@ -86,9 +87,9 @@ class Calibrate(AnalysisPass):
                 taps[name] = _Tap(site, each, program.generator(f"calibrate/{name}"), sums)
         return taps, skipped
 
-    def _sketched(self, width: int, name: str, program: Program) -> Range:
+    def _sketched(self, width: int, name: str, program: Program) -> NystromSketch:
         log.info("calibrate: a sketch of rank %d stands for the %d x %d moments of %s", self.sketch, width, width, name)
-        return Range(width, self.sketch, program.generator(f"calibrate/{name}/sketch"))
+        return NystromSketch(width, self.sketch, program.generator(f"calibrate/{name}/sketch"))
 
 
 @dataclass
@@ -108,9 +109,10 @@ class _Sums:
         self.total = product if self.total is None else self.total.add_(product)
         self.seen += len(rows)
 
-    def result(self) -> Tensor:
-        assert self.total is not None  # asked for only where something was seen
-        return self.total.div_(self.seen)
+    def result(self) -> Covariance:
+        assert self.total is not None  # the caller checks ``seen``
+        mean = self.total.div_(self.seen)
+        return Full(mean, self.seen) if self.groups == 1 else PerGroup(mean, self.seen)
 
 
 @dataclass
@@ -120,7 +122,7 @@ class _Tap:
     site: Site
     places: int
     generator: torch.Generator
-    sums: _Sums | Range
+    sums: _Sums | NystromSketch
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         patches = patches_of(self.site.layer, input_of(arguments, named), self.places, self.generator)
@@ -128,10 +130,10 @@ class _Tap:
             raise InputError(f"NaN or Inf reaches the layer '{self.site.name}' on calibration data")
         self.sums.add(patches)
 
-    def moments(self) -> Moments:
+    def covariance(self) -> Covariance:
         if not self.sums.seen:
             raise InputError(f"no calibration data reached the layer '{self.site.name}'")
-        return Moments(self.sums.result(), self.sums.seen)
+        return self.sums.result()
 
 
 def patches_of(layer: Layer, x: Tensor, places: int, generator: torch.Generator) -> Tensor:

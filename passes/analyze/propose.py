@@ -17,10 +17,11 @@ from tdcompile.errors import TdcompileError, during
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Baseline, Calibration, Moments
+from tdcompile.ir.measurements import Baseline, input_covariance
 from tdcompile.ir.plan import DENSE, Candidate, Candidates, Ranks, Spectrum
 from tdcompile.ir.program import Program, Site, kept_dense, parameters_of, sites
 from tdcompile.ir.target import Cost, total
+from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import gram
 from tdcompile.planning.pricing import price
 from tdcompile.support.options import Count
@@ -40,7 +41,7 @@ _FOR_ANOTHER = (
     ReasonCode.UNGROUPED,
 )
 
-_Work = tuple[Decomposition, Layer, Tensor, Sequence[Ranks], Moments | None]
+_Work = tuple[Decomposition, Layer, Tensor, Sequence[Ranks], Covariance]
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,10 @@ class Propose(AnalysisPass):
         found: Mapping[str, Site],
         drafts: Mapping[str, Mapping[Decomposition, Sequence[tuple[Ranks, Cost]]]],
     ) -> Iterator[_Work]:
-        calibration = program.facts.get(Calibration)
-        moments = calibration.moments if calibration else {}
         for name, site in found.items():
+            covariance = input_covariance(program.facts, name, site.weight)
             for form, kept in drafts[name].items():
-                yield form, site.layer, site.weight, [ranks for ranks, _ in kept], moments.get(name)
+                yield form, site.layer, site.weight, [ranks for ranks, _ in kept], covariance
 
     def _prices(
         self,
@@ -179,9 +179,9 @@ class Propose(AnalysisPass):
 
 
 def _errors(work: _Work) -> Sequence[float]:
-    form, layer, weight, space, moments = work
+    form, layer, weight, space, covariance = work
     with during(f"in the decomposition {form.told()}, the errors of a layer {layer.weight_shape}"):
-        return form.errors(layer, weight, space, moments)
+        return form.errors(layer, weight, space, covariance)
 
 
 def _checked(

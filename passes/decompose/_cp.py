@@ -15,23 +15,19 @@ from torch import Tensor
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
-from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
+from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.cp import (
-    CYCLES,
     DEGENERATE,
-    allowed,
     balanced,
     columns_product,
     component_norm,
-    correct,
     cp_als,
     cp_compose,
     cp_exact,
-    mode_weights,
-    sensitivity,
     slice_start,
 )
+from tdcompile.numerics.cp_correction import CYCLES, allowed, correct, mode_weights, sensitivity
 from tdcompile.numerics.output_error import OutputMetric
 from tdcompile.passes.decompose._error_estimates import anchored, spread
 
@@ -84,7 +80,7 @@ class Polyadic(Decomposition):
         multiples = {int(top ** (i / steps) + 1e-9) for i in range(steps + 1)} if top else set()
         return [*((grain * multiple,) for multiple in sorted(multiples)), (exact,)]
 
-    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """Alternating least squares, then error-preserving correction; with moments of the whitened weight.
 
         With moments the last factor is found again in the metric of the output. At the exact rank the factors are
@@ -94,7 +90,8 @@ class Polyadic(Decomposition):
         if ranks >= self.exact_ranks(layer):
             last, *others = cp_exact(tensor, ranks[0])
         else:
-            last, *others = self._factors(tensor, ranks[0], OutputMetric(weight, moments.metric) if moments else None)
+            metric = None if covariance.is_identity else OutputMetric(weight, covariance)
+            last, *others = self._factors(tensor, ranks[0], metric)
         found = [*(factor.T for factor in others), last]
         parts = self.blueprint(layer, ranks)
         return tuple(f.reshape(part.weight_shape).to(weight.dtype) for f, part in zip(found, parts, strict=True))
@@ -117,13 +114,13 @@ class Polyadic(Decomposition):
         )
 
     @torch.no_grad()
-    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
         """What the SVDs of the slices leave at each rank, brought to the truth by a factorisation at a few ranks.
 
         The correction for sensitivity is not done for an estimate: it uses up the error that it is allowed.
         """
         tensor = self._tensor(layer, weight)
-        metric = OutputMetric(weight, moments.metric) if moments is not None else None
+        metric = None if covariance.is_identity else OutputMetric(weight, covariance)
         root = metric.channel_root(tensor.shape[1]) if metric is not None else None
         whitened = tensor if root is None else _whiten(tensor, root)
         left, start = slice_start(whitened)

@@ -16,8 +16,8 @@ from torch import Tensor
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
-from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
+from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import balance, low_rank, low_rank_errors, operands
 from tdcompile.planning.rank_grid import grid
 
@@ -58,10 +58,10 @@ class Channel(Decomposition):
         first = replace(layer, out_channels=rank, bias=False)
         return first, replace(layer.point(), in_channels=rank, extent=first.out_extent)
 
-    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """``(r, C, *kernel)`` and ``(T, r, 1, ...)``, every component's norm split evenly between them."""
-        flat, second = operands(weight, moments.metric if moments else None, min(len(weight), weight[0].numel()))
-        last, first = balance(low_rank(flat, second, ranks[0]))
+        flat, covariance = operands(weight, covariance, min(len(weight), weight[0].numel()))
+        last, first = balance(low_rank(flat, covariance, ranks[0]))
         shapes = (part.weight_shape for part in self.blueprint(layer, ranks))
         return tuple(f.reshape(s).to(weight.dtype) for f, s in zip((first, last), shapes, strict=True))
 
@@ -70,10 +70,10 @@ class Channel(Decomposition):
         first, last = factors
         return (last.flatten(1) @ first.flatten(1)).reshape(layer.weight_shape)
 
-    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
         """Exact, from the tails of one spectrum."""
-        flat, second = operands(weight, moments.metric if moments else None, min(len(weight), weight[0].numel()))
-        spectrum = low_rank_errors(flat, second).tolist()
+        flat, covariance = operands(weight, covariance, min(len(weight), weight[0].numel()))
+        spectrum = low_rank_errors(flat, covariance).tolist()
         return [spectrum[rank] for (rank,) in space]
 
     def _macs(self, layer: Layer, ranks: Ranks) -> int:

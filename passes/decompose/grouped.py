@@ -15,14 +15,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdcompile.core.decomposition import Decomposition, energy
+from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import find, make
 from tdcompile.core.spec import parse_spec
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
-from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
+from tdcompile.numerics.covariance import Covariance
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Grouped(Decomposition):
             for part in self._form(layer).blueprint(_one(layer), ranks)
         )
 
-    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """The factors of all groups, one group after another."""
         one, form = _one(layer), self._form(layer)
-        made = [form.factorize(one, own, ranks, seen) for own, seen in _groups(layer, weight, moments)]
+        made = [form.factorize(one, own, ranks, seen) for own, seen in _groups(layer, weight, covariance)]
         return tuple(torch.cat(factors) for factors in zip(*made, strict=True))
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
@@ -91,12 +91,12 @@ class Grouped(Decomposition):
         parts = zip(*(factor.chunk(layer.groups) for factor in factors), strict=True)
         return torch.cat([form.reconstruct(one, own) for own in parts])
 
-    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
         """Those of the groups, each by its share of the output's energy."""
         one, form = _one(layer), self._form(layer)
         lost, whole = [0.0] * len(space), torch.finfo(torch.float64).tiny
-        for own, seen in _groups(layer, weight, moments):
-            amount = max(energy(own.detach().flatten(1).double(), seen), 0.0)  # round-off may leave it below
+        for own, seen in _groups(layer, weight, covariance):
+            amount = max(seen.energy(own.detach().flatten(1).double()), 0.0)  # round-off may leave it below
             whole += amount
             found = form.errors(one, own, space, seen)
             lost = [sum_ + amount * error**2 for sum_, error in zip(lost, found, strict=True)]
@@ -116,7 +116,7 @@ def _one(layer: Layer) -> Layer:
     )
 
 
-def _groups(layer: Layer, weight: Tensor, moments: Moments | None) -> Iterator[tuple[Tensor, Moments | None]]:
-    """Each group's weight and moments."""
+def _groups(layer: Layer, weight: Tensor, covariance: Covariance) -> Iterator[tuple[Tensor, Covariance]]:
+    """Yield the weight of each group and the covariance of its inputs."""
     for place, own in enumerate(weight.chunk(layer.groups)):
-        yield own, moments.of_group(place) if moments else None
+        yield own, covariance.of_group(place)

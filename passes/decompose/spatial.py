@@ -19,9 +19,8 @@ from torch import Tensor
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
-from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
-from tdcompile.numerics.covariance import Sketch
+from tdcompile.numerics.covariance import Covariance, Identity
 from tdcompile.numerics.input_basis import core_of, input_map, residuals
 from tdcompile.numerics.low_rank import balance, operands
 from tdcompile.planning.rank_grid import grid
@@ -82,13 +81,14 @@ class Spatial(Decomposition):
             dilation=(1, layer.dilation[1]),
         )
 
-    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """``(r, C, kh, 1)``, orthonormal up to a scale, and ``(T, r, 1, kw)``."""
-        flat, second = operands(weight, moments.metric if moments else None, weight[0].numel())
-        metric = None if ranks == self.exact_ranks(layer) else second
-        maps = _maps(flat, metric, layer.kernel[1], ranks[0])
-        basis = min(maps, key=lambda basis: float(residuals(flat, metric, basis, ranks).sum()))
-        factors = balance((basis.T, core_of(flat, metric, basis)))
+        flat, covariance = operands(weight, covariance, weight[0].numel())
+        if ranks == self.exact_ranks(layer):
+            covariance = Identity.of(flat)
+        maps = _maps(flat, covariance, layer.kernel[1], ranks[0])
+        basis = min(maps, key=lambda basis: float(residuals(flat, covariance, basis, ranks).sum()))
+        factors = balance((basis.T, core_of(flat, covariance, basis)))
         shapes = (part.weight_shape for part in self.blueprint(layer, ranks))
         return tuple(f.reshape(s).to(weight.dtype) for f, s in zip(factors, shapes, strict=True))
 
@@ -97,15 +97,15 @@ class Spatial(Decomposition):
         vertical, horizontal = factors
         return torch.einsum("rcy,trx->tcyx", vertical.squeeze(3), horizontal.squeeze(2))
 
-    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
         """What ``factorize`` has, all ranks from one regression for each map; 0 at the exact rank."""
-        flat, second = operands(weight, moments.metric if moments else None, weight[0].numel())
+        flat, covariance = operands(weight, covariance, weight[0].numel())
         exact = self.exact_ranks(layer)
         levels = sorted({rank for (rank,) in space if (rank,) != exact})
         if not levels:
             return [0.0] * len(space)
-        maps = _maps(flat, second, layer.kernel[1], levels[-1])
-        lost = torch.stack([residuals(flat, second, basis, [0, *levels]).double().sum(0) for basis in maps]).amin(0)
+        maps = _maps(flat, covariance, layer.kernel[1], levels[-1])
+        lost = torch.stack([residuals(flat, covariance, basis, [0, *levels]).double().sum(0) for basis in maps]).amin(0)
         if not lost[0] > 0:  # an output that is always zero is lost by no rank
             return [0.0] * len(space)
         known = dict(zip(levels, (lost[1:] / lost[0]).sqrt().tolist(), strict=True))
@@ -115,6 +115,7 @@ class Spatial(Decomposition):
         return sum(part.macs for part in self.blueprint(layer, ranks))
 
 
-def _maps(flat: Tensor, second: Tensor | Sketch | None, taps: int, rank: int) -> list[Tensor]:
-    """The input maps that compete: that of the data, if there are any, and that of the weight alone."""
-    return [input_map(flat, metric, taps, rank) for metric in ([None] if second is None else [second, None])]
+def _maps(flat: Tensor, covariance: Covariance, taps: int, rank: int) -> list[Tensor]:
+    """Return the candidate input maps: from the covariance, if there is data, and from the weight alone."""
+    plain = input_map(flat, Identity.of(flat), taps, rank)
+    return [plain] if covariance.is_identity else [input_map(flat, covariance, taps, rank), plain]

@@ -16,8 +16,8 @@ from torch import Tensor
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
-from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
+from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import balance, low_rank, low_rank_errors, matrix_of
 from tdcompile.planning.rank_grid import grid
 
@@ -69,11 +69,10 @@ class SVD(Decomposition):
             padding_mode="zeros",
         )
 
-    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """``(r, C, ...)`` and ``(T, r, ...)``, every component's norm split evenly between them."""
-        second = moments.metric if moments else None
-        flat = matrix_of(weight, second)
-        last, first = balance(low_rank(flat, second, ranks[0]))
+        flat = matrix_of(weight, covariance)
+        last, first = balance(low_rank(flat, covariance, ranks[0]))
         shapes = (part.weight_shape for part in self.blueprint(layer, ranks))
         return tuple(f.reshape(s).to(weight.dtype) for f, s in zip((first, last), shapes, strict=True))
 
@@ -82,10 +81,9 @@ class SVD(Decomposition):
         first, last = factors
         return (last.flatten(1) @ first.flatten(1)).reshape(layer.weight_shape)
 
-    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
         """Exact, from the tails of one spectrum."""
-        second = moments.metric if moments else None
-        spectrum = low_rank_errors(matrix_of(weight, second), second).tolist()
+        spectrum = low_rank_errors(matrix_of(weight, covariance), covariance).tolist()
         return [spectrum[rank] for (rank,) in space]
 
     def _macs(self, layer: Layer, ranks: Ranks) -> int:

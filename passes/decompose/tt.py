@@ -13,8 +13,8 @@ from torch import Tensor
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
-from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
+from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import balance
 from tdcompile.numerics.output_error import OutputMetric
 from tdcompile.numerics.tensor_train import share_bond, tail, tt_compose, tt_svd
@@ -90,16 +90,16 @@ class TT(Decomposition):
         return first, rows, columns, last
 
     @torch.no_grad()
-    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """TT-SVD; with moments the better of it and that of the whitened weight, the last factor of both refitted.
 
         The first and last factors are gauged orthonormal and each index of the middle bond shares its scale; then each
         factor is scaled as a whole, so that all are balanced.
         """
-        if moments is None:
+        if covariance.is_identity:
             cores = tt_svd(_tensor(weight), ranks)
         else:
-            cores, _ = _fit_output(weight, ranks, OutputMetric(weight, moments.metric))
+            cores, _ = _fit_output(weight, ranks, OutputMetric(weight, covariance))
         turned, scale = torch.linalg.qr(cores[3].squeeze(2).T)
         rows, columns = share_bond(cores[1], cores[2] @ scale.T)
         found = balance((cores[0].squeeze(0).T, rows.permute(2, 0, 1), columns.permute(2, 0, 1), turned))
@@ -112,9 +112,9 @@ class TT(Decomposition):
         return tt_compose([first.movedim(1, 0), rows, columns, last.movedim(1, 2)]).movedim(-1, 0)
 
     @torch.no_grad()
-    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
         """The energy that the three unfoldings leave bounds the error; a TT-SVD at a few ranks corrects it."""
-        metric = OutputMetric(weight, moments.metric) if moments is not None else None
+        metric = None if covariance.is_identity else OutputMetric(weight, covariance)
         tensor = _tensor(weight) if metric is None else _whiten(weight, metric)
         total = float(tensor.square().sum()) + torch.finfo(tensor.dtype).tiny
         inner = sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
-from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
 from tdcompile.ir.saved_classes import saved_as
-from tdcompile.numerics.input_basis import between
-from tdcompile.numerics.low_rank import cholesky, energy, ridge
+from tdcompile.numerics.cholesky import cholesky, ridge
+from tdcompile.numerics.covariance import Covariance
+from tdcompile.numerics.low_rank import energy
 from tdcompile.numerics.output_error import OutputMetric
 from tdcompile.numerics.tensor_train import precise_in, share_bond, tail, tt_compose, tt_svd
 from tdcompile.passes.decompose._error_estimates import anchored, spread
@@ -79,16 +79,16 @@ class TTLinear(Decomposition):
         return tuple(parts)
 
     @torch.no_grad()
-    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """TT-SVD, every bond's scale shared by its two cores; with moments that or the whitened one, scaled.
 
         A chain stays one where each input mode is whitened by itself: by the root of the mean over the other modes of
         S's diagonal blocks, as if S were their Kronecker product (this project's completion).
         """
-        if moments is None:
+        if covariance.is_identity:
             cores = tt_svd(self._tensor(layer, weight), ranks)
         else:
-            metric = OutputMetric(weight, moments.metric)
+            metric = OutputMetric(weight, covariance)
             cores, _ = self._fit_output(layer, weight, ranks, metric, self._roots(layer, metric))
         for k in reversed(range(self.cores - 1)):
             cores[k], cores[k + 1] = share_bond(cores[k], cores[k + 1])
@@ -104,9 +104,9 @@ class TTLinear(Decomposition):
         return self._weight(layer, cores)
 
     @torch.no_grad()
-    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
         """The energy that the unfoldings leave: the error itself with two cores and no moments, else corrected."""
-        metric = OutputMetric(weight, moments.metric) if moments is not None else None
+        metric = None if covariance.is_identity else OutputMetric(weight, covariance)
         roots = self._roots(layer, metric) if metric is not None else []
         tensor = self._tensor(layer, weight, roots)
         total = energy(tensor.flatten(1)) + torch.finfo(tensor.dtype).tiny
@@ -152,8 +152,8 @@ class TTLinear(Decomposition):
         """Lower triangular L_k, ``(c_k, c_k)``, with L_k L_kᵀ the second moment of an input mode."""
         sizes, roots = [c for _, c in self._modes(layer)], []
         for k, size in enumerate(sizes):
-            block = between(metric.second, math.prod(sizes[:k]), size, math.prod(sizes[k + 1 :])).double()
-            roots.append(cholesky(block, ridge(block)))
+            block = metric.covariance.between(math.prod(sizes[:k]), size, math.prod(sizes[k + 1 :])).double()
+            roots.append(cholesky(block, ridge(block.diagonal())))
         return roots
 
     def _modes(self, layer: Layer) -> list[tuple[int, int]]:

@@ -20,10 +20,10 @@ from torch import Tensor
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, in_groups
-from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
-from tdcompile.numerics.input_basis import core_of, input_map, refine, regress, residuals, settle
-from tdcompile.numerics.low_rank import balance, leading, operands, unfold
+from tdcompile.numerics.covariance import Covariance
+from tdcompile.numerics.input_basis import core_of, input_map, refine, regress, residuals
+from tdcompile.numerics.low_rank import balance, leading, left_vectors, operands, unfold
 from tdcompile.planning.rank_grid import grid
 
 # Candidates for each of the two ranks: their product is what selectors have to look through.
@@ -85,21 +85,21 @@ class Tucker2(Decomposition):
             replace(point, in_channels=rank_out, extent=core.out_extent),
         )
 
-    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """``(r_in, C, 1, ...)``, ``(r_out, r_in, *kernel)``, ``(T, r_out, 1, ...)``; the outer two orthonormal."""
-        flat, second = operands(weight, moments.metric if moments else None, weight[0].numel())
+        flat, covariance = operands(weight, covariance, weight[0].numel())
         rank_out, rank_in = ranks
-        left = leading(flat, second, rank_out)
-        basis = input_map(left.T @ flat, second, layer.taps, rank_in)
+        left = leading(flat, covariance, rank_out)
+        basis = input_map(left.T @ flat, covariance, layer.taps, rank_in)
         for _ in range(0 if ranks == self.exact_ranks(layer) else self.sweeps):
-            explained, root = regress(flat, second, basis)
-            left = leading(explained, None, rank_out)
+            explained, equations = regress(flat, covariance, basis)
+            left = left_vectors(explained, rank_out)
             rows = left.T @ flat
-            if second is None:
-                basis = input_map(rows, None, layer.taps, rank_in)
+            if covariance.is_identity:
+                basis = input_map(rows, covariance, layer.taps, rank_in)
             else:
-                basis = refine(rows, second, settle(left.T @ explained, root), basis, STEPS)
-        factors = balance((basis.T, core_of(left.T @ flat, second, basis), left))
+                basis = refine(rows, covariance, equations.settle(left.T @ explained), basis, STEPS)
+        factors = balance((basis.T, core_of(left.T @ flat, covariance, basis), left))
         shapes = (part.weight_shape for part in self.blueprint(layer, ranks))
         return tuple(f.reshape(s).to(weight.dtype) for f, s in zip(factors, shapes, strict=True))
 
@@ -109,20 +109,20 @@ class Tucker2(Decomposition):
         product = torch.einsum("ic,oik,to->tck", first.flatten(1), core.flatten(2), last.flatten(1))
         return product.reshape(layer.weight_shape)
 
-    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
         """Those of the closed-form start, all pairs from nested bases and one core; 0 at the exact ranks.
 
         What the sweeps gain is not in it: a bound from above, by 0.005 as a rule, by up to 0.04 at the lowest ranks.
         """
-        flat, second = operands(weight, moments.metric if moments else None, weight[0].numel())
+        flat, covariance = operands(weight, covariance, weight[0].numel())
         exact = self.exact_ranks(layer)
-        rows = leading(flat, second, exact[0]).T @ flat
+        rows = leading(flat, covariance, exact[0]).T @ flat
         outs, ins = (sorted(set(levels)) for levels in zip(*space, strict=True))
-        if second is None:
+        if covariance.is_identity:
             gained = _captured(rows.reshape(len(rows), layer.in_channels, -1), outs, ins)
             whole = rows.square().sum().double()
         else:
-            lost = residuals(rows, second, input_map(flat, second, layer.taps, ins[-1]), [0, *ins]).double()
+            lost = residuals(rows, covariance, input_map(flat, covariance, layer.taps, ins[-1]), [0, *ins]).double()
             gained, whole = (lost[:, :1] - lost[:, 1:]).cumsum(0)[[rank - 1 for rank in outs]], lost[:, 0].sum()
         if not whole > 0:  # an output that is always zero is lost by no rank
             return [0.0] * len(space)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tdcompile.core.decomposition import Decomposition, relative_error
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.ir.measurements import Calibration, Moments
+from tdcompile.ir.measurements import input_covariance
 from tdcompile.ir.program import Program, Site, sites
+from tdcompile.numerics.covariance import Covariance
 from tdcompile.planning.rank_grid import ranks_for
 
 FORMS = ("tucker2", "svd", "grouped")  # convolutions, layers of one tap, and those in groups
@@ -26,7 +27,7 @@ class Trial:
 
     Attributes:
         weight: W̃, of the shape of its weight.
-        error: relative, of the layer's output where there are moments, else of its weight.
+        error: relative, of the layer's output if there is calibration data, else of its weight.
     """
 
     site: Site
@@ -60,22 +61,21 @@ def trials(
     """
     if not 0 < share <= 1:
         raise InputError(f"share={share:g} is not in (0, 1]: 0.5 keeps half of a layer's weights")
-    calibration = program.facts.get(Calibration)
     known = [make(Decomposition, form) for form in forms]
     made = {}
     for name, site in sites(program).items():
         form = next((form for form in known if form.refuse(site.layer) is None), None)
         if form is None or (largest is not None and min(site.weight.flatten(1).shape) > largest):
             continue
-        made[name] = _trial(site, form, share, calibration.moments.get(name) if calibration else None)
+        made[name] = _trial(site, form, share, input_covariance(program.facts, name, site.weight))
     return made
 
 
-def _trial(site: Site, form: Decomposition, share: float, moments: Moments | None) -> Trial:
+def _trial(site: Site, form: Decomposition, share: float, covariance: Covariance) -> Trial:
     ranks = ranks_for(form, site.layer, share)
-    factors = form.factorize(site.layer, site.weight, ranks, moments)
+    factors = form.factorize(site.layer, site.weight, ranks, covariance)
     weight = form.reconstruct(site.layer, factors)
-    error = relative_error(site.weight, weight, moments)
+    error = relative_error(site.weight, weight, covariance)
     if error < _TOLD and max(ranks) > 1:
-        return _trial(site, form, share / 2, moments)
+        return _trial(site, form, share / 2, covariance)
     return Trial(site, weight, error)

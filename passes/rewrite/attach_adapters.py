@@ -13,6 +13,7 @@ from tdcompile.core.registry import make
 from tdcompile.ir.diagnostics import Diagnostic, Reason
 from tdcompile.ir.graph_edits import replace_module
 from tdcompile.ir.program import Change, Program, Site, kept_dense, sites
+from tdcompile.numerics.covariance import Identity
 from tdcompile.support.options import Share
 from tdcompile.support.progress import report_progress
 from tdcompile.training.adapters import Parallel
@@ -59,7 +60,7 @@ class AttachAdapters(RewritePass):
             assert reason is not None  # otherwise it would be the form
             return reason
         ranks = tuple(max(1, round(self.rank * most)) for most in form.exact_ranks(site.layer))
-        factors = form.factorize(site.layer, site.weight, ranks, None)
+        factors = form.factorize(site.layer, site.weight, ranks, Identity.of(site.weight))
         bias = site.module.bias
         assert bias is None or isinstance(bias, Tensor)  # what convolutions and linear layers have
         return Parallel(site.layer, str(form.spec()), ranks, site.weight, factors, bias, zero=self.init == "zero")

@@ -19,6 +19,7 @@ from tdcompile.ir.graph_edits import replace_module
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Change, Program, Site
+from tdcompile.numerics.covariance import Identity
 from tdcompile.planning.pricing import Prices
 from tdcompile.training.adapters import Parallel, parallel_layers
 
@@ -66,7 +67,8 @@ class DetachDense(RewritePass):
         choices, reasons = {}, {}
         for name, site in prices.sites.items():
             layer = layers.get(name)
-            error = 0.0 if layer is None else relative_error(site.weight, layer.effective(), None)
+            plain = Identity.of(site.weight)
+            error = 0.0 if layer is None else relative_error(site.weight, layer.effective(), plain)
             if layer is None or layer.stays:
                 choices[name] = Candidate(DENSE, (), error, prices.layers[name])
                 reasons[name] = told.get(name, Reason(ReasonCode.REFUSED, "it has no adapter"))

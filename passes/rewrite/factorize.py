@@ -14,9 +14,10 @@ from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import replace_module
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Calibration, Moments
+from tdcompile.ir.measurements import input_covariance
 from tdcompile.ir.plan import DENSE, RankPlan, Ranks
 from tdcompile.ir.program import Change, Program, kept_dense, sites
+from tdcompile.numerics.covariance import Covariance
 from tdcompile.planning.plan_file import check, estimated
 from tdcompile.support.options import Count
 from tdcompile.support.process_pool import parallel_map
@@ -36,18 +37,16 @@ class Factorize(RewritePass):
     jobs: Count = 1
 
     def run(self, program: Program) -> Program:
-        """As of any rewrite; a plan by hand gets the errors that the moments tell of it."""
+        """Run the rewrite; a plan by hand first gets the errors of the layers' outputs."""
         return super().run(estimated(program))
 
     def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
-        """Factorise each layer's weight, output-error optimal where there are moments.
+        """Factorise each layer's weight, output-error optimal if there is calibration data.
 
         Raises:
             InputError: the plan names a layer, form or rank that this network does not have, or one that is to stay.
         """
         found, chosen = sites(program), program.facts[RankPlan].choices
-        calibration = program.facts.get(Calibration)
-        moments = calibration.moments if calibration else {}
         for name in chosen:
             if name not in found:
                 raise InputError(f"the plan is for another network: it has no layer '{name}'; {nearest(name, found)}")
@@ -55,8 +54,9 @@ class Factorize(RewritePass):
         kept = kept_dense(program, found)
         forms = {name: check(found[name], choice, kept) for name, choice in replaced.items()}
         work = (
-            (forms[name], found[name].layer, found[name].weight, choice.ranks, moments.get(name))
+            (forms[name], site.layer, site.weight, choice.ranks, input_covariance(program.facts, name, site.weight))
             for name, choice in replaced.items()
+            for site in (found[name],)
         )
         history: list[Change | Diagnostic] = []
         made = zip(replaced.items(), parallel_map(_factors, work, self.jobs), strict=True)
@@ -73,7 +73,7 @@ class Factorize(RewritePass):
         return Rewritten(graph, history)
 
 
-def _factors(work: tuple[Decomposition, Layer, Tensor, Ranks, Moments | None]) -> tuple[Tensor, ...]:
-    form, layer, weight, ranks, moments = work
+def _factors(work: tuple[Decomposition, Layer, Tensor, Ranks, Covariance]) -> tuple[Tensor, ...]:
+    form, layer, weight, ranks, covariance = work
     with during(f"in the decomposition {form.told()} of a layer {layer.weight_shape}"):
-        return form.factorize(layer, weight, ranks, moments)
+        return form.factorize(layer, weight, ranks, covariance)

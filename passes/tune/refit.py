@@ -29,11 +29,11 @@ from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.graph_edits import calls_of, module_at, only_user
 from tdcompile.ir.im2col import patches_at, positions, values_at
 from tdcompile.ir.layer import Layer, owner
-from tdcompile.ir.measurements import Moments
 from tdcompile.ir.modules import parent_of, tensors_in
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Change, Program, Site, kept_dense, sites_of
 from tdcompile.ir.target import Cost
+from tdcompile.numerics.covariance import Full
 from tdcompile.passes.tune._least_squares import Sums
 from tdcompile.passes.tune._node_values import Stream, follows
 from tdcompile.support.options import Count, NonNegative
@@ -205,7 +205,7 @@ class _Aim:
             if sums.affine:
                 owner(new).bias = nn.Parameter(sums.intercept(slope).to(dtype))
         else:
-            factors = form.factorize(layer, weight, choice.ranks, Moments(sums.moments()[0], sums.count))
+            factors = form.factorize(layer, weight, choice.ranks, Full(sums.moments()[0], sums.count))
             slope = form.reconstruct(layer, factors).flatten(1).double()
             new = form.build(layer, choice.ranks, factors, sums.intercept(slope).to(dtype) if sums.affine else None)
         parent, leaf = parent_of(self.graph, name)

@@ -25,9 +25,9 @@ from tdcompile.core.registry import foreign_packages
 from tdcompile.errors import InputError, TdcompileError, UnwrittenError, first_line
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Fact, Facts
-from tdcompile.ir.measurements import Calibration, Moments
+from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.program import Change, Program
-from tdcompile.numerics.covariance import Sketch
+from tdcompile.numerics.covariance import from_tensors
 from tdcompile.training.distributed import is_first
 
 log = logging.getLogger("tdcompile")
@@ -84,7 +84,7 @@ class Checkpoint:
                 facts["Calibration"] = {
                     "skipped": dict(fact.skipped),
                     "samples": fact.samples,
-                    "patches": {name: m.samples for name, m in fact.moments.items()},
+                    "patches": {name: m.samples for name, m in fact.covariances.items()},
                 }
             else:
                 facts[type(fact).__name__] = _plain(fact)
@@ -213,27 +213,19 @@ def _packages(program: Program) -> tuple[str, ...]:
 
 
 def _tensors(calibration: Calibration) -> dict[str, Tensor]:
-    """Return the tensors of all moments by ``kind/layer``."""
-    tensors: dict[str, Tensor] = {}
-    for layer, moments in calibration.moments.items():
-        if isinstance(moments.metric, Sketch):
-            tensors |= {f"factor/{layer}": moments.metric.factor, f"rest/{layer}": moments.metric.rest}
-        else:
-            tensors[f"second/{layer}"] = moments.metric
-    return tensors
-
-
-def _metric(tensors: dict[str, Tensor], layer: str) -> Tensor | Sketch:
-    if f"factor/{layer}" in tensors:
-        return Sketch(tensors[f"factor/{layer}"], tensors[f"rest/{layer}"])
-    return tensors[f"second/{layer}"]
+    """Return the tensors of all covariances, by ``name/layer``."""
+    covariances = calibration.covariances.items()
+    return {f"{name}/{layer}": tensor for layer, known in covariances for name, tensor in known.tensors().items()}
 
 
 def _fact(name: str, value: dict[str, Any], folder: Path) -> Fact:
     if name == "Calibration":
-        tensors = load_file(folder / "moments.safetensors")
-        moments = {layer: Moments(_metric(tensors, layer), count) for layer, count in value["patches"].items()}
-        return Calibration(moments, value["skipped"], value["samples"])
+        tensors: dict[str, dict[str, Tensor]] = {layer: {} for layer in value["patches"]}
+        for key, tensor in load_file(folder / "moments.safetensors").items():
+            name, _, layer = key.partition("/")
+            tensors[layer][name] = tensor
+        covariances = {layer: from_tensors(tensors[layer], count) for layer, count in value["patches"].items()}
+        return Calibration(covariances, value["skipped"], value["samples"])
     kinds = {kind.__name__: kind for kind in Fact.__subclasses__()}
     fact: Fact = TypeAdapter(kinds[name]).validate_python(value)
     return fact

@@ -19,6 +19,7 @@ from tdcompile.core.registry import find, make
 from tdcompile.frontend.tracing import trace
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.program import Program, Site, sites
+from tdcompile.numerics.covariance import Identity
 from tdcompile.numerics.low_rank import low_rank_errors, operands, unfold
 from tdcompile.recipes import Recipe
 from tdcompile.support.formatting import count
@@ -110,8 +111,8 @@ def _kind(layer: Layer) -> str:
 def _energy_ranks(weight: Tensor, mode: int) -> tuple[int, ...]:
     """The smallest ranks of an unfolding whose truncation keeps each of ``ENERGIES``: 1 - error² of it."""
     flat = unfold(weight, mode)
-    flat, _ = operands(flat, None, min(flat.shape))
-    kept = 1 - low_rank_errors(flat, None).cpu() ** 2
+    flat, _ = operands(flat, Identity.of(flat), min(flat.shape))
+    kept = 1 - low_rank_errors(flat, Identity.of(flat)).cpu() ** 2
     # At full rank rounding may leave less than everything, so that rank always counts.
     return tuple(min(int(torch.searchsorted(kept, energy - 1e-12)), len(kept) - 1) for energy in ENERGIES)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tdcompile.core.plugin import Plugin
 from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.layer import Layer, owner
-from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Ranks
+from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import blocks
 
 
@@ -45,28 +45,26 @@ class Decomposition(Plugin):
         """The small layers in order: pure arithmetic. Only the last has a bias, and only where the layer has one."""
 
     @abstractmethod
-    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, moments: Moments | None) -> tuple[Tensor, ...]:
+    def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """One factor for each layer of the blueprint, of its ``weight_shape`` and the weight's dtype, balanced.
 
         Args:
             weight: ``(T, C / groups, *kernel)``.
-            moments: of the layer's input; with them the error of the layer's output is minimised, else the weight's.
-                ``flat @ moments.metric`` works at any size; ``moments.second`` has the entries, up to 16,384 inputs.
+            covariance: of the layer's input; minimise the error of the layer's output in its metric. Without data it is
+                the identity. ``flat @ covariance`` works for any size, ``covariance.dense()`` up to 16,384 inputs.
         """
 
     @abstractmethod
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
         """The weight ``(T, C / groups, *kernel)`` that the factors compute together."""
 
-    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
         """For all ranks of a space the relative error of ``factorize``, in one go where a spectrum gives it.
 
         Here the slow way, one factorisation for each; a form with a closed expression overrides it.
         """
-        return [
-            relative_error(weight, self.reconstruct(layer, self.factorize(layer, weight, ranks, moments)), moments)
-            for ranks in space
-        ]
+        made = (self.factorize(layer, weight, ranks, covariance) for ranks in space)
+        return [relative_error(weight, self.reconstruct(layer, factors), covariance) for factors in made]
 
     def caution(self, layer: Layer, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
         """What is to be known of these factors before they are trained, in a sentence; None where there is nothing."""
@@ -93,21 +91,13 @@ def flatten(modules: Sequence[nn.Module]) -> list[nn.Module]:
     return [part for m in modules for part in (flatten(list(m)) if isinstance(m, nn.Sequential) else [m])]
 
 
-def relative_error(weight: Tensor, approximation: Tensor, moments: Moments | None) -> float:
-    """‖(W−W̃)S^½‖_F / ‖W S^½‖_F with W as T x CK, in float64; S is the identity without moments."""
+def relative_error(weight: Tensor, approximation: Tensor, covariance: Covariance) -> float:
+    """Return ‖(W−W̃)S^½‖_F / ‖W S^½‖_F with W as T x CK and S the covariance, in float64."""
     lost, whole, tiny = 0.0, 0.0, torch.finfo(torch.float64).tiny  # round-off may leave an energy below zero
-    if moments is not None and moments.groups > 1:
+    if covariance.groups > 1:
         own, other = (each.detach().flatten(1).double() for each in (weight, approximation))
-        return math.sqrt(max(energy(own - other, moments), 0.0) / max(energy(own, moments), tiny))
+        return math.sqrt(max(covariance.energy(own - other), 0.0) / max(covariance.energy(own), tiny))
     ours, theirs = (blocks(each.detach().flatten(1), torch.float64) for each in (weight, approximation))
     for own, other in zip(ours, theirs, strict=True):
-        lost, whole = lost + energy(own - other, moments), whole + energy(own, moments)
+        lost, whole = lost + covariance.energy(own - other), whole + covariance.energy(own)
     return math.sqrt(max(lost, 0.0) / max(whole, tiny))
-
-
-def energy(flat: Tensor, moments: Moments | None) -> float:
-    """‖W S^½‖_F² = trace(W S Wᵀ) for a float64 ``(T, C·K)``; of a layer in groups summed over them."""
-    if moments is not None and moments.groups > 1:
-        flat = flat.reshape(moments.groups, -1, flat.shape[1])
-    weighted = flat if moments is None else flat @ moments.metric
-    return float((weighted * flat).sum())

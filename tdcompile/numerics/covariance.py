@@ -1,44 +1,281 @@
-"""A second moment too large to keep: ``Sketch``, low rank plus diagonal, and ``Range``, which gathers it."""
+"""``Covariance``: the second moment S = E[x xᵀ] of a layer's input, in one of four forms.
+
+===========================  ======================================  ============================================
+class                        S                                       when
+===========================  ======================================  ============================================
+``Identity``                 I                                       there is no calibration data for the layer
+``Full``                     a matrix                                the layer has few inputs
+``LowRankPlusDiagonal``      F Fᵀ + diag(d)                          the matrix would be too large
+``PerGroup``                 a matrix for each group of channels     the layer is a grouped convolution
+===========================  ======================================  ============================================
+
+Code that uses a covariance multiplies by it (``flat @ covariance``) and calls its methods. It never asks for the class.
+The inputs of a convolution are ordered as in its weight: K taps for each of G groups, the taps running fastest.
+"""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-# Columns of F that are multiplied at a time: in another precision than theirs all of them would take twice the memory.
+from tdcompile.errors import InputError
+from tdcompile.numerics.cholesky import cholesky, ridge
+from tdcompile.numerics.normal_equations import FullEquations, IdentityEquations, LowRankEquations, NormalEquations
+
+# Columns of F that are converted to another precision at a time: all of them at once would double its memory.
 COLUMNS = 128
-# Rows of the sums that are worked on at a time.
-ROWS = 1024
+# Inputs up to which a low-rank covariance is written out as a matrix: 2 GB in float64.
+DENSE_LIMIT = 2**14
+
+
+class Covariance(ABC):
+    """The second moment S of the N inputs of a layer, or of one group of a grouped layer.
+
+    Attributes:
+        samples: how many input rows it was averaged over; 0 without data.
+        groups: how many matrices it holds: one for each group of a grouped layer, else 1.
+        is_identity: whether there is no data, so that the error of the output is the error of the weight.
+    """
+
+    samples: int
+    is_identity: bool = False
+
+    @property
+    def groups(self) -> int:
+        """How many matrices it holds."""
+        return 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, N)``."""
+        return len(self), len(self)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """N."""
+
+    @abstractmethod
+    def __rmatmul__(self, flat: Tensor) -> Tensor:
+        """Return ``flat`` S for ``flat`` of ``(T, N)``, in the precision of ``flat``."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of S, ``(N,)``."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Return S as a matrix, ``(N, N)``, in float64 unless it was given in another precision.
+
+        Raises:
+            InputError: S is stored as low rank plus diagonal and has more than ``DENSE_LIMIT`` inputs.
+        """
+
+    @abstractmethod
+    def root(self, extra: float) -> Tensor:
+        """Return L with L Lᵀ = S + extra·I; it has N rows and may have more columns."""
+
+    @abstractmethod
+    def between(self, ahead: int, size: int, behind: int) -> Tensor:
+        """Return the mean over the first and last mode of the diagonal blocks of S, for inputs in three modes.
+
+        Args:
+            ahead: extent of the first mode.
+            size: extent of the middle mode; the result is ``(size, size)``.
+            behind: extent of the last mode.
+        """
+
+    @abstractmethod
+    def normal_equations(self, basis: Tensor) -> NormalEquations:
+        """Return the normal equations of a regression on Aᵀ ⊗ I_K in this metric, for a basis A of ``(G, r)``."""
+
+    @abstractmethod
+    def to(self, other: Tensor) -> Covariance:
+        """Return it on the device of ``other``; a matrix also takes the precision of ``other``."""
+
+    @abstractmethod
+    def multiplications(self) -> int:
+        """Return how many multiplications a row times S takes."""
+
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether S is free of NaN and Inf."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors it is made of, by name; ``from_tensors`` is the inverse."""
+
+    def ridge(self) -> float:
+        """Return what keeps S + ridge·I definite: a small share of the mean diagonal; 0 for the identity."""
+        return ridge(self.diagonal())
+
+    def energy(self, flat: Tensor) -> float:
+        """Return ‖W S^½‖_F² = trace(W S Wᵀ) for W of ``(T, N)``; give W in float64."""
+        return float(((flat @ self) * flat).sum())
+
+    def between_groups(self, taps: int) -> Tensor:
+        """Return the mean over the taps of the blocks of S between groups of inputs, ``(G, G)``."""
+        return self.between(1, len(self) // taps, taps)
+
+    def between_taps(self, taps: int) -> Tensor:
+        """Return the mean over the groups of inputs of the blocks of S between taps, ``(K, K)``."""
+        return self.between(len(self) // taps, taps, 1)
+
+    def of_group(self, place: int) -> Covariance:
+        """Return the covariance of one group's inputs."""
+        return self
 
 
 @dataclass(frozen=True)
-class Sketch:
-    """S ≈ F Fᵀ + diag(d), which takes N·(k + 1) figures where S takes N².
+class Identity(Covariance):
+    """S = I: no data, so that every input counts alike.
 
-    It stands where a matrix would: ``flat @ sketch``, ``diagonal``, ``shape``, ``len`` and ``to`` are like a tensor's.
-    The inputs of a convolution are in the order of its weight: K taps for each of G groups, the taps running fastest.
+    Attributes:
+        size: N.
+        samples: 0.
+    """
+
+    size: int
+    samples: int = 0
+    is_identity = True
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Identity:
+        """Return the identity for the inputs of a weight, ``(T, C, ...)``."""
+        return cls(weight[0].numel())
+
+    def __len__(self) -> int:
+        """N."""
+        return self.size
+
+    def __rmatmul__(self, flat: Tensor) -> Tensor:
+        """Return ``flat``."""
+        return flat
+
+    def diagonal(self) -> Tensor:
+        """Return ones."""
+        return torch.ones(self.size, dtype=torch.float64)
+
+    def dense(self) -> Tensor:
+        """Return I."""
+        return torch.eye(self.size, dtype=torch.float64)
+
+    def root(self, extra: float) -> Tensor:
+        """Return (1 + extra)^½ I."""
+        return self.dense() * math.sqrt(1 + extra)
+
+    def between(self, ahead: int, size: int, behind: int) -> Tensor:
+        """Return I of the middle mode."""
+        return torch.eye(size, dtype=torch.float64)
+
+    def normal_equations(self, basis: Tensor) -> NormalEquations:
+        """Return those of an orthonormal basis: nothing is to be solved."""
+        return IdentityEquations(basis)
+
+    def to(self, other: Tensor) -> Identity:
+        """Return itself: it holds no tensor."""
+        return self
+
+    def multiplications(self) -> int:
+        """Return 0."""
+        return 0
+
+    def is_finite(self) -> bool:
+        """Return true."""
+        return True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the size as a tensor."""
+        return {"identity": torch.tensor(self.size)}
+
+    def ridge(self) -> float:
+        """Return 0: the identity is definite."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Full(Covariance):
+    """S as a matrix.
+
+    Attributes:
+        matrix: S, ``(N, N)``, float64 from calibration.
+        samples: how many rows it was averaged over.
+    """
+
+    matrix: Tensor
+    samples: int
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.matrix)
+
+    def __rmatmul__(self, flat: Tensor) -> Tensor:
+        """Return ``flat`` S in the precision of ``flat``."""
+        return flat @ self.matrix.to(flat)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of S."""
+        return self.matrix.diagonal()
+
+    def dense(self) -> Tensor:
+        """Return S itself, not a copy."""
+        return self.matrix
+
+    def root(self, extra: float) -> Tensor:
+        """Return a lower triangular root, ``(N, N)``."""
+        return cholesky(self.matrix, extra)
+
+    def between(self, ahead: int, size: int, behind: int) -> Tensor:
+        """Return the mean of the diagonal blocks of the middle mode."""
+        blocks = self.matrix.reshape(ahead, size, behind, ahead, size, behind)
+        return torch.einsum("agbahb->gh", blocks) / (ahead * behind)
+
+    def normal_equations(self, basis: Tensor) -> NormalEquations:
+        """Return those with one Cholesky factor."""
+        return FullEquations(self.matrix, basis, self.ridge())
+
+    def to(self, other: Tensor) -> Full:
+        """Return it on the device and in the precision of ``other``."""
+        return Full(self.matrix.to(other), self.samples)
+
+    def multiplications(self) -> int:
+        """Return N²."""
+        return self.matrix.numel()
+
+    def is_finite(self) -> bool:
+        """Whether S is free of NaN and Inf; a sum shows that in a tenth of the time of a look at each entry."""
+        return bool(torch.isfinite(self.matrix.sum(dtype=torch.float64)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the matrix."""
+        return {"second": self.matrix}
+
+
+@dataclass(frozen=True)
+class LowRankPlusDiagonal(Covariance):
+    """S ≈ F Fᵀ + diag(d): N·(k + 1) numbers in place of N².
 
     Attributes:
         factor: F, ``(N, k)``, with orthogonal columns, longest first.
-        rest: d, ``(N,)``, not negative: what F leaves of the diagonal of S, which is therefore exact.
+        rest: d, ``(N,)``, not negative: the diagonal of S without that of F Fᵀ, so that the diagonal of S is exact.
+        samples: how many rows it was averaged over.
     """
 
     factor: Tensor
     rest: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of S: ``(N, N)``."""
-        return len(self.rest), len(self.rest)
+    samples: int
 
     def __len__(self) -> int:
         """N."""
         return len(self.rest)
 
     def __rmatmul__(self, flat: Tensor) -> Tensor:
-        """``flat`` S, for ``flat`` of ``(T, N)``, in its precision; F is brought to that a few columns at a time."""
+        """Return ``flat`` S in the precision of ``flat``; F is converted to it a few columns at a time."""
         found = flat * self.rest.to(flat)
         for part in self.factor.chunk(max(1, self.factor.shape[1] // COLUMNS), dim=1):
             part = part.to(flat)
@@ -46,85 +283,138 @@ class Sketch:
         return found
 
     def diagonal(self) -> Tensor:
-        """Of S, ``(N,)``."""
+        """Return the diagonal of S."""
         found: Tensor = self.rest + torch.linalg.vector_norm(self.factor, dim=1).square()
         return found
 
-    def to(self, other: Tensor) -> Sketch:
-        """The same on another tensor's device, in its own precision."""
-        return Sketch(self.factor.to(other.device), self.rest.to(other.device))
-
-    def multiplications(self) -> int:
-        """How many a row times S takes."""
-        return 2 * self.factor.numel() + self.rest.numel()
-
-    def root(self, extra: float) -> Tensor:
-        """L with L Lᵀ = S + extra·I, ``(N, k + N)``."""
-        return torch.cat([self.factor, torch.diag((self.rest + extra).sqrt())], dim=1)
-
     def dense(self) -> Tensor:
-        """S itself, ``(N, N)``, in float64."""
+        """Return S as a new matrix in float64.
+
+        Raises:
+            InputError: there are more than ``DENSE_LIMIT`` inputs.
+        """
+        if len(self) > DENSE_LIMIT:
+            raise InputError(
+                f"the covariance of {len(self)} inputs is low rank plus diagonal and too large to be written out "
+                f"(limit {DENSE_LIMIT}): multiply by it with 'flat @ covariance', or keep the layer with --keep-dense"
+            )
         factor = self.factor.double()
         found = factor @ factor.T
         found.diagonal().add_(self.rest)
         return found
 
+    def root(self, extra: float) -> Tensor:
+        """Return a root of ``(N, k + N)``: F beside a diagonal matrix."""
+        return torch.cat([self.factor, torch.diag((self.rest + extra).sqrt())], dim=1)
+
     def between(self, ahead: int, size: int, behind: int) -> Tensor:
-        """Of inputs in three modes the mean over the first and the last of S's blocks, ``(size, size)``."""
+        """Return the mean of the diagonal blocks of the middle mode."""
         factor = self.factor.reshape(ahead, size, behind, -1)
         rest = self.rest.reshape(ahead, size, behind).mean((0, 2))
         return torch.einsum("agbf,ahbf->gh", factor, factor) / (ahead * behind) + torch.diag(rest)
 
-    def by_tap(self, taps: int) -> tuple[Tensor, Tensor]:
-        """F as ``(G, K, k)`` and d as ``(G, K)``."""
-        return self.factor.reshape(-1, taps, self.factor.shape[1]), self.rest.reshape(-1, taps)
+    def normal_equations(self, basis: Tensor) -> NormalEquations:
+        """Return those that never form an N x N matrix."""
+        return LowRankEquations(self.factor, self.rest, basis, self.ridge())
+
+    def to(self, other: Tensor) -> LowRankPlusDiagonal:
+        """Return it on the device of ``other``, in its own precision."""
+        return LowRankPlusDiagonal(self.factor.to(other.device), self.rest.to(other.device), self.samples)
+
+    def multiplications(self) -> int:
+        """Return 2 N k + N."""
+        return 2 * self.factor.numel() + self.rest.numel()
+
+    def is_finite(self) -> bool:
+        """Whether the diagonal of S is free of NaN and Inf; then all of S is."""
+        return bool(torch.isfinite(self.diagonal().sum(dtype=torch.float64)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return F and d."""
+        return {"factor": self.factor, "rest": self.rest}
 
 
-class Range:
-    """Gathers E[x xᵀ] of a stream of x as a randomised Nyström sketch (Tropp et al. 2017, arXiv 1706.05736, alg. 1-3).
+@dataclass(frozen=True)
+class PerGroup(Covariance):
+    """One matrix for each group of channels: a row of the weight meets the matrix of its own group only.
 
-    With Ω orthonormal and random, ``(N, k)``, the sum Y = Σ x (xᵀ Ω) is all that is kept, and S ≈ Y (Ωᵀ Y)⁻¹ Yᵀ: never
-    more than S, equal to it where S has rank k or less. The diagonal is summed beside it, exactly, and what the sketch
-    leaves of it stays as ``Sketch.rest`` (this project's completion): inputs keep their whole weight.
+    It measures a whole weight (``@``, ``energy``). A decomposition works on one group: ``of_group``.
 
-    Args:
-        size: N.
-        rank: k.
-        generator: of Ω.
+    Attributes:
+        matrices: ``(groups, N, N)``.
+        samples: how many rows each was averaged over.
     """
 
-    def __init__(self, size: int, rank: int, generator: torch.Generator) -> None:
-        probes = torch.randn(size, min(rank, size), dtype=torch.float64, generator=generator)
-        self._probes = torch.linalg.qr(probes).Q
-        self._sum = torch.zeros(self._probes.shape, dtype=torch.float64)
-        self._squares = torch.zeros(size, dtype=torch.float64)
-        self.seen = 0
+    matrices: Tensor
+    samples: int
 
-    def add(self, rows: Tensor) -> None:
-        """Take in rows x, ``(n, N)``."""
-        for name in ("_probes", "_sum", "_squares"):
-            setattr(self, name, getattr(self, name).to(rows.device))
-        for start in range(0, len(rows), ROWS):
-            part = rows[start : start + ROWS].to(torch.float64)
-            self._sum.addmm_(part.T, part @ self._probes)
-            self._squares += part.square().sum(0)
-        self.seen += len(rows)
+    @property
+    def groups(self) -> int:
+        """How many matrices it holds."""
+        return len(self.matrices)
 
-    def result(self) -> Sketch:
-        """The sketch of the mean, float32; the sums are used up, and of their size nothing else is made."""
-        Y, probes, squares = self._sum.div_(self.seen), self._probes, self._squares / self.seen
-        # The shift makes the core definite in the face of round-off; it comes off the eigenvalues again (ibid.).
-        shift = torch.finfo(Y.dtype).eps * float(Y.norm()) + torch.finfo(Y.dtype).tiny ** 0.5
-        core = probes.T @ Y.add_(probes, alpha=shift)
-        upper = torch.linalg.cholesky((core + core.T) / 2).T
-        for start in range(0, len(Y), ROWS):
-            rows = Y[start : start + ROWS]
-            rows.copy_(torch.linalg.solve_triangular(upper, rows, upper=True, left=False))
-        values, vectors = torch.linalg.eigh(Y.T @ Y)
-        values, vectors = values.flip(0), vectors.flip(1)
-        turn = vectors * ((values - shift).clamp_min(0) / values.clamp_min(shift)).sqrt()
-        factor = torch.empty(Y.shape, dtype=torch.float32, device=Y.device)
-        for start in range(0, len(Y), ROWS):
-            factor[start : start + ROWS] = Y[start : start + ROWS] @ turn
-        left = squares - torch.linalg.vector_norm(factor, dim=1).square()
-        return Sketch(factor, left.clamp_min(0).float())
+    def __len__(self) -> int:
+        """N, the inputs of one group."""
+        return self.matrices.shape[1]
+
+    def __rmatmul__(self, flat: Tensor) -> Tensor:
+        """Return ``flat`` S for all T rows of a weight: equal numbers of rows belong to each group, in order."""
+        parts = flat.reshape(self.groups, -1, flat.shape[1])
+        return (parts @ self.matrices.to(flat)).reshape(flat.shape)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonals, ``(groups, N)``."""
+        return self.matrices.diagonal(dim1=1, dim2=2)
+
+    def dense(self) -> Tensor:
+        """Return the matrices themselves, ``(groups, N, N)``."""
+        return self.matrices
+
+    def root(self, extra: float) -> Tensor:
+        """Raise TypeError: a root belongs to one group."""
+        self._refuse("root")
+
+    def between(self, ahead: int, size: int, behind: int) -> Tensor:
+        """Raise TypeError: blocks belong to one group."""
+        self._refuse("between")
+
+    def normal_equations(self, basis: Tensor) -> NormalEquations:
+        """Raise TypeError: a regression belongs to one group."""
+        self._refuse("normal_equations")
+
+    def to(self, other: Tensor) -> PerGroup:
+        """Return it on the device and in the precision of ``other``."""
+        return PerGroup(self.matrices.to(other), self.samples)
+
+    def multiplications(self) -> int:
+        """Return N²: a row meets one matrix."""
+        return self.matrices[0].numel()
+
+    def is_finite(self) -> bool:
+        """Whether all matrices are free of NaN and Inf."""
+        return bool(torch.isfinite(self.matrices.sum(dtype=torch.float64)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the matrices, stacked."""
+        return {"second": self.matrices}
+
+    def of_group(self, place: int) -> Full:
+        """Return the covariance of one group's inputs."""
+        return Full(self.matrices[place], self.samples)
+
+    def _refuse(self, method: str) -> NoReturn:
+        raise TypeError(f"{method}() of {self.groups} groups is not defined: take one group with of_group() first")
+
+
+def from_tensors(tensors: Mapping[str, Tensor], samples: int) -> Covariance:
+    """Return the covariance that these named tensors are made of (``Covariance.tensors``).
+
+    Raises:
+        KeyError: the names belong to no kind of covariance.
+    """
+    if "identity" in tensors:
+        return Identity(int(tensors["identity"]), samples)
+    if "factor" in tensors:
+        return LowRankPlusDiagonal(tensors["factor"], tensors["rest"], samples)
+    matrix = tensors["second"]
+    return Full(matrix, samples) if matrix.dim() == 2 else PerGroup(matrix, samples)

@@ -12,8 +12,7 @@ from tensorly.decomposition import tensor_train
 from torch import Tensor
 
 from tdcompile.errors import InputError
-from tdcompile.numerics.cp import column_basis
-from tdcompile.numerics.low_rank import energy, gram
+from tdcompile.numerics.low_rank import column_basis, energy, gram
 
 # Matrices with a shorter side above the first are sketched where so many times fewer singular vectors are wanted,
 # with so many probes more than vectors and so many power iterations.

@@ -14,6 +14,7 @@ from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Program, Site, kept_dense, sites
 from tdcompile.ir.target import Cost
+from tdcompile.numerics.covariance import Identity
 from tdcompile.planning.pricing import Prices
 
 HAND = "hand"  # the selector of a plan that no selector has chosen as it is
@@ -23,7 +24,7 @@ def adopt(program: Program, given: str) -> Program:
     """The program with a given plan as a fact; layers that it does not mention stay dense.
 
     Costs are counted anew. The error of a choice is the plan's where its cost is the plan's too, as then the ranks are;
-    else, as where the plan gives neither, that of the weight alone, until ``factorize`` has moments. The selector of a
+    else, as where the plan gives neither, that of the weight alone, until ``factorize`` has data. The selector of a
     plan that is not as it was chosen is ``hand``, and what the former one said of it, its gap and reasons, is dropped.
 
     Args:
@@ -64,18 +65,18 @@ def adopt(program: Program, given: str) -> Program:
 
 
 def estimated(program: Program) -> Program:
-    """The program whose plan, where it is one by hand, has the errors of the layers' outputs: there are moments now.
+    """Return the program with the errors of the layers' outputs in a plan that was made by hand.
 
-    The other plans have them: ``propose`` had the moments.
+    The other plans have them already, because ``propose`` had the covariances.
     """
     plan, calibration = program.facts[RankPlan], program.facts.get(Calibration)
     if plan.selector != HAND or calibration is None:
         return program
     found, choices = sites(program), dict(plan.choices)
     for name, choice in plan.choices.items():
-        if choice.decomposition != DENSE and name in found and (moments := calibration.moments.get(name)) is not None:
+        if choice.decomposition != DENSE and name in found and name in calibration.covariances:
             form, site = make(Decomposition, choice.decomposition), found[name]
-            (error,) = form.errors(site.layer, site.weight, [choice.ranks], moments)
+            (error,) = form.errors(site.layer, site.weight, [choice.ranks], calibration.covariances[name])
             choices[name] = replace(choice, error=float(error))
     return program.with_(facts=program.facts.having(replace(plan, choices=choices)))
 
@@ -92,7 +93,7 @@ def _counted(site: Site, choice: Candidate, form: Decomposition, prices: Prices)
     cost = prices.at(site.name, form, choice.ranks)
     if _same(cost, choice.cost):
         return choice
-    (error,) = form.errors(site.layer, site.weight, [choice.ranks], None)
+    (error,) = form.errors(site.layer, site.weight, [choice.ranks], Identity.of(site.weight))
     return replace(choice, error=error, cost=cost, modes=form.modes)
 
 

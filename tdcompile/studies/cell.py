@@ -23,6 +23,7 @@ from tdcompile.ir.graph_edits import copy_graph, copy_weights, replace_module
 from tdcompile.ir.plan import Ranks
 from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import Target
+from tdcompile.numerics.covariance import Identity
 from tdcompile.planning.approximation_error import feature_errors, weight_errors
 from tdcompile.planning.rank_grid import ranks_for, weights_of
 from tdcompile.studies.findings import Cell, Failure
@@ -176,7 +177,7 @@ class Bench:
         if self._last is None or self._last.of != of:
             site, form, ranks = self.sites[point.layer], make(Decomposition, point.method), self.ranks(point)
             weight, bias = site.weight.cpu(), site.module.bias
-            factors = form.factorize(site.layer, weight, ranks, None)
+            factors = form.factorize(site.layer, weight, ranks, Identity.of(weight))
             assert bias is None or isinstance(bias, Tensor)  # what convolutions and linear layers have
             graph = copy_graph(self.program.graph)
             replace_module(graph, point.layer, form.build(site.layer, ranks, factors, bias).to(site.weight.device))

@@ -12,6 +12,7 @@ from tdcompile.core.registry import make
 from tdcompile.ir.layer import Layer, owner
 from tdcompile.ir.plan import Ranks
 from tdcompile.ir.saved_classes import saved_as
+from tdcompile.numerics.covariance import Identity
 from tdcompile.numerics.low_rank import unfold
 
 
@@ -96,7 +97,8 @@ class Parallel(nn.Module):
         The parameters keep their shapes, with zeros beyond the new ranks. Both factors are zero there, so that no
         gradient reaches them. The dense part does not take over what is cut off.
         """
-        factors = self.decomposition.factorize(self.layer, self.adapter(), ranks, None)
+        weight = self.adapter()
+        factors = self.decomposition.factorize(self.layer, weight, ranks, Identity.of(weight))
         for parameter, factor in zip(self.factors.parameters(), factors, strict=True):
             parameter.grad = None
             parameter.zero_()

@@ -23,7 +23,7 @@ from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Program
-from tdcompile.numerics.covariance import Sketch
+from tdcompile.numerics.covariance import LowRankPlusDiagonal
 
 KEY = {"budget": '{"macs": 0.5}', "network": "0" * 64}
 
@@ -67,9 +67,9 @@ def test_moments_come_back_bit_for_bit(programs: tuple[Program, Program], tmp_pa
     assert restored[0].graph is programs[0].dense
     got, expected = restored[0].facts[Calibration], before.facts[Calibration]
     assert (got.samples, dict(got.skipped)) == (expected.samples, dict(expected.skipped))
-    for name, moments in expected.moments.items():
-        assert torch.equal(got.moments[name].second, moments.second)
-        assert got.moments[name].samples == moments.samples
+    for name, moments in expected.covariances.items():
+        assert torch.equal(got.covariances[name].dense(), moments.dense())
+        assert got.covariances[name].samples == moments.samples
 
 
 def test_a_sketch_comes_back_beside_full_moments(programs: tuple[Program, Program], tmp_path: Path) -> None:
@@ -77,13 +77,13 @@ def test_a_sketch_comes_back_beside_full_moments(programs: tuple[Program, Progra
     Checkpoint(tmp_path, KEY).save(before, 1, {}, None)
     restored = Checkpoint(tmp_path, KEY).restore(programs[0])
     assert restored is not None
-    got, expected = restored[0].facts[Calibration].moments, before.facts[Calibration].moments
-    sketched = {name for name, moments in expected.items() if isinstance(moments.metric, Sketch)}
+    got, expected = restored[0].facts[Calibration].covariances, before.facts[Calibration].covariances
+    sketched = {name for name, moments in expected.items() if isinstance(moments, LowRankPlusDiagonal)}
     assert 0 < len(sketched) < len(expected)
     for name, moments in expected.items():
-        weight = torch.eye(len(moments.metric), dtype=torch.float64)
-        assert torch.equal(weight @ got[name].metric, weight @ moments.metric)
-        assert isinstance(got[name].metric, Sketch) == (name in sketched)
+        weight = torch.eye(len(moments), dtype=torch.float64)
+        assert torch.equal(weight @ got[name], weight @ moments)
+        assert isinstance(got[name], LowRankPlusDiagonal) == (name in sketched)
 
 
 def test_the_last_state_stands_and_can_be_dropped(programs: tuple[Program, Program], tmp_path: Path) -> None:

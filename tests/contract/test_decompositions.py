@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdcompile.core.decomposition import Decomposition, energy, relative_error
+from tdcompile.core.decomposition import Decomposition, relative_error
 from tdcompile.core.registry import find, make
 from tdcompile.ir.conv_modules import TransposedConv
 from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.layer import Layer, owner
-from tdcompile.ir.measurements import Moments
-from tdcompile.numerics.covariance import Sketch
+from tdcompile.numerics.covariance import Covariance, Full, Identity, LowRankPlusDiagonal, PerGroup
 from tdcompile.numerics.low_rank import PRECISE
 
 FORMS = find(Decomposition)
@@ -95,7 +94,7 @@ def case(name: str) -> tuple[nn.Module, Layer, Tensor]:
     return module, layer, x
 
 
-def moments_of(layer: Layer) -> Moments:
+def moments_of(layer: Layer) -> Covariance:
     """Of inputs as behind a rectifier: non-negative, correlated between channels and between neighbours."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(layer.in_channels, layer.in_channels, generator=generator, dtype=torch.float64)
@@ -111,23 +110,23 @@ def moments_of(layer: Layer) -> Moments:
     patches = x.movedim(1, axes + 1).flatten(0, axes).flatten(1)
     second = patches.T @ patches / len(patches)
     if layer.groups == 1:
-        return Moments(second, len(patches))
+        return Full(second, len(patches))
     width = len(second) // layer.groups
     parts = [second[at : at + width, at : at + width] for at in range(0, len(second), width)]
-    return Moments(torch.stack(parts), len(patches))
+    return PerGroup(torch.stack(parts), len(patches))
 
 
-def sketch_of(layer: Layer) -> Moments:
+def sketch_of(layer: Layer) -> Covariance:
     """Low rank and the rest of the diagonal, of the same inputs."""
     return sketched(moments_of(layer))
 
 
-def sketched(whole: Moments) -> Moments:
-    values, vectors = torch.linalg.eigh(whole.second)
+def sketched(whole: Covariance) -> Covariance:
+    values, vectors = torch.linalg.eigh(whole.dense())
     kept = slice(-max(len(values) // 3, 1), None)
     factor = vectors[:, kept] * values[kept].clamp(min=0).sqrt()
-    rest = (whole.second.diagonal() - factor.square().sum(1)).clamp(min=0)
-    return Moments(Sketch(factor.float(), rest.float()), whole.samples)
+    rest = (whole.dense().diagonal() - factor.square().sum(1)).clamp(min=0)
+    return LowRankPlusDiagonal(factor.float(), rest.float(), whole.samples)
 
 
 # Of the largest eigenvalue of moments of low rank, what round-off leaves of the others, below zero as often as above.
@@ -135,10 +134,10 @@ ROUNDED = 1e-5
 LITTLE = ("zero", "tiny", "rank 1", "rank 1, rounded", "rank 1, rounded and tiny", "zero but for round-off")
 
 
-def of_little(kind: str, layer: Layer) -> tuple[Moments, Moments]:
+def of_little(kind: str, layer: Layer) -> tuple[Covariance, Covariance]:
     """Moments of data that show little, and the same without round-off."""
     whole = moments_of(layer)
-    seen = whole.second if layer.groups > 1 else whole.second[None]
+    seen = whole.dense() if layer.groups > 1 else whole.dense()[None]
     generator = torch.Generator().manual_seed(1)
     patch = torch.randn(seen.shape[:2], generator=generator, dtype=torch.float64).relu()
     single = patch[:, :, None] * patch[:, None, :]
@@ -155,11 +154,12 @@ def of_little(kind: str, layer: Layer) -> tuple[Moments, Moments]:
         "zero but for round-off": (stray, 0 * seen),
     }[kind]
     one = layer.groups == 1
-    return Moments(told[0] if one else told, 80), Moments(true[0] if one else true, 80)
+    covariance = Full if one else PerGroup
+    return covariance(told[0] if one else told, 80), covariance(true[0] if one else true, 80)
 
 
-MOMENTS: dict[str, Callable[[Layer], Moments | None]] = {
-    "plain": lambda layer: None,
+MOMENTS: dict[str, Callable[[Layer], Covariance]] = {
+    "plain": lambda layer: Identity(layer.in_channels // layer.groups * layer.taps),
     "data": moments_of,
     "sketch": sketch_of,  # of a layer in groups there is none
 }
@@ -198,14 +198,14 @@ def test_exact_ranks_compute_the_layer(form: str, name: str) -> None:
     bias = owner(module).bias
     before = weight.clone()
     ranks = decomposition.exact_ranks(layer)
-    factors = decomposition.factorize(layer, weight, ranks, None)
+    factors = decomposition.factorize(layer, weight, ranks, Identity.of(weight))
     built = decomposition.build(layer, ranks, factors, bias)
     with torch.no_grad():
         expected, found = module(x), built(x)
     assert found.shape == expected.shape
     assert float((found - expected).norm() / expected.norm()) < 1e-5
     assert torch.equal(owner(module).weight, before)
-    assert relative_error(weight, decomposition.reconstruct(layer, factors), None) < 1e-5
+    assert relative_error(weight, decomposition.reconstruct(layer, factors), Identity.of(weight)) < 1e-5
 
 
 @pytest.mark.parametrize(("form", "name"), ACCEPTED)
@@ -224,7 +224,7 @@ def test_a_blueprint_is_what_is_built(form: str, name: str) -> None:
         blueprint = decomposition.blueprint(layer, ranks)
         assert len(decomposition.modes) in (0, len(ranks))  # none where the number of ranks is an option
         assert [part.bias for part in blueprint] == [False] * (len(blueprint) - 1) + [layer.bias]
-        factors = decomposition.factorize(layer, weight, ranks, None)
+        factors = decomposition.factorize(layer, weight, ranks, Identity.of(weight))
         assert [tuple(factor.shape) for factor in factors] == [part.weight_shape for part in blueprint]
         assert {factor.dtype for factor in factors} == {torch.float32}
         built = decomposition.build(layer, ranks, factors, owner(module).bias)
@@ -270,8 +270,8 @@ def test_errors_are_those_of_the_factors_and_data_never_make_them_worse(form: st
         factors = decomposition.factorize(layer, weight, space[member], moments)
         truth = relative_error(weight, decomposition.reconstruct(layer, factors), moments)
         assert -below <= told[member] - truth <= above, (space[member], told[member], truth)
-        if moments is not None:
-            plain = decomposition.factorize(layer, weight, space[member], None)
+        if not moments.is_identity:
+            plain = decomposition.factorize(layer, weight, space[member], Identity.of(weight))
             assert truth <= relative_error(weight, decomposition.reconstruct(layer, plain), moments) + 1e-6
         assert imbalance(factors) < UNEVEN.get(form, EVEN)
 
@@ -291,7 +291,7 @@ def test_data_bring_something_in_the_middle_of_the_ranks(form: str, name: str, d
     ranks = space[(len(space) - 2) // 2]  # the exact ones come last
     lost = [
         relative_error(weight, decomposition.reconstruct(layer, factors), moments)
-        for factors in (decomposition.factorize(layer, weight, ranks, seen) for seen in (None, moments))
+        for factors in (decomposition.factorize(layer, weight, ranks, seen) for seen in (Identity.of(weight), moments))
     ]
     assert lost[1] < 0.95 * lost[0], lost
 
@@ -303,7 +303,7 @@ def test_data_bring_something_in_the_middle_of_the_ranks(form: str, name: str, d
 def test_factors_of_small_and_large_weights_are_balanced_too(form: str, name: str, scale: float) -> None:
     decomposition, _, layer, weight, _ = accepted(form, name)
     space = decomposition.rank_space(layer, GRAIN)
-    factors = decomposition.factorize(layer, scale * weight, space[(len(space) - 1) // 2], None)
+    factors = decomposition.factorize(layer, scale * weight, space[(len(space) - 1) // 2], Identity.of(weight))
     assert imbalance(factors) < UNEVEN.get(form, EVEN)
 
 
@@ -311,7 +311,7 @@ def test_factors_of_small_and_large_weights_are_balanced_too(form: str, name: st
 def test_a_weight_in_double_precision_gives_factors_in_it(form: str) -> None:
     name = next(name for accepting, name in ACCEPTED if accepting == form)
     decomposition, _, layer, weight, _ = accepted(form, name)
-    factors = decomposition.factorize(layer, weight.double(), decomposition.exact_ranks(layer), None)
+    factors = decomposition.factorize(layer, weight.double(), decomposition.exact_ranks(layer), Identity.of(weight))
     assert {factor.dtype for factor in factors} == {torch.float64}
 
 
@@ -362,8 +362,8 @@ def test_data_that_show_little_give_finite_factors_and_errors_that_hold(
     above, below = ESTIMATES.get(form, EXACT)
     slack = 0.0 if precise else 1e-3
     if "rounded" in kind:  # as much of the output's energy may be that of the weight where there are no data
-        largest = float(torch.linalg.matrix_norm(truly.second, 2).max())
-        slack += math.sqrt(ROUNDED * largest * float(weight.square().sum()) / energy(weight.flatten(1).double(), truly))
+        largest = float(torch.linalg.matrix_norm(truly.dense(), 2).max())
+        slack += math.sqrt(ROUNDED * largest * float(weight.square().sum()) / truly.energy(weight.flatten(1).double()))
     for member in sorted({0, (len(space) - 1) // 2, len(space) - 1}):
         factors = decomposition.factorize(layer, weight, space[member], moments)
         assert all(bool(torch.isfinite(factor).all()) for factor in factors)

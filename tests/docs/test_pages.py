@@ -24,6 +24,7 @@ from tdcompile.core.network import Network
 from tdcompile.core.plugin import Plugin
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.plan import RankPlan
+from tdcompile.numerics.covariance import Identity
 from tdcompile.recipes import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -200,8 +201,8 @@ def test_the_decomposition_of_the_docs_is_exact_at_full_rank_and_is_found():
     errors = form.errors(layer, weight, list(form.rank_space(layer, 2)), None)
     assert errors[-1] < 1e-5 < errors[0]
     x = torch.randn(2, 12)
-    factors = form.factorize(layer, weight, (8,), None)
-    assert relative_error(weight, form.reconstruct(layer, factors), None) < 1e-5
+    factors = form.factorize(layer, weight, (8,), Identity.of(weight))
+    assert relative_error(weight, form.reconstruct(layer, factors), Identity.of(weight)) < 1e-5
     torch.testing.assert_close(form.build(layer, (8,), factors, None)(x), x @ weight.T, rtol=1e-4, atol=1e-4)
     assert page_names["report"].layers[0].decomposition == "interpolative"
 

@@ -11,7 +11,7 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 
 from tdcompile.errors import InputError
-from tdcompile.numerics import cp as multilinear
+from tdcompile.numerics import cp, tensor_train
 from tdcompile.numerics.cp import (
     DEGENERATE,
     balanced,
@@ -98,7 +98,7 @@ def test_components_that_grow_and_cancel_are_refitted(monkeypatch: pytest.Monkey
     factors = cp_als(tensor, diverging, 30)
     assert component_norm(factors) <= DEGENERATE * float(tensor.norm())
     assert error(tensor, cp_compose(factors)) < 0.1
-    monkeypatch.setattr(multilinear, "DEGENERATE", math.inf)
+    monkeypatch.setattr(cp, "DEGENERATE", math.inf)
     assert component_norm(cp_als(tensor, diverging, 30)) > DEGENERATE * float(tensor.norm())
 
 
@@ -106,7 +106,7 @@ def test_a_large_tensor_keeps_its_precision_and_is_fitted_as_well(monkeypatch: p
     tensor = random(40, 50).float()
     cores = tt_svd(tensor, (7,))
     assert cores[0].dtype == torch.float64
-    monkeypatch.setattr(multilinear, "LARGE", 1999)
+    monkeypatch.setattr(tensor_train, "LARGE", 1999)
     large = tt_svd(tensor, (7,))
     assert large[0].dtype == torch.float32
     assert error(tensor, tt_compose(large)) == pytest.approx(error(tensor, tt_compose(cores)), rel=1e-5)

@@ -8,18 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tdcompile.numerics.cp import (
-    allowed,
-    balanced,
-    bounded,
-    component_norm,
-    correct,
-    cp_als,
-    cp_compose,
-    mode_weights,
-    sensitivity,
-    slice_start,
-)
+from tdcompile.numerics.cp import balanced, component_norm, cp_als, cp_compose, slice_start
+from tdcompile.numerics.cp_correction import allowed, bounded, correct, mode_weights, sensitivity
 
 SHAPES = st.lists(st.integers(2, 7), min_size=3, max_size=4)
 

@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tdcompile.errors import InputError
+from tdcompile.numerics.cholesky import cholesky, definite, ridge
+from tdcompile.numerics.covariance import Full, Identity
 from tdcompile.numerics.low_rank import (
     balance,
-    cholesky,
-    definite,
     leading,
     low_rank,
     low_rank_errors,
     operands,
-    ridge,
     unfold,
 )
 
@@ -44,10 +43,10 @@ def test_an_unfolding_puts_its_axis_first_and_keeps_the_order_of_the_others() ->
 def test_the_plain_errors_are_those_of_the_best_approximation(shape: tuple[int, int, int]) -> None:
     flat, _ = weight_and_second(*shape)
     values = torch.linalg.svdvals(flat)
-    errors = low_rank_errors(flat, None)
+    errors = low_rank_errors(flat, Identity.of(flat))
     assert len(errors) == min(flat.shape) + 1
     for rank in range(1, len(errors)):
-        last, first = low_rank(flat, None, rank)
+        last, first = low_rank(flat, Identity.of(flat), rank)
         truth = float((flat - last @ first).norm() / flat.norm())
         assert math.isclose(truth, float(values[rank:].norm() / values.norm()), abs_tol=1e-7)
         assert math.isclose(truth, float(errors[rank]), abs_tol=1e-6)
@@ -63,20 +62,20 @@ def test_the_whitened_errors_are_true_and_no_worse_than_plain(shape: tuple[int, 
         residual = flat - approximation
         return float((((residual @ second) * residual).sum() / ((flat @ second) * flat).sum()).clamp(min=0).sqrt())
 
-    errors = low_rank_errors(flat, second)
+    errors = low_rank_errors(flat, Full(second, 1))
     best = torch.linalg.svdvals(flat @ torch.linalg.cholesky(second + 1e-12 * torch.eye(len(second))))
     for rank in range(1, len(errors)):
-        last, first = low_rank(flat, second, rank)
+        last, first = low_rank(flat, Full(second, 1), rank)
         truth = error(last @ first)
         assert math.isclose(truth, float(errors[rank]), abs_tol=1e-6)
-        plain_last, plain_first = low_rank(flat, None, rank)
+        plain_last, plain_first = low_rank(flat, Identity.of(flat), rank)
         assert truth <= error(plain_last @ plain_first) + 1e-6
         assert truth <= float(best[rank:].norm() / best.norm()) + 2e-2  # the optimum; the ridge keeps it from being met
 
 
 def test_both_factors_carry_the_same_share_of_every_component() -> None:
     flat, _ = weight_and_second(6, 10, 0)
-    last, first = low_rank(flat, None, 4)
+    last, first = low_rank(flat, Identity.of(flat), 4)
     assert torch.allclose(last.norm(dim=0), first.norm(dim=1))
 
 
@@ -84,16 +83,16 @@ def test_both_factors_carry_the_same_share_of_every_component() -> None:
 @pytest.mark.parametrize("data", [False, True])
 def test_leading_vectors_are_orthonormal_up_to_the_whole_space(shape: tuple[int, int], data: bool) -> None:
     flat, second = weight_and_second(*shape, seed=1)
-    vectors = leading(flat, second if data else None, shape[0])
+    vectors = leading(flat, Full(second, 1) if data else Identity.of(flat), shape[0])
     assert torch.allclose(vectors.T @ vectors, torch.eye(shape[0], dtype=torch.float64), atol=1e-12)
 
 
 def test_a_weight_of_zeros_and_a_moment_of_zeros_give_finite_factors() -> None:
     flat, second = torch.zeros(4, 6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64)
-    for metric in (None, second):
+    for metric in (Identity.of(flat), Full(second, 1)):
         assert all(bool(torch.isfinite(factor).all()) for factor in balance(low_rank(flat, metric, 2)))
         assert low_rank_errors(flat, metric).tolist() == [0.0] * 5
-    assert bool(torch.isfinite(cholesky(second, ridge(second))).all())
+    assert bool(torch.isfinite(cholesky(second, ridge(second.diagonal()))).all())
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64])
@@ -123,17 +122,16 @@ def test_nan_is_no_round_off() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_figures_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(InputError, match=r"the weight .* NaN or Inf"):
-        operands(torch.full((2, 2), bad), None, 2)
-    with pytest.raises(InputError, match=r"the second moment .* NaN or Inf"):
-        operands(torch.ones(2, 2), torch.full((2, 2), bad), 2)
+        operands(torch.full((2, 2), bad), Identity(2), 2)
+    with pytest.raises(InputError, match=r"the covariance .* NaN or Inf"):
+        operands(torch.ones(2, 2), Full(torch.full((2, 2), bad), 1), 2)
 
 
 def test_large_matrices_are_worked_in_single_precision() -> None:
-    assert operands(torch.ones(2, 3, 1), None, 2048)[0].dtype == torch.float64
-    flat, second = operands(torch.ones(2, 3, 1), torch.eye(3, dtype=torch.float64), 2049)
+    assert operands(torch.ones(2, 3, 1), Identity(3), 2048)[0].dtype == torch.float64
+    flat, second = operands(torch.ones(2, 3, 1), Full(torch.eye(3, dtype=torch.float64), 1), 2049)
     assert flat.dtype == torch.float32
-    assert second is not None
-    assert second.dtype == torch.float32
+    assert second.dense().dtype == torch.float32
 
 
 def test_balance_keeps_the_product_and_evens_the_gains() -> None:

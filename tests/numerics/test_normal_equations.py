@@ -11,22 +11,20 @@ from torch.utils._pytree import tree_leaves
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import find
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Moments
-from tdcompile.numerics.covariance import Sketch
-from tdcompile.numerics.input_basis import Normal, regress, residuals, settle
-from tdcompile.numerics.low_rank import ridge
+from tdcompile.numerics.covariance import Full, LowRankPlusDiagonal
+from tdcompile.numerics.input_basis import regress, residuals
 
 GROUPS = 12
 WIDE = Layer("conv", 256, 32, (8, 8), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 
 
-def case(taps: int, rank: int, scale: float = 1.0) -> tuple[Tensor, Sketch, Tensor]:
+def case(taps: int, rank: int, scale: float = 1.0) -> tuple[Tensor, LowRankPlusDiagonal, Tensor]:
     generator = torch.Generator().manual_seed(taps)
     flat = torch.randn(9, GROUPS * taps, generator=generator, dtype=torch.float64)
     factor = scale * torch.randn(GROUPS * taps, 8, generator=generator) * torch.logspace(0, -2, 8)
     rest = 0.01 * scale**2 * torch.rand(GROUPS * taps, generator=generator)
     basis = torch.linalg.qr(torch.randn(GROUPS, rank, generator=generator, dtype=torch.float64)).Q
-    return flat, Sketch(factor, rest), basis
+    return flat, LowRankPlusDiagonal(factor, rest, 1), basis
 
 
 def near(found: Tensor, expected: Tensor) -> None:
@@ -38,8 +36,8 @@ def near(found: Tensor, expected: Tensor) -> None:
 def test_what_is_explained_and_the_cores_are_those_of_the_matrix(taps: int, rank: int, scale: float) -> None:
     _, sketch, basis = case(taps, rank, scale)
     cross = torch.randn(7, rank * taps, dtype=torch.float64)
-    extra = ridge(sketch)
-    whole, normal = sketch.dense() + extra * torch.eye(len(sketch)), Normal(sketch, basis, extra)
+    extra = sketch.ridge()
+    whole, normal = sketch.dense() + extra * torch.eye(len(sketch)), sketch.normal_equations(basis)
     for size in (0, 1, rank):
         taken = torch.kron(basis[:, :size].T.contiguous(), torch.eye(taps, dtype=torch.float64))
         expected = torch.linalg.solve(taken @ whole @ taken.T, cross[:, : size * taps].T).T
@@ -58,9 +56,11 @@ def test_what_is_explained_and_the_cores_are_those_of_the_matrix(taps: int, rank
 @pytest.mark.parametrize("taps", [1, 4])
 def test_a_regression_in_a_sketch_is_that_in_its_matrix(taps: int) -> None:
     flat, sketch, basis = case(taps, 6)
-    second, levels = sketch.dense(), [0, 1, 4, 6]
+    second, levels = Full(sketch.dense(), 1), [0, 1, 4, 6]
     near(residuals(flat, sketch, basis, levels), residuals(flat, second, basis, levels))
-    near(settle(*regress(flat, sketch, basis)), settle(*regress(flat, second, basis)))
+    explained, equations = regress(flat, sketch, basis)
+    expected, full = regress(flat, second, basis)
+    near(equations.settle(explained), full.settle(expected))
 
 
 class Largest(TorchDispatchMode):
@@ -93,8 +93,9 @@ def test_no_form_makes_a_matrix_of_as_many_rows_and_columns_as_there_are_inputs(
     if made.refuse(layer) is not None:  # ``grouped``, which no sketch is for
         return
     inputs = 256 * 9
-    weight, sketch = torch.randn(layer.weight_shape), Sketch(torch.randn(inputs, 16), torch.rand(inputs))
-    moments, space = Moments(sketch, 100), made.rank_space(layer, 8)
+    weight = torch.randn(layer.weight_shape)
+    sketch = LowRankPlusDiagonal(torch.randn(inputs, 16), torch.rand(inputs), 100)
+    space = made.rank_space(layer, 8)
     assert largest(lambda: sketch.dense()) == inputs**2  # or this counts nothing
-    assert largest(lambda: made.errors(WIDE, weight, space, moments)) < inputs**2 / 4
-    assert largest(lambda: made.factorize(WIDE, weight, space[len(space) // 2], moments)) < inputs**2 / 4
+    assert largest(lambda: made.errors(WIDE, weight, space, sketch)) < inputs**2 / 4
+    assert largest(lambda: made.factorize(WIDE, weight, space[len(space) // 2], sketch)) < inputs**2 / 4

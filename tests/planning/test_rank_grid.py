@@ -13,6 +13,7 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import find, make
 from tdcompile.errors import InputError
 from tdcompile.ir.layer import Layer
+from tdcompile.numerics.covariance import Identity
 from tdcompile.planning.rank_grid import ranks_for, weights_of
 
 KEPT = (0.10, 0.25, 0.50, 0.75, 0.90)
@@ -76,7 +77,7 @@ def test_any_share_of_any_layer_gives_ranks_that_factorise(inputs: int, outputs:
             ranks = ranks_for(form, layer, kept)
             assert all(1 <= rank <= most for rank, most in zip(ranks, form.exact_ranks(layer), strict=True))
             weight = torch.randn(layer.weight_shape, generator=torch.Generator().manual_seed(0))
-            factors = form.factorize(layer, weight, ranks, None)
+            factors = form.factorize(layer, weight, ranks, Identity.of(weight))
             assert form.reconstruct(layer, factors).shape == weight.shape
             assert sum(factor.numel() for factor in factors) == weights_of(form, layer, ranks)
 

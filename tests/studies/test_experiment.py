@@ -22,6 +22,7 @@ from tdcompile.data.loading import load_data
 from tdcompile.data.task import Task, accuracy
 from tdcompile.errors import InputError, TdcompileError, UnavailableError
 from tdcompile.ir.program import sites_of
+from tdcompile.numerics.covariance import Identity
 from tdcompile.planning.approximation_error import weight_errors
 from tdcompile.planning.rank_grid import ranks_for
 from tdcompile.studies.cell import Bench, Point
@@ -109,7 +110,7 @@ def test_the_cells_are_what_one_computes_by_hand(subject: tuple[nn.Sequential, T
         assert cell.kept == pytest.approx(1 - cell.compression, abs=0.1)
         part = net[int(cell.layer)]
         weight = part.weight.detach()
-        other = form.reconstruct(layer, form.factorize(layer, weight, cell.ranks, None))
+        other = form.reconstruct(layer, form.factorize(layer, weight, cell.ranks, Identity.of(weight)))
         errors = (cell.weights_absolute, cell.weights_relative, cell.weights_scaled)
         assert errors == pytest.approx(weight_errors(weight, other))
         part.weight.data = other

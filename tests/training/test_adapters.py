@@ -18,6 +18,7 @@ from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.plan import DENSE, RankPlan, Ranks
 from tdcompile.ir.program import Change, Program, parameters_of, sites
+from tdcompile.numerics.covariance import Identity
 from tdcompile.passes.rewrite import detach_dense
 from tdcompile.passes.tune import anneal
 from tdcompile.planning.pricing import Prices
@@ -386,10 +387,10 @@ def test_shrinking_is_the_adapters_own_best_approximation() -> None:
     layer = tdcompile.ir.layer.Layer.of(conv, (5, 5))
     assert layer is not None
     form = tdcompile.core.registry.make(Decomposition, "tucker2")
-    part = Parallel(layer, "tucker2", (8, 6), weight, form.factorize(layer, weight, (8, 6), None), None)
+    part = Parallel(layer, "tucker2", (8, 6), weight, form.factorize(layer, weight, (8, 6), Identity.of(weight)), None)
     identities = [id(p) for p in part.factors.parameters()]
     part.shrink((4, 3))
-    wanted = form.reconstruct(layer, form.factorize(layer, weight, (4, 3), None))
+    wanted = form.reconstruct(layer, form.factorize(layer, weight, (4, 3), Identity.of(weight)))
     torch.testing.assert_close(part.adapter(), wanted, atol=1e-4, rtol=1e-4)
     assert [id(p) for p in part.factors.parameters()] == identities
 
@@ -399,7 +400,7 @@ def test_ranks_that_were_cut_stay_cut_while_the_rest_trains() -> None:
     assert layer is not None
     weight = torch.randn(8, 6, 3, 3)
     form = tdcompile.core.registry.make(Decomposition, "tucker2")
-    part = Parallel(layer, "tucker2", (8, 6), weight, form.factorize(layer, weight, (8, 6), None), None)
+    part = Parallel(layer, "tucker2", (8, 6), weight, form.factorize(layer, weight, (8, 6), Identity.of(weight)), None)
     part.shrink((4, 3))
     part.share = 0.0
     optimizer = torch.optim.SGD(part.factors.parameters(), 0.1, momentum=0.9)

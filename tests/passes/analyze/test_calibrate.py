@@ -9,6 +9,7 @@ import tdcompile
 from tdcompile.data.task import Tensors
 from tdcompile.errors import InputError
 from tdcompile.ir.measurements import Calibration
+from tdcompile.numerics.covariance import Full
 from tdcompile.passes.analyze.calibrate import Calibrate
 
 
@@ -33,7 +34,7 @@ def moments(module, samples, **options):
 )
 def test_moments_are_those_of_unfolded_patches(options):
     conv, samples = nn.Conv2d(4, 6, 3, **options), drawn(7, 4, 9, 8)
-    found = moments(conv, samples, batch=3).moments["0"]
+    found = moments(conv, samples, batch=3).covariances["0"]
     mode = options.get("padding_mode", "constant")
     before = conv._reversed_padding_repeated_twice if mode == "reflect" else (0,) * 4
     x = F.pad(samples.inputs[0], before, mode=mode)
@@ -41,21 +42,21 @@ def test_moments_are_those_of_unfolded_patches(options):
     patches = F.unfold(x, 3, dilation=conv.dilation, padding=pad, stride=conv.stride)
     rows = patches.transpose(1, 2).reshape(-1, 36).double()
     assert found.samples == len(rows)
-    torch.testing.assert_close(found.second, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.dense(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
 
 
 def test_a_linear_layer_over_tokens():
     samples = drawn(5, 7, 6)
     rows = samples.inputs[0].reshape(-1, 6).double()
-    found = moments(nn.Linear(6, 3), samples).moments["0"]
-    torch.testing.assert_close(found.second, rows.T @ rows / 35, rtol=1e-4, atol=1e-6)
+    found = moments(nn.Linear(6, 3), samples).covariances["0"]
+    torch.testing.assert_close(found.dense(), rows.T @ rows / 35, rtol=1e-4, atol=1e-6)
 
 
 def test_only_so_many_patches_are_read_and_they_are_near_the_whole():
     conv, samples = nn.Conv2d(3, 4, 3, padding=1), drawn(64, 3, 16, 16)
-    some, whole = (moments(conv, samples, patches=n).moments["0"] for n in (4000, 10**9))
+    some, whole = (moments(conv, samples, patches=n).covariances["0"] for n in (4000, 10**9))
     assert some.samples <= 4000 < whole.samples
-    assert float((some.second - whole.second).norm() / whole.second.norm()) < 0.2
+    assert float((some.dense() - whole.dense()).norm() / whole.dense().norm()) < 0.2
 
 
 class Recording(Tensors):
@@ -77,7 +78,7 @@ def test_as_many_samples_are_read_as_calibrate_says_and_the_fact_says_so(asked, 
     program = program.with_(task=tdcompile.Task(samples, calibrate=asked))
     found = Calibrate(batch=4).run(program).facts[Calibration]
     assert len(samples.read) == len(set(samples.read)) == found.samples == read
-    assert [moments.samples for moments in found.moments.values()] == [read] * bool(read)
+    assert [moments.samples for moments in found.covariances.values()] == [read] * bool(read)
 
 
 @pytest.mark.parametrize(
@@ -85,14 +86,14 @@ def test_as_many_samples_are_read_as_calibrate_says_and_the_fact_says_so(asked, 
 )
 def test_a_wide_layer_gets_a_sketch(wide):
     samples = drawn(90, 40) if isinstance(wide, nn.Linear) else drawn(20, wide.in_channels, 5, 5)
-    exact = moments(wide, samples, largest=40).moments["0"]
-    assert isinstance(exact.metric, torch.Tensor)
+    exact = moments(wide, samples, largest=40).covariances["0"]
+    assert isinstance(exact, Full)
     for rank, near in ((40, 1e-5), (10, 0.6)):
-        found = moments(wide, samples, largest=39, sketch=rank, batch=16).moments["0"]
-        assert (found.samples, found.metric.factor.shape) == (exact.samples, (40, rank))
-        whole = torch.eye(40, dtype=torch.float64) @ found.metric
-        torch.testing.assert_close(whole.diagonal(), exact.second.diagonal(), rtol=1e-4, atol=1e-5)
-        assert float((whole - exact.second).norm() / exact.second.norm()) < near
+        found = moments(wide, samples, largest=39, sketch=rank, batch=16).covariances["0"]
+        assert (found.samples, found.factor.shape) == (exact.samples, (40, rank))
+        whole = torch.eye(40, dtype=torch.float64) @ found
+        torch.testing.assert_close(whole.diagonal(), exact.dense().diagonal(), rtol=1e-4, atol=1e-5)
+        assert float((whole - exact.dense()).norm() / exact.dense().norm()) < near
 
 
 def test_a_wide_layer_reads_fewer_patches_by_as_much_as_it_is_wider(monkeypatch):
@@ -100,7 +101,7 @@ def test_a_wide_layer_reads_fewer_patches_by_as_much_as_it_is_wider(monkeypatch)
     for limit, read in ((40, 160), (20, 80)):
         monkeypatch.setattr("tdcompile.passes.analyze.calibrate._WIDE", limit)
         for largest in (40, 20):  # as a matrix or as a sketch
-            assert moments(wide, samples, patches=160, largest=largest).moments["0"].samples == read
+            assert moments(wide, samples, patches=160, largest=largest).covariances["0"].samples == read
 
 
 @pytest.mark.parametrize("option", ["patches", "largest", "sketch", "batch"])
@@ -115,11 +116,11 @@ def test_depthwise_layers_are_left_out_with_a_reason():
 
 def test_the_moments_of_groups_together_take_no_more_memory_than_one_matrix_may():
     module, samples = nn.Conv2d(24, 24, 1, groups=4), drawn(4, 24, 6, 6)
-    assert moments(module, samples, largest=12).moments["0"].second.shape == (4, 6, 6)
+    assert moments(module, samples, largest=12).covariances["0"].dense().shape == (4, 6, 6)
     for largest in (5, 11):  # below a group's own inputs, and above them
         found = moments(module, samples, largest=largest)
         assert "4 groups of 6 inputs" in found.skipped["0"]
-        assert not found.moments
+        assert not found.covariances
 
 
 def test_without_data_there_are_no_moments():

@@ -19,9 +19,9 @@ from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plugin import Plugin
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import DENSE, Candidates, Ranks
 from tdcompile.ir.target import Cost, Target
+from tdcompile.numerics.covariance import Covariance
 from tdcompile.passes.analyze.propose import Propose
 from tdcompile.passes.decompose.svd import SVD
 
@@ -48,7 +48,7 @@ class Wrong(SVD):
     name: ClassVar[str] = ""
     later: ClassVar[tuple[float, ...]] = ()
 
-    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Moments | None) -> Sequence[float]:
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Covariance) -> Sequence[float]:
         """One, and then what the test has put there."""
         return [1.0, *self.later]
 

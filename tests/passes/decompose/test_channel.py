@@ -5,7 +5,7 @@ import torch
 
 from tdcompile.core.decomposition import relative_error
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Moments
+from tdcompile.numerics.covariance import Full
 from tdcompile.passes.decompose.channel import Channel
 
 LAYER = Layer("conv", 8, 12, (9, 10), (3, 5), (2, 1), ((1, 1), (2, 3)), (1, 2), padding_mode="reflect")
@@ -46,9 +46,9 @@ def test_with_moments_the_error_is_the_least_that_the_rank_allows() -> None:
     torch.manual_seed(0)
     weight = torch.randn(LAYER.weight_shape)
     x = torch.randn(600, 120).relu() + 0.3
-    moments = Moments((x.T @ x / 600).double(), 600)
+    moments = Full((x.T @ x / 600).double(), 600)
     flat = weight.double().flatten(1)
-    values = torch.linalg.eigvalsh(flat @ moments.second @ flat.T).flip(0)
+    values = torch.linalg.eigvalsh(flat @ moments.dense() @ flat.T).flip(0)
     for rank in (1, 4, 8):
         factors = Channel().factorize(LAYER, weight, (rank,), moments)
         truth = relative_error(weight, Channel().reconstruct(LAYER, factors), moments)

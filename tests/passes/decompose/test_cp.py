@@ -12,10 +12,10 @@ from tdcompile.core.pipeline import Pipeline
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Moments
 from tdcompile.ir.plan import Candidate, RankPlan
 from tdcompile.ir.target import Cost
-from tdcompile.numerics.cp import sensitivity
+from tdcompile.numerics.covariance import Covariance, Full, Identity
+from tdcompile.numerics.cp_correction import sensitivity
 from tdcompile.passes.decompose import _cp as polyadic
 from tdcompile.passes.decompose.cp import CP
 
@@ -37,11 +37,11 @@ def weight_of(layer: Layer) -> torch.Tensor:
     return weight
 
 
-def moments_of(layer: Layer) -> Moments:
+def moments_of(layer: Layer) -> Covariance:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1000, layer.in_channels, layer.taps, generator=generator, dtype=torch.float64)
     x = x * torch.linspace(0.05, 2, layer.in_channels)[:, None] + 0.5 * x.roll(1, 2)
-    return Moments(x.flatten(1).T @ x.flatten(1) / 1000, 1000)
+    return Full(x.flatten(1).T @ x.flatten(1) / 1000, 1000)
 
 
 def test_the_spatial_settings_are_the_depthwise_layers() -> None:
@@ -94,7 +94,8 @@ def test_about_a_dozen_ranks_are_proposed_up_to_where_dense_is_cheaper() -> None
 @pytest.mark.parametrize("aware", [False, True], ids=["plain", "data"])
 def test_the_estimates_are_near_the_errors_and_not_below_them(aware: bool) -> None:
     layer = layer_of(96, 64)
-    weight, moments = weight_of(layer), moments_of(layer) if aware else None
+    weight = weight_of(layer)
+    moments = moments_of(layer) if aware else Identity.of(weight)
     space = CP().rank_space(layer, 16)
     told = CP().errors(layer, weight, space, moments)
     assert told[-1] == 0.0
@@ -108,9 +109,9 @@ def test_the_estimates_are_near_the_errors_and_not_below_them(aware: bool) -> No
 def test_errors_are_told_for_any_ranks_in_any_order() -> None:
     layer = layer_of(16, 12)
     weight = weight_of(layer)
-    first = CP().errors(layer, weight, [(8,), (40,)], None)
-    assert CP().errors(layer, weight, [(40,), (108,), (8,)], None) == [first[1], 0.0, first[0]]
-    assert CP().errors(layer, weight, [], None) == []
+    first = CP().errors(layer, weight, [(8,), (40,)], Identity.of(weight))
+    assert CP().errors(layer, weight, [(40,), (108,), (8,)], Identity.of(weight)) == [first[1], 0.0, first[0]]
+    assert CP().errors(layer, weight, [], Identity.of(weight)) == []
 
 
 def test_data_lowers_the_error_of_the_output() -> None:
@@ -118,7 +119,7 @@ def test_data_lowers_the_error_of_the_output() -> None:
     weight, moments = weight_of(layer), moments_of(layer)
     plain, aware = (
         relative_error(weight, CP().reconstruct(layer, CP().factorize(layer, weight, (24,), seen)), moments)
-        for seen in (None, moments)
+        for seen in (Identity.of(weight), moments)
     )
     assert aware < 0.95 * plain
 
@@ -126,7 +127,8 @@ def test_data_lowers_the_error_of_the_output() -> None:
 @pytest.mark.parametrize("aware", [False, True], ids=["plain", "data"])
 def test_correction_lowers_the_sensitivity_for_a_bounded_error(aware: bool) -> None:
     layer = layer_of(32, 24)
-    weight, moments = weight_of(layer), moments_of(layer) if aware else None
+    weight = weight_of(layer)
+    moments = moments_of(layer) if aware else Identity.of(weight)
     errors, sensitivities = [], []
     for growth in (1.0, 1.02, 1.1):
         form = CP(correct=growth)
@@ -169,7 +171,7 @@ def test_an_error_cannot_be_asked_to_shrink(growth: str) -> None:
 def test_the_same_weight_gives_the_same_factors_bit_for_bit() -> None:
     layer = layer_of(16, 12)
     weight, moments = weight_of(layer), moments_of(layer)
-    for seen in (None, moments):
+    for seen in (Identity.of(weight), moments):
         torch.manual_seed(0)
         once = CP().factorize(layer, weight, (20,), seen)
         torch.manual_seed(1)

@@ -6,6 +6,7 @@ from torch import nn
 
 from tdcompile.core.decomposition import relative_error
 from tdcompile.ir.layer import Layer
+from tdcompile.numerics.covariance import Identity
 from tdcompile.passes.decompose.cp4 import CP4
 
 
@@ -51,8 +52,8 @@ def test_a_separable_kernel_is_found_at_rank_one() -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = [torch.randn(size, generator=generator) for size in (4, 5, 3, 3)]
     weight = torch.einsum("t,c,y,x->tcyx", *vectors)
-    factors = CP4().factorize(layer, weight, (1,), None)
-    assert relative_error(weight, CP4().reconstruct(layer, factors), None) < 1e-5
+    factors = CP4().factorize(layer, weight, (1,), Identity.of(weight))
+    assert relative_error(weight, CP4().reconstruct(layer, factors), Identity.of(weight)) < 1e-5
     norms = [float(factor.norm()) for factor in factors]
     assert max(norms) == pytest.approx(min(norms), rel=1e-4)
 
@@ -61,7 +62,7 @@ def test_a_chain_cut_short_still_computes_the_weight_it_reconstructs() -> None:
     module = nn.Conv2d(8, 6, (3, 2), stride=(1, 2), padding="valid")
     layer = Layer.of(module, (9, 8))
     assert layer is not None
-    factors = CP4().factorize(layer, module.weight, (5,), None)
+    factors = CP4().factorize(layer, module.weight, (5,), Identity.of(module.weight))
     built = CP4().build(layer, (5,), factors, module.bias)
     x = torch.randn(2, 8, 9, 8)
     with torch.no_grad():

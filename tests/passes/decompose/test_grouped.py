@@ -17,8 +17,9 @@ from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Calibration, Moments
+from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.plan import Candidates, RankPlan
+from tdcompile.numerics.covariance import Full, Identity, PerGroup
 from tdcompile.passes.analyze.calibrate import Calibrate
 from tdcompile.passes.analyze.propose import Propose
 from tdcompile.passes.decompose.channel import Channel
@@ -48,10 +49,10 @@ def test_a_group_gets_the_factors_that_it_would_have_alone() -> None:
     layer, weight = layer_of(CONV), CONV.weight.detach()
     one = replace(layer, in_channels=8, out_channels=12, groups=1)
     roots = torch.randn(4, 72, 72, dtype=torch.float64)
-    moments = Moments(roots @ roots.mT, 100)
+    moments = PerGroup(roots @ roots.mT, 100)
     first, last = Grouped().factorize(layer, weight, (3,), moments)
     for place, own in enumerate(weight.chunk(4)):
-        alone = Channel().factorize(one, own, (3,), Moments(moments.second[place], 100))
+        alone = Channel().factorize(one, own, (3,), Full(moments.matrices[place], 100))
         torch.testing.assert_close(first.chunk(4)[place], alone[0])
         torch.testing.assert_close(last.chunk(4)[place], alone[1])
 
@@ -108,16 +109,16 @@ def test_another_form_for_the_groups() -> None:
     layer = layer_of(CONV)
     assert len(Grouped(form="tucker2").blueprint(layer, (3, 4))) == 3
     weight = CONV.weight.detach()
-    factors = Grouped(form="tucker2").factorize(layer, weight, (12, 8), None)
-    assert relative_error(weight, Grouped(form="tucker2").reconstruct(layer, factors), None) < 1e-5
+    factors = Grouped(form="tucker2").factorize(layer, weight, (12, 8), Identity.of(weight))
+    assert relative_error(weight, Grouped(form="tucker2").reconstruct(layer, factors), Identity.of(weight)) < 1e-5
 
 
 def test_calibration_gives_moments_for_each_group() -> None:
     x = drawn(16, 8, 6, 6)
-    found = moments_of(nn.Conv2d(8, 12, 3, padding=1, groups=2), x).moments["0"]
+    found = moments_of(nn.Conv2d(8, 12, 3, padding=1, groups=2), x).covariances["0"]
     patches = torch.nn.functional.unfold(x.inputs[0], 3, padding=1).movedim(1, 2).flatten(0, 1)
     whole = (patches.T @ patches / len(patches)).double()
-    torch.testing.assert_close(found.second, torch.stack([whole[:36, :36], whole[36:, 36:]]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.dense(), torch.stack([whole[:36, :36], whole[36:, 36:]]), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_of_small_groups_says_what_the_form_for_groups_says() -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from tdcompile.core.decomposition import relative_error
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Moments
+from tdcompile.numerics.covariance import Full, Identity
 from tdcompile.passes.decompose.svd import SVD
 
 LINEAR = Layer("linear", 24, 16)
@@ -51,20 +51,20 @@ def test_ranks_stop_at_break_even() -> None:
 def test_the_plain_error_is_the_tail_of_the_singular_values() -> None:
     weight = torch.randn(16, 24)
     values = torch.linalg.svdvals(weight.double())
-    factors = SVD().factorize(LINEAR, weight, (6,), None)
-    truth = relative_error(weight, SVD().reconstruct(LINEAR, factors), None)
+    factors = SVD().factorize(LINEAR, weight, (6,), Identity.of(weight))
+    truth = relative_error(weight, SVD().reconstruct(LINEAR, factors), Identity.of(weight))
     assert truth == pytest.approx(float(values[6:].norm() / values.norm()), abs=1e-6)
-    assert SVD().errors(LINEAR, weight, [(6,)], None)[0] == pytest.approx(truth, abs=1e-6)
+    assert SVD().errors(LINEAR, weight, [(6,)], Identity.of(weight))[0] == pytest.approx(truth, abs=1e-6)
 
 
 def test_moments_trade_weights_for_outputs() -> None:
     torch.manual_seed(0)
     weight = torch.randn(16, 24)
     x = torch.randn(500, 24) * torch.logspace(0, -2, 24)
-    moments = Moments((x.T @ x / 500).double(), 500)
-    plain, data = (SVD().factorize(LINEAR, weight, (6,), m) for m in (None, moments))
+    moments = Full((x.T @ x / 500).double(), 500)
+    plain, data = (SVD().factorize(LINEAR, weight, (6,), m) for m in (Identity.of(weight), moments))
     of_output = [relative_error(weight, SVD().reconstruct(LINEAR, f), moments) for f in (plain, data)]
-    of_weight = [relative_error(weight, SVD().reconstruct(LINEAR, f), None) for f in (plain, data)]
+    of_weight = [relative_error(weight, SVD().reconstruct(LINEAR, f), Identity.of(weight)) for f in (plain, data)]
     assert of_output[1] < 0.5 * of_output[0]
     assert of_weight[0] < of_weight[1]
     dense = x @ weight.T
@@ -74,7 +74,7 @@ def test_moments_trade_weights_for_outputs() -> None:
 
 def test_the_built_module_is_two_linear_layers() -> None:
     weight, bias = torch.randn(16, 24), torch.randn(16)
-    built = SVD().build(LINEAR, (6,), SVD().factorize(LINEAR, weight, (6,), None), bias)
+    built = SVD().build(LINEAR, (6,), SVD().factorize(LINEAR, weight, (6,), Identity.of(weight)), bias)
     assert [type(part) for part in built] == [nn.Linear, nn.Linear]
     assert built[0].bias is None
     assert torch.equal(built[1].bias, bias)
@@ -83,5 +83,5 @@ def test_the_built_module_is_two_linear_layers() -> None:
 def test_a_layer_whose_gram_matrix_is_worked_in_single_precision() -> None:
     torch.manual_seed(0)
     layer, weight = Layer("linear", 2100, 2080), torch.randn(2080, 40) @ torch.randn(40, 2100)
-    factors = SVD().factorize(layer, weight, (40,), None)
-    assert relative_error(weight, SVD().reconstruct(layer, factors), None) < 1e-4
+    factors = SVD().factorize(layer, weight, (40,), Identity.of(weight))
+    assert relative_error(weight, SVD().reconstruct(layer, factors), Identity.of(weight)) < 1e-4

@@ -10,7 +10,7 @@ from torch import nn
 
 from tdcompile.core.decomposition import relative_error
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Moments
+from tdcompile.numerics.covariance import Covariance, Full, Identity
 from tdcompile.passes.decompose.tt import TT
 from tdcompile.planning.rank_grid import weights_of
 
@@ -22,10 +22,10 @@ def weight() -> torch.Tensor:
     return torch.randn(LAYER.weight_shape, generator=torch.Generator().manual_seed(0))
 
 
-def moments() -> Moments:
+def moments() -> Covariance:
     x = torch.randn(800, 24, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = (x * torch.linspace(0.05, 2, 24)[:, None] + 0.5 * x.roll(1, 2)).flatten(1)
-    return Moments(x.T @ x / 800, 800)
+    return Full(x.T @ x / 800, 800)
 
 
 def test_the_middle_layers_are_full_and_take_one_axis_each() -> None:
@@ -70,7 +70,7 @@ def test_exact_ranks_are_the_short_sides_of_the_unfoldings() -> None:
 
 @pytest.mark.parametrize("ranks", [(8, 16, 8), (16, 40, 16)])
 def test_the_error_is_that_of_tensorlys_train(ranks: tuple[int, ...]) -> None:
-    factors = TT().factorize(LAYER, weight(), ranks, None)
+    factors = TT().factorize(LAYER, weight(), ranks, Identity.of(weight()))
     with tl.backend_context("pytorch"):
         train = tl.tt_to_tensor(tensor_train(weight().double().permute(1, 2, 3, 0), [1, *ranks, 1]))
     found = TT().reconstruct(LAYER, factors)
@@ -80,7 +80,8 @@ def test_the_error_is_that_of_tensorlys_train(ranks: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("kept", [0.35, 0.5, 0.8])
 def test_one_rank_for_all_bonds_loses_less_than_ranks_in_proportion(kept: float) -> None:
     def lost(ranks: tuple[int, ...]) -> float:
-        return relative_error(weight(), TT().reconstruct(LAYER, TT().factorize(LAYER, weight(), ranks, None)), None)
+        plain = Identity.of(weight())
+        return relative_error(weight(), TT().reconstruct(LAYER, TT().factorize(LAYER, weight(), ranks, plain)), plain)
 
     exact = TT().exact_ranks(LAYER)
     proportional = [tuple(math.ceil(rank * i / 24) for rank in exact) for i in range(1, 24)]
@@ -95,7 +96,8 @@ def test_one_rank_for_all_bonds_loses_less_than_ranks_in_proportion(kept: float)
 
 @pytest.mark.parametrize("aware", [False, True], ids=["plain", "data"])
 def test_the_ends_are_orthogonal_and_the_middle_shares_the_scale(aware: bool) -> None:
-    first, rows, columns, last = TT().factorize(LAYER, weight(), (8, 16, 8), moments() if aware else None)
+    seen = moments() if aware else Identity.of(weight())
+    first, rows, columns, last = TT().factorize(LAYER, weight(), (8, 16, 8), seen)
     for gram in (first.flatten(1) @ first.flatten(1).T, last.flatten(1).T @ last.flatten(1)):
         assert torch.allclose(gram, gram[0, 0] * torch.eye(8), atol=1e-5 * float(gram[0, 0]))
     ratio = rows.flatten(1).norm(dim=1) / columns.movedim(1, 0).flatten(1).norm(dim=1)
@@ -106,7 +108,7 @@ def test_data_lowers_the_error_of_the_output() -> None:
     seen = moments()
     plain, aware = (
         relative_error(weight(), TT().reconstruct(LAYER, TT().factorize(LAYER, weight(), (16, 32, 16), m)), seen)
-        for m in (None, seen)
+        for m in (Identity.of(weight()), seen)
     )
     assert aware < 0.95 * plain
 
@@ -114,7 +116,7 @@ def test_data_lowers_the_error_of_the_output() -> None:
 @pytest.mark.parametrize("aware", [False, True], ids=["plain", "data"])
 def test_few_factorisations_tell_the_errors_of_all_ranks(aware: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tdcompile.passes.decompose.tt.ESTIMATE", 0.0)
-    seen = moments() if aware else None
+    seen = moments() if aware else Identity.of(weight())
     space = TT().rank_space(LAYER, 4)
     assert len(space) > 6
     told = TT().errors(LAYER, weight(), space, seen)

@@ -13,8 +13,7 @@ from tdcompile.core.decomposition import Decomposition, relative_error
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Moments
-from tdcompile.numerics.covariance import Sketch
+from tdcompile.numerics.covariance import Covariance, Full, Identity, LowRankPlusDiagonal
 from tdcompile.passes.decompose.tt_linear import TTLinear, modes_of
 
 
@@ -73,12 +72,12 @@ def test_the_chain_computes_what_its_factors_stand_for(
     layer = Layer.of(module, lead)
     assert layer is not None
     ranks = form.exact_ranks(layer) if exact else (3,) * (cores - 1)
-    factors = form.factorize(layer, module.weight, ranks, None)
+    factors = form.factorize(layer, module.weight, ranks, Identity.of(module.weight))
     built = form.build(layer, ranks, factors, module.bias)
     x = torch.randn(2, *lead, 24)
     with torch.no_grad():
         if exact:
-            assert relative_error(module.weight, form.reconstruct(layer, factors), None) < 1e-5
+            assert relative_error(module.weight, form.reconstruct(layer, factors), Identity.of(module.weight)) < 1e-5
         module.weight.copy_(form.reconstruct(layer, factors))
         assert torch.allclose(built(x), module(x), atol=1e-5)
     parts = form.blueprint(layer, ranks)
@@ -92,7 +91,9 @@ def test_the_chain_is_traced_and_exported_with_any_batch() -> None:
     form, module = TTLinear(3), nn.Linear(24, 60)
     layer = Layer.of(module, (5,))
     assert layer is not None
-    built = form.build(layer, (4, 4), form.factorize(layer, module.weight, (4, 4), None), module.bias)
+    built = form.build(
+        layer, (4, 4), form.factorize(layer, module.weight, (4, 4), Identity.of(module.weight)), module.bias
+    )
     x = torch.randn(2, 5, 24)
     assert torch.equal(fx.symbolic_trace(built)(x), built(x))
     exported = torch.export.export(built, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -104,8 +105,8 @@ def test_a_kronecker_product_has_rank_one() -> None:
     generator = torch.Generator().manual_seed(0)
     (t1, t2), (c1, c2) = tuple(reversed(modes_of(60, 2))), modes_of(24, 2)
     weight = torch.kron(torch.randn(t1, c1, generator=generator), torch.randn(t2, c2, generator=generator))
-    factors = TTLinear().factorize(layer, weight, (1,), None)
-    assert relative_error(weight, TTLinear().reconstruct(layer, factors), None) < 1e-5
+    factors = TTLinear().factorize(layer, weight, (1,), Identity.of(weight))
+    assert relative_error(weight, TTLinear().reconstruct(layer, factors), Identity.of(weight)) < 1e-5
     assert float(factors[0].norm()) == pytest.approx(float(factors[1].norm()), rel=1e-4)
 
 
@@ -121,20 +122,22 @@ def test_where_the_input_is_loud_the_weight_is_kept(cores: int, sketched: bool) 
     second = torch.ones(1, 1, dtype=torch.float64)
     for values, vectors in zip(spread, turned, strict=True):
         second = torch.kron(second, vectors @ values @ vectors.T)
-    moments = Moments(second, 1000)
+    moments = Full(second, 1000)
     seen_as = sketch_of(second, 64) if sketched else moments
     ranks = form.rank_space(layer, 1)[len(form.rank_space(layer, 1)) // 2]
-    plain, aware = (form.reconstruct(layer, form.factorize(layer, weight, ranks, seen)) for seen in (None, seen_as))
+    plain, aware = (
+        form.reconstruct(layer, form.factorize(layer, weight, ranks, seen)) for seen in (Identity.of(weight), seen_as)
+    )
     kept, more = (1 - relative_error(weight, found, moments) ** 2 for found in (plain, aware))
     assert more > 2 * kept  # of the output's energy, of a weight that has no order of its own
-    assert relative_error(weight, aware, None) > relative_error(weight, plain, None)
+    assert relative_error(weight, aware, Identity.of(weight)) > relative_error(weight, plain, Identity.of(weight))
 
 
-def sketch_of(second: torch.Tensor, rank: int) -> Moments:
+def sketch_of(second: torch.Tensor, rank: int) -> Covariance:
     """The leading directions of S, and what they leave of its diagonal."""
     values, vectors = torch.linalg.eigh(second)
     factor = (vectors * values.clamp_min(0).sqrt())[:, -rank:].flip(1)
-    return Moments(Sketch(factor, (second.diagonal() - factor.square().sum(1)).clamp_min(0)), 1000)
+    return LowRankPlusDiagonal(factor, (second.diagonal() - factor.square().sum(1)).clamp_min(0), 1000)
 
 
 @pytest.mark.parametrize("cores", [2, 3])
@@ -143,17 +146,17 @@ def test_data_never_harm_and_the_errors_are_told(cores: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 256, generator=generator)
     x = torch.randn(1000, 256, generator=generator, dtype=torch.float64) + 0.5
-    moments = Moments(x.T @ x / 1000, 1000)
+    moments = Full(x.T @ x / 1000, 1000)
     space = form.rank_space(layer, 1)
     assert len(space) > 4
-    for seen in (None, moments, sketch_of(moments.second, 64)):
+    for seen in (Identity.of(weight), moments, sketch_of(moments.dense(), 64)):
         told = form.errors(layer, weight, space, seen)
         assert told[-1] == 0.0
         for ranks, estimate in list(zip(space, told, strict=True))[:-1:3]:
             found = form.reconstruct(layer, form.factorize(layer, weight, ranks, seen))
             assert estimate == pytest.approx(relative_error(weight, found, seen), abs=0.01)
-            plain = form.reconstruct(layer, form.factorize(layer, weight, ranks, None))
-            assert seen is None or relative_error(weight, found, seen) <= relative_error(weight, plain, seen) + 1e-6
+            plain = form.reconstruct(layer, form.factorize(layer, weight, ranks, Identity.of(weight)))
+            assert seen.is_identity or relative_error(weight, found, seen) <= relative_error(weight, plain, seen) + 1e-6
 
 
 def test_a_rank_dearer_than_dense_is_not_proposed() -> None:

@@ -7,24 +7,24 @@ from torch import Tensor
 from tdcompile.core.decomposition import relative_error
 from tdcompile.core.plugin import Plugin
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Moments
+from tdcompile.numerics.covariance import Covariance, Full, Identity
 from tdcompile.passes.decompose.tucker2 import Tucker2
 
 LAYER = Layer("conv", 12, 16, (9, 10), (3, 3), (2, 1), ((1, 1), (0, 1)), (1, 2), padding_mode="replicate")
 
 
-def error(layer: Layer, weight: Tensor, ranks: tuple[int, int], moments: Moments | None, sweeps: int = 3) -> float:
+def error(layer: Layer, weight: Tensor, ranks: tuple[int, int], moments: Covariance, sweeps: int = 3) -> float:
     form = Tucker2(sweeps=sweeps)
     return relative_error(weight, form.reconstruct(layer, form.factorize(layer, weight, ranks, moments)), moments)
 
 
-def moments_of(layer: Layer) -> Moments:
+def moments_of(layer: Layer) -> Covariance:
     torch.manual_seed(1)
     x = torch.randn(400, layer.in_channels, 6, 6, dtype=torch.float64)
     x = x + x.roll(1, 2) + x.roll(1, 3)
     x = torch.einsum("nchw,cd->ndhw", x, torch.randn(layer.in_channels, layer.in_channels, dtype=torch.float64)).relu()
     patches = torch.nn.functional.unfold(x, layer.kernel).movedim(1, 2).flatten(0, 1)
-    return Moments(patches.T @ patches / len(patches), len(patches))
+    return Full(patches.T @ patches / len(patches), len(patches))
 
 
 def test_the_core_carries_the_geometry() -> None:
@@ -74,16 +74,17 @@ def test_a_first_layer_is_reduced_at_its_output_alone() -> None:
 def test_a_weight_of_low_multilinear_rank_is_found_exactly() -> None:
     torch.manual_seed(0)
     weight = torch.einsum("to,oihw,ci->tchw", torch.randn(16, 5), torch.randn(5, 4, 3, 3), torch.randn(12, 4))
-    assert error(LAYER, weight, (5, 4), None) < 1e-6
-    assert Tucker2().errors(LAYER, weight, [(5, 4)], None)[0] < 1e-6
+    assert error(LAYER, weight, (5, 4), Identity.of(weight)) < 1e-6
+    assert Tucker2().errors(LAYER, weight, [(5, 4)], Identity.of(weight))[0] < 1e-6
     assert error(LAYER, weight, (5, 4), moments_of(LAYER)) < 1e-5
-    assert error(LAYER, weight, (4, 4), None) > 0.01
+    assert error(LAYER, weight, (4, 4), Identity.of(weight)) > 0.01
 
 
 @pytest.mark.parametrize("data", [False, True])
 def test_sweeps_lower_the_error_and_what_is_told_is_a_bound(data: bool) -> None:
     torch.manual_seed(0)
-    weight, moments = torch.randn(LAYER.weight_shape), moments_of(LAYER) if data else None
+    weight = torch.randn(LAYER.weight_shape)
+    moments = moments_of(LAYER) if data else Identity.of(weight)
     for ranks in ((4, 4), (8, 6), (12, 4)):
         by_sweeps = [error(LAYER, weight, ranks, moments, sweeps) for sweeps in (0, 1, 3, 6)]
         assert by_sweeps == sorted(by_sweeps, reverse=True)
@@ -94,7 +95,7 @@ def test_sweeps_lower_the_error_and_what_is_told_is_a_bound(data: bool) -> None:
 def test_data_serve_the_output_better() -> None:
     torch.manual_seed(0)
     weight, moments = torch.randn(LAYER.weight_shape), moments_of(LAYER)
-    plain = Tucker2().factorize(LAYER, weight, (8, 6), None)
+    plain = Tucker2().factorize(LAYER, weight, (8, 6), Identity.of(weight))
     of_plain = relative_error(weight, Tucker2().reconstruct(LAYER, plain), moments)
     assert error(LAYER, weight, (8, 6), moments) < 0.9 * of_plain
 
@@ -102,14 +103,14 @@ def test_data_serve_the_output_better() -> None:
 def test_moments_that_say_nothing_give_the_plain_factors() -> None:
     torch.manual_seed(0)
     weight = torch.randn(LAYER.weight_shape)
-    white = Moments(torch.eye(108, dtype=torch.float64), 1000)
-    assert error(LAYER, weight, (8, 6), white, 20) == pytest.approx(error(LAYER, weight, (8, 6), None, 20), abs=2e-3)
+    plain, white = Identity.of(weight), Full(torch.eye(108, dtype=torch.float64), 1000)
+    assert error(LAYER, weight, (8, 6), white, 20) == pytest.approx(error(LAYER, weight, (8, 6), plain, 20), abs=2e-3)
 
 
 @pytest.mark.parametrize("data", [False, True])
 def test_the_outer_factors_are_orthonormal_but_for_their_scale(data: bool) -> None:
     first, core, last = Tucker2().factorize(
-        LAYER, torch.randn(LAYER.weight_shape), (8, 6), moments_of(LAYER) if data else None
+        LAYER, torch.randn(LAYER.weight_shape), (8, 6), moments_of(LAYER) if data else Identity(108)
     )
     for rows in (first.flatten(1), last.flatten(1).T):
         gram = rows @ rows.T
@@ -121,14 +122,14 @@ def test_the_outer_factors_are_orthonormal_but_for_their_scale(data: bool) -> No
 @pytest.mark.parametrize("ranks", [(16, 1), (1, 12)])
 def test_a_plan_may_ask_for_ranks_outside_the_space(ranks: tuple[int, int]) -> None:
     weight = torch.randn(LAYER.weight_shape)
-    for moments in (None, moments_of(LAYER)):
+    for moments in (Identity.of(weight), moments_of(LAYER)):
         factors = Tucker2().factorize(LAYER, weight, ranks, moments)
         assert [tuple(f.shape) for f in factors] == [p.weight_shape for p in Tucker2().blueprint(LAYER, ranks)]
         assert all(bool(torch.isfinite(f).all()) for f in factors)
 
 
 def test_an_input_that_is_always_zero_gives_finite_factors() -> None:
-    weight, moments = torch.randn(LAYER.weight_shape), Moments(torch.zeros(108, 108, dtype=torch.float64), 10)
+    weight, moments = torch.randn(LAYER.weight_shape), Full(torch.zeros(108, 108, dtype=torch.float64), 10)
     assert all(bool(torch.isfinite(f).all()) for f in Tucker2().factorize(LAYER, weight, (8, 6), moments))
     assert Tucker2().errors(LAYER, weight, [(8, 6), (4, 4)], moments) == [0.0, 0.0]
 
