@@ -17,7 +17,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
-from plugin_pages import code_table, plugin_reference, recipe_table
+from plugin_pages import code_table, option_table, plugin_reference, recipe_table
 
 from tdcompile.ir.diagnostics import DiagnosticCode, ReasonCode
 
@@ -81,6 +81,7 @@ PARTS: Mapping[str, Callable[[str], str]] = {
     "decompositions": lambda _: draw_decompositions(),
     "diagnostics": lambda _: code_table(DiagnosticCode),
     "file": project_file,
+    "options": lambda _: option_table(),
     "pipeline": lambda _: draw_pipeline(),
     "plug-ins": plugin_reference,
     "reasons": lambda _: code_table(ReasonCode),

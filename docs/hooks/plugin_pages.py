@@ -20,6 +20,7 @@ from tdcompile.core.plugin import Plugin
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find
 from tdcompile.ir.diagnostics import DiagnosticCode, ReasonCode
+from tdcompile.recipe_options import RecipeOptions
 from tdcompile.recipes import recipes
 from tdcompile.support.options import describe, text_of, types_of
 
@@ -47,6 +48,15 @@ def recipe_table() -> str:
     for name, recipe in recipes().items():
         options = ", ".join(f"`{key}`" for key in recipe if key != "description") or "none"
         lines.append(f"| `{name}` | {recipe.get('description', '')} | {options} |")
+    return "\n".join(lines)
+
+
+def option_table() -> str:
+    """The options of a recipe, which are those of ``tdcompile.compile``: default and meaning."""
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for name, option in RecipeOptions.model_fields.items():
+        default = f"`{option.default}`" if option.default not in (None, ()) else ""
+        lines.append(f"| `{name}` | {default} | {_cell(option.description or '')} |")
     return "\n".join(lines)
 
 

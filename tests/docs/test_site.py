@@ -17,6 +17,7 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import find
 from tdcompile.ir.diagnostics import DiagnosticCode, ReasonCode
 from tdcompile.ir.layer import Layer
+from tdcompile.recipes import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -49,6 +50,13 @@ def test_an_option_shows_the_values_that_it_takes():
     finetune = re.search(r"^### `finetune`\n(.*?)(?=^### )", text, re.MULTILINE | re.DOTALL)[1]
     assert re.search(r"^\| `labels` \| `0\.1` \| a number in \[0, 1\] \| ", finetune, re.MULTILINE)
     assert re.search(r"^\| `bn` \| `train` \| one of train, frozen \| ", finetune, re.MULTILINE)
+
+
+def test_the_option_table_has_every_option_of_a_recipe_with_its_default():
+    text = plugin_pages.option_table()
+    for name in Recipe.model_fields:
+        assert f"| `{name}` |" in text
+    assert "| `threads` | `1` | Threads of onnxruntime |" in text
 
 
 def test_every_decomposition_is_drawn_as_the_chain_of_its_blueprint():
