@@ -1,4 +1,4 @@
-"""``analytic``: parameters, multiply-accumulates and bytes by arithmetic; no seconds."""
+"""``analytic``: count parameters, multiply-accumulates and bytes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _BYTES = {"fp32": 4, "fp16": 2}
 
 @dataclass(frozen=True)
 class Analytic(CostModel):
-    """Parameters, multiply-accumulates and bytes by arithmetic; seconds stay 0.
+    """Count parameters, multiply-accumulates and bytes; seconds stay 0.
 
-    Bytes are those of the parameters, the input and the output, each read or written once, at the target's precision.
+    Parameters, input and output are read or written once, at the target's precision.
     """
 
     name: ClassVar[str] = "analytic"

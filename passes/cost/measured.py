@@ -1,4 +1,4 @@
-"""``measured``: seconds of a layer in onnxruntime on the target, measured on a grid of channels and interpolated."""
+"""``measured``: measure a layer in onnxruntime on the target at a grid of channel counts, and interpolate."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from tdcompile.core.cost_model import CostModel
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.target import Cost, Target
 
-# Channels at which layers are measured: powers of two and half-way between them, where networks' own channels lie.
+# Channel counts at which layers are measured: powers of two and their midpoints, which most networks use.
 LADDER = tuple(sorted({2**n for n in range(13)} | {3 * 2**n for n in range(11)}))
 
 
 @dataclass(frozen=True)
 class Measured(CostModel):
-    """Seconds measured in onnxruntime on the target, kept in the user's cache folder.
+    """Measure seconds in onnxruntime on the target; times are cached in the user's cache folder.
 
-    A layer is measured at rungs of a ladder of channel counts around its own and interpolated bilinearly between
-    them: at a fixed kernel and size, time is nearly ``a + b·C + c·T + d·C·T``, which bilinear interpolation meets.
-    Grouped layers that are not depthwise are measured as they are.
+    A layer is measured at the grid's channel counts around its own, and interpolated bilinearly: at a fixed kernel and
+    size, time is nearly ``a + b·C + c·T + d·C·T``. Grouped layers that are not depthwise are measured at their own
+    channel counts.
 
     Attributes:
-        runs: timed runs of each measurement; the median counts.
+        runs: timed runs for each measurement; the median is used.
     """
 
     name: ClassVar[str] = "measured"
     runs: int = 9
 
     def prepare(self, layers: Sequence[Layer], target: Target) -> None:
-        """Measure together what the given layers need and the cache does not have."""
+        """Measure together all grid points that these layers need and the cache lacks."""
         cache = CostCache.of(target)
         needed = dict.fromkeys(corner for layer in layers for corner, _ in corners(layer))
         missing = [layer for layer in needed if layer not in cache]
@@ -42,7 +42,7 @@ class Measured(CostModel):
         cache.save()
 
     def price(self, layer: Layer, target: Target) -> Cost:
-        """Interpolated seconds of one run of ``target.batch`` samples; measures what is not yet known."""
+        """Interpolate the seconds of a run of ``target.batch`` samples; measure grid points that the cache lacks."""
         cache = CostCache.of(target)
         if any(corner not in cache for corner, _ in corners(layer)):
             self.prepare([layer], target)
@@ -50,7 +50,7 @@ class Measured(CostModel):
 
 
 def corners(layer: Layer) -> list[tuple[Layer, float]]:
-    """The measured layers around one, with the weights of its interpolation, which add up to 1."""
+    """Return the grid points around a layer with their interpolation weights, which sum to 1."""
     layer = replace(layer, bias=True)
     if layer.depthwise and layer.out_channels == layer.in_channels:
         return [(replace(layer, in_channels=c, out_channels=c, groups=c), w) for c, w in rungs(layer.in_channels)]
@@ -61,9 +61,9 @@ def corners(layer: Layer) -> list[tuple[Layer, float]]:
 
 
 def rungs(channels: int) -> Iterable[tuple[int, float]]:
-    """The rungs of the ladder around a channel count and its linear weights between them.
+    """Return the grid's channel counts around this one, with linear interpolation weights.
 
-    Above the ladder a count is a rung of its own: so many channels are a network's, seldom a rank.
+    A count above the grid is measured exactly: it is usually a layer's width, seldom a rank.
     """
     above = bisect.bisect_left(LADDER, channels)
     if above == len(LADDER) or LADDER[above] == channels:

@@ -1,4 +1,4 @@
-"""``attach-adapters``: a low-rank adapter beside every layer's dense weight, the function as it was."""
+"""``attach-adapters``: add a low-rank adapter beside every layer's dense weight; the function does not change."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ FORMS = ("tucker2", "svd")
 class AttachAdapters(RewritePass):
     """Tucker-2 adapters for convolutions, truncated SVD for linear layers and 1x1 convolutions: progressive Tucker.
 
-    The supplement of the method gives neither formula nor schedule; y = layer(x; a (W₀ − T(θ₀)) + T(θ)), exact at the
-    start, is our completion. ``anneal`` moves a from 1 to 0 and cuts ranks, ``detach-dense`` leaves the adapters alone.
+    The supplement of the method gives no formula and no schedule. We use y = layer(x; a (W₀ − T(θ₀)) + T(θ)), which is
+    exact at the start. ``anneal`` moves a from 1 to 0 and cuts ranks; ``detach-dense`` keeps only the adapters.
 
     Attributes:
-        rank: the adapters' first ranks, as a share of the full ones.
-        init: ``exact`` starts from the weight's own decomposition, ``zero`` from nothing, as LoRA does.
+        rank: initial ranks of the adapters, as a share of the full ranks.
+        init: ``exact`` starts from the decomposition of the weight, ``zero`` from a zero product, as LoRA does.
     """
 
     name: ClassVar[str] = "attach-adapters"
@@ -38,7 +38,7 @@ class AttachAdapters(RewritePass):
     init: Literal["exact", "zero"] = "exact"
 
     def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
-        """Put a parallel layer in the place of every layer that one of the forms applies to."""
+        """Replace every layer that one of the forms fits by a parallel layer."""
         found = sites(program)
         kept = kept_dense(program, found)
         history: list[Change | Diagnostic] = []
@@ -57,10 +57,10 @@ class AttachAdapters(RewritePass):
         form = next((form for form in forms if form.refuse(site.layer) is None), None)
         if form is None:
             reason = forms[0].refuse(site.layer)
-            assert reason is not None  # otherwise it would be the form
+            assert reason is not None  # the search above would have returned this form
             return reason
         ranks = tuple(max(1, round(self.rank * most)) for most in form.exact_ranks(site.layer))
         factors = form.factorize(site.layer, site.weight, ranks, Identity.of(site.weight))
         bias = site.module.bias
-        assert bias is None or isinstance(bias, Tensor)  # what convolutions and linear layers have
+        assert bias is None or isinstance(bias, Tensor)  # the types that convolutions and linear layers use
         return Parallel(site.layer, str(form.spec()), ranks, site.weight, factors, bias, zero=self.init == "zero")

@@ -1,4 +1,4 @@
-"""``drop-dead``: take out nodes that do nothing in inference, and modules that nothing calls."""
+"""``drop-dead``: remove nodes that do nothing in inference, and modules that are never called."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.A
 
 @dataclass(frozen=True)
 class DropDead(RewritePass):
-    """Drop identities, dropout, values that nothing reads and modules that nothing calls."""
+    """Remove identities, dropout, unused values and unused modules."""
 
     name: ClassVar[str] = "drop-dead"
 
     def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
-        """The function in eval mode stays the same."""
+        """Remove them; the function in eval mode does not change."""
         history = []
         for node in list(graph.graph.nodes):
             module = module_at(graph, node)

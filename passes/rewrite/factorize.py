@@ -1,4 +1,4 @@
-"""``factorize``: put the chosen chains of small layers in place of the layers of a plan."""
+"""``factorize``: replace the layers of a plan by their chains of small layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Factorize(RewritePass):
     """Replace every layer that the plan does not leave dense.
 
     Attributes:
-        jobs: layers factorised side by side, each in a process.
+        jobs: number of layers factorised in parallel, each in a process.
     """
 
     name: ClassVar[str] = "factorize"
@@ -44,7 +44,7 @@ class Factorize(RewritePass):
         """Factorise each layer's weight, output-error optimal if there is calibration data.
 
         Raises:
-            InputError: the plan names a layer, form or rank that this network does not have, or one that is to stay.
+            InputError: the plan names a layer, form or rank that does not exist, or a layer that must stay dense.
         """
         found, chosen = sites(program), program.facts[RankPlan].choices
         for name in chosen:
@@ -63,7 +63,7 @@ class Factorize(RewritePass):
         for done, ((name, choice), factors) in enumerate(made, start=1):
             form, site = forms[name], found[name]
             bias = site.module.bias
-            assert bias is None or isinstance(bias, Tensor)  # what convolutions and linear layers have
+            assert bias is None or isinstance(bias, Tensor)  # the types that convolutions and linear layers use
             with during(f"in the decomposition {form.told()} on the layer '{name}'"):
                 replace_module(graph, name, form.build(site.layer, choice.ranks, factors, bias))
             history.append(Change(name, self.name, f"{choice.decomposition}{list(choice.ranks)}"))

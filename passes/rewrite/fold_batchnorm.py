@@ -22,25 +22,25 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class FoldBatchnorm(RewritePass):
-    """Fold batch norm into the layer before it, where that layer feeds nothing else."""
+    """Fold batch norm into the layer before it if nothing else reads that layer."""
 
     name: ClassVar[str] = "fold-batchnorm"
 
     def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
-        """Each ``layer -> batch norm`` becomes one layer; the function in eval mode stays the same."""
+        """Replace each ``layer -> batch norm`` by one layer; the function in eval mode does not change."""
         history, found = [], sites(program)
         for node in list(graph.graph.nodes):
             norm = module_at(graph, node)
             if not isinstance(norm, _NORMS) or norm.running_mean is None:
                 continue
-            source = cast(fx.Node, node.args[0])  # what a module is called on is a node
+            source = cast(fx.Node, node.args[0])  # the input of a module call is a node
             layer = module_at(graph, source)
             if layer is None or Layer.of(layer, ()) is None or only_user(source) != node:
                 continue
             if len(calls_of(graph, str(source.target))) > 1 or len(calls_of(graph, str(node.target))) > 1:
                 continue  # shared: another call may not be followed by this normalisation
             if called_differently(layer) or called_differently(norm):
-                continue  # a hook sees, and may change, what is between the two
+                continue  # a hook may change the value between the two
             if isinstance(layer, nn.Linear) and found[str(source.target)].layer.extent:
                 continue  # on (N, L, C) batch norm reads axis 1, which is not the features
             parent, leaf = parent_of(graph, str(source.target))
@@ -51,7 +51,7 @@ class FoldBatchnorm(RewritePass):
 
 
 def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
-    norm = cast(nn.BatchNorm2d, norm)  # any number of axes will do
+    norm = cast(nn.BatchNorm2d, norm)  # for mypy; the number of axes does not matter
     if isinstance(layer, nn.Linear):
         return fuse_linear_bn_eval(layer, _affine(norm))
     if isinstance(layer, TransposedConv):
@@ -66,7 +66,7 @@ def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
 
 
 def _affine(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    """With a scale and a shift of its own, which torch's fusion into linear layers cannot do without."""
+    """Return the norm with a scale and a shift, which torch's fusion into linear layers requires."""
     if norm.affine:
         return norm
     full = copy.copy(norm)

@@ -1,4 +1,4 @@
-"""``CostModel``: the contract of what prices one layer."""
+"""``CostModel``: the contract of plug-ins that price a layer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tdcompile.ir.target import Cost, Target
 
 
 class CostModel(Plugin):
-    """Prices one layer; it never sees a decomposition, which is a tuple of layers."""
+    """Price one layer; a decomposition is priced as the tuple of its layers."""
 
     @abstractmethod
     def price(self, layer: Layer, target: Target) -> Cost:
-        """What the layer costs for one sample on the target."""
+        """Return the cost of the layer for one sample on the target."""
 
     def prepare(self, layers: Sequence[Layer], target: Target) -> None:
-        """Be told which layers will be priced, so that what is measured can be measured together."""
+        """Announce the layers that will be priced, so that a model can measure them together."""

@@ -1,4 +1,4 @@
-"""Axes that stay open: their names, their sizes, and the limits that a trace sets them."""
+"""Dynamic axes: their names, test inputs of other sizes, and the limits that a trace sets."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from torch.export import ExportedProgram
 from tdcompile.errors import InputError, nearest
 
 BATCH = "batch"
-
-
 _OPEN = re.compile(r"^(?P<input>[A-Za-z_]\w*):(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?$")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis of an input that is left open.
+    """A dynamic axis of an input.
 
     Attributes:
-        input: place of the input among a network's tensors.
-        axis: of that tensor.
-        name: axes of one name are of one length.
+        input: position of the input among the network's tensors.
+        axis: position of the axis in that tensor.
+        name: axes with the same name have the same length.
     """
 
     input: int
@@ -35,13 +33,13 @@ class Axis:
 
 
 def shares_batch(inputs: Sequence[Tensor]) -> list[bool]:
-    """For each input whether its first axis is the batch: whether it is as long as that of the first input."""
+    """Return for each input whether its first axis is the batch: it is as long as the first input's."""
     size = next((len(x) for x in inputs if x.dim()), 0)
     return [x.dim() > 0 and len(x) == size for x in inputs]
 
 
 def batch_of(inputs: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
-    """The inputs with so many samples, repeated or cut; those without a batch axis as they are."""
+    """Repeat or cut the samples to this batch size; inputs without a batch axis are unchanged."""
     return tuple(
         torch.cat([x] * -(-size // len(x)))[:size].contiguous() if batched else x
         for x, batched in zip(inputs, shares_batch(inputs), strict=True)
@@ -49,13 +47,13 @@ def batch_of(inputs: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
 
 
 def open_axes(texts: Sequence[str], names: Sequence[str], inputs: Sequence[Tensor]) -> tuple[Axis, ...]:
-    """Read ``NAME:AXIS`` or ``NAME:AXIS=LABEL``; axes without a label that are of one length are one.
+    """Read ``NAME:AXIS`` or ``NAME:AXIS=LABEL``; axes of one length share a name unless they have labels.
 
     Args:
-        names: of the inputs.
+        names: the names of the inputs.
 
     Raises:
-        InputError: another form, an input or axis that is not there, the batch axis, or an axis of length 1.
+        InputError: the form is wrong, the input or axis does not exist, it is the batch axis, or its length is 1.
     """
     found: list[Axis] = []
     for text in texts:
@@ -63,11 +61,11 @@ def open_axes(texts: Sequence[str], names: Sequence[str], inputs: Sequence[Tenso
         if match is None:
             raise InputError(f"the open axis '{text}' is not of the form NAME:AXIS or NAME:AXIS=LABEL, e.g. ids:1=time")
         if match["input"] not in names:
-            raise InputError(f"the open axis '{text}' is of no input: {nearest(match['input'], names)}")
+            raise InputError(f"the open axis '{text}' names no input: {nearest(match['input'], names)}")
         place, axis = list(names).index(match["input"]), int(match["axis"])
         shape = tuple(inputs[place].shape)
         if axis >= len(shape):
-            raise InputError(f"the open axis '{text}' is not there: '{names[place]}' is {shape}")
+            raise InputError(f"the open axis '{text}' does not exist: '{names[place]}' is {shape}")
         if axis == 0 and shares_batch(inputs)[place]:
             raise InputError(f"'{text}' is the batch axis, which is open by default: leave it out")
         if shape[axis] < 2:
@@ -79,7 +77,7 @@ def open_axes(texts: Sequence[str], names: Sequence[str], inputs: Sequence[Tenso
 
 
 def as_long(inputs: Sequence[Tensor], axes: Sequence[Axis]) -> tuple[Axis, ...]:
-    """The closed axes, the batch aside, that are as long as an open one, by whose name they go."""
+    """Return the fixed axes, except the batch, that are as long as a dynamic one, under its name."""
     names = {inputs[axis.input].shape[axis.axis]: axis.name for axis in axes}
     known = {(axis.input, axis.axis) for axis in axes}
     batched = shares_batch(inputs)
@@ -92,7 +90,7 @@ def as_long(inputs: Sequence[Tensor], axes: Sequence[Axis]) -> tuple[Axis, ...]:
 
 
 def sized(inputs: Sequence[Tensor], axes: Sequence[Axis], size: int) -> tuple[Tensor, ...]:
-    """The inputs with these axes so long, their entries repeated or cut."""
+    """Repeat or cut the entries of these axes to this size."""
     made = list(inputs)
     for axis in axes:
         x = made[axis.input]
@@ -101,7 +99,7 @@ def sized(inputs: Sequence[Tensor], axes: Sequence[Axis], size: int) -> tuple[Te
 
 
 def resized(inputs: Sequence[Tensor], axes: Sequence[Axis], more: int) -> tuple[Tensor, ...]:
-    """The inputs with every open axis longer by so much, their first entries repeated."""
+    """Lengthen every dynamic axis by ``more`` entries, which repeat the first ones."""
     made = list(inputs)
     for axis in axes:
         x = made[axis.input]
@@ -109,16 +107,16 @@ def resized(inputs: Sequence[Tensor], axes: Sequence[Axis], more: int) -> tuple[
     return tuple(made)
 
 
-# A bound above is torch's own, so that sizes fit in their integers.
+# torch sets larger upper bounds itself, so that sizes fit into integers; they are not limits of the network.
 LARGEST_SIZE = 2**20
 
 
 def limits(program: ExportedProgram, opened: Sequence[Mapping[int, str]]) -> dict[str, tuple[int, int | None]]:
-    """By the name of an open axis the sizes, from and to, at which a network goes the way that was traced.
+    """Return for each dynamic axis the smallest and largest size that the guards of the trace allow.
 
     Args:
-        program: what ``torch.export`` made.
-        opened: for each input that is a tensor, the names of its open axes.
+        program: the result of ``torch.export``.
+        opened: for each tensor among the inputs, the names of its dynamic axes.
     """
     found: dict[str, tuple[int, int | None]] = {}
     for size, name in open_symbols(program, opened):
@@ -129,7 +127,7 @@ def limits(program: ExportedProgram, opened: Sequence[Mapping[int, str]]) -> dic
 
 
 def open_symbols(program: ExportedProgram, opened: Sequence[Mapping[int, str]]) -> Iterator[tuple[sympy.Expr, str]]:
-    """The open axes: what torch calls them, and their names."""
+    """Yield torch's symbol and our name for each dynamic axis."""
     given = set(program.graph_signature.user_inputs)
     inputs = [n for n in program.graph.nodes if n.name in given and isinstance(n.meta.get("val"), Tensor)]
     for node, axes in zip(inputs, opened, strict=True):

@@ -1,4 +1,4 @@
-"""Edits of ``torch.fx`` graphs: copies that share or own their tensors, replacing and dropping modules."""
+"""Edits of ``torch.fx`` graphs: copy a graph, replace a module, drop a node."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ _IN_PLACE = {operator.setitem, operator.iadd, operator.isub, operator.imul, oper
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
-    """A new graph and module tree over the same tensors: a network of many gigabytes is not duplicated."""
+    """Copy the graph and the module tree and share the tensors, so that large networks are not duplicated."""
     shared: dict[int, object] = {id(t): t for t in chain(graph.parameters(), graph.buffers())}
     return copy.deepcopy(graph, shared)
 
 
 def copy_weights(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy with tensors of its own, for a pass that trains."""
+    """Copy the graph and its tensors, for a pass that trains."""
     return copy.deepcopy(graph)
 
 
 def works_in_place(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a node of a graph may change a tensor that it reads.
+    """Return whether a node may change a tensor that it reads.
 
     Args:
-        module: what holds the modules that the graph calls.
+        module: the root of the modules that the graph calls.
     """
     if node.op == "call_module":
         parts = module.get_submodule(str(node.target)).modules()
         return any(bool(getattr(part, "inplace", False)) for part in parts)
     if node.op not in ("call_function", "call_method"):
         return False
-    called = getattr(node.target, "overloadpacket", node.target)  # of an ATen operator: "relu_", not "relu_.default"
+    called = getattr(node.target, "overloadpacket", node.target)  # an ATen operator: "relu_", not "relu_.default"
     name = called if isinstance(called, str) else getattr(called, "__name__", "")
     written = name.endswith("_") and not name.endswith("__")
     return node.target in _IN_PLACE or written or bool(node.kwargs.get("inplace", False))
 
 
 def replace_module(graph: fx.GraphModule, name: str, new: nn.Module) -> None:
-    """Put a module in another's place under the same name, at every call.
+    """Replace a module under all its names and at every call.
 
-    Where the graph calls the module itself and the new one is a sequence, each member becomes a node of its own,
-    named ``name.0``, ``name.1``, ...; inside an untraced leaf the sequence stays one module.
+    If the graph calls the module and the new one is a sequence, each member becomes a node, ``name.0``, ``name.1``, ...
+    Inside an untraced leaf the sequence stays one module.
     """
     nodes = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == name]
     parent, leaf = parent_of(graph, name)
@@ -69,24 +69,24 @@ def _spread(graph: fx.GraphModule, node: fx.Node, count: int) -> None:
 
 
 def calls_of(graph: fx.GraphModule, name: str) -> list[fx.Node]:
-    """The nodes that call a module by this name."""
+    """Return the nodes that call the module of this name."""
     return [node for node in graph.graph.nodes if node.op == "call_module" and node.target == name]
 
 
 def module_at(graph: fx.GraphModule, node: fx.Node | object) -> nn.Module | None:
-    """The module that a node calls; None where it calls none."""
+    """Return the module that a node calls, or None if it calls none."""
     if isinstance(node, fx.Node) and node.op == "call_module":
         return graph.get_submodule(str(node.target))
     return None
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """The one node that reads this one; None where there are several or none."""
+    """Return the only node that reads this one, or None if there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def drop_node(graph: fx.GraphModule, node: fx.Node) -> None:
-    """Take a node out, its readers reading its first argument instead, and its module where nothing else calls it."""
+    """Replace a node by its first argument, and delete its module if no other node calls it."""
     node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # a call_module's first argument is a node
     graph.graph.erase_node(node)
     if node.op == "call_module" and not calls_of(graph, str(node.target)):
@@ -94,5 +94,5 @@ def drop_node(graph: fx.GraphModule, node: fx.Node) -> None:
 
 
 def attribute(root: object, path: str) -> object:
-    """The value at a dotted path."""
+    """Return the value at a dotted path."""
     return operator.attrgetter(path)(root)

@@ -1,4 +1,4 @@
-"""``patches_at``: rows of a layer's im2col matrix at chosen output positions."""
+"""Rows of a layer's im2col matrix, and its outputs, at chosen output positions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tdcompile.ir.layer import Layer
 
 
 def positions(layer: Layer, most: int, generator: torch.Generator) -> Tensor:
-    """At most so many flat indices into ``layer.out_extent``, all of them where there are not more."""
+    """Draw at most ``most`` flat indices into ``layer.out_extent``; return all in order if there are no more."""
     size = math.prod(layer.out_extent)
     return torch.arange(size) if size <= most else torch.randperm(size, generator=generator)[:most]
 
 
 def patches_at(layer: Layer, x: Tensor, places: Tensor) -> Tensor:
-    """What the layer sees at some output positions, ``(N, places, C·K)`` in the order of ``weight.flatten(1)``.
+    """Return the input patches at output positions, ``(N, places, C·K)`` in the order of ``weight.flatten(1)``.
 
     Args:
-        x: the layer's input, ``(N, C, *spatial)`` or, for a linear layer, ``(N, ..., C)``, of which the first axes may
-            be one.
+        x: the layer's input, ``(N, C, *spatial)``; for a linear layer ``(N, ..., C)``, with its first axes flattened or
+            not.
         places: flat indices into ``layer.out_extent``.
     """
     if layer.kind == "linear":
@@ -44,7 +44,7 @@ def _padded(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _spread(layer: Layer, x: Tensor) -> Tensor:
-    """The input over which a transposed convolution is one of stride 1 with its kernel reversed: zeros in between."""
+    """Insert zeros so that the transposed convolution equals one of stride 1 with its kernel reversed."""
     extent = [(size - 1) * stride + 1 for size, stride in zip(layer.extent, layer.stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *extent)
     spread[(..., *(slice(None, None, stride) for stride in layer.stride))] = x  # type: ignore[index]  # slices
@@ -58,7 +58,7 @@ def _spread(layer: Layer, x: Tensor) -> Tensor:
 
 
 def values_at(layer: Layer, y: Tensor, places: Tensor) -> Tensor:
-    """The layer's output at the same positions, ``(N, places, T)``."""
+    """Return the layer's output at the same positions, ``(N, places, T)``."""
     if layer.kind == "linear":
         return y.reshape(-1, math.prod(layer.extent), y.shape[-1])[:, places]
     return y.flatten(2)[:, :, places].movedim(1, 2)

@@ -34,10 +34,10 @@ class Baseline(Fact):
     """The dense network as an ONNX model, batch norm folded, and its measured latency.
 
     Attributes:
-        model: the file.
-        seconds: median of one run of ``target.batch`` samples.
+        model: the ONNX file.
+        seconds: median time of a run of ``target.batch`` samples.
         dynamic_batch: whether its batch dimension is open.
-        notes: what did not go the usual way when it was exported.
+        notes: messages of the export, for example that the model was not simplified.
     """
 
     model: Path
@@ -48,7 +48,14 @@ class Baseline(Fact):
 
 @dataclass(frozen=True)
 class Round:
-    """One round of the in-graph check: what was predicted, what was measured, which layers were put back."""
+    """One round of the in-graph check.
+
+    Attributes:
+        predicted: predicted seconds of the plan.
+        measured: measured seconds of the plan.
+        dense: measured seconds of the dense network.
+        put_back: layers that became dense again.
+    """
 
     predicted: float
     measured: float

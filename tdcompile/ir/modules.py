@@ -1,4 +1,4 @@
-"""How modules are run and looked at: outputs, hooks, attention taken apart, evaluation mode."""
+"""Run and inspect modules: outputs, hooks, evaluation mode, attention without fused kernels."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch.utils import _pytree as pytree
 
 
 def outputs_of(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors that a network in eval mode returns for the inputs, nested ones in order; its mode is put back."""
+    """Run a network in eval mode, restore its mode, and return the tensors of its output in order."""
     with evaluating(module), torch.no_grad(), separate_attention():
-        # a network may work in place, and return a parameter
+        # clone: a network may change its input; detach: it may return a parameter
         return [y.detach() for y in tensors_in(module(*(x.clone() for x in inputs)))]
 
 
 @contextmanager
 def computed_by(forward: Callable[[Any, Tensor], Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Modules that compute by a function of themselves and their input, for a while; they stay what they are."""
+    """Replace the ``forward`` of modules by a function of the module and its input inside the context."""
     for module in modules:
         module.forward = partial(forward, module)
     try:
@@ -35,9 +35,9 @@ def computed_by(forward: Callable[[Any, Tensor], Tensor], modules: Sequence[nn.M
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every part then has the mode again that it had."""
+    """Set eval mode inside the context and restore the mode of every submodule after it."""
     modes = [(part, part.training) for part in module.modules()]
-    with suppress(NotImplementedError):  # what torch.export gives back is in one mode for good
+    with suppress(NotImplementedError):  # a module from torch.export cannot change its mode
         module.eval()
     try:
         yield
@@ -48,10 +48,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def separate_attention() -> Iterator[None]:
-    """For a while without torch's fused attention kernels, which read the weights of layers that may be replaced.
+    """Disable torch's fused attention kernels inside the context.
 
-    Nor do torch's transformers look into a mask to see whether it is the causal one, which is a hint to those kernels
-    and no more: what depends on the values in a mask is no graph.
+    The kernels read the weights of layers that may be replaced. Mask inspection is disabled too: it depends on data and
+    cannot be traced, and its result is only a hint to those kernels.
     """
     fused, looks = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
     torch.backends.mha.set_fastpath_enabled(False)
@@ -68,10 +68,10 @@ def _as_told(mask: Tensor | None, is_causal: bool | None = None, size: int | Non
 
 
 def keep_separate(module: nn.Module) -> None:
-    """Take torch's fused kernels from the transformers in a network, in place: its layers are then called one by one.
+    """Disable the fused kernels of the transformers in a network, in place, so that each layer is called.
 
-    They read ``linear1.weight``, which a layer that has taken its place may not have. Of ``nn.TransformerEncoder`` they
-    set padded positions to 0, too.
+    The kernels read ``linear1.weight``, which a replaced layer may not have. In ``nn.TransformerEncoder`` they also set
+    padded positions to 0.
     """
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoder):
@@ -81,7 +81,7 @@ def keep_separate(module: nn.Module) -> None:
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in a nesting of sequences, mappings, dataclasses and what torch knows as a tree, in order."""
+    """Yield in order the tensors nested in sequences, mappings, dataclasses and torch's registered trees."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -99,7 +99,7 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def register_trees(value: object) -> None:
-    """Make torch know the dataclasses in a nesting as trees, as ``torch.export.register_dataclass`` does."""
+    """Register all nested dataclasses by ``torch.export.register_dataclass``."""
     if isinstance(value, Tensor | str) or (type(value) in pytree.SUPPORTED_NODES and dataclasses.is_dataclass(value)):
         return
     if isinstance(value, Mapping):
@@ -116,7 +116,10 @@ def register_trees(value: object) -> None:
 
 
 def not_finite(module: nn.Module) -> tuple[str, int] | None:
-    """The first parameter or buffer with NaN or Inf, and how many values are; buffers may hold -Inf, as masks do."""
+    """Return the first parameter or buffer with NaN or Inf and the number of such values.
+
+    Buffers may contain -Inf, because masks do.
+    """
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if not value.is_floating_point() or value.is_meta:
@@ -130,16 +133,16 @@ def not_finite(module: nn.Module) -> tuple[str, int] | None:
 
 
 def called_differently(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class says: hooks, or a ``forward`` of its own."""
+    """Return whether a module has hooks or its own ``forward``, so that a call does more than its class defines."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def input_of(arguments: Sequence[Tensor], named: Mapping[str, Tensor]) -> Tensor:
-    """What a layer is called on, as a hook with keyword arguments sees it."""
+    """Return the input of a layer from the arguments that a hook with keyword arguments gets."""
     return arguments[0] if arguments else next(iter(named.values()))
 
 
 def parent_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds ``name`` and the last part of the name."""
+    """Return the module that contains ``name``, and the last part of the name."""
     parent, _, leaf = name.rpartition(".")
     return (root.get_submodule(parent) if parent else root), leaf

@@ -20,7 +20,7 @@ def saved_as(tag: str, *aliases: str) -> Callable[[C], C]:
     """Register a module class under a stable tag.
 
     Args:
-        tag: what saved folders name the class by; it never changes.
+        tag: the class's name in saved folders; it never changes.
         aliases: ``module:name`` texts under which earlier versions saved the class.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is compiled for, and what may be spent: ``Target``, ``Cost``, ``Budget``, and the contract of cost models."""
+"""``Target``: the device of the compiled model; ``Cost`` of a network; ``Budget``: limits on the cost."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ GRAIN: dict[Device, int] = {"cpu": 16, "cuda": 8}
 
 @dataclass(frozen=True)
 class Target(Options):
-    """Where the compiled model will run.
+    """The device and session that the compiled model will run on.
 
     Attributes:
-        device: ``cpu`` or ``cuda``: the execution provider of onnxruntime.
+        device: ``cpu`` or ``cuda``; selects the execution provider of onnxruntime.
         threads: intra-op threads of a session.
-        grain: ranks are multiples of it under a latency budget; None takes the device's own (16 on CPU, 8 on CUDA).
+        grain: under a latency budget ranks are multiples of it; None means 16 on CPU and 8 on CUDA.
         batch: samples in one timed run.
     """
 
@@ -34,20 +34,20 @@ class Target(Options):
 
     @property
     def rank_grain(self) -> int:
-        """The grain asked for, or the device's own."""
+        """Return ``grain``, or the device's default."""
         return self.grain or GRAIN[self.device]
 
     @property
     def provider(self) -> str:
-        """The name onnxruntime gives to the execution provider."""
+        """Return onnxruntime's name of the execution provider."""
         return {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[self.device]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer or a network costs for one sample: parameters, multiply-accumulates, bytes moved, seconds.
+    """The cost of a layer or network for one sample: parameters, multiply-accumulates, bytes moved, seconds.
 
-    ``bytes`` is weights plus activations read and written; ``seconds`` is 0.0 where nothing was measured.
+    ``bytes`` counts weights plus activations read and written; ``seconds`` is 0.0 if nothing was measured.
     """
 
     params: float = 0.0
@@ -63,20 +63,20 @@ class Cost:
 
 
 def total(costs: Sequence[Cost]) -> Cost:
-    """The sum of costs."""
+    """Return the sum of costs."""
     return sum(costs, Cost())
 
 
-# What a budget may name, and the field of ``Cost`` that it limits.
+# The names in a budget, and the field of ``Cost`` that each limits.
 LIMITED = {"latency": "seconds", "macs": "macs", "params": "params"}
 UNLIMITED = f"the budget limits nothing: give at least one of {', '.join(LIMITED)}, e.g. latency=0.5"
 
 
 @dataclass(frozen=True)
 class Budget(Options):
-    """What may be kept of the dense network, each a share in (0, 1]; None does not limit.
+    """Limits as shares in (0, 1] of the dense network's cost; None does not limit.
 
-    One without any share is that of a plan which is given: nothing is chosen under it.
+    A budget without shares is valid only with a given plan, for which nothing is chosen.
     """
 
     latency: Share | None = None
@@ -88,7 +88,7 @@ class Budget(Options):
         """Read ``["latency=0.5", "params=0.3"]``; a part may hold several, joined by commas.
 
         Raises:
-            InputError: an unknown name, a share that is no number or outside (0, 1], or one given twice.
+            InputError: a name is unknown or given twice, or a share is not a number in (0, 1].
         """
         shares: dict[str, float] = {}
         for part in (piece for text in parts for piece in text.split(",")):
@@ -105,11 +105,11 @@ class Budget(Options):
 
     @property
     def shares(self) -> dict[str, float]:
-        """The shares that are set, by name."""
+        """Return the shares that are set, by name."""
         return {name: share for name in LIMITED if (share := getattr(self, name)) is not None}
 
     def limits(self, dense: Cost) -> dict[str, float]:
-        """The most that each field of ``Cost`` may reach, given what the dense network costs.
+        """Return the upper limit of each field of ``Cost``, given the dense network's cost.
 
         Raises:
             InputError: nothing is limited.

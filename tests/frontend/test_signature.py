@@ -100,7 +100,7 @@ def test_axes_of_one_length_are_one_unless_they_are_named():
     ("text", "said"),
     [
         ("ids", "not of the form NAME:AXIS"),
-        ("idx:1", "of no input: did you mean 'ids'"),
+        ("idx:1", "names no input: did you mean 'ids'"),
         ("ids:2", "'ids' is \\(2, 7\\)"),
         ("ids:0", "the batch axis"),
         ("one:1", "1 long"),
