@@ -12,9 +12,9 @@ from common import percent, publish, traced
 
 from tdcompile.core.decomposition import Decomposition, relative_error
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import RankPlan
 from tdcompile.core.registry import make
 from tdcompile.data.task import accuracy
-from tdcompile.ir.plan import DENSE, RankPlan
 from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import Target
 from tdcompile.numerics.covariance import Identity
@@ -70,7 +70,7 @@ def main(
 
 def _with(plan: RankPlan, form: str) -> RankPlan:
     choices = {
-        name: choice if choice.decomposition == DENSE else replace(choice, decomposition=form)
+        name: choice if choice.is_dense else replace(choice, decomposition=make(Decomposition, form))
         for name, choice in plan.choices.items()
     }
     return replace(plan, choices=choices)
@@ -80,8 +80,8 @@ def _figures(program: Program, plan: RankPlan) -> list[tuple[float, float]]:
     """Of every replaced layer the relative error of its weight and the sensitivity of its CP."""
     found, figures = sites(program), []
     for name, choice in plan.choices.items():
-        if choice.decomposition != DENSE:
-            site, form = found[name], make(Decomposition, choice.decomposition)
+        if not choice.is_dense:
+            site, form = found[name], choice.decomposition
             plain = Identity.of(site.weight)
             factors = form.factorize(site.layer, site.weight, choice.ranks, plain)
             error = relative_error(site.weight, form.reconstruct(site.layer, factors), plain)

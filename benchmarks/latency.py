@@ -10,7 +10,6 @@ from common import network, publish
 
 import tdcompile
 from tdcompile.backend.session import time_models
-from tdcompile.ir.plan import DENSE
 from tdcompile.ir.target import Target
 
 
@@ -48,7 +47,7 @@ def main(
                 "MACs dense / compiled": report.ratio.macs,
                 "realised": 1 / share / report.ratio.macs,
                 "predicted / measured": predicted / share,
-                "replaced": sum(layer.decomposition != DENSE for layer in report.layers),
+                "replaced": sum(not layer.is_dense for layer in report.layers),
                 "layers": len(report.layers),
                 "rounds in graph": len(report.iterations),
             }

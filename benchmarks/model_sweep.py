@@ -22,10 +22,10 @@ import tdcompile
 from tdcompile.compiler import Compiled
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.network import Network
+from tdcompile.core.plan import Candidates, RankPlan, decompositions_of
 from tdcompile.core.registry import find
 from tdcompile.errors import BudgetError, InputError, TdcompileError
 from tdcompile.ir.modules import outputs_of
-from tdcompile.ir.plan import Candidates, RankPlan
 from tdcompile.ir.target import Budget, Cost, Target
 
 Build = Callable[[], zoo.Built]
@@ -96,7 +96,10 @@ def _at_full_ranks(module: nn.Module, inputs: Any, frontend: str, seed: int) -> 
     forms = "+".join(form for form in find(Decomposition) if form not in ITERATED)
     program = tdcompile.Pipeline.parse(f"propose{{decompose={forms},grain={sys.maxsize}}}").run(program)
     draw = random.Random(seed)
-    choices = {name: draw.choice(options[1:] or options) for name, options in program.facts[Candidates].layers.items()}
+    choices = {
+        name: draw.choice(decompositions_of(options) or options)
+        for name, options in program.facts[Candidates].layers.items()
+    }
     program = program.with_(facts=program.facts.having(RankPlan(choices, Cost(), Cost())))
     after = tdcompile.Pipeline.parse("factorize").run(program)
     worst = 0.0

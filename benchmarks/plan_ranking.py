@@ -16,10 +16,10 @@ from common import publish, traced
 from scipy.stats import kendalltau
 
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import Candidates, Importances, RankPlan, decompositions_of
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
 from tdcompile.data.task import accuracy
-from tdcompile.ir.plan import DENSE, Candidates, Importances, RankPlan
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Budget, Target
 from tdcompile.planning.allocation import LOSSES
@@ -101,18 +101,15 @@ def _keep(kept: Path | None, key: str, measured: dict[str, float | None]) -> Non
 
 
 def _digest(plan: RankPlan) -> str:
-    chosen = [(name, choice.decomposition, choice.ranks) for name, choice in plan.choices.items()]
+    chosen = [(name, choice.form, choice.ranks) for name, choice in plan.choices.items()]
     return sha256(repr(chosen).encode()).hexdigest()[:16]
 
 
 def _random_plan(program: Program, share: float, generator: torch.Generator) -> RankPlan:
     table = program.facts[Candidates]
-    forms = sorted({option.decomposition for options in table.layers.values() for option in options} - {DENSE})
-    some = {forms[i] for i in torch.randperm(len(forms), generator=generator)[: max(1, len(forms) // 2)]} | {DENSE}
-    layers = {
-        name: tuple(o for o in options if o.decomposition in some or o.decomposition == "svd")
-        for name, options in table.layers.items()
-    }
+    forms = sorted({option.form for options in table.layers.values() for option in decompositions_of(options)})
+    some = {forms[i] for i in torch.randperm(len(forms), generator=generator)[: max(1, len(forms) // 2)]} | {"svd"}
+    layers = {name: tuple(o for o in options if o.is_dense or o.form in some) for name, options in table.layers.items()}
     weights = torch.randn(len(layers), generator=generator).mul(1.5).exp().tolist()
     importances = dict(zip(layers, weights, strict=True))
     return make(RankSelector, "knapsack").select(replace(table, layers=layers), importances, Budget(macs=share))

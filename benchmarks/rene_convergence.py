@@ -22,12 +22,12 @@ import tdcompile
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.network import Network
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import RankPlan, within
 from tdcompile.core.registry import make
 from tdcompile.data.loading import load_data
 from tdcompile.data.task import Task, accuracy
 from tdcompile.errors import BudgetError, TdcompileError
 from tdcompile.frontend.load_network import load_weights
-from tdcompile.ir.plan import DENSE, RankPlan, within
 from tdcompile.ir.program import Program, kept_dense, sites
 from tdcompile.ir.target import Budget, Target
 from tdcompile.passes.analyze._rene_ranks import SingleRanks
@@ -92,7 +92,7 @@ def _known(name: str, text: str, seeds: int, noise: float, more: str) -> dict[st
             continue
         seconds.append(time.perf_counter() - begun)
         for choice, rank in zip(plan.choices.values(), ranks, strict=True):
-            found = [CHANNELS, CHANNELS] if choice.decomposition == DENSE else choice.ranks
+            found = [CHANNELS, CHANNELS] if choice.is_dense else choice.ranks
             aside += [abs(r - rank) for r in found]
             exact.append(all(r == rank for r in found))
     return {

@@ -12,11 +12,12 @@ import typer
 from common import network, publish
 
 import tdcompile
+from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import Candidate, Candidates, Spectrum
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find, make
 from tdcompile.errors import BudgetError
-from tdcompile.ir.plan import DENSE, Candidate, Candidates, Spectrum
 from tdcompile.ir.target import Budget, Cost, Target
 from tdcompile.planning.allocation import LOSSES
 
@@ -78,11 +79,12 @@ def synthetic(layers: int, candidates: int, seed: int) -> Candidates:
         full = max(candidates // 2, 2)
         energies = torch.exp(-decay * 60 / full * torch.arange(full)).double()
         left = [*(energies.flip(0).cumsum(0).flip(0) / energies.sum()).tolist(), 0.0]
-        options = [Candidate(DENSE, (), 0.0, Cost(size, size, size, size * 1e-9))]
+        options = [Candidate.dense(Cost(size, size, size, size * 1e-9))]
         for form, price, modes in (("tucker2", 1.1, ("out", "in")), ("cp", 0.9, ("",))):
+            made = make(Decomposition, form)
             for r in range(1, full + 1):
                 macs, error = price * size * r / full, math.sqrt(left[r])
-                options.append(Candidate(form, (r,) * len(modes), error, Cost(macs, macs, macs, macs * 1e-9), modes))
+                options.append(Candidate(made, (r,) * len(modes), error, Cost(macs, macs, macs, macs * 1e-9), modes))
         spectrum = Spectrum(tuple(energies.sqrt().tolist()), full, 9 * full)
         rows[f"layer{number}"], spectra[f"layer{number}"] = tuple(options), {"out": spectrum, "in": spectrum}
     return Candidates(rows, Cost(), spectra)

@@ -14,8 +14,8 @@ from common import publish, traced
 from tdcompile.core.decomposition import Decomposition, relative_error
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.registry import find
+from tdcompile.ir.layer import Ranks
 from tdcompile.ir.measurements import Calibration
-from tdcompile.ir.plan import Ranks
 from tdcompile.ir.program import Program, Site, sites
 from tdcompile.ir.target import Target
 from tdcompile.numerics.covariance import Covariance, Identity

@@ -23,13 +23,13 @@ from tdcompile.artifact.summary import Run, summarise
 from tdcompile.backend.session import open_probe
 from tdcompile.core.hooks import Hook, RunRecord, StepTimer
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import RankPlan
 from tdcompile.data.loading import Given
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError
 from tdcompile.frontend.half_precision import samples_cast_like
 from tdcompile.frontend.tracing import check_is_network, trace
 from tdcompile.ir.modules import evaluating
-from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Budget
 from tdcompile.planning.input_checks import (
@@ -275,7 +275,7 @@ def prepare(
 def _stamp(program: Program) -> str:
     """Return decompositions and ranks as JSON, for the metadata of the models."""
     plan = program.facts[RankPlan]
-    return json.dumps({name: [choice.decomposition, *choice.ranks] for name, choice in plan.choices.items()})
+    return json.dumps({name: [choice.form, *choice.ranks] for name, choice in plan.choices.items()})
 
 
 def _key(program: Program, recipe: Recipe) -> dict[str, str]:

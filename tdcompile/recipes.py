@@ -14,13 +14,13 @@ from torch import Tensor
 
 from tdcompile.core.passes import Pass
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import RankPlan
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import get
 from tdcompile.core.spec import Spec, parse_options, parse_spec, parse_specs
 from tdcompile.data.loading import Given, given
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError, nearest
-from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.target import UNLIMITED, Budget, Device, Target
 from tdcompile.recipe_options import Frontend, RecipeOptions, budget_of
 

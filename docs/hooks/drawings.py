@@ -9,8 +9,7 @@ from html import escape
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import AnalysisPass, Pass, RewritePass, TunePass
 from tdcompile.core.registry import find
-from tdcompile.ir.layer import Layer
-from tdcompile.ir.plan import Ranks
+from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.recipes import Recipe
 
 WIDTH, HEIGHT, GAP = 132, 56, 34  # of a box, and between two boxes of a row

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, RankPlan, within
 from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.plan import DENSE, Candidate, RankPlan, Ranks, within
+from tdcompile.ir.layer import Ranks
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Cost
 from tdcompile.numerics.covariance import Identity
@@ -162,7 +163,7 @@ class SingleRanks(Prices):
         """
         choices, reasons = {}, dict(kept)
         for name in self.sites:
-            choices[name] = Candidate(DENSE, (), 0.0, self.layers[name])
+            choices[name] = Candidate.dense(self.layers[name])
             if name in reasons:
                 continue
             if name not in self.forms:
@@ -176,9 +177,7 @@ class SingleRanks(Prices):
                 reasons[name] = Reason(ReasonCode.NOT_CHEAPER, f"at the rank found, {rank}, it costs more than dense")
             else:
                 form, cost = self.forms[name], self.cost(name, rank)
-                choices[name] = Candidate(
-                    str(form.spec()), self.ranks(name, rank), self.error(name, rank), cost, form.modes
-                )
+                choices[name] = Candidate(form, self.ranks(name, rank), self.error(name, rank), cost, form.modes)
         spent = self.network({name: choice.cost for name, choice in choices.items()})
         return RankPlan(choices, spent, self.dense, selector=selector, reasons=reasons)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.errors import TdcompileError
-from tdcompile.ir.plan import Ranks
+from tdcompile.ir.layer import Ranks
 from tdcompile.ir.program import Site
 from tdcompile.numerics.covariance import Identity
 from tdcompile.passes.analyze._rene_ranks import WHOLE

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from tdcompile.core.passes import AnalysisPass
+from tdcompile.core.plan import Candidates, Importances, RankPlan
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make, registered
 from tdcompile.errors import TdcompileError, during
 from tdcompile.ir.facts import Fact
-from tdcompile.ir.plan import Candidates, Importances, RankPlan
 from tdcompile.ir.program import Program
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from tdcompile.core.cost_model import CostModel
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import AnalysisPass
+from tdcompile.core.plan import Candidate, Candidates, Spectrum
 from tdcompile.core.registry import find, make, registered
 from tdcompile.errors import TdcompileError, during
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.facts import Fact
-from tdcompile.ir.layer import Layer
+from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.ir.measurements import Baseline, input_covariance
-from tdcompile.ir.plan import DENSE, Candidate, Candidates, Ranks, Spectrum
 from tdcompile.ir.program import Program, Site, kept_dense, parameters_of, sites
 from tdcompile.ir.target import Cost, total
 from tdcompile.numerics.covariance import Covariance
@@ -78,7 +78,7 @@ class Propose(AnalysisPass):
         spaces = {name: {} if name in kept else self._spaces(program, site, forms) for name, site in found.items()}
         prices = self._prices(program, found, spaces)
         options: dict[str, tuple[Candidate, ...]] = {}
-        dense = {name: Candidate(DENSE, (), 0.0, _cost(site.calls, prices, site)) for name, site in found.items()}
+        dense = {name: Candidate.dense(_cost(site.calls, prices, site)) for name, site in found.items()}
         drafts = {
             name: self._drafts(program, site, spaces[name], dense[name].cost, prices) for name, site in found.items()
         }
@@ -86,14 +86,14 @@ class Propose(AnalysisPass):
         for done, (name, site) in enumerate(found.items(), start=1):
             report_progress(done, len(found), name)
             made = [
-                Candidate(str(form.spec()), ranks, error, cost, form.modes)
+                Candidate(form, ranks, error, cost, form.modes)
                 for form, kept in drafts[name].items()
                 for (ranks, cost), error in zip(kept, _checked(next(errors), form, name, kept), strict=True)
             ]
             options[name] = (dense[name], *made)
             if not spaces[name] and name not in kept:
                 kept[name] = _refused(site, forms)
-        dense_cost = total([candidates[0].cost for candidates in options.values()])
+        dense_cost = total([candidate.cost for candidate in dense.values()])
         return Candidates(
             options,
             rest=self._whole(program, dense_cost) - dense_cost,

@@ -20,6 +20,7 @@ from tdcompile.backend.profile import layer_seconds
 from tdcompile.backend.session import time_models
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import AnalysisPass
+from tdcompile.core.plan import Candidate, Candidates, Importances, RankPlan, dense_of
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError, InputError
@@ -27,13 +28,13 @@ from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_graph, replace_module
 from tdcompile.ir.measurements import Baseline, Rehearsal, Round
-from tdcompile.ir.plan import DENSE, Candidate, Candidates, Importances, RankPlan
 from tdcompile.ir.program import Program, sites
 from tdcompile.planning.plan_file import HAND
 from tdcompile.support.progress import report_progress
 
 _FARTHEST = 2.0  # no form's price is corrected by more than this factor, or its inverse
 _CONFIRMED = 3  # plans that are measured a second time where none has stood
+_Pair = tuple[str, Decomposition]  # a layer, and what it becomes
 _PROFILE_SECONDS = 0.3  # about how long a profile runs the dense network
 
 
@@ -75,11 +76,11 @@ class Rehearse(AnalysisPass):
         candidates = _in_step(candidates, in_dense)
         with contextlib.suppress(BudgetError):  # the first prices found a plan: it is tried before it is given up
             plan = self._again(program, candidates, plan, aim)
-        if all(choice.decomposition == DENSE for choice in plan.choices.values()):
+        if all(choice.is_dense for choice in plan.choices.values()):
             return plan, Rehearsal(())  # the dense network is as fast as it is; a measurement would only say noise
         back: dict[str, Reason] = {}
         tried: list[tuple[Round, RankPlan]] = []
-        seen: dict[tuple[str, str], list[float]] = {}
+        seen: dict[_Pair, list[float]] = {}
         best: tuple[Round, RankPlan] | None = None
         for number in range(1, self.rounds + 1):
             with _written(program, plan, baseline) as file:
@@ -106,7 +107,7 @@ class Rehearse(AnalysisPass):
         # Factors do not change what was measured: from here on it is the prediction.
         seconds = entry.measured / entry.dense * plan.dense.seconds
         plan = replace(plan, predicted=replace(plan.predicted, seconds=seconds))
-        reasons = {**plan.reasons, **{n: r for n, r in back.items() if plan.choices[n].decomposition == DENSE}}
+        reasons = {**plan.reasons, **{n: r for n, r in back.items() if plan.choices[n].is_dense}}
         return replace(plan, reasons=reasons), Rehearsal(tuple(one for one, _ in tried))
 
     def _confirmed(
@@ -161,8 +162,8 @@ def _write(program: Program, plan: RankPlan, dense: Path, file: Path) -> None:
     grafts = {}
     for name, site in sites(program).items():
         choice = plan.choices[name]
-        if choice.decomposition != DENSE:
-            form = make(Decomposition, choice.decomposition)
+        if not choice.is_dense:
+            form = choice.decomposition
             plain = type(form).build is Decomposition.build  # otherwise there is more to it than the blueprint's layers
             chain = form.blueprint(site.layer, choice.ranks) if plain else ()
             grafts[name] = Graft(site.layer, len(site.calls), chain)
@@ -175,9 +176,9 @@ def _shapes_of(program: Program, plan: RankPlan) -> fx.GraphModule:
     graph, generator = copy_graph(program.graph), torch.Generator().manual_seed(0)
     for name, site in sites(program).items():
         choice = plan.choices[name]
-        if choice.decomposition == DENSE:
+        if choice.is_dense:
             continue
-        form = make(Decomposition, choice.decomposition)
+        form = choice.decomposition
         shapes = [part.weight_shape for part in form.blueprint(site.layer, choice.ranks)]
         factors = [torch.randn(shape, generator=generator, dtype=site.weight.dtype) for shape in shapes]
         bias = torch.zeros(site.layer.out_channels, dtype=site.weight.dtype) if site.layer.bias else None
@@ -191,11 +192,11 @@ def _slower(plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, f
     return {
         name: Reason(
             ReasonCode.SLOWER_IN_GRAPH,
-            f"{choice.decomposition}{list(choice.ranks)} took {measured[name] * 1e3:.3f} ms inside the graph, "
+            f"{choice.form}{list(choice.ranks)} took {measured[name] * 1e3:.3f} ms inside the graph, "
             f"the dense layer {dense[name] * 1e3:.3f} ms",
         )
         for name, choice in plan.choices.items()
-        if choice.decomposition != DENSE and 0.0 < dense[name] <= measured[name]
+        if not choice.is_dense and 0.0 < dense[name] <= measured[name]
     }
 
 
@@ -213,7 +214,7 @@ def _in_step(candidates: Candidates, dense: Mapping[str, float]) -> Candidates:
     """The table with all prices of a layer scaled to its dense time in the graph; the rest absorbs the difference."""
     layers = {}
     for name, options in candidates.layers.items():
-        known = options[0].cost.seconds
+        known = dense_of(options).cost.seconds
         scale = dense[name] / known if dense[name] > 0.0 and known > 0.0 else 1.0
         layers[name] = tuple(_scaled(option, scale) for option in options)
     moved = replace(candidates, layers=layers)
@@ -221,9 +222,7 @@ def _in_step(candidates: Candidates, dense: Mapping[str, float]) -> Candidates:
     return replace(moved, rest=replace(moved.rest, seconds=moved.rest.seconds + whole - moved.dense.seconds))
 
 
-def _ratios(
-    plan: RankPlan, candidates: Candidates, measured: Mapping[str, float], share: float
-) -> dict[tuple[str, str], float]:
+def _ratios(plan: RankPlan, candidates: Candidates, measured: Mapping[str, float], share: float) -> dict[_Pair, float]:
     """By layer and form: seconds in the graph over those in the table.
 
     A profile tells how the replaced layers share the time; how much it is together, the run of the whole graph tells
@@ -239,7 +238,7 @@ def _ratios(
     table, profile = {}, {}
     for name, choice in plan.choices.items():
         price = _listed(candidates.layers[name], choice).cost.seconds
-        if choice.decomposition == DENSE or measured[name] <= 0.0 or price <= 0.0:
+        if choice.is_dense or measured[name] <= 0.0 or price <= 0.0:
             kept += price
         else:
             table[name], profile[name] = price, measured[name]
@@ -248,25 +247,26 @@ def _ratios(
     return {(name, plan.choices[name].decomposition): _bounded(scale * profile[name] / table[name]) for name in table}
 
 
-def _learned(candidates: Candidates, seen: Mapping[tuple[str, str], Sequence[float]]) -> Candidates:
+def _learned(candidates: Candidates, seen: Mapping[_Pair, Sequence[float]]) -> Candidates:
     """The table with each form priced by what was seen of it: in its layer, else in other layers, else of any form.
 
     A plan is made of the forms whose prices are most too low. Were only those corrected that have been run, the next
     plan would be made of the next ones; so what has not been run is taken for one of the dearer ones.
     """
-    forms: dict[str, list[float]] = {}
+    forms: dict[Decomposition, list[float]] = {}
     for (_, form), ratios in seen.items():
         forms.setdefault(form, []).append(fmean(ratios))
     usual = {form: _upper(ratios) for form, ratios in forms.items()}
     any_form = _upper([fmean(ratios) for ratios in seen.values()]) if seen else 1.0
 
-    def factor(name: str, form: str) -> float:
-        if form == DENSE:
+    def factor(name: str, option: Candidate) -> float:
+        if option.is_dense:
             return 1.0
+        form = option.decomposition
         return fmean(seen[name, form]) if (name, form) in seen else usual.get(form, any_form)
 
     layers = {
-        name: tuple(_scaled(option, factor(name, option.decomposition)) for option in options)
+        name: tuple(_scaled(option, factor(name, option)) for option in options)
         for name, options in candidates.layers.items()
     }
     return replace(candidates, layers=layers)

@@ -15,11 +15,11 @@ from torch.func import functional_call
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import AnalysisPass
+from tdcompile.core.plan import RankPlan
 from tdcompile.core.registry import make
 from tdcompile.data.task import Batch, logits
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.facts import Fact
-from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Program, Site, kept_dense, sites
 from tdcompile.passes.analyze._rene_ranks import WHOLE, SingleRanks
 from tdcompile.passes.analyze._rene_relaxation import Interval, Relaxed, intervals, rank_loss

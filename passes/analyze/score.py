@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar
 
 from tdcompile.core.importance import Importance
 from tdcompile.core.passes import AnalysisPass
+from tdcompile.core.plan import Importances
 from tdcompile.core.registry import make, registered
 from tdcompile.errors import TdcompileError, during
 from tdcompile.ir.facts import Fact
-from tdcompile.ir.plan import Importances
 from tdcompile.ir.program import Program, sites
 
 

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tdcompile.ir.layer import Layer
-from tdcompile.ir.plan import Ranks
+from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.passes.decompose._cp import Polyadic
 
 

@@ -20,8 +20,7 @@ from tdcompile.core.registry import find, make
 from tdcompile.core.spec import parse_spec
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.layer import Layer, in_groups
-from tdcompile.ir.plan import Ranks
+from tdcompile.ir.layer import Layer, Ranks, in_groups
 from tdcompile.numerics.covariance import Covariance
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.layer import Layer, in_groups
-from tdcompile.ir.plan import Ranks
+from tdcompile.ir.layer import Layer, Ranks, in_groups
 from tdcompile.numerics.covariance import Covariance, Identity
 from tdcompile.numerics.input_basis import core_of, input_map, residuals
 from tdcompile.numerics.low_rank import balance, operands

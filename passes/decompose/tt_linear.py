@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.layer import Layer, in_groups
-from tdcompile.ir.plan import Ranks
+from tdcompile.ir.layer import Layer, Ranks, in_groups
 from tdcompile.ir.saved_classes import saved_as
 from tdcompile.numerics.cholesky import cholesky, ridge
 from tdcompile.numerics.covariance import Covariance

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tdcompile.core.plan import Candidates, RankPlan
 from tdcompile.core.rank_selector import RankSelector
-from tdcompile.ir.plan import Candidates, RankPlan
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import first_fit, ladder, limits_of, settle, within_error
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from tdcompile.core.plan import Candidate, Candidates, RankPlan, dense_of, within
 from tdcompile.core.rank_selector import RankSelector
-from tdcompile.ir.plan import Candidate, Candidates, RankPlan, within
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import LOSSES, filled, gainful, limits_of, load, settle, weighted
 
@@ -30,7 +30,7 @@ class Greedy(RankSelector):
         """See ``RankSelector.select``."""
         limits = limits_of(candidates, budget)
         loss = weighted(importances, LOSSES[self.loss])
-        choices = {name: options[0] for name, options in candidates.layers.items()}
+        choices = {name: dense_of(options) for name, options in candidates.layers.items()}
         rows = {name: gainful(options, limits) for name, options in candidates.layers.items()}
         cost, steps = (
             candidates.cost(choices),

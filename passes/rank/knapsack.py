@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack, vstack
 
+from tdcompile.core.plan import Candidate, Candidates, RankPlan, pareto, within
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.ir.plan import Candidate, Candidates, RankPlan, pareto, within
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import LOSSES, limits_of, load, settle
 from tdcompile.support.options import NonNegative, Positive

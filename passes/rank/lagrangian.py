@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from tdcompile.core.plan import Candidate, Candidates, RankPlan, within
 from tdcompile.core.rank_selector import RankSelector
-from tdcompile.ir.plan import Candidate, Candidates, RankPlan, within
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import LOSSES, filled, limits_of, load, settle, weighted
 

@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from tdcompile.core.plan import Candidate, Candidates, RankPlan, dense_of, within
 from tdcompile.core.rank_selector import RankSelector
-from tdcompile.ir.plan import Candidate, Candidates, RankPlan, within
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import LOSSES, filled, first_fit, gainful, limits_of, load, settle, weighted
 from tdcompile.support.options import NonNegative, Part
@@ -54,7 +54,7 @@ class LwiqRanks(RankSelector):
 
         def plan(factor: float) -> dict[str, Candidate]:
             return {
-                name: _at(path, factor * wanted[name]) if path else candidates.layers[name][0]
+                name: _at(path, factor * wanted[name]) if path else dense_of(candidates.layers[name])
                 for name, path in paths.items()
             }
 
@@ -74,12 +74,12 @@ class LwiqRanks(RankSelector):
 def _path(options: Sequence[Candidate], limits: Mapping[str, float]) -> list[Candidate]:
     """The candidates of one form that are cheaper than dense, ranks rising and errors falling."""
     saving = gainful(options, limits)
-    forms = {option.decomposition.partition("{")[0]: option.decomposition for option in saving}
-    form = next((forms[name] for name in _PREFERRED if name in forms), None)
-    form = form or next(iter(sorted(forms.values())), None)
+    forms = {option.decomposition.name: option for option in saving}
+    other = min(forms.values(), key=lambda option: option.form, default=None)
+    chosen = next((forms[name] for name in _PREFERRED if name in forms), other)
     path: list[Candidate] = []
     for option in sorted(
-        (option for option in saving if option.decomposition == form),
+        (option for option in saving if chosen is not None and option.decomposition == chosen.decomposition),
         key=lambda option: (load(option.cost, limits), option.error),
     ):
         if not path or (option.error < path[-1].error and sum(option.ranks) > sum(path[-1].ranks)):

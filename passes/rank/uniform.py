@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tdcompile.core.plan import Candidate, Candidates, RankPlan, Spectrum, decompositions_of, dense_of, within
 from tdcompile.core.rank_selector import RankSelector
-from tdcompile.core.spec import parse_spec
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.plan import DENSE, Candidate, Candidates, RankPlan, Spectrum, within
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import first_fit, full_ranks, gainful, limits_of, load, settle
 
@@ -51,21 +50,21 @@ class Uniform(RankSelector):
         choices = first_fit(lambda fraction: _at(steps, fraction), fractions, candidates, limits)
         return settle(self, candidates, budget, choices, reasons=self._reasons(candidates))
 
-    def _form(self, options: Sequence[Candidate], budget: Budget) -> str:
+    def _form(self, options: Sequence[Candidate], budget: Budget) -> str | None:
         if self.form != "auto":
             return self.form
-        limits = budget.limits(options[0].cost)
+        limits = budget.limits(dense_of(options).cost)
         positive = {field: limit for field, limit in limits.items() if limit > 0}
         saving = gainful(options, positive)
         if not saving:
-            return DENSE
+            return None
         fitting = [option for option in saving if within(option.cost, limits)]
         if fitting:
             return _form_of(min(fitting, key=lambda o: (o.error, load(o.cost, positive), _form_of(o))))
         return _form_of(min(saving, key=lambda o: (load(o.cost, positive), o.error, _form_of(o))))
 
     def _known(self, candidates: Candidates) -> None:
-        known = {_form_of(option) for options in candidates.layers.values() for option in options[1:]}
+        known = {_form_of(option) for options in candidates.layers.values() for option in decompositions_of(options)}
         if self.form != "auto" and known and self.form not in known:
             raise InputError(f"'{self.spec()}': no layer has a candidate of '{self.form}': {nearest(self.form, known)}")
 
@@ -74,22 +73,25 @@ class Uniform(RankSelector):
         return {
             name: Reason(ReasonCode.OTHER_FORM, f"'{self.form}' was asked for and does not apply to this layer")
             for name, options in candidates.layers.items()
-            if self.form != "auto" and len(options) > 1 and all(_form_of(o) != self.form for o in options[1:])
+            if self.form != "auto"
+            and len(options) > 1
+            and all(_form_of(o) != self.form for o in decompositions_of(options))
         }
 
 
 def _form_of(candidate: Candidate) -> str:
     """The decomposition's name without its options."""
-    return parse_spec(candidate.decomposition).name
+    return candidate.decomposition.name
 
 
 def _steps(
-    options: Sequence[Candidate], form: str, spectra: Mapping[str, Spectrum], limits: Mapping[str, float]
+    options: Sequence[Candidate], form: str | None, spectra: Mapping[str, Spectrum], limits: Mapping[str, float]
 ) -> list[Step]:
     """The fractions at which a layer's candidate changes, ascending; dense stands in for one that saves nothing."""
-    family = [option for option in options[1:] if _form_of(option) == form and math.isfinite(option.error)]
+    dense = dense_of(options)
+    family = [o for o in decompositions_of(options) if _form_of(o) == form and math.isfinite(o.error)]
     if not family:
-        return [(0.0, options[0])]
+        return [(0.0, dense)]
     full = full_ranks(family, spectra)
     saving = set(gainful(options, limits))
     best, steps = math.inf, []
@@ -99,7 +101,7 @@ def _steps(
     ):
         if option.error < best:
             best = option.error
-            steps.append((fraction, option if option in saving else options[0]))
+            steps.append((fraction, option if option in saving else dense))
     return steps
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, Candidates, RankPlan, Spectrum, decompositions_of, dense_of
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.plan import Candidate, Candidates, RankPlan, Spectrum
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import first_fit, full_ranks, gainful, limits_of, load, settle
 from tdcompile.support.options import Count, Share
@@ -55,7 +56,7 @@ class VBMF(RankSelector):
 
         def plan(w: float) -> dict[str, Candidate]:
             return {
-                name: options[0]
+                name: dense_of(options)
                 if name in reasons or len(options) == 1
                 else _choose(options, candidates.spectra[name], estimates[name], w, self.floor, limits)
                 for name, options in candidates.layers.items()
@@ -90,8 +91,8 @@ def _choose(
     full = {mode: _full(spectrum) for mode, spectrum in spectra.items()}
     ranks = {mode: max(floor, int(full[mode] - w * (full[mode] - estimate))) for mode, estimate in estimates.items()}
     fraction = max(ranks[mode] / full[mode] for mode in ranks)
-    families: dict[str, list[Candidate]] = {}
-    for option in options[1:]:
+    families: dict[Decomposition, list[Candidate]] = {}
+    for option in decompositions_of(options):
         families.setdefault(option.decomposition, []).append(option)
     seen = {form for form, family in families.items() if any(mode in ranks for mode in family[0].modes)}
     lowest = {
@@ -110,7 +111,7 @@ def _choose(
         if option.decomposition in lowest
         and all(rank >= least for rank, least in zip(option.ranks, lowest[option.decomposition], strict=True))
     ]
-    return min(fitting, key=lambda o: (load(o.cost, limits), o.error, o.decomposition, o.ranks), default=options[0])
+    return min(fitting, key=lambda o: (load(o.cost, limits), o.error, o.form, o.ranks), default=dense_of(options))
 
 
 def _full(spectrum: Spectrum) -> int:

@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 
 from tdcompile.core.decomposition import relative_error
 from tdcompile.core.passes import RewritePass, Rewritten
+from tdcompile.core.plan import Candidate, RankPlan
 from tdcompile.errors import TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import replace_module
 from tdcompile.ir.modules import outputs_of
-from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Change, Program, Site
 from tdcompile.numerics.covariance import Identity
 from tdcompile.planning.pricing import Prices
@@ -70,11 +70,12 @@ class DetachDense(RewritePass):
             plain = Identity.of(site.weight)
             error = 0.0 if layer is None else relative_error(site.weight, layer.effective(), plain)
             if layer is None or layer.stays:
-                choices[name] = Candidate(DENSE, (), error, prices.layers[name])
+                choices[name] = Candidate.dense(prices.layers[name], error)
                 reasons[name] = told.get(name, Reason(ReasonCode.REFUSED, "it has no adapter"))
             else:
-                cost = prices.at(name, layer.decomposition, layer.ranks)
-                choices[name] = Candidate(layer.form, layer.ranks, error, cost, layer.decomposition.modes)
+                form = layer.decomposition
+                cost = prices.at(name, form, layer.ranks)
+                choices[name] = Candidate(form, layer.ranks, error, cost, form.modes)
         predicted = prices.network({name: choice.cost for name, choice in choices.items()})
         return RankPlan(choices, predicted, prices.dense, selector=self.name, reasons=reasons)
 

@@ -9,13 +9,13 @@ from torch import Tensor, fx
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import RewritePass, Rewritten
+from tdcompile.core.plan import RankPlan
 from tdcompile.errors import InputError, during, nearest
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import replace_module
-from tdcompile.ir.layer import Layer
+from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.ir.measurements import input_covariance
-from tdcompile.ir.plan import DENSE, RankPlan, Ranks
 from tdcompile.ir.program import Change, Program, kept_dense, sites
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.planning.plan_file import check, estimated
@@ -50,23 +50,30 @@ class Factorize(RewritePass):
         for name in chosen:
             if name not in found:
                 raise InputError(f"the plan is for another network: it has no layer '{name}'; {nearest(name, found)}")
-        replaced = {name: choice for name, choice in chosen.items() if choice.decomposition != DENSE}
+        replaced = {name: choice for name, choice in chosen.items() if not choice.is_dense}
         kept = kept_dense(program, found)
-        forms = {name: check(found[name], choice, kept) for name, choice in replaced.items()}
+        for name, choice in replaced.items():
+            check(found[name], choice, kept)
         work = (
-            (forms[name], site.layer, site.weight, choice.ranks, input_covariance(program.facts, name, site.weight))
+            (
+                choice.decomposition,
+                site.layer,
+                site.weight,
+                choice.ranks,
+                input_covariance(program.facts, name, site.weight),
+            )
             for name, choice in replaced.items()
             for site in (found[name],)
         )
         history: list[Change | Diagnostic] = []
         made = zip(replaced.items(), parallel_map(_factors, work, self.jobs), strict=True)
         for done, ((name, choice), factors) in enumerate(made, start=1):
-            form, site = forms[name], found[name]
+            form, site = choice.decomposition, found[name]
             bias = site.module.bias
             assert bias is None or isinstance(bias, Tensor)  # the types that convolutions and linear layers use
             with during(f"in the decomposition {form.told()} on the layer '{name}'"):
                 replace_module(graph, name, form.build(site.layer, choice.ranks, factors, bias))
-            history.append(Change(name, self.name, f"{choice.decomposition}{list(choice.ranks)}"))
+            history.append(Change(name, self.name, f"{choice.form}{list(choice.ranks)}"))
             if (caution := form.caution(site.layer, site.weight, factors)) is not None:
                 history.append(Diagnostic("warning", DiagnosticCode.CAUTION, f"'{name}': {caution}", name))
             report_progress(done, len(replaced), name)

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
+from tdcompile.core.plan import Candidate, within
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode, Reason, ReasonCode
 from tdcompile.ir.graph_edits import copy_weights
-from tdcompile.ir.plan import DENSE, Candidate, Ranks, within
+from tdcompile.ir.layer import Ranks
 from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Cost
 from tdcompile.planning.allocation import gainful
@@ -217,5 +218,5 @@ class _Schedule:
         """What an adapter costs; None where it saves nothing of what is limited, or costs more of some of it."""
         form = self._layers[name].decomposition
         dense, cost = self._prices.layers[name], self._prices.at(name, form, ranks)
-        options = [Candidate(DENSE, (), 0.0, dense), Candidate(form.name, ranks, 0.0, cost)]
+        options = [Candidate.dense(dense), Candidate(form, ranks, cost=cost)]
         return cost if gainful(options, self._prices.limits) else None

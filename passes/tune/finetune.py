@@ -14,12 +14,12 @@ from torch import fx, nn
 
 from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
+from tdcompile.core.plan import RankPlan
 from tdcompile.data.task import Samples
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_weights
-from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Change, Program, sites_of
 from tdcompile.support.options import Count, NonNegative, Part, Positive
 from tdcompile.training.augment import AugmentOption, resolve_augment

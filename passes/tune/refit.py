@@ -23,14 +23,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import Rewritten, TunePass
-from tdcompile.core.registry import make
+from tdcompile.core.plan import Candidate, RankPlan
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.graph_edits import calls_of, module_at, only_user
 from tdcompile.ir.im2col import patches_at, positions, values_at
 from tdcompile.ir.layer import Layer, owner
 from tdcompile.ir.modules import parent_of, tensors_in
-from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Change, Program, Site, kept_dense, sites_of
 from tdcompile.ir.target import Cost
 from tdcompile.numerics.covariance import Full
@@ -96,8 +95,8 @@ class Refit(TunePass):
         todo = [(sweep, name, site) for sweep in range(self.sweeps) for name, site in self._sites(program).items()]
         for done, (sweep, name, site) in enumerate(todo, start=1):
             report_progress(done, len(todo), name)
-            choice = choices.get(name, Candidate(DENSE, (), 0.0, Cost()))
-            if choice.decomposition == DENSE and not self.dense:
+            choice = choices.get(name, Candidate.dense(Cost()))
+            if choice.is_dense and not self.dense:
                 continue
             aim = _Aim.of(graph, program.dense, site, self.blocks)
             if isinstance(aim, Diagnostic):
@@ -198,7 +197,7 @@ class _Aim:
         layer = replace(self.site.layer, bias=sums.affine)
         slope = sums.fit(self.site.weight.flatten(1), ridge)
         weight = slope.reshape(layer.weight_shape).to(dtype)
-        form = None if choice.decomposition == DENSE else make(Decomposition, choice.decomposition)
+        form = None if choice.is_dense else choice.decomposition
         if form is None:
             new = layer.build()
             owner(new).weight = nn.Parameter(weight)

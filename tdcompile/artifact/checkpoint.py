@@ -22,6 +22,7 @@ from tdcompile.artifact.folder import load_graph, save_weights
 from tdcompile.core.hooks import Hook, RunRecord, Work
 from tdcompile.core.passes import Pass
 from tdcompile.core.registry import foreign_packages
+from tdcompile.core.serialization import fact_from_plain, fact_to_plain
 from tdcompile.errors import InputError, TdcompileError, UnwrittenError, first_line
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Fact, Facts
@@ -199,7 +200,7 @@ def _plain(fact: Fact) -> Any:
         TdcompileError: the fact holds a value without a JSON form.
     """
     try:
-        return TypeAdapter(type(fact)).dump_python(fact, mode="json")
+        return fact_to_plain(fact)
     except (PydanticSchemaGenerationError, PydanticSerializationError) as error:
         raise TdcompileError(
             f"the fact {type(fact).__name__} cannot be saved between passes: let it hold only numbers, texts, "
@@ -227,5 +228,4 @@ def _fact(name: str, value: dict[str, Any], folder: Path) -> Fact:
         covariances = {layer: from_tensors(tensors[layer], count) for layer, count in value["patches"].items()}
         return Calibration(covariances, value["skipped"], value["samples"])
     kinds = {kind.__name__: kind for kind in Fact.__subclasses__()}
-    fact: Fact = TypeAdapter(kinds[name]).validate_python(value)
-    return fact
+    return fact_from_plain(kinds[name], value)

@@ -15,13 +15,11 @@ from tdcompile.backend.lowering import lower, timing_inputs
 from tdcompile.backend.parity import Parity, check_parity
 from tdcompile.backend.profile import layer_seconds
 from tdcompile.backend.session import Timing, time_models
-from tdcompile.core.decomposition import Decomposition
-from tdcompile.core.registry import make
+from tdcompile.core.plan import RankPlan
 from tdcompile.data.task import accuracy
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.measurements import Baseline
 from tdcompile.ir.modules import outputs_of
-from tdcompile.ir.plan import DENSE, RankPlan
 from tdcompile.ir.program import Program, Site, parameters_of, sites_of
 
 
@@ -135,9 +133,9 @@ def _compiled_parts(program: Program, graph: fx.GraphModule, before: Mapping[str
     known, plan = _parts(sites_of(graph, program.inputs)), program.facts.get(RankPlan)
     found: dict[str, Part] = {}
     for name, choice in (plan.choices if plan else {}).items():
-        if choice.decomposition != DENSE and not parts_of(known, name):
-            form = make(Decomposition, choice.decomposition)
-            calls = [part for call in before[name].calls for part in form.blueprint(call, choice.ranks)]
+        if not choice.is_dense and not parts_of(known, name):
+            blueprint = choice.decomposition.blueprint
+            calls = [part for call in before[name].calls for part in blueprint(call, choice.ranks)]
             found[name] = Part(calls, parameters_of(graph.get_submodule(name)))
     return {**known, **found}
 

@@ -23,9 +23,9 @@ from tdcompile.artifact.report import (
 from tdcompile.artifact.report import Reason as ReportedReason
 from tdcompile.backend.environment import environment, peak_memory_mb
 from tdcompile.backend.parity import Parity
+from tdcompile.core.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
 from tdcompile.ir.measurements import Rehearsal
-from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Change, Program, sites_of
 from tdcompile.ir.target import LIMITED, Cost
 from tdcompile.training.run_state import Tuning
@@ -137,7 +137,7 @@ def _rows(program: Program, plan: RankPlan | None, outcome: Outcome) -> Iterator
         known = plan.reasons.get(name) if plan else None
         yield LayerRow(
             name=name,
-            decomposition=choice.decomposition if choice else DENSE,
+            decomposition=choice.form if choice else str(DENSE.spec()),
             ranks=choice.ranks if choice else (),
             error=choice.error if choice else 0.0,
             macs_before=_macs([whole]),
@@ -160,7 +160,7 @@ def _milliseconds(network: MeasuredNetwork, name: str) -> float | None:
 
 
 def _reason(choice: Candidate | None, known: Reason | None) -> ReportedReason | None:
-    if choice is not None and choice.decomposition != DENSE:
+    if choice is not None and not choice.is_dense:
         return None
     if known is None:
         return ReportedReason(code=ReasonCode.NOT_IN_PLAN, reason="the plan does not mention it")

@@ -25,8 +25,8 @@ from tdcompile.cli.load_job import load_job, recipe_of, source_of, to_toml
 from tdcompile.compiler import compile as compile_module
 from tdcompile.compiler import prepare
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import RankPlan
 from tdcompile.errors import BudgetError, InputError, UnwrittenError
-from tdcompile.ir.plan import RankPlan
 from tdcompile.recipes import Recipe
 from tdcompile.support.formatting import count, milliseconds, percent
 from tdcompile.training.distributed import from_first, is_first, no_gpu
@@ -174,7 +174,7 @@ def _choices(plan: RankPlan) -> Table:
     for heading in ("error", "params", "MACs", "ms"):
         table.add_column(heading, justify="right")
     for name, choice in plan.choices.items():
-        form, cost = " ".join((choice.decomposition, "×".join(map(str, choice.ranks)))).strip(), choice.cost
+        form, cost = " ".join((choice.form, "×".join(map(str, choice.ranks)))).strip(), choice.cost
         figures = percent(choice.error), count(cost.params), count(cost.macs), milliseconds(cost.seconds * 1e3 or None)
         table.add_row(*map(Text, (name, form, *figures)))
     for name, cost in (("dense network", plan.dense), ("planned network", plan.predicted)):

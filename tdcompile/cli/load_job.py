@@ -17,6 +17,7 @@ from tdcompile.cli.example_inputs import draw_arguments, parse_example
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.importance import Importance
 from tdcompile.core.network import Network
+from tdcompile.core.plan import RankPlan
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
 from tdcompile.core.spec import split
@@ -24,7 +25,6 @@ from tdcompile.data.task import Task
 from tdcompile.errors import InputError
 from tdcompile.frontend.load_network import load_source, load_weights
 from tdcompile.ir.facts import Facts
-from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.target import Budget, Cost
 from tdcompile.recipes import Recipe, load_recipe
 

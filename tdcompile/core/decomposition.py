@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from tdcompile.core.plugin import Plugin
 from tdcompile.ir.diagnostics import Reason
-from tdcompile.ir.layer import Layer, owner
-from tdcompile.ir.plan import Ranks
+from tdcompile.ir.layer import Layer, Ranks, owner
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import blocks
 

@@ -9,12 +9,12 @@ from functools import partial
 
 from tdcompile.core.hooks import Hook, Work
 from tdcompile.core.passes import Pass
+from tdcompile.core.plan import RankPlan
 from tdcompile.core.registry import find, make
 from tdcompile.core.spec import Spec, parse_specs
 from tdcompile.errors import InputError, during
 from tdcompile.ir.facts import Facts
 from tdcompile.ir.modules import separate_attention
-from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Program
 from tdcompile.support.heap import keep_freed_memory
 from tdcompile.support.progress import progress

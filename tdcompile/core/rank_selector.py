@@ -6,8 +6,8 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
+from tdcompile.core.plan import Candidates, RankPlan
 from tdcompile.core.plugin import Plugin
-from tdcompile.ir.plan import Candidates, RankPlan
 from tdcompile.ir.target import Budget
 
 

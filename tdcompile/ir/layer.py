@@ -12,6 +12,7 @@ from tdcompile.ir.conv_modules import Pad, TransposedConv, uninitialised
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 
 Pair = tuple[int, int]
+Ranks = tuple[int, ...]  # of a decomposition of a layer
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 

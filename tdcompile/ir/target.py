@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from tdcompile.errors import InputError, nearest
 from tdcompile.support.options import Count, Options, Share
@@ -50,6 +52,7 @@ class Cost:
     ``bytes`` counts weights plus activations read and written; ``seconds`` is 0.0 if nothing was measured.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a plan file may not misspell a field
     params: float = 0.0
     macs: float = 0.0
     bytes: float = 0.0

@@ -7,10 +7,10 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
+from tdcompile.core.plan import Candidate, Candidates, RankPlan, Spectrum, decompositions_of, dense_of, within
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.plan import Candidate, Candidates, RankPlan, Spectrum, within
 from tdcompile.ir.target import LIMITED, Budget, Cost
 
 Choices = Mapping[str, Candidate]
@@ -47,21 +47,22 @@ def load(cost: Cost, limits: Mapping[str, float]) -> float:
 
 def gainful(options: Sequence[Candidate], limits: Mapping[str, float]) -> list[Candidate]:
     """The candidates that cost less than dense in a limited field and no more in any other; of finite error."""
-    dense = options[0].cost
+    dense = dense_of(options).cost
 
     def saves(cost: Cost) -> bool:
         pairs = [(getattr(cost, field), getattr(dense, field)) for field in limits]
         return all(new <= old for new, old in pairs) and any(new < old for new, old in pairs)
 
-    return [option for option in options[1:] if math.isfinite(option.error) and saves(option.cost)]
+    return [o for o in decompositions_of(options) if math.isfinite(o.error) and saves(o.cost)]
 
 
 def ladder(options: Sequence[Candidate], limits: Mapping[str, float]) -> list[Candidate]:
     """Dense, then ever cheaper candidates at ever larger errors."""
-    rungs, lowest = [options[0]], load(options[0].cost, limits)
+    dense = dense_of(options)
+    rungs, lowest = [dense], load(dense.cost, limits)
     for price, option in sorted(
         ((load(option.cost, limits), option) for option in gainful(options, limits)),
-        key=lambda pair: (pair[1].error, pair[0], pair[1].decomposition, pair[1].ranks),
+        key=lambda pair: (pair[1].error, pair[0], pair[1].form, pair[1].ranks),
     ):
         if price < lowest:
             rungs.append(option)
@@ -183,7 +184,7 @@ def settle(
     if not within(predicted, limits):
         raise BudgetError(_miss(selector, candidates, budget, predicted))
     known = {**candidates.reasons, **(reasons or {})}
-    left = [name for name, options in candidates.layers.items() if choices[name] == options[0]]
+    left = [name for name, options in candidates.layers.items() if choices[name] == dense_of(options)]
     why = {name: known.get(name) or _reason(candidates.layers[name], limits) for name in left}
     ordered = {name: choices[name] for name in candidates.layers}
     return RankPlan(ordered, predicted, dense, selector=str(selector.spec()), gap=gap, reasons=why)
@@ -192,20 +193,22 @@ def settle(
 def label(candidate: Candidate) -> str:
     """A candidate in a sentence.
 
-    >>> label(Candidate("tucker2", (64, 32), 0.1, Cost()))
+    >>> from tdcompile.core.decomposition import Decomposition
+    >>> from tdcompile.core.registry import make
+    >>> label(Candidate(make(Decomposition, "tucker2"), (64, 32)))
     'tucker2{64,32}'
     """
     ranks = ",".join(map(str, candidate.ranks))
-    return f"{candidate.decomposition}{{{ranks}}}" if ranks else candidate.decomposition
+    return f"{candidate.form}{{{ranks}}}" if ranks else candidate.form
 
 
 def _reason(options: Sequence[Candidate], limits: Mapping[str, float]) -> Reason:
     if len(options) == 1:
         return Reason(ReasonCode.NOT_CHEAPER, "no candidate for this layer is cheaper than dense")
-    saving = gainful(options, limits)
-    cheapest = min(saving or options[1:], key=lambda option: (load(option.cost, limits), option.error))
-    field = max(limits, key=lambda f: getattr(options[0].cost, f) - getattr(cheapest.cost, f))
-    before, after = (getattr(option.cost, field) for option in (options[0], cheapest))
+    dense, saving = dense_of(options), gainful(options, limits)
+    cheapest = min(saving or decompositions_of(options), key=lambda option: (load(option.cost, limits), option.error))
+    field = max(limits, key=lambda f: getattr(dense.cost, f) - getattr(cheapest.cost, f))
+    before, after = (getattr(option.cost, field) for option in (dense, cheapest))
     share = after / before if before else math.inf
     if not saving:
         sentence = f"no form is cheaper than dense here: {label(cheapest)} costs {share:.3g} times its {_WORD[field]}"

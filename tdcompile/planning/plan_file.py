@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, RankPlan
 from tdcompile.core.registry import find, make
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.measurements import Calibration
-from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Program, Site, kept_dense, sites
 from tdcompile.ir.target import Cost
 from tdcompile.numerics.covariance import Identity
@@ -43,10 +43,13 @@ def adopt(program: Program, given: str) -> Program:
             raise InputError(f"{source} is for another network: it has no layer '{name}'; {nearest(name, found)}")
     prices, choices = Prices(program), dict[str, Candidate]()
     for name, site in found.items():
-        dense = Candidate(DENSE, (), 0.0, prices.layers[name])
+        dense = Candidate.dense(prices.layers[name])
         choice = plan.choices.get(name, dense)
-        factorised = choice.decomposition != DENSE and name not in program.keep_dense
-        choices[name] = _counted(site, choice, check(site, choice, kept), prices) if factorised else dense
+        if choice.is_dense or name in program.keep_dense:
+            choices[name] = dense
+            continue
+        check(site, choice, kept)
+        choices[name] = _counted(site, choice, prices)
     spent = prices.network({name: choice.cost for name, choice in choices.items()})
     if not _same(spent, plan.predicted):  # what was measured of another plan says nothing of this one
         plan = replace(plan, predicted=spent, dense=prices.dense)
@@ -55,7 +58,7 @@ def adopt(program: Program, given: str) -> Program:
     reasons = {
         name: Reason(ReasonCode.DENSE_IN_PLAN, f"{Path(source).name} leaves it dense")
         for name, choice in choices.items()
-        if choice.decomposition == DENSE
+        if choice.is_dense
     }
     lasting = [name for name in reasons if not changed or _fits_none(found[name])]
     reasons |= {name: plan.reasons[name] for name in lasting if name in plan.reasons}
@@ -74,8 +77,8 @@ def estimated(program: Program) -> Program:
         return program
     found, choices = sites(program), dict(plan.choices)
     for name, choice in plan.choices.items():
-        if choice.decomposition != DENSE and name in found and name in calibration.covariances:
-            form, site = make(Decomposition, choice.decomposition), found[name]
+        if not choice.is_dense and name in found and name in calibration.covariances:
+            form, site = choice.decomposition, found[name]
             (error,) = form.errors(site.layer, site.weight, [choice.ranks], calibration.covariances[name])
             choices[name] = replace(choice, error=float(error))
     return program.with_(facts=program.facts.having(replace(plan, choices=choices)))
@@ -88,8 +91,9 @@ def _read(path: Path) -> str:
         raise InputError(f"the plan {path} cannot be read: {error}") from error
 
 
-def _counted(site: Site, choice: Candidate, form: Decomposition, prices: Prices) -> Candidate:
+def _counted(site: Site, choice: Candidate, prices: Prices) -> Candidate:
     """The choice with the cost and the error of its own ranks."""
+    form = choice.decomposition
     cost = prices.at(site.name, form, choice.ranks)
     if _same(cost, choice.cost):
         return choice
@@ -113,7 +117,7 @@ def _same(cost: Cost, other: Cost) -> bool:
     return (cost.macs, cost.params) == (other.macs, other.params)
 
 
-def check(site: Site, choice: Candidate, kept: Mapping[str, Reason]) -> Decomposition:
+def check(site: Site, choice: Candidate, kept: Mapping[str, Reason]) -> None:
     """The decomposition of a choice, made sure that it fits the layer.
 
     Args:
@@ -122,15 +126,14 @@ def check(site: Site, choice: Candidate, kept: Mapping[str, Reason]) -> Decompos
     Raises:
         InputError: the layer is to stay as it is, it refuses the layer, or the ranks are not ranks of it.
     """
-    form = make(Decomposition, choice.decomposition)
+    form = choice.decomposition
     reason = kept.get(site.name) or form.refuse(site.layer)
     if reason is not None:
-        raise InputError(f"the plan wants {choice.decomposition} for '{site.name}': {reason.text}")
+        raise InputError(f"the plan wants {choice.form} for '{site.name}': {reason.text}")
     full = form.exact_ranks(site.layer)
     fits = len(choice.ranks) == len(full) and all(1 <= r <= most for r, most in zip(choice.ranks, full, strict=True))
     if not fits:
         raise InputError(
-            f"the plan wants {choice.decomposition}{list(choice.ranks)} for '{site.name}': "
+            f"the plan wants {choice.form}{list(choice.ranks)} for '{site.name}': "
             f"expected {len(full)} rank(s), each at least 1 and at most {list(full)}"
         )
-    return form

@@ -8,10 +8,10 @@ from functools import cached_property
 
 from tdcompile.core.cost_model import CostModel
 from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import within
 from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError
-from tdcompile.ir.layer import Layer
-from tdcompile.ir.plan import Ranks, within
+from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.ir.program import Program, Site, parameters_of, sites_of
 from tdcompile.ir.target import LIMITED, Cost, Target, total
 from tdcompile.planning.allocation import out_of_reach

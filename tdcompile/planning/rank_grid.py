@@ -11,8 +11,7 @@ from bisect import bisect_left, bisect_right
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.errors import InputError
-from tdcompile.ir.layer import Layer
-from tdcompile.ir.plan import Ranks
+from tdcompile.ir.layer import Layer, Ranks
 
 
 def weights_of(form: Decomposition, layer: Layer, ranks: Ranks) -> int:

@@ -20,7 +20,7 @@ from tdcompile.errors import FixedAxisError, InputError, TdcompileError, Unavail
 from tdcompile.frontend.select import Frontend
 from tdcompile.frontend.tracing import trace
 from tdcompile.ir.graph_edits import copy_graph, copy_weights, replace_module
-from tdcompile.ir.plan import Ranks
+from tdcompile.ir.layer import Ranks
 from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import Target
 from tdcompile.numerics.covariance import Identity

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import make
-from tdcompile.ir.layer import Layer, owner
-from tdcompile.ir.plan import Ranks
+from tdcompile.ir.layer import Layer, Ranks, owner
 from tdcompile.ir.saved_classes import saved_as
 from tdcompile.numerics.covariance import Identity
 from tdcompile.numerics.low_rank import unfold

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.core.registry import make
+from tdcompile.core.plan import RankPlan
 from tdcompile.data.task import Batch, Samples, classified
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
-from tdcompile.ir.layer import Layer
+from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.ir.modules import outputs_of, tensors_in
-from tdcompile.ir.plan import DENSE, RankPlan, Ranks
 from tdcompile.training.distributed import mean_of_all
 from tdcompile.training.mixed_precision import AUTOCAST, Precision
 
@@ -183,15 +182,13 @@ class LayerwiseLoss:
         self._outputs, self._weights = outputs, weights
         self._pairs = []
         for name, choice in plan.choices.items():
-            if choice.decomposition == DENSE:
+            if choice.is_dense:
                 continue
             dense, new = teacher.get_submodule(name), graph.get_submodule(name)
             factors = tuple(p for key, p in new.named_parameters() if key.rpartition(".")[2] != "bias")
-            form, layer = make(Decomposition, choice.decomposition), layers[name]
+            form, layer = choice.decomposition, layers[name]
             if len(factors) != len(form.blueprint(layer, choice.ranks)):
-                raise InputError(
-                    f"the layer '{name}' is not as {choice.decomposition} left it: tune it without its layers"
-                )
+                raise InputError(f"the layer '{name}' is not as {choice.form} left it: tune it without its layers")
             chain = type(form).build is Decomposition.build  # of whatever class: a container restored has lost its own
             last = [*new.children()][-1] if chain else new
             self._pairs.append(_Pair(layer, form, choice.ranks, factors, dense, last))

@@ -16,12 +16,12 @@ from tdcompile.artifact.checkpoint import Checkpoint, SaveCheckpoint
 from tdcompile.core.hooks import Hook, RunRecord, StepTimer
 from tdcompile.core.passes import Pass
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import RankPlan
 from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.modules import outputs_of
-from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Program
 from tdcompile.numerics.covariance import LowRankPlusDiagonal
 

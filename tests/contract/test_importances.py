@@ -11,10 +11,10 @@ from torch import nn
 import tdcompile
 from tdcompile.core.importance import Importance
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import Importances
 from tdcompile.core.registry import find, make
 from tdcompile.data.task import Samples, Task, Tensors
 from tdcompile.errors import InputError
-from tdcompile.ir.plan import Importances
 from tdcompile.ir.program import Program, sites
 
 SCORES = sorted(find(Importance))

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, Candidates, RankPlan, Spectrum, within
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find, make
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.ir.diagnostics import Reason
-from tdcompile.ir.plan import DENSE, Candidate, Candidates, RankPlan, Spectrum, within
 from tdcompile.ir.target import Budget, Cost
 
 SELECTORS = sorted(find(RankSelector))
@@ -20,8 +21,9 @@ SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
 
 def layer(decay: float, size: float, full: int = 12) -> tuple[tuple[Candidate, ...], dict[str, Spectrum]]:
     energies = [math.exp(-decay * i) for i in range(full)]
-    rows = [Candidate(DENSE, (), 0.0, Cost(size, size, size, size * 1e-9))]
-    for form, price, modes in (("tucker2", 1.1, ("out", "in")), ("svd", 1.6, ("out",)), ("cp", 0.9, ("",))):
+    rows = [Candidate.dense(Cost(size, size, size, size * 1e-9))]
+    for name, price, modes in (("tucker2", 1.1, ("out", "in")), ("svd", 1.6, ("out",)), ("cp", 0.9, ("",))):
+        form = make(Decomposition, name)
         for r in range(1, full + 1):
             macs, error = price * size * r / full, math.sqrt(sum(energies[r:]) / sum(energies))
             rows.append(Candidate(form, (r,) * len(modes), error, Cost(macs, macs, macs, macs * 1.1e-9), modes))
@@ -31,7 +33,7 @@ def layer(decay: float, size: float, full: int = 12) -> tuple[tuple[Candidate, .
 
 def table(decays: list[float], sizes: list[float]) -> Candidates:
     made = {f"l{i}": layer(decay, size) for i, (decay, size) in enumerate(zip(decays, sizes, strict=False))}
-    kept = Candidate(DENSE, (), 0.0, Cost(50.0, 50.0, 50.0, 5e-8))
+    kept = Candidate.dense(Cost(50.0, 50.0, 50.0, 5e-8))
     return Candidates(
         {**{name: rows for name, (rows, _) in made.items()}, "stem": (kept,)},
         Cost(5.0, 5.0, 5.0, 5e-9),
@@ -66,7 +68,7 @@ def test_a_plan_covers_every_layer_within_the_budget_or_there_is_none(name, cand
     assert plan.predicted == candidates.cost(plan.choices)
     assert plan.dense == candidates.dense
     assert within(plan.predicted, budget.limits(plan.dense))
-    left = {layer for layer, choice in plan.choices.items() if choice.decomposition == DENSE}
+    left = {layer for layer, choice in plan.choices.items() if choice.is_dense}
     assert set(plan.reasons) == left
     assert all(reason.code and reason.text for reason in plan.reasons.values())
     assert plan.reasons["stem"] is candidates.reasons["stem"]
@@ -74,7 +76,7 @@ def test_a_plan_covers_every_layer_within_the_budget_or_there_is_none(name, cand
 
 def least(candidates: Candidates, field: str, *forms: str) -> float:
     """The share of dense that is left where each layer takes the cheapest of some forms, or of all."""
-    rows = [[o for o in options if not forms or o.decomposition in forms] for options in candidates.layers.values()]
+    rows = [[o for o in options if not forms or o.form in forms] for options in candidates.layers.values()]
     kept = sum(
         min(getattr(o.cost, field) for o in options or candidates.layers[name][:1])
         for name, options in zip(candidates.layers, rows, strict=True)

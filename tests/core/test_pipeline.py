@@ -18,11 +18,11 @@ from tdcompile.core.hooks import Hook, RunRecord, StepTimer, Work
 from tdcompile.core.importance import Importance
 from tdcompile.core.passes import AnalysisPass, Pass, RewritePass, Rewritten, TunePass
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import Candidates, RankPlan
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.facts import Aspect, Fact, Facts
-from tdcompile.ir.plan import Candidates, RankPlan
 from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Budget, Cost
 from tdcompile.passes.analyze import choose as choose_pass

@@ -21,9 +21,9 @@ import tdcompile
 from tdcompile.core import registry
 from tdcompile.core.decomposition import Decomposition, relative_error
 from tdcompile.core.network import Network
+from tdcompile.core.plan import RankPlan
 from tdcompile.core.plugin import Plugin
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.plan import RankPlan
 from tdcompile.numerics.covariance import Identity
 from tdcompile.recipes import Recipe, load_recipe
 

@@ -263,12 +263,12 @@ def test_the_figures_of_a_plan_are_those_of_the_ranks_it_has_now(tmp_path):
 def test_the_errors_of_a_plan_by_hand_are_those_of_the_outputs_where_there_are_samples():
     options = {"data": points(), "budget": {"macs": 0.5}, "tune": "none", "decompose": "tucker2,svd"}
     made = tdcompile.compile(network(), X, **options)
-    layers = {n: {"decomposition": c.decomposition, "ranks": c.ranks} for n, c in made.plan.choices.items()}
+    layers = {n: {"decomposition": c.form, "ranks": c.ranks} for n, c in made.plan.choices.items()}
     given = {"plan": json.dumps({"layers": layers}), "tune": "none"}
     seen, blind = (tdcompile.compile(network(), X, data=data, **given).plan for data in (points(), None))
     for name, choice in made.plan.choices.items():
         assert seen.choices[name].error == pytest.approx(choice.error, rel=1e-4)
-        assert (blind.choices[name].error == seen.choices[name].error) == (choice.decomposition == "dense")
+        assert (blind.choices[name].error == seen.choices[name].error) == choice.is_dense
 
 
 def test_a_plan_needs_no_budget_and_is_held_to_one_that_is_given(tmp_path):

@@ -19,9 +19,9 @@ import tdcompile
 from tdcompile.backend.export import export_onnx
 from tdcompile.backend.parity import check_parity
 from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, RankPlan
 from tdcompile.core.registry import find, make
 from tdcompile.ir.modules import outputs_of
-from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Cost, Target
 
@@ -199,12 +199,12 @@ def plan_of(program: Program, data: st.DataObject, exact: bool) -> RankPlan:
             if (made := make(Decomposition, form)).refuse(site.layer) is None
             and not (exact and form in ("cp", "cp4"))  # exact only at ranks that no iteration finds for certain
         }
-        form = data.draw(st.sampled_from([DENSE, *spaces]), label=name)
-        if form == DENSE:
-            choices[name] = Candidate(DENSE, (), 0.0, Cost())
+        form = data.draw(st.sampled_from(["dense", *spaces]), label=name)
+        if form == "dense":
+            choices[name] = Candidate.dense(Cost())
             continue
         place = -1 if exact else data.draw(st.integers(0, len(spaces[form]) - 1), label=f"rank of {name}")
-        choices[name] = Candidate(form, spaces[form][place], 0.0, Cost())
+        choices[name] = Candidate(make(Decomposition, form), spaces[form][place], 0.0, Cost())
     return RankPlan(choices, Cost(), Cost())
 
 

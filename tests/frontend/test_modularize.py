@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import tdcompile
+from tdcompile.core.plan import Candidates
 from tdcompile.ir.modules import outputs_of
-from tdcompile.ir.plan import Candidates
 
 
 class Kernels(nn.Module):

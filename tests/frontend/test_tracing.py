@@ -9,12 +9,12 @@ from torch import nn
 
 import tdcompile
 from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, RankPlan
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
 from tdcompile.frontend.torch_export import _integer_buffers_as_constants
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.modules import outputs_of
-from tdcompile.ir.plan import Candidate, RankPlan
 from tdcompile.ir.target import Cost
 
 
@@ -24,7 +24,7 @@ def plan_of(program, form="channel"):
     for name, site in tdcompile.sites(program).items():
         fits = taking.refuse(site.layer) is None
         ranks = taking.exact_ranks(site.layer) if fits else ()
-        choices[name] = Candidate(form if fits else "dense", ranks, 0.0, Cost())
+        choices[name] = Candidate(taking, ranks) if fits else Candidate.dense(Cost())
     return RankPlan(choices, Cost(), Cost())
 
 
@@ -160,7 +160,7 @@ class Tied(nn.Module):
 def test_a_tied_weight_is_left_alone_with_that_reason():
     program = tdcompile.trace(Tied().eval(), (torch.randint(0, 16, (2, 5)),))
     program = program.with_(budget=tdcompile.Budget(macs=1.0))
-    from tdcompile.ir.plan import Candidates
+    from tdcompile.core.plan import Candidates
 
     facts = tdcompile.Pipeline.parse("propose").run(program).facts
     assert [(name, r.code) for name, r in facts[Candidates].reasons.items()] == [("head", "tied_parameter")]

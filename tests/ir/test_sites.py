@@ -10,10 +10,10 @@ from torch import nn
 
 import tdcompile
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import Candidates
 from tdcompile.ir import program as program_file
 from tdcompile.ir.facts import Aspect, Facts
 from tdcompile.ir.graph_edits import copy_weights
-from tdcompile.ir.plan import Candidates
 from tdcompile.ir.program import Program, Sites, sites, sites_of
 
 TOPOLOGY, WEIGHTS = frozenset({Aspect.TOPOLOGY}), frozenset({Aspect.WEIGHTS})

@@ -2,15 +2,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, Candidates, pareto
+from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError
-from tdcompile.ir.plan import Candidate, Candidates, pareto
 from tdcompile.ir.target import Budget, Cost
 from tdcompile.passes.rank.knapsack import Knapsack
 from tdcompile.planning.allocation import first_fit, ladder, settle, within_error
 
-DENSE = Candidate("dense", (), 0.0, Cost(params=10.0, macs=10.0))
+SVD = make(Decomposition, "svd")
+DENSE = Candidate.dense(Cost(params=10.0, macs=10.0))
 figures = st.integers(0, 12).map(float)
-options = st.lists(st.builds(lambda r, e, p, m: Candidate("svd", (r,), e / 12, Cost(p, m)), figures, *[figures] * 3))
+options = st.lists(st.builds(lambda r, e, p, m: Candidate(SVD, (r,), e / 12, Cost(p, m)), figures, *[figures] * 3))
 
 
 def beats(a, b):
@@ -35,7 +38,7 @@ def test_the_ladder_finds_the_cheapest_candidate_within_an_error(alternatives, e
 
 
 def step(macs):
-    return {"l": Candidate("svd", (int(macs),), 0.1, Cost(macs=macs))}
+    return {"l": Candidate(SVD, (int(macs),), 0.1, Cost(macs=macs))}
 
 
 def test_the_first_level_that_fits_is_found_and_else_the_last():
@@ -48,15 +51,15 @@ def test_the_first_level_that_fits_is_found_and_else_the_last():
 
 def test_under_two_limits_a_level_between_is_found_where_the_last_fails():
     def plan(level):
-        return {"l": Candidate("svd", (), 0.1, Cost(params=10.0 - level, macs=level))}
+        return {"l": Candidate(SVD, (), 0.1, Cost(params=10.0 - level, macs=level))}
 
     table = Candidates({"l": (DENSE,)}, Cost())
     assert first_fit(plan, [9.0, 6.0, 5.0, 1.0], table, {"macs": 7.0, "params": 7.0}) == plan(6.0)
 
 
 def test_reasons_name_the_cheapest_alternative_and_what_it_saves():
-    saving = Candidate("svd", (4,), 0.41, Cost(params=10.0, macs=9.7))
-    dear = Candidate("tucker2", (8, 4), 0.1, Cost(params=10.0, macs=10.8))
+    saving = Candidate(SVD, (4,), 0.41, Cost(params=10.0, macs=9.7))
+    dear = Candidate(make(Decomposition, "tucker2"), (8, 4), 0.1, Cost(params=10.0, macs=10.8))
     table = Candidates({"a": (DENSE, saving, dear), "b": (DENSE, dear), "c": (DENSE,), "d": (DENSE, saving)}, Cost())
     choices = {"a": DENSE, "b": DENSE, "c": DENSE, "d": saving}
     plan = settle(Knapsack(), table, Budget(macs=1.0), choices)
@@ -70,7 +73,7 @@ def test_reasons_name_the_cheapest_alternative_and_what_it_saves():
 
 
 def test_the_least_share_is_rounded_up_so_that_it_can_be_met():
-    third = Candidate("svd", (1,), 0.1, Cost(params=10 / 3, macs=10 / 3))
+    third = Candidate(SVD, (1,), 0.1, Cost(params=10 / 3, macs=10 / 3))
     table = Candidates({"l": (DENSE, third)}, Cost())
     with pytest.raises(BudgetError, match=r"keeps 0\.334 of macs"):
         settle(Knapsack(), table, Budget(macs=0.3), {"l": third})

@@ -12,11 +12,12 @@ from torch import nn
 import tdcompile
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import RankPlan
 from tdcompile.data.task import Batch, Samples, Task
 from tdcompile.errors import BudgetError, InputError, TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.layer import Ranks
 from tdcompile.ir.modules import outputs_of
-from tdcompile.ir.plan import DENSE, RankPlan, Ranks
 from tdcompile.ir.program import Change, Program, parameters_of, sites
 from tdcompile.numerics.covariance import Identity
 from tdcompile.passes.rewrite import detach_dense
@@ -108,7 +109,7 @@ def test_awkward_layers_have_adapters_too_and_hooked_or_tied_ones_have_none(pass
         assert set(parallel_layers(after.graph)) == {"even", "up"}
         torch.testing.assert_close(after.graph(x), before.graph(x), atol=1e-4, rtol=1e-4)
     else:
-        assert {n for n, c in after.facts[RankPlan].choices.items() if c.decomposition != DENSE} == {"even", "up"}
+        assert {n for n, c in after.facts[RankPlan].choices.items() if not c.is_dense} == {"even", "up"}
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def test_no_dense_branch_is_left_and_the_plan_is_what_the_graph_is(annealed: Pro
     assert plan.predicted.macs <= 0.5 * plan.dense.macs * (1 + 1e-9)
     assert plan.predicted.macs == sum(call.macs for site in sites(after).values() for call in site.calls)
     assert plan.predicted.params == parameters_of(after.graph)
-    assert plan.choices["5"].decomposition == DENSE
+    assert plan.choices["5"].is_dense
     assert plan.reasons["5"].code == "depthwise"
 
 
@@ -213,7 +214,7 @@ def test_at_a_mild_budget_a_layer_whose_adapter_costs_more_stays_dense(share: fl
     mild = Pipeline.parse("attach-adapters,anneal,detach-dense").run(program(share, data=False))
     plan, dense = mild.facts[RankPlan], program().dense
     whole = {name: sum(call.macs for call in site.calls) for name, site in sites(program()).items()}
-    left = {name for name, choice in plan.choices.items() if choice.decomposition == DENSE}
+    left = {name for name, choice in plan.choices.items() if choice.is_dense}
     assert left == {"5", *dearer}
     for name, choice in plan.choices.items():
         assert choice.cost.macs == whole[name] if name in left else choice.cost.macs < whole[name]
@@ -234,8 +235,8 @@ def test_where_nothing_has_to_be_saved_an_adapter_is_taken_only_where_it_costs_l
     after = Pipeline.parse("attach-adapters,anneal,detach-dense").run(before)
     whole = {name: sum(call.macs for call in site.calls) for name, site in sites(before).items()}
     choices = after.facts[RankPlan].choices
-    assert all(c.decomposition == DENSE or c.cost.macs < whole[name] for name, c in choices.items())
-    assert choices["11"].decomposition == DENSE
+    assert all(c.is_dense or c.cost.macs < whole[name] for name, c in choices.items())
+    assert choices["11"].is_dense
 
 
 def test_a_layer_that_stays_dense_computes_as_it_was_trained(annealed: Program) -> None:
@@ -244,7 +245,7 @@ def test_a_layer_that_stays_dense_computes_as_it_was_trained(annealed: Program) 
     assert torch.equal(after.graph.get_submodule("11").weight, part.effective())
     assert torch.equal(after.graph.get_submodule("11").bias, part.bias)
     assert not torch.equal(part.bias, annealed.dense.get_submodule("11").bias)
-    assert plan.choices["11"].decomposition == DENSE
+    assert plan.choices["11"].is_dense
     assert plan.choices["11"].error > 0
     assert plan.reasons["11"].code == "not_cheaper"
 

@@ -8,12 +8,12 @@ from torch import nn
 import tdcompile
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import Candidate, RankPlan
 from tdcompile.core.registry import make
 from tdcompile.data.task import Batch, Task, Tensors
 from tdcompile.errors import InputError
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.program import Program, sites_of
 from tdcompile.ir.target import Cost
 from tdcompile.training.distillation import Distillation, LayerwiseLoss, output_energies
@@ -69,7 +69,7 @@ def layers_of(program: Program) -> dict[str, Layer]:
 
 
 def replaced(program: Program) -> list[str]:
-    return [n for n, c in program.facts[RankPlan].choices.items() if c.decomposition != DENSE]
+    return [n for n, c in program.facts[RankPlan].choices.items() if not c.is_dense]
 
 
 def test_outputs_count_by_their_mean_squared_difference_at_every_call(program: Program) -> None:
@@ -110,8 +110,8 @@ def test_factors_that_compute_the_layers_cost_nothing() -> None:
     given = tdcompile.trace(Twice().eval(), (torch.randn(2, 3, 8, 8),))
     sites = layers_of(given)
     exact = make(Decomposition, "tucker2").exact_ranks(sites["body"])
-    choices = {name: Candidate(DENSE, (), 0.0, Cost()) for name in sites}
-    plan = RankPlan({**choices, "body": Candidate("tucker2", exact, 0.0, Cost())}, Cost(), Cost())
+    choices = {name: Candidate.dense(Cost()) for name in sites}
+    plan = RankPlan({**choices, "body": Candidate(make(Decomposition, "tucker2"), exact, 0.0, Cost())}, Cost(), Cost())
     made = Pipeline.parse("factorize").run(given.with_(facts=given.facts.having(plan)))
     teacher = copy_weights(made.dense)
     layers = LayerwiseLoss(teacher, made.graph, plan, sites, 1.0, 1.0)

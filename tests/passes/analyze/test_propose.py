@@ -16,10 +16,10 @@ import tdcompile
 from tdcompile.core import registry
 from tdcompile.core.cost_model import CostModel
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import Candidates
 from tdcompile.core.plugin import Plugin
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.ir.layer import Layer
-from tdcompile.ir.plan import DENSE, Candidates, Ranks
+from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.ir.target import Cost, Target
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.passes.analyze.propose import Propose
@@ -89,7 +89,7 @@ def test_counts_are_those_of_one_model_and_seconds_those_of_the_other() -> None:
     for budget, seconds in ((tdcompile.Budget(latency=0.5), 3), (tdcompile.Budget(macs=0.5), 1)):
         table = candidates(budget)
         for options in table.layers.values():
-            assert options[0].decomposition == DENSE
+            assert options[0].is_dense
             for option in options:
                 assert (option.cost.macs, option.cost.seconds) == (7 * option.cost.params, seconds * option.cost.params)
 

@@ -8,8 +8,10 @@ from torch import nn
 
 import tdcompile
 from tdcompile.backend.session import Timing
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, Candidates, Importances, RankPlan
+from tdcompile.core.registry import make
 from tdcompile.ir.measurements import Baseline, Rehearsal
-from tdcompile.ir.plan import DENSE, Candidate, Candidates, Importances, RankPlan
 from tdcompile.ir.target import Cost
 from tdcompile.passes.analyze import rehearse
 
@@ -17,9 +19,9 @@ from tdcompile.passes.analyze import rehearse
 def table():
     """Two layers of 10 s, each with channel{8} at 4 s and channel{4} at 2 s."""
     row = (
-        Candidate(DENSE, (), 0.0, Cost(10, 10, 10, 10.0)),
-        Candidate("channel", (8,), 0.2, Cost(5, 5, 5, 4.0)),
-        Candidate("channel", (4,), 0.5, Cost(3, 3, 3, 2.0)),
+        Candidate.dense(Cost(10, 10, 10, 10.0)),
+        Candidate(make(Decomposition, "channel"), (8,), 0.2, Cost(5, 5, 5, 4.0)),
+        Candidate(make(Decomposition, "channel"), (4,), 0.5, Cost(3, 3, 3, 2.0)),
     )
     return Candidates({"0": row, "2": row}, Cost(seconds=2.0))
 
@@ -51,8 +53,8 @@ def pretend(monkeypatch, in_graph):
         totals = [2.0 + sum(layers(model, ("0", "2")).values()) for model in models]
         return [Timing(t, t, t, 1) for t in totals]
 
-    monkeypatch.setattr(rehearse, "transplant", lambda *rest: False)
-    monkeypatch.setattr(rehearse, "export_folded", export)
+    monkeypatch.setattr(rehearse, "graft_layers", lambda *rest: False)
+    monkeypatch.setattr(rehearse, "export_lowered", export)
     monkeypatch.setattr(rehearse, "layer_seconds", layers)
     monkeypatch.setattr(rehearse, "time_models", times)
 
@@ -61,7 +63,7 @@ def test_a_plan_that_keeps_its_word_stands_after_one_round(program, monkeypatch)
     pretend(monkeypatch, {"0": 1.0, "2": 1.0})
     facts = rehearse.Rehearse().run(program).facts
     assert len(facts[Rehearsal].rounds) == 1
-    assert {c.decomposition for c in facts[RankPlan].choices.values()} == {"channel"}
+    assert {c.form for c in facts[RankPlan].choices.values()} == {"channel"}
 
 
 def test_a_layer_that_is_slower_in_the_graph_is_put_back_with_the_reason(program, monkeypatch):
@@ -71,8 +73,8 @@ def test_a_layer_that_is_slower_in_the_graph_is_put_back_with_the_reason(program
     facts = rehearse.Rehearse().run(program).facts
     plan = facts[RankPlan]
     assert facts[Rehearsal].rounds[0].put_back == ("2",)
-    assert plan.choices["0"].decomposition == "channel"
-    assert plan.choices["2"].decomposition == DENSE
+    assert plan.choices["0"].form == "channel"
+    assert plan.choices["2"].is_dense
     assert plan.reasons["2"].code == "slower_in_graph"
     assert plan.predicted.seconds / plan.dense.seconds == pytest.approx(16 / 22)
 
@@ -128,7 +130,7 @@ def test_without_a_latency_budget_nothing_is_measured(program):
 def test_all_of_the_dense_latency_is_kept_by_the_dense_network_itself(program, monkeypatch):
     pretend(monkeypatch, {"0": 1.0, "2": 1.0})
     facts = rehearse.Rehearse().run(program.with_(budget=tdcompile.Budget(latency=1.0))).facts
-    assert {c.decomposition for c in facts[RankPlan].choices.values()} == {DENSE}
+    assert all(c.is_dense for c in facts[RankPlan].choices.values())
     assert facts[Rehearsal].rounds == ()
 
 

@@ -14,10 +14,10 @@ from torch import nn
 import tdcompile
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import RankPlan, within
 from tdcompile.core.registry import make
 from tdcompile.data.task import Samples, Task, Tensors, accuracy
 from tdcompile.errors import BudgetError, InputError, TdcompileError
-from tdcompile.ir.plan import DENSE, RankPlan, within
 from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import Budget
 from tdcompile.passes.analyze import rene
@@ -92,7 +92,7 @@ def test_mixtures_over_the_budget_are_brought_to_it_by_one_price_and_others_are_
 @pytest.mark.parametrize(("rank", "alternate"), [(2, True), (4, True), (7, True), (9, True), (4, False)])
 def test_a_known_rank_is_found(rank: int, alternate: bool) -> None:
     plan = Rene(step=5, factor=5, budget=False, alternate=alternate).analyze(program(low_rank(rank)))
-    assert plan.choices["0"].decomposition == "tucker2"
+    assert plan.choices["0"].form == "tucker2"
     assert plan.choices["0"].ranks == (rank, rank)
     assert plan.choices["0"].error < 0.02
 
@@ -104,7 +104,7 @@ def test_the_budget_is_kept_and_the_layer_that_needs_rank_gets_it() -> None:
     plan = after.facts[RankPlan] if RankPlan in after.facts else Rene(step=6, factor=6).analyze(given)
     assert plan.predicted.macs <= 0.45 * plan.dense.macs * (1 + 1e-9)
     assert plan.choices["2"].ranks[0] > plan.choices["0"].ranks[0]
-    assert plan.choices["4"].decomposition == DENSE
+    assert plan.choices["4"].is_dense
     assert plan.reasons["4"].code == "refused"
     spent = sum(call.macs for site in sites(after).values() for call in site.calls)
     assert spent == plan.predicted.macs
@@ -114,11 +114,11 @@ def test_a_layer_stays_dense_where_that_is_the_best_use_of_the_budget() -> None:
     """A low rank is all that the first one needs, and any rank of the other loses much of its noise."""
     given = program(low_rank(3), nn.ReLU(), low_rank(3, noise=3.0), share=0.62)
     plan = Rene(step=6, factor=6, steps=10).analyze(given)
-    assert plan.choices["2"].decomposition == DENSE
+    assert plan.choices["2"].is_dense
     assert plan.reasons["2"].code == "dense_is_best"
     assert plan.choices["0"].error < 0.03
     tighter = Rene(step=6, factor=6, steps=10).analyze(given.with_(budget=Budget(macs=0.5)))
-    assert tighter.choices["2"].decomposition == "tucker2"
+    assert tighter.choices["2"].form == "tucker2"
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(16, 16), nn.Conv2d(16, 16, 1)], ids=["linear", "1x1"])
@@ -133,7 +133,8 @@ def test_ranks_are_looked_for_where_they_are_cheaper_than_dense(layer: nn.Module
 def test_where_no_rank_is_cheaper_nothing_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SingleRanks, "cost", lambda self, name, rank: self.layers[name])
     plan = Rene(steps=5).analyze(program(low_rank(3), share=1.0))
-    assert (plan.choices["0"].decomposition, plan.reasons["0"].code) == (DENSE, "not_cheaper")
+    assert plan.choices["0"].is_dense
+    assert plan.reasons["0"].code == "not_cheaper"
 
 
 def test_of_a_layer_that_may_stay_dense_the_weight_itself_is_a_candidate() -> None:
@@ -181,7 +182,7 @@ def test_tied_and_hooked_layers_are_left_alone_and_a_plan_that_does_not_is_refus
         "head": "tied_parameter",
         "watched": "hooked",
     }
-    assert plan.choices["free"].decomposition == "svd"
+    assert plan.choices["free"].form == "svd"
     assert sum(p.numel() for p in after.graph.parameters()) == plan.predicted.params <= 0.9 * plan.dense.params
     wrong = replace(plan, choices={**plan.choices, "head": plan.choices["free"]})
     with pytest.raises(InputError, match="svd for 'head': its weight also belongs to first"):
@@ -218,7 +219,7 @@ def test_both_steps_are_taken_in_turn_or_from_one_loss(
 @pytest.mark.parametrize(("form", "channels"), [("cp", 12), ("cp4", 8)])
 def test_cp_is_searched_too(form: Literal["cp", "cp4"], channels: int) -> None:
     plan = Rene(form=form, step=16, factor=4, steps=20).analyze(program(low_rank(2, channels=channels), share=0.5))
-    assert plan.choices["0"].decomposition == form
+    assert plan.choices["0"].form == form
     assert plan.choices["0"].error < 0.05
     assert plan.predicted.macs <= 0.5 * plan.dense.macs
 
@@ -323,8 +324,8 @@ def test_with_data_a_layer_that_does_not_count_is_not_left_dense() -> None:
         budget=tdcompile.Budget(macs=0.7), task=Task(Tensors(x, net(x).argmax(1)))
     )
     plan = Rene(mode="data", steps=40).analyze(given)
-    assert plan.choices["heard"].decomposition == DENSE
-    assert plan.choices["ignored"].decomposition == "svd"
+    assert plan.choices["heard"].is_dense
+    assert plan.choices["ignored"].form == "svd"
 
 
 class Heard(nn.Module):

@@ -10,9 +10,9 @@ from torch import nn
 
 import tdcompile
 from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import within
 from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError
-from tdcompile.ir.plan import DENSE, within
 from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import Cost
 from tdcompile.passes.analyze._rene_ranks import WHOLE, SingleRanks
@@ -62,7 +62,7 @@ def test_a_plan_far_below_its_budget_grows_to_where_layers_are_dense_again(share
     made = table.fitted({"0": 2, "2": 2})
     choices = table.plan(made, {}, "a test").choices
     assert [name for name, rank in made.items() if rank == WHOLE] == dense
-    assert [name for name, choice in choices.items() if choice.decomposition == DENSE] == dense
+    assert [name for name, choice in choices.items() if choice.is_dense] == dense
     assert made["0"] != 2
 
 

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import tdcompile
-from tdcompile.core.decomposition import relative_error
+from tdcompile.core.decomposition import Decomposition, relative_error
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import Candidate, RankPlan
+from tdcompile.core.registry import make
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.plan import Candidate, RankPlan
 from tdcompile.ir.target import Cost
 from tdcompile.numerics.covariance import Covariance, Full, Identity
 from tdcompile.numerics.cp_correction import sensitivity
@@ -145,7 +146,7 @@ def test_correction_lowers_the_sensitivity_for_a_bounded_error(aware: bool) -> N
 
 def test_a_cp_that_stays_degenerate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     given = tdcompile.trace(nn.Sequential(nn.Conv2d(16, 12, 3)).eval(), (torch.randn(2, 16, 6, 6),))
-    choice = Candidate("cp", (20,), 0.0, Cost())
+    choice = Candidate(make(Decomposition, "cp"), (20,), 0.0, Cost())
     given = given.with_(facts=given.facts.having(RankPlan({"0": choice}, Cost(), Cost())))
     for limit, told in ((10.0, False), (0.1, True)):
         monkeypatch.setattr(polyadic, "DEGENERATE", limit)

@@ -11,6 +11,7 @@ from torch import nn
 import tdcompile
 from tdcompile.core.decomposition import relative_error
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import Candidates, RankPlan
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find
 from tdcompile.data.task import Task, Tensors
@@ -18,7 +19,6 @@ from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.measurements import Calibration
-from tdcompile.ir.plan import Candidates, RankPlan
 from tdcompile.numerics.covariance import Full, Identity, PerGroup
 from tdcompile.passes.analyze.calibrate import Calibrate
 from tdcompile.passes.analyze.propose import Propose
@@ -94,7 +94,7 @@ def test_every_selector_knows_what_to_do_with_it(selector: str, form: str) -> No
     program = tdcompile.trace(module.eval(), torch.randn(2, 32, 7, 7)).with_(budget=tdcompile.Budget(macs=0.5))
     proposed = f"propose{{decompose=grouped{{form={form}}}+channel,spectra=true}}"
     plan = Pipeline.parse(f"{proposed},score,choose{{by={selector}}}").run(program).facts[RankPlan]
-    assert plan.choices["0"].decomposition.partition("{")[0] in ("grouped", "dense")
+    assert plan.choices["0"].form.partition("{")[0] in ("grouped", "dense")
 
 
 def test_scores_see_layers_in_groups() -> None:

@@ -11,10 +11,10 @@ from torch import nn
 import tdcompile
 from tdcompile.core.importance import Importance
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import RankPlan
 from tdcompile.core.registry import make
 from tdcompile.data.task import Batch, Samples, Task, Tensors
 from tdcompile.errors import InputError
-from tdcompile.ir.plan import RankPlan
 from tdcompile.ir.program import Program
 from tdcompile.passes.importance.lwiq import _points, _Proxy
 

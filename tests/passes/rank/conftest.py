@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from tdcompile.ir.plan import DENSE, Candidate, Candidates, Spectrum
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, Candidates, Spectrum
+from tdcompile.core.registry import make
 from tdcompile.ir.target import Cost
 
 Table = Callable[..., Candidates]
@@ -17,9 +19,15 @@ def cost(macs: float) -> Cost:
 
 def low_rank(form: str, full: int, dense: float, price: float, decay: float, mode: str) -> list[Candidate]:
     """Ranks 1 to full: rank r costs ``price * r / full`` of dense, and keeps the first r of decaying energies."""
-    energies = [math.exp(-decay * i) for i in range(full)]
+    energies, decomposition = [math.exp(-decay * i) for i in range(full)], make(Decomposition, form)
     return [
-        Candidate(form, (r,), math.sqrt(sum(energies[r:]) / sum(energies)), cost(dense * price * r / full), (mode,))
+        Candidate(
+            decomposition,
+            (r,),
+            math.sqrt(sum(energies[r:]) / sum(energies)),
+            cost(dense * price * r / full),
+            (mode,),
+        )
         for r in range(1, full + 1)
     ]
 
@@ -31,7 +39,7 @@ def table() -> Table:
     def make(decays: Sequence[float], rest: float = 0.0) -> Candidates:
         layers, spectra = {}, {}
         for number, decay in enumerate(decays):
-            dense = Candidate(DENSE, (), 0.0, cost(1000.0))
+            dense = Candidate.dense(cost(1000.0))
             layers[f"layer{number}"] = (
                 dense,
                 *low_rank("channel", 16, 1000.0, 1.5, decay, "out"),

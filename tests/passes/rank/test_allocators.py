@@ -9,27 +9,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, Candidates, RankPlan
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
-from tdcompile.ir.plan import DENSE, Candidate, Candidates, RankPlan
 from tdcompile.ir.target import Budget, Cost
 from tdcompile.planning.allocation import LOSSES
 
 
 def table(layers: int, ranks: int, seed: int, form: str = "tt") -> Candidates:
     """Layers of random size whose singular values fall at random rates."""
-    random = np.random.default_rng(seed)
+    random, decomposition = np.random.default_rng(seed), make(Decomposition, form)
     made = {}
     for i in range(layers):
         size, decay = random.uniform(50, 500), random.uniform(0.05, 1.0)
         energies = np.exp(-decay * np.arange(ranks))
         tails = np.sqrt((1 - np.cumsum(energies) / energies.sum()).clip(0))
         rows = [
-            Candidate(form, (r,), float(tails[r - 1]), Cost(macs=1.2 * size * r / ranks, params=size * r / ranks))
+            Candidate(
+                decomposition,
+                (r,),
+                float(tails[r - 1]),
+                Cost(macs=1.2 * size * r / ranks, params=size * r / ranks),
+            )
             for r in range(1, ranks + 1)
         ]
-        made[f"l{i}"] = (Candidate(DENSE, (), 0.0, Cost(macs=size, params=size)), *rows)
+        made[f"l{i}"] = (Candidate.dense(Cost(macs=size, params=size)), *rows)
     return Candidates(made, Cost(macs=10.0, params=10.0))
 
 
@@ -99,9 +105,12 @@ def test_lwiq_of_power_zero_treats_layers_alike_whatever_their_importance() -> N
 def test_lwiq_takes_as_base_the_smallest_ranks_of_an_error(error: float, ranks: tuple[int, int]) -> None:
     falling = (0.5, 0.2, 0.1, 0.04, *(0.03 - 0.001 * i for i in range(12)))  # 0.3 at rank 2, 0.05 at rank 4
     late = (*(0.9 - 0.01 * i for i in range(7)), *(0.03 - 0.001 * i for i in range(9)))  # either at rank 8
-    dense = Candidate(DENSE, (), 0.0, Cost(macs=20.0))
+    dense, train = Candidate.dense(Cost(macs=20.0)), make(Decomposition, "tt")
     layers = {
-        name: (dense, *(Candidate("tt", (r,), e, Cost(macs=r)) for r, e in enumerate(errors, start=1)))
+        name: (
+            dense,
+            *(Candidate(train, (r,), e, Cost(macs=r)) for r, e in enumerate(errors, start=1)),
+        )
         for name, errors in (("falling", falling), ("late", late))
     }
     selector = make(RankSelector, f"lwiq{{fill=false,error={error}}}")
@@ -113,7 +122,7 @@ def test_lwiq_prefers_the_tensor_train_and_takes_what_there_is() -> None:
     train, other = table(2, 8, 5), table(2, 8, 5, form="svd")
     both = Candidates({"a": (*train.layers["l0"], *other.layers["l0"][1:]), "b": other.layers["l1"]}, train.rest)
     plan = make(RankSelector, "lwiq{fill=false}").select(both, {}, Budget(macs=0.4))
-    assert (plan.choices["a"].decomposition, plan.choices["b"].decomposition) == ("tt", "svd")
+    assert (plan.choices["a"].form, plan.choices["b"].form) == ("tt", "svd")
 
 
 def test_the_reserve_of_lwiq_mends_a_small_layer_of_no_importance() -> None:

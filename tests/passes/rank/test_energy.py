@@ -1,7 +1,6 @@
 import pytest
 
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.ir.plan import DENSE
 from tdcompile.ir.target import Budget
 from tdcompile.passes.rank.energy import Energy
 
@@ -24,10 +23,10 @@ def test_an_error_exactly_at_the_bound_is_let_in(table):
 
 def test_a_layer_that_needs_more_than_dense_stays_dense(table):
     plan = Energy(keep=0.9999).select(table([0.01, 3.0]), {}, Budget(macs=1.0))
-    assert plan.choices["layer0"].decomposition == DENSE
+    assert plan.choices["layer0"].is_dense
     assert plan.reasons["layer0"].code == "dense_is_best"
     assert "saves" in plan.reasons["layer0"].text
-    assert plan.choices["layer1"].decomposition != DENSE
+    assert not plan.choices["layer1"].is_dense
 
 
 def test_without_keep_the_most_that_the_budget_allows(table):

@@ -1,7 +1,7 @@
 import pytest
 
+from tdcompile.core.plan import within
 from tdcompile.errors import BudgetError
-from tdcompile.ir.plan import within
 from tdcompile.ir.target import Budget
 from tdcompile.passes.rank.equal_error import EqualError
 

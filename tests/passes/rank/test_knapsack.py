@@ -6,10 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, Candidates, within
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.ir.plan import DENSE, Candidate, Candidates, within
 from tdcompile.ir.target import Budget, Cost
 from tdcompile.passes.rank.knapsack import Knapsack
 
@@ -20,6 +21,9 @@ def loss(choices, importances):
 
 def noise(error):
     return error**2 / max(1 - error**2, 0.02)
+
+
+SVD = make(Decomposition, "svd")
 
 
 def brute_force(candidates, importances, budget):
@@ -35,10 +39,10 @@ def tables(draw):
     layers = {}
     for number in range(draw(st.integers(1, 4))):
         size = draw(st.floats(0.1, 10.0))
-        options = [Candidate(DENSE, (), 0.0, Cost(size, size, 0.0, size))]
+        options = [Candidate.dense(Cost(size, size, 0.0, size))]
         for rank in range(draw(st.integers(0, 5))):
             shares = [draw(st.floats(0.01, 1.5)) * size for _ in range(3)]
-            options.append(Candidate("svd", (rank + 1,), draw(figures), Cost(shares[0], shares[1], 0.0, shares[2])))
+            options.append(Candidate(SVD, (rank + 1,), draw(figures), Cost(shares[0], shares[1], 0.0, shares[2])))
         layers[f"l{number}"] = tuple(options)
     rest = draw(st.floats(0.0, 1.0))
     return Candidates(layers, Cost(rest, rest, 0.0, rest))
@@ -67,7 +71,7 @@ def test_no_plan_of_all_is_better(candidates, weights, shares):
 
 def test_the_dense_plan_is_best_where_it_fits(table):
     plan = Knapsack().select(table([0.1, 0.2]), {}, Budget(macs=1.0))
-    assert {choice.decomposition for choice in plan.choices.values()} == {DENSE}
+    assert all(choice.is_dense for choice in plan.choices.values())
     assert {reason.code for reason in plan.reasons.values()} == {"dense_is_best"}
 
 
@@ -80,16 +84,14 @@ def test_an_important_layer_keeps_its_error_low(table):
 
 
 def test_of_equal_errors_the_cheaper_is_taken():
-    dense, dear, cheap = (
-        Candidate(name, ranks, error, Cost(macs=macs))
-        for name, ranks, error, macs in (("dense", (), 0.0, 10.0), ("svd", (2,), 0.1, 5.0), ("cp", (1,), 0.1, 3.0))
-    )
+    dense, dear = Candidate.dense(Cost(macs=10.0)), Candidate(SVD, (2,), 0.1, Cost(macs=5.0))
+    cheap = Candidate(make(Decomposition, "cp"), (1,), 0.1, Cost(macs=3.0))
     plan = Knapsack().select(Candidates({"l": (dense, dear, cheap)}, Cost()), {}, Budget(macs=0.6))
     assert plan.choices["l"] == cheap
 
 
 def test_an_error_that_costs_nothing_is_not_dense():
-    dense, exact = Candidate("dense", (), 0.0, Cost(macs=10.0)), Candidate("svd", (2,), 0.0, Cost(macs=5.0))
+    dense, exact = Candidate.dense(Cost(macs=10.0)), Candidate(SVD, (2,), 0.0, Cost(macs=5.0))
     plan = Knapsack().select(Candidates({"l": (dense, exact)}, Cost()), {}, Budget(macs=1.0))
     assert plan.choices["l"] == exact
     assert not plan.reasons
@@ -102,9 +104,9 @@ def test_several_limits_hold_at_once(table):
 
 
 def test_limits_that_exclude_each_other_say_what_comes_closest():
-    dense = Candidate("dense", (), 0.0, Cost(params=10.0, macs=10.0))
-    small = Candidate("svd", (1,), 0.5, Cost(params=1.0, macs=9.0))
-    fast = Candidate("cp", (1,), 0.5, Cost(params=8.0, macs=2.0))
+    dense = Candidate.dense(Cost(params=10.0, macs=10.0))
+    small = Candidate(SVD, (1,), 0.5, Cost(params=1.0, macs=9.0))
+    fast = Candidate(make(Decomposition, "cp"), (1,), 0.5, Cost(params=8.0, macs=2.0))
     candidates = Candidates({"l": (dense, small, fast)}, Cost())
     with pytest.raises(BudgetError, match=r"closest one keeps macs=0\.2,params=0\.8.*go down to macs=0\.2,params=0\.1"):
         Knapsack().select(candidates, {}, Budget(macs=0.3, params=0.3))
@@ -132,8 +134,11 @@ def test_the_order_of_layers_and_candidates_does_not_matter(table):
 
 def two_alike(*figures):
     """Two layers of 10 MACs with candidates of these errors and MACs."""
-    dense = Candidate("dense", (), 0.0, Cost(macs=10.0))
-    layer = (dense, *(Candidate("svd", (i,), e, Cost(macs=m)) for i, (e, m) in enumerate(figures, start=1)))
+    dense = Candidate.dense(Cost(macs=10.0))
+    layer = (
+        dense,
+        *(Candidate(SVD, (i,), e, Cost(macs=m)) for i, (e, m) in enumerate(figures, start=1)),
+    )
     return Candidates({"a": layer, "b": layer}, Cost())
 
 
@@ -162,12 +167,13 @@ def test_two_hundred_layers_with_three_hundred_candidates_take_seconds(capfd):
     layers = {}
     for number in range(200):
         size, bend = random.uniform(1, 10), random.uniform(0.5, 3)
-        options = [Candidate(DENSE, (), 0.0, Cost(macs=size, seconds=size))]
+        options = [Candidate.dense(Cost(macs=size, seconds=size))]
         for form, factor in (("svd", 1.4), ("tucker2", 1.2), ("cp", 1.1)):
+            made = make(Decomposition, form)
             for rank in range(1, 101):
                 price, jitter = factor * size * rank / 100, random.uniform(0.9, 1.1, 2)
                 spent = Cost(macs=price * jitter[0], seconds=price)
-                options.append(Candidate(form, (rank,), (1 - rank / 100) ** bend * jitter[1], spent))
+                options.append(Candidate(made, (rank,), (1 - rank / 100) ** bend * jitter[1], spent))
         layers[f"l{number}"] = tuple(options)
     importances = {name: float(random.lognormal()) for name in layers}
     start = time.process_time()

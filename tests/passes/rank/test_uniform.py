@@ -1,7 +1,9 @@
 import pytest
 
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, Candidates, Spectrum
+from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.ir.plan import DENSE, Candidate, Candidates, Spectrum
 from tdcompile.ir.target import Budget, Cost
 from tdcompile.passes.rank.uniform import Uniform
 
@@ -23,16 +25,22 @@ def test_the_fraction_is_the_largest_that_fits(table):
 
 def test_full_ranks_come_from_the_spectrum_where_candidates_were_left_out(table):
     candidates = table([0.3, 0.3])
-    few = tuple(o for o in candidates.layers["layer1"] if o.decomposition != "channel" or o.ranks <= (8,))
+    few = tuple(o for o in candidates.layers["layer1"] if o.form != "channel" or o.ranks <= (8,))
     pruned = Candidates({**candidates.layers, "layer1": few}, candidates.rest, candidates.spectra)
     plan = Uniform(form="channel").select(pruned, {}, Budget(macs=0.4))
     assert plan.choices["layer0"].ranks == plan.choices["layer1"].ranks == (4,)
 
 
 def test_ranks_of_two_modes_keep_under_one_fraction():
-    dense = Candidate(DENSE, (), 0.0, Cost(macs=100.0))
+    dense, tucker = Candidate.dense(Cost(macs=100.0)), make(Decomposition, "tucker2")
     rows = [
-        Candidate("tucker2", (a, b), 1 - (a / 8 + b / 4) / 2, Cost(macs=100.0 * a * b / 32), ("out", "in"))
+        Candidate(
+            tucker,
+            (a, b),
+            1 - (a / 8 + b / 4) / 2,
+            Cost(macs=100.0 * a * b / 32),
+            ("out", "in"),
+        )
         for a in (2, 4, 6, 8)
         for b in (1, 2, 3, 4)
     ]
@@ -59,9 +67,9 @@ def test_a_layer_whose_candidate_is_dearer_than_dense_stays_dense(table):
         {**candidates.layers, "layer1": (candidates.layers["layer1"][0], *dear)}, Cost(), candidates.spectra
     )
     plan = Uniform().select(mixed, {}, Budget(macs=0.7))
-    assert plan.choices["layer1"].decomposition == DENSE
+    assert plan.choices["layer1"].is_dense
     assert plan.reasons["layer1"].code == "not_cheaper"
-    assert plan.choices["layer0"].decomposition != DENSE
+    assert not plan.choices["layer0"].is_dense
 
 
 def test_a_form_that_no_layer_has_names_the_known_ones(table):
@@ -71,7 +79,7 @@ def test_a_form_that_no_layer_has_names_the_known_ones(table):
 
 def test_a_layer_without_the_form_stays_dense_with_the_reason(table):
     candidates = table([0.3, 0.3])
-    other = tuple(o for o in candidates.layers["layer1"] if o.decomposition != "channel")
+    other = tuple(o for o in candidates.layers["layer1"] if o.form != "channel")
     mixed = Candidates({**candidates.layers, "layer1": other}, candidates.rest, candidates.spectra)
     plan = Uniform(form="channel").select(mixed, {}, Budget(macs=0.7))
     assert plan.reasons["layer1"].code == "other_form"

@@ -3,8 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, Candidates, Spectrum
+from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.ir.plan import DENSE, Candidate, Candidates, Spectrum
 from tdcompile.ir.target import Budget, Cost
 from tdcompile.passes.rank.vbmf import VBMF, evbmf_rank
 
@@ -44,9 +46,15 @@ def test_matrices_of_one_row_and_of_zeros_have_an_answer():
 def layer(rank, size=32, taps=9, noise=0.05, seed=0):
     """A Tucker-2 table over a true rank: cost by the usual formula, errors that matter little here."""
     values = tuple(map(float, spectrum(rank, size, size * taps, noise, seed=seed)))
-    dense = Candidate(DENSE, (), 0.0, Cost(macs=float(size * size * taps)))
+    dense, tucker = Candidate.dense(Cost(macs=float(size * size * taps))), make(Decomposition, "tucker2")
     rows = [
-        Candidate("tucker2", (a, b), 1 - (a + b) / (2 * size), Cost(macs=float(size * (a + b) + a * b * taps)), m)
+        Candidate(
+            tucker,
+            (a, b),
+            1 - (a + b) / (2 * size),
+            Cost(macs=float(size * (a + b) + a * b * taps)),
+            m,
+        )
         for m in [("out", "in")]
         for a in range(4, size + 1, 4)
         for b in range(4, size + 1, 4)
@@ -85,17 +93,17 @@ def test_a_budget_below_the_estimate_itself_says_what_it_keeps():
 
 def test_a_form_with_neither_mode_is_taken_only_where_there_is_no_other():
     options, spectra = layer(6)
-    bargain = [Candidate("cp", (r,), 0.1, Cost(macs=float(r)), ("",)) for r in range(1, 65)]
+    bargain = [Candidate(make(Decomposition, "cp"), (r,), 0.1, Cost(macs=float(r)), ("",)) for r in range(1, 65)]
     both = Candidates({"l": (*options, *bargain)}, Cost(), {"l": spectra})
     alone = Candidates({"l": (options[0], *bargain)}, Cost(), {"l": spectra})
-    assert VBMF().select(both, {}, Budget(macs=1.0)).choices["l"].decomposition == "tucker2"
+    assert VBMF().select(both, {}, Budget(macs=1.0)).choices["l"].form == "tucker2"
     assert VBMF().select(alone, {}, Budget(macs=1.0)).choices["l"].ranks == (12,)  # 6 of 32, so 12 of 64
 
 
 def test_a_layer_without_spectra_stays_dense_with_the_reason():
     options, _ = layer(6)
     plan = VBMF().select(Candidates({"l": options}, Cost()), {}, Budget(macs=1.0))
-    assert plan.choices["l"].decomposition == DENSE
+    assert plan.choices["l"].is_dense
     assert plan.reasons["l"].code == "no_spectrum"
 
 
@@ -106,7 +114,7 @@ def test_no_rank_is_below_the_floor_and_narrow_layers_stay_dense():
     assert any(0 < min(choice.ranks) < 21 for choice in free.values())
     assert all(min(choice.ranks) >= 21 for choice in held.values())
     plan = VBMF(floor=32).select(candidates, {}, Budget(macs=1.0))
-    assert {choice.decomposition for choice in plan.choices.values()} == {DENSE}
+    assert all(choice.is_dense for choice in plan.choices.values())
     assert {reason.code for reason in plan.reasons.values()} == {"narrow"}
     with pytest.raises(InputError, match="floor"):
         VBMF(floor=0)

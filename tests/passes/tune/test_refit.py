@@ -10,13 +10,13 @@ from torch import nn
 
 import tdcompile
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import RankPlan
 from tdcompile.data.task import Batch, Samples, Task, Tensors
 from tdcompile.errors import InputError
 from tdcompile.frontend.select import Frontend
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.graph_edits import works_in_place
 from tdcompile.ir.modules import outputs_of
-from tdcompile.ir.plan import DENSE, RankPlan
 from tdcompile.ir.program import Change, Program, parameters_of
 
 
@@ -101,7 +101,7 @@ def test_the_shortcut_is_part_of_the_aim(frontend: Frontend) -> None:
 
 def test_layers_that_were_left_dense_are_fitted_only_if_asked() -> None:
     before = program(residual(), "channel")
-    assert before.facts[RankPlan].choices["fc"].decomposition == DENSE
+    assert before.facts[RankPlan].choices["fc"].is_dense
     weight = before.graph.get_submodule("fc").weight
     for options, kept, same in (("{dense=false}", {}, True), ("", {}, False), ("", {"fc": "as asked"}, True)):
         after = Pipeline.parse(f"refit{options}").run(before.with_(keep_dense=kept))

@@ -9,18 +9,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.plan import Candidate, Candidates, RankPlan, pareto, within
+from tdcompile.core.registry import make
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Reason
-from tdcompile.ir.plan import DENSE, Candidate, Candidates, RankPlan, pareto, within
 from tdcompile.ir.target import Cost
 
+SVD = make(Decomposition, "svd")
 FIGURES = st.integers(0, 4).map(float)
 COSTS = st.builds(Cost, FIGURES, FIGURES, FIGURES, FIGURES)
+FORMS = st.sampled_from([SVD, make(Decomposition, "tucker2")])
 OPTIONS = st.builds(
-    Candidate, st.sampled_from(["svd", "tucker2"]), st.tuples(st.integers(1, 9)), FIGURES, COSTS, st.just(("out",))
+    Candidate,
+    st.sampled_from([SVD, make(Decomposition, "tucker2")]),
+    st.tuples(st.integers(1, 9)),
+    FIGURES,
+    COSTS,
+    st.just(("out",)),
 )
-TABLES = st.lists(OPTIONS, max_size=12, unique_by=lambda option: (option.decomposition, option.ranks)).map(
-    lambda rest: [Candidate(DENSE, (), 0.0, Cost(5, 5, 5, 5)), *rest]
+TABLES = st.lists(OPTIONS, max_size=12, unique_by=lambda option: (option.form, option.ranks)).map(
+    lambda rest: [Candidate.dense(Cost(5, 5, 5, 5)), *rest]
 )
 FIELDS = st.lists(st.sampled_from(["params", "macs", "seconds"]), min_size=1, max_size=3, unique=True)
 
@@ -72,7 +81,7 @@ def test_a_plan_survives_its_text(plan: RankPlan) -> None:
 
 def test_a_plan_written_by_hand_needs_only_form_and_ranks() -> None:
     plan = RankPlan.from_json(json.dumps({"layers": {"conv": {"decomposition": "svd", "ranks": [4]}}}))
-    assert plan.choices == {"conv": Candidate("svd", (4,), 0.0, Cost())}
+    assert plan.choices == {"conv": Candidate(SVD, (4,), 0.0, Cost())}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +124,7 @@ def test_within_is_every_limit(cost: Cost, limits: dict[str, float]) -> None:
 
 
 def test_a_table_prices_choices_and_leaves_the_rest_dense() -> None:
-    dense, small = Candidate(DENSE, (), 0.0, Cost(macs=8)), Candidate("svd", (1,), 0.5, Cost(macs=3))
+    dense, small = Candidate.dense(Cost(macs=8)), Candidate(SVD, (1,), 0.5, Cost(macs=3))
     table = Candidates({"a": (dense, small), "b": (dense,)}, rest=Cost(macs=1))
     assert table.dense.macs == 17
     assert table.cost({"a": small}).macs == 12
