@@ -11,13 +11,13 @@ from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.plan import Candidate, RankPlan, within
+from tdcompile.core.rank_space import tied
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Ranks
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Cost
 from tdcompile.numerics.covariance import Identity
 from tdcompile.planning.pricing import Prices
-from tdcompile.planning.rank_grid import tied
 
 WHOLE = 0  # in place of a rank: the layer stays dense, which costs what it costs and loses nothing
 _GAIN = 1e-6  # of squared relative error: less is nothing to pay for

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.layer import Layer, Ranks, in_groups
+from tdcompile.core.decomposition import Decomposition, Kernel
+from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer, LayerKind, Ranks
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.cp import (
     DEGENERATE,
@@ -46,6 +46,8 @@ class Polyadic(Decomposition):
             (``tdcompile.degeneracy``); 1 leaves them as they were found.
     """
 
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset({"conv"})
+    kernels: ClassVar[Kernel] = Kernel.SEVERAL_TAPS
     modes: ClassVar[tuple[str, ...]] = ("",)
     correct: Annotated[float, Field(ge=1, lt=math.inf)] = 1.01
 
@@ -54,16 +56,8 @@ class Polyadic(Decomposition):
         """``(T, C, ...)``, then one mode for each depthwise layer."""
 
     def refuse(self, layer: Layer) -> Reason | None:
-        """Ungrouped convolutions with more than one tap are accepted."""
-        if layer.kind != "conv":
-            return Reason(ReasonCode.KIND, f"{self.name} is a form of convolutions")
-        if layer.transposed:
-            return Reason(ReasonCode.TRANSPOSED, "it is a transposed convolution; channel and tucker2 fit it")
-        if (grouped := in_groups(layer)) is not None:
-            return grouped
-        if layer.pointwise:
-            return Reason(ReasonCode.POINTWISE, f"{self.name} needs a kernel of more than one tap")
-        return None
+        """Return only a mismatch of the kind: a layer too small to gain keeps its exact rank as a candidate."""
+        return self.unfit(layer)
 
     def exact_ranks(self, layer: Layer) -> Ranks:
         """The product of all modes but the longest."""
@@ -73,7 +67,7 @@ class Polyadic(Decomposition):
     def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
         """Geometric from the grain to the last that costs fewer MACs than the dense layer, then the exact rank."""
         (exact,) = self.exact_ranks(layer)
-        each = sum(part.macs for part in self.blueprint(layer, (1,)))
+        each = self.macs(layer, (1,))
         top = min((layer.macs - 1) // each, exact - 1) // grain
         steps = MEMBERS - 2
         multiples = {int(top ** (i / steps) + 1e-9) for i in range(steps + 1)} if top else set()
@@ -91,9 +85,7 @@ class Polyadic(Decomposition):
         else:
             metric = None if covariance.is_identity else OutputMetric(weight, covariance)
             last, *others = self._factors(tensor, ranks[0], metric)
-        found = [*(factor.T for factor in others), last]
-        parts = self.blueprint(layer, ranks)
-        return tuple(f.reshape(part.weight_shape).to(weight.dtype) for f, part in zip(found, parts, strict=True))
+        return self.shaped(layer, ranks, [*(factor.T for factor in others), last], weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
         """The sum of the components."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tdcompile.ir.layer import Layer, Ranks
+from tdcompile.passes.decompose._chain_layers import point_in, point_out
 from tdcompile.passes.decompose._cp import Polyadic
 
 
@@ -27,10 +28,5 @@ class CP(Polyadic):
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
         """C to r, depthwise on r, r to T."""
         (rank,) = ranks
-        ones, none = (1,) * len(layer.kernel), ((0, 0),) * len(layer.kernel)
-        first = Layer("conv", layer.in_channels, rank, layer.extent, ones, ones, none, ones, bias=False)
         depthwise = replace(layer, in_channels=rank, out_channels=rank, groups=rank, bias=False)
-        last = replace(
-            first, in_channels=rank, out_channels=layer.out_channels, extent=layer.out_extent, bias=layer.bias
-        )
-        return first, depthwise, last
+        return point_in(layer, rank), depthwise, point_out(layer, rank)

@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition, several_groups
 from tdcompile.core.registry import find, make
 from tdcompile.core.spec import parse_spec
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.layer import Layer, Ranks, in_groups
+from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.numerics.covariance import Covariance
 
 
@@ -34,7 +34,8 @@ class Grouped(Decomposition):
     """
 
     name: ClassVar[str] = "grouped"
-    modes: ClassVar[tuple[str, ...]] = ()
+    transposed: ClassVar[bool] = True
+    grouped: ClassVar[bool] = True
     form: str = "channel"
     pointwise: str = "svd"
 
@@ -52,7 +53,7 @@ class Grouped(Decomposition):
         if layer.groups == 1:
             return Reason(ReasonCode.UNGROUPED, "its channels are in one group")
         if layer.depthwise:
-            return in_groups(layer)
+            return several_groups(layer, self.name)
         refused = self._form(layer).refuse(_one(layer))
         if refused is None:
             return None

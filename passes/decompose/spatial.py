@@ -16,13 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.layer import Layer, Ranks, in_groups
+from tdcompile.core.decomposition import Decomposition, Kernel
+from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.numerics.covariance import Covariance, Identity
 from tdcompile.numerics.input_basis import core_of, input_map, residuals
 from tdcompile.numerics.low_rank import balance, operands
-from tdcompile.planning.rank_grid import grid
+from tdcompile.passes.decompose._chain_layers import by_axis
 
 
 @dataclass(frozen=True)
@@ -30,55 +29,19 @@ class Spatial(Decomposition):
     """A vertical convolution to r channels, then a horizontal one."""
 
     name: ClassVar[str] = "spatial"
+    kernels: ClassVar[Kernel] = Kernel.TWO_AXES
     modes: ClassVar[tuple[str, ...]] = ("",)
-
-    def refuse(self, layer: Layer) -> Reason | None:
-        """Groups, kernels that are not two-dimensional with both sides above 1, and layers rank 1 makes no cheaper."""
-        if layer.transposed:
-            return Reason(ReasonCode.TRANSPOSED, "it is a transposed convolution; channel and tucker2 fit it")
-        if (grouped := in_groups(layer)) is not None:
-            return grouped
-        if layer.pointwise:
-            return Reason(ReasonCode.POINTWISE, "it has no kernel to part by axis; svd fits it")
-        if len(layer.kernel) != 2 or 1 in layer.kernel:
-            return Reason(ReasonCode.KERNEL, f"its kernel {layer.kernel} has no two axes longer than 1 to part")
-        if self._macs(layer, (1,)) >= layer.macs:
-            return Reason(
-                ReasonCode.SMALL, f"{layer.in_channels} -> {layer.out_channels} costs less than two factors do"
-            )
-        return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:
         """The smaller of C·kh and T·kw."""
         height, width = layer.kernel
         return (min(layer.in_channels * height, layer.out_channels * width),)
 
-    def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
-        """Every grain up to break-even, and the exact rank."""
-        (full,) = self.exact_ranks(layer)
-        return [*((r,) for r in grid(full, grain)[:-1] if self._macs(layer, (r,)) < layer.macs), (full,)]
-
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
         """A kh x 1 layer with everything vertical, a 1 x kw one with everything horizontal."""
         (rank,) = ranks
-        vertical = replace(
-            layer,
-            out_channels=rank,
-            kernel=(layer.kernel[0], 1),
-            stride=(layer.stride[0], 1),
-            padding=(layer.padding[0], (0, 0)),
-            dilation=(layer.dilation[0], 1),
-            bias=False,
-        )
-        return vertical, replace(
-            layer,
-            in_channels=rank,
-            extent=vertical.out_extent,
-            kernel=(1, layer.kernel[1]),
-            stride=(1, layer.stride[1]),
-            padding=((0, 0), layer.padding[1]),
-            dilation=(1, layer.dilation[1]),
-        )
+        vertical, horizontal = by_axis(layer)
+        return replace(vertical, out_channels=rank, bias=False), replace(horizontal, in_channels=rank)
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """``(r, C, kh, 1)``, orthonormal up to a scale, and ``(T, r, 1, kw)``."""
@@ -88,8 +51,7 @@ class Spatial(Decomposition):
         maps = _maps(flat, covariance, layer.kernel[1], ranks[0])
         basis = min(maps, key=lambda basis: float(residuals(flat, covariance, basis, ranks).sum()))
         factors = balance((basis.T, core_of(flat, covariance, basis)))
-        shapes = (part.weight_shape for part in self.blueprint(layer, ranks))
-        return tuple(f.reshape(s).to(weight.dtype) for f, s in zip(factors, shapes, strict=True))
+        return self.shaped(layer, ranks, factors, weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
         """Σ over r of column times row."""
@@ -109,9 +71,6 @@ class Spatial(Decomposition):
             return [0.0] * len(space)
         known = dict(zip(levels, (lost[1:] / lost[0]).sqrt().tolist(), strict=True))
         return [known.get(rank, 0.0) for (rank,) in space]
-
-    def _macs(self, layer: Layer, ranks: Ranks) -> int:
-        return sum(part.macs for part in self.blueprint(layer, ranks))
 
 
 def _maps(flat: Tensor, covariance: Covariance, taps: int, rank: int) -> list[Tensor]:

@@ -13,12 +13,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.layer import Layer, Ranks, in_groups
+from tdcompile.core.decomposition import Decomposition, Kernel
+from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import balance, low_rank, low_rank_errors, matrix_of
-from tdcompile.planning.rank_grid import grid
 
 
 @dataclass(frozen=True)
@@ -26,32 +24,12 @@ class SVD(Decomposition):
     """Linear layers and 1x1 convolutions as two of rank r: C -> r -> T."""
 
     name: ClassVar[str] = "svd"
+    kernels: ClassVar[Kernel] = Kernel.ONE_TAP
     modes: ClassVar[tuple[str, ...]] = ("out",)
-
-    def refuse(self, layer: Layer) -> Reason | None:
-        """Groups, kernels of more than one tap, and layers that rank 1 would not make cheaper."""
-        if layer.transposed:
-            return Reason(ReasonCode.TRANSPOSED, "it is a transposed convolution; channel and tucker2 fit it")
-        if (grouped := in_groups(layer)) is not None:
-            return grouped
-        if not layer.pointwise:
-            return Reason(
-                ReasonCode.KERNEL, f"its kernel {layer.kernel} has more than one tap; channel or tucker2 fit it"
-            )
-        if self._macs(layer, (1,)) >= layer.macs:
-            return Reason(
-                ReasonCode.SMALL, f"{layer.in_channels} -> {layer.out_channels} costs less than two factors do"
-            )
-        return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:
         """The smaller of C and T."""
         return (min(layer.in_channels, layer.out_channels),)
-
-    def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
-        """Every grain up to break-even, and the exact rank."""
-        (full,) = self.exact_ranks(layer)
-        return [*((r,) for r in grid(full, grain)[:-1] if self._macs(layer, (r,)) < layer.macs), (full,)]
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
         """C -> r with the layer's stride and padding, r -> T on its output."""
@@ -72,8 +50,7 @@ class SVD(Decomposition):
         """``(r, C, ...)`` and ``(T, r, ...)``, every component's norm split evenly between them."""
         flat = matrix_of(weight, covariance)
         last, first = balance(low_rank(flat, covariance, ranks[0]))
-        shapes = (part.weight_shape for part in self.blueprint(layer, ranks))
-        return tuple(f.reshape(s).to(weight.dtype) for f, s in zip((first, last), shapes, strict=True))
+        return self.shaped(layer, ranks, (first, last), weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
         """The product of the two matrices."""
@@ -84,6 +61,3 @@ class SVD(Decomposition):
         """Exact, from the tails of one spectrum."""
         spectrum = low_rank_errors(matrix_of(weight, covariance), covariance).tolist()
         return [spectrum[rank] for (rank,) in space]
-
-    def _macs(self, layer: Layer, ranks: Ranks) -> int:
-        return sum(part.macs for part in self.blueprint(layer, ranks))

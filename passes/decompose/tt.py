@@ -10,13 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.layer import Layer, Ranks, in_groups
+from tdcompile.core.decomposition import Decomposition, Kernel
+from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer, LayerKind, Ranks
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import balance
 from tdcompile.numerics.output_error import OutputMetric
 from tdcompile.numerics.tensor_train import share_bond, tail, tt_compose, tt_svd
+from tdcompile.passes.decompose._chain_layers import by_axis, point_in, point_out
 from tdcompile.passes.decompose._error_estimates import anchored, spread
 from tdcompile.planning.rank_grid import train_space
 
@@ -33,22 +34,13 @@ class TT(Decomposition):
     """
 
     name: ClassVar[str] = "tt"
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset({"conv"})
+    kernels: ClassVar[Kernel] = Kernel.TWO_AXES
     modes: ClassVar[tuple[str, ...]] = ("in", "", "out")
 
     def refuse(self, layer: Layer) -> Reason | None:
-        """Ungrouped convolutions in two dimensions with a kernel longer than 1 along both are accepted."""
-        if layer.kind != "conv":
-            return Reason(ReasonCode.KIND, "tt is a form of convolutions; tt-linear is that of linear layers")
-        if layer.transposed:
-            return Reason(ReasonCode.TRANSPOSED, "it is a transposed convolution; channel and tucker2 fit it")
-        if (grouped := in_groups(layer)) is not None:
-            return grouped
-        if layer.pointwise:
-            return Reason(ReasonCode.POINTWISE, "tt needs a kernel of more than one tap")
-        if len(layer.kernel) != 2 or min(layer.kernel) < 2:
-            size = "x".join(map(str, layer.kernel))
-            return Reason(ReasonCode.KERNEL, f"tt separates the two axes of a kernel; {size} has no two to separate")
-        return None
+        """Return only a mismatch of the kind: a layer too small to gain keeps its exact ranks as a candidate."""
+        return self.unfit(layer)
 
     def exact_ranks(self, layer: Layer) -> Ranks:
         """The smaller side of each unfolding of C x kh x kw x T."""
@@ -63,30 +55,13 @@ class TT(Decomposition):
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
         """C to r1, (kh, 1) to r2, (1, kw) to r3, r3 to T."""
         r1, r2, r3 = ranks
-        ones, none = (1, 1), ((0, 0), (0, 0))
-        first = Layer("conv", layer.in_channels, r1, layer.extent, ones, ones, none, ones, bias=False)
-        rows = replace(
-            layer,
-            in_channels=r1,
-            out_channels=r2,
-            kernel=(layer.kernel[0], 1),
-            stride=(layer.stride[0], 1),
-            padding=(layer.padding[0], (0, 0)),
-            dilation=(layer.dilation[0], 1),
-            bias=False,
+        rows, columns = by_axis(layer)
+        return (
+            point_in(layer, r1),
+            replace(rows, in_channels=r1, out_channels=r2, bias=False),
+            replace(columns, in_channels=r2, out_channels=r3, bias=False),
+            point_out(layer, r3),
         )
-        columns = replace(
-            rows,
-            in_channels=r2,
-            out_channels=r3,
-            extent=rows.out_extent,
-            kernel=(1, layer.kernel[1]),
-            stride=(1, layer.stride[1]),
-            padding=((0, 0), layer.padding[1]),
-            dilation=(1, layer.dilation[1]),
-        )
-        last = replace(first, in_channels=r3, out_channels=layer.out_channels, extent=layer.out_extent, bias=layer.bias)
-        return first, rows, columns, last
 
     @torch.no_grad()
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
@@ -102,8 +77,7 @@ class TT(Decomposition):
         turned, scale = torch.linalg.qr(cores[3].squeeze(2).T)
         rows, columns = share_bond(cores[1], cores[2] @ scale.T)
         found = balance((cores[0].squeeze(0).T, rows.permute(2, 0, 1), columns.permute(2, 0, 1), turned))
-        parts = self.blueprint(layer, ranks)
-        return tuple(f.reshape(part.weight_shape).to(weight.dtype) for f, part in zip(found, parts, strict=True))
+        return self.shaped(layer, ranks, found, weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
         """The product of the cores."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.layer import Layer, Ranks, in_groups
+from tdcompile.ir.layer import Layer, LayerKind, Ranks
 from tdcompile.ir.saved_classes import saved_as
 from tdcompile.numerics.cholesky import cholesky, ridge
 from tdcompile.numerics.covariance import Covariance
@@ -36,6 +36,7 @@ class TTLinear(Decomposition):
     """
 
     name: ClassVar[str] = "tt-linear"
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset({"linear"})
     modes: ClassVar[tuple[str, ...]] = ("",)
     cores: Annotated[int, Field(ge=2)] = 2
 
@@ -45,10 +46,8 @@ class TTLinear(Decomposition):
 
     def refuse(self, layer: Layer) -> Reason | None:
         """Linear layers whose features have enough divisors are accepted."""
-        if (grouped := in_groups(layer)) is not None:
-            return grouped
-        if layer.kind != "linear":
-            return Reason(ReasonCode.KIND, "tt-linear is a form of linear layers")
+        if (unfit := self.unfit(layer)) is not None:
+            return unfit
         for size in (layer.in_channels, layer.out_channels):
             if not modes_of(size, self.cores):
                 return Reason(ReasonCode.SHAPE, f"{size} features are not a product of {self.cores} numbers above 1")
@@ -91,8 +90,7 @@ class TTLinear(Decomposition):
             cores, _ = self._fit_output(layer, weight, ranks, metric, self._roots(layer, metric))
         for k in reversed(range(self.cores - 1)):
             cores[k], cores[k + 1] = share_bond(cores[k], cores[k + 1])
-        parts = self.blueprint(layer, ranks)
-        return tuple(f.reshape(p.weight_shape).to(weight.dtype) for f, p in zip(reversed(cores), parts, strict=True))
+        return self.shaped(layer, ranks, cores[::-1], weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
         """The product of the cores, with its modes put back in order."""

@@ -17,13 +17,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdcompile.core.decomposition import Decomposition
-from tdcompile.ir.diagnostics import Reason, ReasonCode
-from tdcompile.ir.layer import Layer, Ranks, in_groups
+from tdcompile.core.decomposition import Decomposition, Kernel
+from tdcompile.core.rank_space import grid
+from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.input_basis import core_of, input_map, refine, regress, residuals
 from tdcompile.numerics.low_rank import balance, leading, left_vectors, operands, unfold
-from tdcompile.planning.rank_grid import grid
+from tdcompile.passes.decompose._chain_layers import point_in, point_out
 
 # Candidates for each of the two ranks: their product is what selectors have to look through.
 LEVELS = 20
@@ -40,22 +40,10 @@ class Tucker2(Decomposition):
     """
 
     name: ClassVar[str] = "tucker2"
+    kernels: ClassVar[Kernel] = Kernel.SEVERAL_TAPS
+    transposed: ClassVar[bool] = True
     modes: ClassVar[tuple[str, ...]] = ("out", "in")
     sweeps: int = 3
-
-    def refuse(self, layer: Layer) -> Reason | None:
-        """Groups, 1x1 and linear layers, and layers that ranks (1, 1) would not make cheaper."""
-        if (grouped := in_groups(layer)) is not None:
-            return grouped
-        if layer.pointwise and layer.transposed:
-            return Reason(ReasonCode.NO_FORM, "it is a transposed convolution of one tap, which no form takes")
-        if layer.pointwise:
-            return Reason(ReasonCode.POINTWISE, "it has no kernel beyond one tap; svd fits it")
-        if self._macs(layer, (1, 1)) >= layer.macs:
-            return Reason(
-                ReasonCode.SMALL, f"{layer.in_channels} -> {layer.out_channels} costs less than three factors do"
-            )
-        return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:
         """The ranks of the two unfoldings, min(T, CK) and min(C, TK)."""
@@ -70,19 +58,14 @@ class Tucker2(Decomposition):
         exact = self.exact_ranks(layer)
         outs, ins = (grid(full, grain * math.ceil(full / grain / LEVELS)) for full in exact)
         pairs = [(o, i) for o in outs for i in ins if o <= layer.taps * i and i <= layer.taps * o and (o, i) != exact]
-        priced = sorted((self._macs(layer, pair), pair) for pair in pairs)
+        priced = sorted((self.macs(layer, pair), pair) for pair in pairs)
         return [*(pair for macs, pair in priced if macs < layer.macs), exact]
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
         """The 1x1 on the input, the layer between the ranks, the 1x1 on its output."""
         rank_out, rank_in = ranks
-        point = layer.point()
         core = replace(layer, in_channels=rank_in, out_channels=rank_out, bias=False)
-        return (
-            replace(point, out_channels=rank_in, bias=False),
-            core,
-            replace(point, in_channels=rank_out, extent=core.out_extent),
-        )
+        return point_in(layer, rank_in), core, point_out(layer, rank_out)
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """``(r_in, C, 1, ...)``, ``(r_out, r_in, *kernel)``, ``(T, r_out, 1, ...)``; the outer two orthonormal."""
@@ -99,8 +82,7 @@ class Tucker2(Decomposition):
             else:
                 basis = refine(rows, covariance, equations.settle(left.T @ explained), basis, STEPS)
         factors = balance((basis.T, core_of(left.T @ flat, covariance, basis), left))
-        shapes = (part.weight_shape for part in self.blueprint(layer, ranks))
-        return tuple(f.reshape(s).to(weight.dtype) for f, s in zip(factors, shapes, strict=True))
+        return self.shaped(layer, ranks, factors, weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
         """The core between the two maps."""
@@ -130,9 +112,6 @@ class Tucker2(Decomposition):
             (o, i): float(table[row, column]) for row, o in enumerate(outs) for column, i in enumerate(ins)
         }
         return [0.0 if ranks == exact else known[ranks] for ranks in space]
-
-    def _macs(self, layer: Layer, ranks: Ranks) -> int:
-        return sum(part.macs for part in self.blueprint(layer, ranks))
 
 
 def _captured(rows: Tensor, outs: Sequence[int], ins: Sequence[int]) -> Tensor:

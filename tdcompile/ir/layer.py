@@ -9,9 +9,9 @@ from typing import Literal
 from torch import nn
 
 from tdcompile.ir.conv_modules import Pad, TransposedConv, uninitialised
-from tdcompile.ir.diagnostics import Reason, ReasonCode
 
 Pair = tuple[int, int]
+LayerKind = Literal["conv", "linear"]
 Ranks = tuple[int, ...]  # of a decomposition of a layer
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -31,7 +31,7 @@ class Layer:
         output_padding: for a transposed convolution one number for each spatial axis; otherwise empty.
     """
 
-    kind: Literal["conv", "linear"]
+    kind: LayerKind
     in_channels: int
     out_channels: int
     extent: tuple[int, ...] = ()
@@ -162,16 +162,6 @@ class Layer:
             padding_mode=module.padding_mode,
             bias=module.bias is not None,
         )
-
-
-def in_groups(layer: Layer) -> Reason | None:
-    """Return why a form for one group refuses a layer with groups; None if the layer has one group."""
-    if layer.groups == 1:
-        return None
-    if layer.depthwise:
-        reason = f"each of its {layer.groups} groups has one input channel: there is nothing to decompose"
-        return Reason(ReasonCode.DEPTHWISE, reason)
-    return Reason(ReasonCode.GROUPED, f"its {layer.groups} groups each see other channels; the form 'grouped' fits it")
 
 
 def owner(module: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | TransposedConv:

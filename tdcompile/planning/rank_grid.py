@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left, bisect_right
 
 from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.rank_space import tied
 from tdcompile.errors import InputError
 from tdcompile.ir.layer import Layer, Ranks
 
@@ -67,18 +68,6 @@ def _train(form: Decomposition, layer: Layer, exact: Ranks, wanted: float) -> Ra
     return tied(exact, min((max(above - 1, 1), above), key=lambda rank: abs(weights(rank) - wanted)))
 
 
-def tied(exact: Ranks, rank: int) -> Ranks:
-    """One rank for all, each at most what it is at the exact ranks.
-
-    A train at such ranks exists: no bond is more than the one before it times the mode between them. At equal weights
-    it loses less than one whose bonds are in proportion to the exact ranks, of which those in the middle are largest.
-
-    >>> tied((16, 48, 32), 24)
-    (16, 24, 24)
-    """
-    return tuple(min(rank, most) for most in exact)
-
-
 def train_space(form: Decomposition, layer: Layer, grain: int, members: int) -> list[Ranks]:
     """Ranks of a tensor train, one for all bonds: multiples of the grain with fewer MACs than dense, and the exact.
 
@@ -88,18 +77,8 @@ def train_space(form: Decomposition, layer: Layer, grain: int, members: int) -> 
     exact = form.exact_ranks(layer)
 
     def macs(step: int) -> int:
-        return sum(part.macs for part in form.blueprint(layer, tied(exact, step * grain)))
+        return form.macs(layer, tied(exact, step * grain))
 
     top = bisect_right(range(1, max(exact) // grain + 1), layer.macs - 1, key=macs)
     steps = sorted({math.ceil(top * i / members) for i in range(1, members + 1)} - {0})
     return [*dict.fromkeys(ranks for step in steps if (ranks := tied(exact, step * grain)) != exact), exact]
-
-
-def grid(full: int, grain: int) -> list[int]:
-    """Ranks from the grain up to, and always with, the full rank: multiples of the grain, at most about 64 of them.
-
-    >>> grid(40, 16)
-    [16, 32, 40]
-    """
-    step = grain * max(1, math.ceil(full / grain / 64))
-    return [*range(step, full, step), full]

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition, relative_error
 from tdcompile.core.registry import find, make
+from tdcompile.errors import TdcompileError
 from tdcompile.ir.conv_modules import TransposedConv
 from tdcompile.ir.diagnostics import Reason
-from tdcompile.ir.layer import Layer, owner
+from tdcompile.ir.layer import Layer, Ranks, owner
 from tdcompile.numerics.covariance import Covariance, Full, Identity, LowRankPlusDiagonal, PerGroup
 from tdcompile.numerics.low_rank import PRECISE
 
@@ -235,23 +236,79 @@ def test_a_blueprint_is_what_is_built(form: str, name: str) -> None:
         assert decomposition.reconstruct(layer, factors).shape == weight.shape
 
 
+def _is_a_rank_space(decomposition: Decomposition, layer: Layer, grain: int, space: Sequence[Ranks]) -> None:
+    exact = decomposition.exact_ranks(layer)
+    macs = {ranks: sum(part.macs for part in decomposition.blueprint(layer, ranks)) for ranks in space}
+    assert space[-1] == exact
+    assert len(space) == len(macs) <= 400
+    assert [macs[ranks] for ranks in space[:-1]] == sorted(macs[ranks] for ranks in space[:-1])
+    assert all(macs[ranks] <= layer.macs for ranks in space[:-1])
+    for ranks in space:
+        assert all(rank % grain == 0 or rank == full for rank, full in zip(ranks, exact, strict=True))
+    for small in space[:: max(len(space) // 20, 1)]:
+        for large in space[:: max(len(space) // 20, 1)]:
+            if all(a <= b for a, b in zip(small, large, strict=True)):
+                assert macs[small] <= macs[large]
+
+
 @pytest.mark.parametrize(("form", "name"), ACCEPTED)
 def test_a_rank_space_runs_from_the_cheapest_to_the_exact_ranks_on_the_grain(form: str, name: str) -> None:
     decomposition, _, layer, _, _ = accepted(form, name)
-    exact = decomposition.exact_ranks(layer)
     for grain in (1, GRAIN, 16):
-        space = list(decomposition.rank_space(layer, grain))
-        macs = {ranks: sum(part.macs for part in decomposition.blueprint(layer, ranks)) for ranks in space}
-        assert space[-1] == exact
-        assert len(space) == len(macs) <= 400
-        assert [macs[ranks] for ranks in space[:-1]] == sorted(macs[ranks] for ranks in space[:-1])
-        assert all(macs[ranks] <= layer.macs for ranks in space[:-1])
-        for ranks in space:
-            assert all(rank % grain == 0 or rank == full for rank, full in zip(ranks, exact, strict=True))
-        for small in space[:: max(len(space) // 20, 1)]:
-            for large in space[:: max(len(space) // 20, 1)]:
-                if all(a <= b for a, b in zip(small, large, strict=True)):
-                    assert macs[small] <= macs[large]
+        _is_a_rank_space(decomposition, layer, grain, list(decomposition.rank_space(layer, grain)))
+
+
+@pytest.mark.parametrize(("form", "name"), ACCEPTED)
+def test_the_default_rank_space_holds_for_every_form(form: str, name: str) -> None:
+    decomposition, _, layer, _, _ = accepted(form, name)
+    for grain in (1, GRAIN, 16):
+        _is_a_rank_space(decomposition, layer, grain, list(Decomposition.rank_space(decomposition, layer, grain)))
+
+
+@pytest.mark.parametrize(("form", "name"), ACCEPTED)
+def test_the_default_reconstruct_is_what_the_form_computes_itself(form: str, name: str) -> None:
+    decomposition, _, layer, weight, _ = accepted(form, name)
+    space = decomposition.rank_space(layer, GRAIN)
+    for ranks in {space[0], space[len(space) // 2], space[-1]}:
+        factors = [torch.randn(part.weight_shape).requires_grad_() for part in decomposition.blueprint(layer, ranks)]
+        assert decomposition.ranks_of(layer, factors) == ranks
+        own, default = (
+            decomposition.reconstruct(layer, factors),
+            Decomposition.reconstruct(decomposition, layer, factors),
+        )
+        assert default.dtype is torch.float32
+        torch.testing.assert_close(default, own, rtol=1e-4, atol=1e-4)
+        direction = torch.randn(weight.shape)
+        gradients = [torch.autograd.grad((made * direction).sum(), factors) for made in (own, default)]
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_default_errors_are_those_of_the_factors(form: str) -> None:
+    name = next(name for accepting, name in ACCEPTED if accepting == form)
+    decomposition, _, layer, weight, _ = accepted(form, name)
+    plain, ranks = Identity.of(weight), decomposition.rank_space(layer, 1)[0]
+    approximation = decomposition.reconstruct(layer, decomposition.factorize(layer, weight, ranks, plain))
+    found = Decomposition.errors(decomposition, layer, weight, [ranks, decomposition.exact_ranks(layer)], plain)
+    assert found == pytest.approx([relative_error(weight, approximation, plain), 0.0], abs=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_default_refusal_leaves_out_no_layer_that_a_form_takes_unless_it_is_too_small(form: str) -> None:
+    decomposition = FORMS[form]()
+    for layer in (case(name)[1] for name in LAYERS):
+        own = decomposition.refuse(layer)
+        if own is None:
+            default = Decomposition.refuse(decomposition, layer)
+            assert default is None or default.code == "small"
+        elif form not in ("grouped", "tt-linear"):  # these look at the groups and at the features themselves
+            assert Decomposition.refuse(decomposition, layer) == own
+
+
+def test_factors_that_no_ranks_give_are_an_error_that_names_their_shapes() -> None:
+    layer = Layer("linear", 12, 8)
+    with pytest.raises(TdcompileError, match=r"'svd' factors of the shapes \(3, 12\), \(8, 4\)"):
+        make(Decomposition, "svd").ranks_of(layer, [torch.zeros(3, 12), torch.zeros(8, 4)])
 
 
 @pytest.mark.parametrize(
