@@ -14,7 +14,7 @@ from tdcompile.core.decomposition import Decomposition, relative_error
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan
 from tdcompile.core.registry import make
-from tdcompile.data.task import accuracy
+from tdcompile.data.metrics import accuracy
 from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import Target
 from tdcompile.numerics.covariance import Identity

@@ -19,7 +19,7 @@ from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import Candidates, Importances, RankPlan, decompositions_of
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
-from tdcompile.data.task import accuracy
+from tdcompile.data.metrics import accuracy
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Budget, Target
 from tdcompile.planning.allocation import LOSSES

@@ -25,7 +25,8 @@ from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan, within
 from tdcompile.core.registry import make
 from tdcompile.data.loading import load_data
-from tdcompile.data.task import Task, accuracy
+from tdcompile.data.metrics import accuracy
+from tdcompile.data.task import Task
 from tdcompile.errors import BudgetError, TdcompileError
 from tdcompile.frontend.load_network import load_weights
 from tdcompile.ir.program import Program, kept_dense, sites

@@ -12,7 +12,7 @@ import typer
 from common import percent, publish, traced
 
 from tdcompile.core.pipeline import Pipeline
-from tdcompile.data.task import accuracy
+from tdcompile.data.metrics import accuracy
 from tdcompile.ir.target import Target
 from tdcompile.training.run_state import Tuning
 

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from tdcompile.core import registry
 from tdcompile.core.network import Network
 from tdcompile.data.loading import load_data
-from tdcompile.data.task import Batch, Samples, accuracy, logits
+from tdcompile.data.metrics import accuracy, logits
+from tdcompile.data.task import Batch, Samples
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.program import sites_of
 from tdcompile.ir.target import Target

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdcompile.core.importance import Importance, normalised
-from tdcompile.data.task import logits
+from tdcompile.data.metrics import logits
 from tdcompile.errors import InputError
 from tdcompile.ir.program import Program, Site, sites
 from tdcompile.support.options import Count

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tdcompile.core.importance import Importance, normalised
-from tdcompile.data.task import logits
+from tdcompile.data.metrics import logits
 from tdcompile.errors import InputError
 from tdcompile.ir.layer import owner
 from tdcompile.ir.modules import input_of

@@ -16,7 +16,7 @@ from tdcompile.backend.parity import Parity, check_parity
 from tdcompile.backend.profile import layer_seconds
 from tdcompile.backend.session import Timing, time_models
 from tdcompile.core.plan import RankPlan
-from tdcompile.data.task import accuracy
+from tdcompile.data.metrics import accuracy
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.measurements import Baseline
 from tdcompile.ir.modules import outputs_of

@@ -1,4 +1,4 @@
-"""Images on their way to a network: decoding, layout, colour, size and normalising."""
+"""Conversion of images to a network's input: decoding, layout, colour, size, normalisation."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tdcompile.support.optional_import import import_optional
 Shape = tuple[int, ...]
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as pillow's "L"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_MARGIN = 256 / 224  # of the shorter side over the crop, the customary test-time view of ImageNet networks
-_MARGIN_FROM = 128  # the side of the crop below which there is nothing to spare for a margin
+_MARGIN = 256 / 224  # shorter side over crop: the usual test-time view of ImageNet networks
+_MARGIN_FROM = 128  # smallest crop with a margin; a smaller one has no pixels to spare
 _NAMED = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """``(x - mean) / std``, one of each a channel for images and one in all for other inputs; empty is none."""
+    """``(x - mean) / std``: one pair for each channel of an image, one pair for other inputs, none if empty."""
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -60,17 +60,16 @@ class Normalisation:
 
 
 def to_input(x: Tensor, shape: Shape, *, stretch: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    """Bring raw samples ``(n, *any)`` to the network's input ``(n, *shape)``.
+    """Convert raw samples ``(n, ...)`` to the network's input ``(n, *shape)``.
 
-    uint8 is scaled to [0, 1]. Images (three axes) are brought to channels first and to the input's colour.
-    Integers other than uint8 are left alone where the input is no image, for they may be tokens, unless its type is
-    known and no integer.
+    uint8 is scaled to [0, 1]. Images (three axes) are converted to channels first and to the input's channels. Other
+    integers stay integers, because they may be tokens, unless ``dtype`` is floating.
 
     Args:
         x: the samples.
-        shape: of the network's input, without the batch.
-        stretch: whether images may be of another size than the input, and are brought to it whatever their proportions.
-        dtype: of the network's input; none is unknown.
+        shape: shape of the network's input, without the batch.
+        stretch: resize images to the input's size, whatever their proportions.
+        dtype: dtype of the network's input; None if it is unknown.
 
     Raises:
         InputError: the samples cannot be fitted to the input.
@@ -103,11 +102,11 @@ def to_input(x: Tensor, shape: Shape, *, stretch: bool = False, dtype: torch.dty
 def decode(image: bytes | Path, shape: Shape) -> NDArray[np.uint8]:
     """Decode one image to uint8 ``(C, H, W)`` of the input's shape.
 
-    One of another size than the input is resized, its proportions kept, until it covers the input (with the
-    customary margin where the input is large enough), and its centre is cut out.
+    An image of another size is resized with its proportions until it covers the input, with the usual margin if the
+    input is large enough. Then its centre is cut out.
 
     Raises:
-        InputError: the input is no image, or this is not one that can be decoded.
+        InputError: the input is no image, or the image cannot be decoded.
         UnavailableError: pillow is missing.
     """
     pillow = import_optional("PIL.Image")
@@ -123,10 +122,10 @@ def decode(image: bytes | Path, shape: Shape) -> NDArray[np.uint8]:
 
 
 def to_tensor(values: object, what: str) -> Tensor:
-    """An array, tensor or picture as a tensor, in its own type (float64 as float32).
+    """Convert an array, tensor or picture to a tensor of its own dtype (float64 to float32).
 
     Raises:
-        InputError: it is none of these, or holds no numbers.
+        InputError: the value is none of these, or holds no numbers.
     """
     if isinstance(values, Tensor):
         return values.detach().cpu()

@@ -1,4 +1,4 @@
-"""Where raw samples lie and how some of them are read: in an array, as encoded images, in the user's data set."""
+"""Readers of raw samples: from an array, from encoded images, from a user's torch data set."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch.utils.data import Dataset
 from tdcompile.data.images import Shape, decode, to_input, to_tensor
 from tdcompile.errors import InputError, TdcompileError
 
-# Decoded images are kept up to this many bytes a set (all of CIFAR-10 is 184 MB): decoding again costs ten times
-# what reading them does, but a set of large images must not fill the memory.
+# Limit on the decoded images kept in memory for one split, in bytes (all of CIFAR-10 is 184 MB). Decoding again costs
+# ten times as much as reading, but a set of large images must not fill the memory.
 _KEEP = 512 * 2**20
 
 
 class Reader(Protocol):
-    """A count of samples, and any of them as a batch of the network's input, before normalising."""
+    """Random access to samples, converted to the network's input but not normalised."""
 
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The samples at these places, ``(n, *shape)``."""
+        """Return the samples at these indices, ``(n, *shape)``."""
 
 
 class ArrayReader:
-    """Samples in one array ``(n, *any)``; see ``to_input`` for the rest."""
+    """Reads samples of one array ``(n, ...)``; see ``to_input`` for the conversion."""
 
     def __init__(self, x: Tensor, shape: Shape, *, stretch: bool = False, dtype: torch.dtype | None = None) -> None:
         self._x, self._shape, self._stretch, self._dtype = x, shape, stretch, dtype
@@ -39,18 +39,18 @@ class ArrayReader:
         return len(self._x)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The samples at these places, ``(n, *shape)``."""
+        """Return the samples at these indices, ``(n, *shape)``."""
         rows = self._x[torch.as_tensor(indices)]
         return to_input(rows, self._shape, stretch=self._stretch, dtype=self._dtype)
 
 
 class EncodedReader:
-    """Images in files or in memory, decoded when first read and then kept as uint8 if all of them would fit.
+    """Reads encoded images from files or memory. Decoded images stay in memory as uint8 if all of them fit.
 
     Args:
-        count: how many there are.
-        fetch: the encoded image at a place, or the path of its file.
-        shape: the network's input, without the batch.
+        count: number of images.
+        fetch: returns the encoded image at an index, or the path of its file.
+        shape: shape of the network's input, without the batch.
     """
 
     def __init__(self, count: int, fetch: Callable[[int], bytes | Path], shape: Shape) -> None:
@@ -63,7 +63,7 @@ class EncodedReader:
         return self._count
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The samples at these places, ``(n, *shape)``."""
+        """Return the samples at these indices, ``(n, *shape)``."""
         places = np.asarray(indices)
         if not len(self._known):
             return to_input(torch.from_numpy(np.stack([self._decode(int(i)) for i in places])), self._shape)
@@ -82,7 +82,7 @@ class EncodedReader:
 
 
 class DatasetReader:
-    """The user's map-style torch data set, whose items are ``x`` or ``(x, y)``."""
+    """Reads a user's map-style torch data set with items ``x`` or ``(x, y)``."""
 
     def __init__(self, dataset: Dataset[Any], shape: Shape, dtype: torch.dtype | None = None) -> None:
         if not hasattr(dataset, "__len__"):
@@ -93,12 +93,12 @@ class DatasetReader:
         return self._count
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The samples at these places, ``(n, *shape)``."""
+        """Return the samples at these indices, ``(n, *shape)``."""
         rows = [to_tensor(self._item(int(i))[0], f"sample {i}")[None] for i in indices]
         return torch.cat([to_input(row, self._shape, dtype=self._dtype) for row in rows])
 
     def labels(self) -> Sequence[object] | None:
-        """All labels: the set's own ``targets`` where they are what its items carry, else by reading every item."""
+        """Return all labels: ``targets`` of the data set if no transform changes them, else those of every item."""
         if not self._count or len(self._item(0)) == 1:
             return None
         targets = getattr(self._dataset, "targets", None)

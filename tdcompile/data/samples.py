@@ -1,4 +1,4 @@
-"""``Split``: what a kind of data reads, train or test; ``Loaded``: the ``Samples`` made of it, checked when read."""
+"""``Split``: the raw samples of a data reader; ``Loaded``: normalised ``Samples`` of a split, checked when read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from tdcompile.errors import InputError
 
 @dataclass(frozen=True)
 class Split:
-    """Raw samples, their labels ``(n,)`` if they have any, and what to call them in a message."""
+    """Raw samples.
+
+    Attributes:
+        name: what messages call the split.
+        labels: class numbers ``(n,)``, or None.
+    """
 
     name: str
     reader: Reader
@@ -24,10 +29,10 @@ class Split:
 
     @classmethod
     def checked(cls, name: str, reader: Reader, labels: object | None) -> Split:
-        """A split that holds samples, with labels that are classes.
+        """Make a split and check that it holds samples and that its labels are class numbers.
 
         Raises:
-            InputError: it is empty, or the labels are of another count, not whole numbers or negative.
+            InputError: the split is empty, or its labels have another count, are not integers, or are negative.
         """
         if len(reader) == 0:
             raise InputError(f"{name} holds no samples")
@@ -46,16 +51,16 @@ class Split:
 
     @property
     def classes(self) -> int:
-        """The largest label and one; 0 without labels."""
+        """The largest label plus one; 0 without labels."""
         return 0 if self.labels is None else int(self.labels.max()) + 1
 
 
 class Loaded(Samples):
-    """Samples of a split, normalised; NaN and Inf are found when they are read.
+    """Normalised samples of a split. Reading one that holds NaN or Inf raises ``InputError``.
 
     Args:
-        split: where they lie.
-        classes: how many there are over train and test.
+        split: the raw samples.
+        classes: number of classes over train and test.
         normalisation: applied last.
     """
 
@@ -67,7 +72,7 @@ class Loaded(Samples):
         return len(self._split.reader)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples at these places.
+        """Return the samples at these indices.
 
         Raises:
             InputError: one cannot be read or fitted to the input, or holds NaN or Inf.
@@ -85,5 +90,5 @@ class Loaded(Samples):
 
     @property
     def classes(self) -> int | None:
-        """How many classes train and test name together; None without labels."""
+        """Number of classes over train and test; None without labels."""
         return self._classes

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import Pass
 from tdcompile.core.registry import make
-from tdcompile.data.task import Batch, Task, accuracy
+from tdcompile.data.metrics import accuracy
+from tdcompile.data.task import Batch, Task
 from tdcompile.errors import FixedAxisError, InputError, TdcompileError, UnavailableError, first_line
 from tdcompile.frontend.select import Frontend
 from tdcompile.frontend.tracing import trace

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.plan import RankPlan
-from tdcompile.data.task import Batch, Samples, classified
+from tdcompile.data.metrics import classified
+from tdcompile.data.task import Batch, Samples
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.layer import Layer, Ranks

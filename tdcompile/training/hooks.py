@@ -7,7 +7,7 @@ from functools import partial
 
 from tdcompile.core.hooks import Hook, RunRecord, Work
 from tdcompile.core.passes import Pass
-from tdcompile.data.task import accuracy
+from tdcompile.data.metrics import accuracy
 from tdcompile.errors import InputError
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.program import Program

@@ -8,7 +8,7 @@ from torch import nn
 
 import tdcompile
 from tdcompile import Tensors
-from tdcompile.data.task import accuracy
+from tdcompile.data.metrics import accuracy
 from tdcompile.errors import InputError
 
 
@@ -30,7 +30,7 @@ def test_one_input_and_labels_are_optional_and_classes_may_be_more_than_seen():
 @pytest.mark.parametrize(
     ("inputs", "labels", "classes", "told"),
     [
-        ((torch.zeros(3, 2), torch.zeros(4, 2)), None, None, "of one count above 0, and are of [3, 4]"),
+        ((torch.zeros(3, 2), torch.zeros(4, 2)), None, None, "need one count above 0; their counts are [3, 4]"),
         (torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64), None, "[2, 3]"),
         (torch.zeros(0, 2), None, None, "[0]"),
         (torch.zeros(2, 2), torch.tensor([0, 3]), 3, "from 0 to 2; these are torch.int64 of shape (2,) from 0 to 3"),
@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_refused(inputs, labels, classes, told):
 def test_a_task_takes_samples_alone(part):
     x, y = torch.zeros(4, 2), torch.arange(4) % 2
     for wrong, called in (((x, y), "tuple"), (x, "Tensor"), ("digits", "str")):
-        told = f"Task({part}=...) is a {called}; Samples are needed: Tensors(x, y) makes them of tensors"
+        told = f"Task({part}=...) is a {called}; give Samples: Tensors(x, y) makes them from tensors"
         with pytest.raises(InputError, match=re.escape(told)):
             tdcompile.Task(**{part: wrong})
     assert len(getattr(tdcompile.Task(**{part: Tensors(x, y)}), part)) == 4

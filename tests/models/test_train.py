@@ -14,7 +14,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tdcompile.data.loading import load_data
-from tdcompile.data.task import Samples, Tensors, accuracy
+from tdcompile.data.metrics import accuracy
+from tdcompile.data.task import Samples, Tensors
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.models.digits_net import DigitsNet
 from tdcompile.models.lenet5 import LeNet5

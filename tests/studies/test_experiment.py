@@ -19,7 +19,8 @@ from tdcompile.cli.main import main
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import make
 from tdcompile.data.loading import load_data
-from tdcompile.data.task import Task, accuracy
+from tdcompile.data.metrics import accuracy
+from tdcompile.data.task import Task
 from tdcompile.errors import InputError, TdcompileError, UnavailableError
 from tdcompile.ir.program import sites_of
 from tdcompile.numerics.covariance import Identity

@@ -16,7 +16,8 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan, within
 from tdcompile.core.registry import make
-from tdcompile.data.task import Samples, Task, Tensors, accuracy
+from tdcompile.data.metrics import accuracy
+from tdcompile.data.task import Samples, Task, Tensors
 from tdcompile.errors import BudgetError, InputError, TdcompileError
 from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import Budget

@@ -13,7 +13,8 @@ from torch import fx, nn
 
 import tdcompile
 from tdcompile.core.pipeline import Pipeline
-from tdcompile.data.task import Batch, Samples, Task, Tensors, accuracy
+from tdcompile.data.metrics import accuracy
+from tdcompile.data.task import Batch, Samples, Task, Tensors
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.program import Change, Program

@@ -1,0 +1,105 @@
+"""Samples in arrays: ``.npz`` files and scikit-learn's digits."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdcompile.data.images import to_tensor
+from tdcompile.data.network_input import NetworkInput
+from tdcompile.data.readers import ArrayReader
+from tdcompile.data.samples import Split
+from tdcompile.errors import InputError, nearest
+from tdcompile.support.optional_import import import_optional
+
+_TENTH = 10  # an archive without test samples holds one in ten out
+_NPY = b"\x93NUMPY"  # the first bytes of a .npy file
+
+
+def read_digits(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split, Split | None]:
+    """Read scikit-learn's digits.
+
+    The same fifth of each class is the test split for every seed: figures stay comparable, and the splits never mix.
+    """
+    bunch = import_optional("sklearn.datasets").load_digits()
+    x, y = to_tensor(bunch.images, "digits") / 16, to_tensor(bunch.target, "digits")  # pixels are 0 to 16
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    rank = torch.zeros_like(y)  # the place of each sample within its class
+    for label in range(int(y.max()) + 1):
+        members = order[y[order] == label]
+        rank[members] = torch.arange(len(members))
+    test = rank[order] % 5 == 4
+
+    def part(name: str, chosen: Tensor) -> Split:  # no other arrays are resized
+        return Split.checked(f"{name} of 'digits'", ArrayReader(x[chosen], wanted.shape, stretch=True), y[chosen])
+
+    return part("train", order[~test]), part("test", order[test])
+
+
+def read_npz(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split, Split | None]:
+    """Read ``x``, ``y``, ``x_test``, ``y_test`` of an ``.npz`` file; without test samples, hold a tenth out.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or its arrays do not fit.
+    """
+    path = Path(argument).expanduser()
+    if not path.is_file():
+        raise InputError(f"npz: there is no file '{path}'")
+    held = _archive(path)
+    if "x" not in held:
+        raise InputError(f"npz: '{path}' has no array 'x': {nearest('x', held)}")
+    train, test = f"train of 'npz:{path}'", f"test of 'npz:{path}'"
+    x, y = held["x"], held.get("y")
+    if "x_test" in held:
+        return array_split(train, x, y, wanted), array_split(test, held["x_test"], held.get("y_test"), wanted)
+    if x.ndim == 0:
+        raise InputError(f"npz: 'x' in '{path}' is a single number, not an array of samples")
+    if len(x) < 2:
+        count = "1 sample" if len(x) else "0 samples"
+        raise InputError(f"npz: '{path}' holds {count}; two at least are needed to hold one out")
+    if y is not None and len(y) != len(x):
+        raise InputError(f"npz: '{path}' has {len(x)} samples but {len(y)} labels")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    held_out = max(1, len(x) // _TENTH)
+    return array_split(train, x, y, wanted, order[held_out:]), array_split(test, x, y, wanted, order[:held_out])
+
+
+def array_split(name: str, x: Tensor, y: Tensor | None, wanted: NetworkInput, chosen: Tensor | None = None) -> Split:
+    """Make a split of arrays.
+
+    Args:
+        name: what messages call the split.
+        x: samples ``(N, ...)``.
+        y: class numbers ``(N,)``, or None.
+        chosen: indices of the samples to keep; None keeps all.
+
+    Raises:
+        InputError: the arrays do not fit the input or each other.
+    """
+    if chosen is not None:
+        x, y = x[chosen], None if y is None else y[chosen]
+    if x.ndim == 0:
+        raise InputError(f"{name} is a single number, not an array of samples")
+    return Split.checked(name, ArrayReader(x, wanted.shape, dtype=wanted.dtype), y)
+
+
+def _archive(path: Path) -> dict[str, Tensor]:
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_NPY)) == _NPY:
+                raise InputError(f"npz: '{path}' is a .npy of one array: save x and y in an .npz")
+            if not zipfile.is_zipfile(file):
+                raise InputError(f"npz: '{path}' is cut off or no npz")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                return {key: to_tensor(archive[key], f"npz: '{key}' in '{path}'") for key in archive.files}
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"npz: '{path}' cannot be read: {error or type(error).__name__}") from error
+    except (ValueError, AttributeError, TypeError, pickle.PickleError) as error:
+        raise InputError(f"npz: '{path}' is not an archive of plain arrays (pickled objects are refused)") from error

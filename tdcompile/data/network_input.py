@@ -1,0 +1,22 @@
+"""``NetworkInput``: the shape and dtype that samples are converted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tdcompile.data.images import Shape
+
+
+@dataclass(frozen=True)
+class NetworkInput:
+    """The first input of a network.
+
+    Attributes:
+        shape: without the batch.
+        dtype: None if it is unknown.
+    """
+
+    shape: Shape
+    dtype: torch.dtype | None = None
