@@ -198,7 +198,7 @@ def test_the_decomposition_of_the_docs_is_exact_at_full_rank_and_is_found():
     registry.refresh()
     assert registry.find(Decomposition)["interpolative"] is type(form)
     layer, weight = Layer("linear", 12, 8, bias=False), torch.randn(8, 12)
-    errors = form.errors(layer, weight, list(form.rank_space(layer, 2)), None)
+    errors = form.errors(layer, weight, list(form.rank_space(layer, 2)), Identity.of(weight))
     assert errors[-1] < 1e-5 < errors[0]
     x = torch.randn(2, 12)
     factors = form.factorize(layer, weight, (8,), Identity.of(weight))
