@@ -1,4 +1,4 @@
-"""``calibrate``: second moments of the inputs of all layers over calibration data, for output-error factorisation."""
+"""``calibrate``: covariances of the layers' inputs over calibration data; factorisations then minimise output error."""
 
 from __future__ import annotations
 
@@ -18,38 +18,36 @@ from tdcompile.ir.layer import Layer
 from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Program, Site, sites
-from tdcompile.numerics.covariance import Covariance, Full, PerGroup
+from tdcompile.numerics.covariance import WIDE, Covariance, Full, PerGroup
 from tdcompile.numerics.nystrom import NystromSketch
 from tdcompile.support.options import Count
 from tdcompile.support.progress import report_progress
 
 log = logging.getLogger("tdcompile")
 
-_WIDE = 5000  # inputs of a layer above which it reads fewer patches by as much
-
 
 @dataclass(frozen=True)
 class Calibrate(AnalysisPass):
-    """Second moments of every layer's input over calibration data; none without data.
+    """Compute the covariance of every layer's input over calibration data; without data there are none.
 
     Attributes:
-        patches: at most so many im2col patches are read for each layer, at random places of all samples; of a layer
-            with N > 5,000 inputs (C·K) 5,000/N of them.
-        largest: a layer with more inputs than this gets a sketch in place of its moment matrix, which would have that
-            many rows and columns. A layer in groups, whose matrices would together be larger than that, gets neither.
-        sketch: the rank of a sketch, at a cost of four times so many numbers for each input.
-        batch: samples at a time.
+        patches: upper bound on the im2col patches read for each layer, at random places of all samples. A layer with
+            N > 5,000 inputs (C·K) reads 5,000/N of them.
+        largest: inputs up to which a layer gets a covariance matrix. A wider layer gets low rank plus diagonal. A
+            grouped convolution whose matrices together exceed one matrix of this size gets no covariance.
+        sketch: rank of a low-rank covariance; it costs four times as many numbers for each input.
+        batch: samples in one forward pass.
     """
 
     name: ClassVar[str] = "calibrate"
     gives: ClassVar[tuple[type[Fact], ...]] = (Calibration,)
     patches: Count = 100_000
-    largest: Count = 5000
+    largest: Count = WIDE
     sketch: Count = 512
     batch: Count = 128
 
     def analyze(self, program: Program) -> Calibration:
-        """E[x xᵀ] of each layer's im2col patches x, or a sketch of it.
+        """Return the covariance E[x xᵀ] of each layer's im2col patches x.
 
         Raises:
             InputError: NaN or Inf reaches a layer.
@@ -78,23 +76,27 @@ class Calibrate(AnalysisPass):
             if site.layer.depthwise:
                 skipped[name] = "a depthwise layer is not factorised"
             elif site.layer.groups > 1 and width * math.sqrt(site.layer.groups) > self.largest:
-                skipped[name] = f"its {site.layer.groups} groups of {width} inputs need more than one of {self.largest}"
-                log.info("calibrate: no moments for %s: %s", name, skipped[name])
+                skipped[name] = (
+                    f"its {site.layer.groups} groups of {width} inputs need more memory than a matrix of {self.largest}"
+                )
+                log.info("calibrate: no covariance for %s: %s", name, skipped[name])
             else:
-                patches = self.patches * _WIDE // max(width, _WIDE)  # of a batch they are all in memory at once
+                patches = self.patches * WIDE // max(width, WIDE)  # the patches of one batch are in memory together
                 each = max(1, patches // count // len(site.calls))
                 sums = _Sums(site.layer.groups) if width <= self.largest else self._sketched(width, name, program)
                 taps[name] = _Tap(site, each, program.generator(f"calibrate/{name}"), sums)
         return taps, skipped
 
     def _sketched(self, width: int, name: str, program: Program) -> NystromSketch:
-        log.info("calibrate: a sketch of rank %d stands for the %d x %d moments of %s", self.sketch, width, width, name)
+        log.info(
+            "calibrate: the %d x %d covariance of %s is kept as rank %d plus diagonal", width, width, name, self.sketch
+        )
         return NystromSketch(width, self.sketch, program.generator(f"calibrate/{name}/sketch"))
 
 
 @dataclass
 class _Sums:
-    """The second moment itself, as a running sum; of a layer in groups one for each."""
+    """The covariance as a running sum of matrices, one for each group."""
 
     groups: int = 1
     total: Tensor | None = None
@@ -117,7 +119,7 @@ class _Sums:
 
 @dataclass
 class _Tap:
-    """Accumulates the second moment of what enters one module."""
+    """A hook that accumulates the covariance of one module's input."""
 
     site: Site
     places: int
@@ -137,12 +139,12 @@ class _Tap:
 
 
 def patches_of(layer: Layer, x: Tensor, places: int, generator: torch.Generator) -> Tensor:
-    """Rows of the im2col matrix ``(patches, C·K)`` at random places, the same for all samples of the batch.
+    """Return rows of the im2col matrix, ``(patches, C·K)``, at random places, the same for all samples of the batch.
 
     Args:
         x: the layer's input, ``(N, C, *spatial)`` or, for a linear layer, ``(N, ..., C)``.
-        places: at most so many places of each sample.
+        places: upper bound on the places of each sample.
     """
     extent = x.shape[1:-1] if layer.kind == "linear" else x.shape[2:]
-    layer = replace(layer, extent=tuple(extent))  # a module that is called twice sees inputs of two sizes
+    layer = replace(layer, extent=tuple(extent))  # a module that is called twice may get inputs of two sizes
     return patches_at(layer, x, positions(layer, places, generator)).flatten(0, 1)

@@ -74,9 +74,9 @@ class Polyadic(Decomposition):
         return [*((grain * multiple,) for multiple in sorted(multiples)), (exact,)]
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
-        """Alternating least squares, then error-preserving correction; with moments of the whitened weight.
+        """Alternating least squares, then error-preserving correction; with data, of the whitened weight.
 
-        With moments the last factor is found again in the metric of the output. At the exact rank the factors are
+        With data the last factor is found again in the metric of the output. At the exact rank the factors are
         written down, not searched for.
         """
         tensor = self._tensor(layer, weight)

@@ -1,7 +1,7 @@
 """``channel``: a k x k convolution as a k x k one to r channels and a 1x1 one, C -> r -> T, by one (whitened) SVD.
 
 W as T x CK is U (Uᵀ W): Uᵀ W are r kernels of the layer's own shape, which carry its stride, padding and dilation, and
-U recombines their outputs (Zhang et al. 2016, arXiv 1505.06798; the form that LRPET and BALF use). With moments U holds
+U recombines their outputs (Zhang et al. 2016, arXiv 1505.06798; the form that LRPET and BALF use). With data U holds
 the principal components of the layer's output, the eigenvectors of W S Wᵀ.
 """
 

@@ -1,6 +1,6 @@
 """``grouped``: a convolution in groups, each group by a form of ungrouped ones: a chain of convolutions in groups.
 
-Group by group the layer is a convolution of its own, C/G -> T/G, with a weight and moments of its own (this project's
+Group by group the layer is a convolution of its own, C/G -> T/G, with its own weight and covariance (this project's
 completion: the published forms are for one group). All groups take the same ranks, so that the i-th small layers of all
 groups are one layer in groups.
 """

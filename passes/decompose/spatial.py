@@ -1,7 +1,7 @@
 """``spatial``: a kh x kw convolution as a vertical kh x 1 one to r channels and a horizontal 1 x kw one, C -> r -> T.
 
 W[t,c,y,x] ≈ Σ_r H[t,r,x] V[r,c,y], exactly one SVD of W unfolded to (C kh) x (T kw) (Jaderberg et al. 2014, arXiv
-1405.3866, scheme 2). Stride, padding and dilation part by axis. With moments V comes from the Kronecker approximation
+1405.3866, scheme 2). Stride, padding and dilation part by axis. With data V comes from the Kronecker approximation
 in ``tdcompile.inputmap`` with the kw horizontal taps, and H is refit by least squares in the metric of S itself, so
 that the whole family of ranks stays nested and its errors come from one Cholesky factor. Where the plain V, refit
 alike, serves the output better, it is taken: data never make the factors worse (this project's completion).

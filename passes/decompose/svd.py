@@ -1,7 +1,7 @@
 """``svd``: a linear layer or a 1x1 convolution as two, C -> r -> T, by one (whitened) SVD.
 
 W ≈ (U √s)(√s Vᵀ). A stride goes on the first factor: a 1x1 convolution commutes with subsampling, and that way both
-factors work at the small resolution. With moments the SVD is that of W S^½, so that the output's error is least
+factors work at the small resolution. With data the SVD is that of W S^½, so that the output's error is least
 (Eckart and Young in the metric of S).
 """
 

@@ -65,7 +65,7 @@ class TT(Decomposition):
 
     @torch.no_grad()
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
-        """TT-SVD; with moments the better of it and that of the whitened weight, the last factor of both refitted.
+        """TT-SVD; with data the better of it and that of the whitened weight, the last factor of both refitted.
 
         The first and last factors are gauged orthonormal and each index of the middle bond shares its scale; then each
         factor is scaled as a whole, so that all are balanced.

@@ -78,7 +78,7 @@ class TTLinear(Decomposition):
 
     @torch.no_grad()
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
-        """TT-SVD, every bond's scale shared by its two cores; with moments that or the whitened one, scaled.
+        """TT-SVD, every bond's scale shared by its two cores; with data that or the whitened one, scaled.
 
         A chain stays one where each input mode is whitened by itself: by the root of the mean over the other modes of
         S's diagonal blocks, as if S were their Kronecker product (this project's completion).
@@ -102,7 +102,7 @@ class TTLinear(Decomposition):
 
     @torch.no_grad()
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
-        """The energy that the unfoldings leave: the error itself with two cores and no moments, else corrected."""
+        """The energy that the unfoldings leave: the error itself with two cores and no data, else corrected."""
         metric = None if covariance.is_identity else OutputMetric(weight, covariance)
         roots = self._roots(layer, metric) if metric is not None else []
         tensor = self._tensor(layer, weight, roots)

@@ -1,6 +1,6 @@
 """``tucker2``: a k x k convolution as 1x1 C -> r_in, k x k r_in -> r_out, 1x1 r_out -> T (Kim et al. 2016, 1511.06530).
 
-W ≈ G x_out U x_in A. Plain: truncated HOSVD, then HOOI. With moments S of the input patches: U starts from the
+W ≈ G x_out U x_in A. Plain: truncated HOSVD, then HOOI. With the covariance S of the input patches: U starts from the
 principal components of the layer's output, A from the Kronecker approximation of S in ``tdcompile.inputmap``, and the
 core G is their least-squares fit in the metric of S. Then A (by conjugate gradients), G and U (in closed form) take
 turns, each step a descent of ‖(W−W̃)S^½‖_F. A is gauged orthonormal, and what that changes goes into G (this project's

@@ -1,4 +1,4 @@
-"""``Sums``: least squares from running sums, an affine map of what a layer sees to what its output should be."""
+"""``Sums``: least squares from running sums; fits an affine map from a layer's inputs to target outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Sums:
     """Running sums of inputs z, ``(n, d)``, and targets t, ``(n, m)``, in float64.
 
     Attributes:
-        affine: false fits a map without an intercept: moments are then about the origin, not about the means.
+        affine: fit an intercept. False fits a linear map, and second moments are about the origin, not the means.
     """
 
     affine: bool = True
@@ -25,7 +25,7 @@ class Sums:
     energy: float = 0.0
 
     def add(self, z: Tensor, t: Tensor) -> None:
-        """Take in more rows."""
+        """Add rows of inputs z and targets t."""
         self.count += len(z)
         self.inner = self.inner + (z.T @ z).double()
         self.cross = self.cross + (t.T @ z).double()
@@ -34,33 +34,33 @@ class Sums:
 
     @property
     def spread(self) -> float:
-        """Variance of the targets, summed over them."""
+        """Variance of the targets, summed over the outputs."""
         return max(self.energy / self.count - float((self.t / self.count).square().sum()), 1e-30)
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Covariance of z, ``(d, d)``, and of t with z, ``(m, d)``; without an intercept their second moments."""
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """Return the covariance of z, ``(d, d)``, and of t with z, ``(m, d)``; second moments without an intercept."""
         n = self.count
         if not self.affine:
             return self.inner / n, self.cross / n
         return self.inner / n - self.z.outer(self.z) / n**2, self.cross / n - self.t.outer(self.z) / n**2
 
     def fit(self, prior: Tensor, ridge: float) -> Tensor:
-        """M, ``(m, d)``, that minimises E‖t − t̄ − M (z − z̄)‖² + ridge · s · ‖M − prior‖², s the mean variance of z."""
-        own, cross = self.moments()
+        """Return M, ``(m, d)``: min E‖t − t̄ − M (z − z̄)‖² + ridge·s·‖M − prior‖², with s the mean variance of z."""
+        own, cross = self.covariances()
         weight = ridge * float(own.diagonal().mean().clamp_min(torch.finfo(own.dtype).tiny ** 0.5))
         system = own + weight * torch.eye(len(own), dtype=own.dtype, device=own.device)
         found: Tensor = torch.linalg.solve(system, (cross + weight * prior.double()).T).T
         return found
 
     def intercept(self, slope: Tensor) -> Tensor:
-        """b, ``(m,)``, with which M z + b has the targets' mean; 0 without an intercept."""
+        """Return b, ``(m,)``, so that M z + b has the mean of the targets; 0 without an intercept."""
         if not self.affine:
             return torch.zeros_like(self.t)
         b: Tensor = (self.t - slope.double() @ self.z) / self.count
         return b
 
     def loss(self, slope: Tensor, bias: Tensor) -> float:
-        """Mean of ‖t − M z − b‖² over the rows."""
+        """Return the mean of ‖t − M z − b‖² over the rows."""
         M, b = slope.double(), bias.double()
         fitted = float(((M @ self.inner) * M).sum()) + self.count * float(b.square().sum())
         fitted += 2 * float(b @ (M @ self.z))

@@ -1,6 +1,6 @@
-"""``Stream``: values of a graph's nodes over many batches, computed when asked for, forgotten when a part changes.
+"""``Stream``: values of a graph's nodes over many batches, computed on demand and dropped when a module changes.
 
-What works through a network layer by layer, changing it on the way, would otherwise run it from the start for each.
+A pass that changes a network layer by layer would otherwise run it from the start for each layer.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from tdcompile.ir.modules import outputs_of, tensors_in
 
 
 class Stream:
-    """Values of nodes, a list with one entry a batch each.
+    """Values of nodes: a list with one entry for each batch.
 
-    A value is dropped once every node that reads it has been computed; it comes back, at the cost of computing it
-    again, where it is asked for afterwards. What works in place works on a copy here, and what reads the value after it
-    in the program reads its result; ``follows`` says whether that is all there is to a graph.
+    A value is dropped once every node that reads it has been computed. It is recomputed if it is read again later. An
+    in-place operation works on a copy, and later readers of the value read its result. ``follows`` checks whether this
+    reproduces a graph.
 
     Args:
-        graph: in eval mode.
-        batches: the inputs of each.
+        graph: a graph in eval mode.
+        batches: the graph inputs of each batch.
     """
 
     def __init__(self, graph: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]]) -> None:
@@ -34,7 +34,7 @@ class Stream:
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         self._inputs = {node: [batch[i] for batch in batches] for i, node in enumerate(inputs) if i < len(batches[0])}
         self._values: dict[fx.Node, list[object]] = dict(self._inputs)
-        self._done: set[fx.Node] = set()  # computed since the last change, dropped or not
+        self._done: set[fx.Node] = set()  # nodes computed since the last change, whether their value is kept or dropped
         self._reads = self._readings()
         self._users: dict[fx.Node, list[fx.Node]] = {node: [] for node in graph.graph.nodes}
         for node, readings in self._reads.items():
@@ -43,7 +43,7 @@ class Stream:
 
     @torch.no_grad()
     def values(self, node: fx.Node) -> list[object]:
-        """What the node gives for each batch."""
+        """Return the node's value for each batch."""
         todo = [node]
         while todo:
             current = todo[-1]
@@ -60,11 +60,11 @@ class Stream:
         return self._values[node]
 
     def read(self, reader: fx.Node, node: fx.Node) -> list[object]:
-        """What one node reads of another: its value, or what has been made of it in place before."""
+        """Return the value of ``node`` that ``reader`` reads, after the in-place operations between them."""
         return self.values(self._reads[reader][node])
 
     def changed(self, nodes: Iterable[fx.Node]) -> None:
-        """The modules that these nodes call have changed: forget their values and all that follow from them."""
+        """Drop the values of these nodes, whose modules have changed, and all values that depend on them."""
         todo, seen = list(nodes), set[fx.Node]()
         while todo:
             node = todo.pop()
@@ -75,12 +75,12 @@ class Stream:
                 todo += self._users[node]
 
     def _run(self, node: fx.Node) -> list[object]:
-        if node.op == "placeholder":  # one with a default, which no batch gives
+        if node.op == "placeholder":  # an input with a default, which the batches leave out
             return [node.args[0] if node.args else None] * self._count
         found = []
         for i in range(self._count):
             inputs = {n: self._values[source][i] for n, source in self._reads[node].items()}
-            # The order here is not the program's: what works in place must not reach what others are yet to read.
+            # Nodes do not run in program order, so an in-place operation must not change a value that others read.
             copied = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
             self._runner.env = copied if works_in_place(node, self._graph) else inputs
             found.append(self._runner.run_node(node))
@@ -88,8 +88,8 @@ class Stream:
         return found
 
     def _readings(self) -> dict[fx.Node, dict[fx.Node, fx.Node]]:
-        """For each node the nodes it names, and the nodes whose values it then reads."""
-        latest: dict[fx.Node, fx.Node] = {}  # what was changed in place, and by which node
+        """Return, for each node, its argument nodes mapped to the nodes whose values it reads."""
+        latest: dict[fx.Node, fx.Node] = {}  # a node whose value was changed in place -> the node that changed it
         found: dict[fx.Node, dict[fx.Node, fx.Node]] = {}
 
         def now(node: fx.Node) -> fx.Node:
@@ -113,9 +113,9 @@ class Stream:
 
 
 def follows(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:
-    """Whether a ``Stream`` of a graph in eval mode gives what the graph gives.
+    """Whether a ``Stream`` of a graph in eval mode reproduces the graph's outputs.
 
-    It does not where a value is changed through a view of it, or by an assignment to a part of it.
+    It does not if a value is changed through a view, or by an assignment to a part of it.
     """
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
     stream = Stream(graph, [tuple(x.clone() for x in inputs)])

@@ -1,4 +1,4 @@
-"""``recalibrate``: batch-norm running statistics of the compressed network, estimated anew on training samples."""
+"""``recalibrate``: re-estimate the batch-norm running statistics of the compressed network on training samples."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ from tdcompile.support.progress import report_progress
 
 @dataclass(frozen=True)
 class Recalibrate(TunePass):
-    """Estimate batch-norm running statistics anew on training samples; no weight changes.
+    """Re-estimate batch-norm running statistics on training samples; no weight changes.
 
     The mean and variance of each layer's input are pooled over all samples, in the compressed and in the dense network.
-    What changed between the two is then applied to the statistics that the dense network was trained with, which know
-    more images, and augmented ones: mean + (m − m_dense), variance · v / v_dense. On a dense network it changes
-    nothing. While they are gathered, batch norm normalises by the batch at hand, so that no layer sees what wrong
-    statistics of an earlier one would do to its input.
+    The change between the two is applied to the statistics from training, which come from more images and augmented
+    ones: mean + (m − m_dense), variance · v / v_dense. A dense network keeps its statistics. While they are pooled,
+    batch norm normalises by the current batch, so that wrong statistics of one layer do not reach the next.
 
     Attributes:
-        samples: how many training samples are read.
-        batch: samples at a time; larger ones cost memory and did not raise the accuracy where it was tried.
-        relative: false sets the pooled statistics themselves.
+        samples: number of training samples to read.
+        batch: samples in one forward pass; larger batches cost memory and did not raise accuracy in our measurements.
+        relative: apply the change to the statistics from training; false sets the pooled statistics.
     """
 
     name: ClassVar[str] = "recalibrate"
@@ -46,7 +45,7 @@ class Recalibrate(TunePass):
     relative: bool = True
 
     def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
-        """Set the running statistics.
+        """Set the running statistics of every batch-norm layer.
 
         Raises:
             InputError: NaN or Inf reaches a batch-norm layer.
@@ -85,7 +84,7 @@ class Recalibrate(TunePass):
         return Rewritten(graph, [Change("", self.name, f"{len(layers)} batch-norm layers on {count} samples")])
 
     def _pooled(self, graph: fx.GraphModule, samples: Samples) -> dict[str, _Pool]:
-        """The pooled statistics of every batch-norm layer's input; the graph's own are overwritten."""
+        """Return the pooled statistics of every batch-norm layer's input; overwrites the running statistics."""
         layers, count = _norms(graph), len(samples)
         pools = {name: _Pool() for name in layers}
         hooks = [module.register_forward_pre_hook(pools[name], with_kwargs=True) for name, module in layers.items()]
@@ -107,7 +106,7 @@ class Recalibrate(TunePass):
 
 
 class _Pool:
-    """Count, mean and sum of squared deviations of a layer's input by channel, merged batch by batch (Chan, 1979)."""
+    """Count, mean and sum of squared deviations of a layer's input for each channel, merged by batch (Chan 1979)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -125,18 +124,18 @@ class _Pool:
         self.count += count
 
     def settle(self, name: str, module: _BatchNorm, before: _Pool | None, dense: _BatchNorm | None) -> None:
-        """Write the statistics into the layer; one that was never called keeps its own.
+        """Write the statistics into the layer; a layer that was never called keeps its own.
 
         Args:
-            before: what was pooled in the dense network.
-            dense: its layer, with the statistics that it was trained with; None sets the pooled ones.
+            before: statistics pooled in the dense network.
+            dense: the dense network's layer with its statistics from training; None sets the pooled statistics.
         """
         if self.count < 2:
             return
         mean, variance = self.statistics(name)
         if before is not None and dense is not None:
             old_mean, old_variance = before.statistics(name)
-            assert dense.running_mean is not None  # ``_norms`` has left the others out
+            assert dense.running_mean is not None  # ``_norms`` skips layers without running statistics
             assert dense.running_var is not None
             tiny = torch.finfo(torch.float32).tiny
             mean = dense.running_mean + (mean - old_mean)
@@ -147,10 +146,10 @@ class _Pool:
         module.running_var.copy_(variance)
 
     def statistics(self, name: str) -> tuple[Tensor, Tensor]:
-        """Mean and unbiased variance."""
+        """Return mean and unbiased variance."""
         mean, variance = torch.as_tensor(self.mean), torch.as_tensor(self.squares) / (self.count - 1)
         if not (mean.isfinite().all() and variance.isfinite().all()):
-            raise InputError(f"NaN or Inf reaches the batch-norm layer '{name}': look at the data and the weights")
+            raise InputError(f"NaN or Inf reaches the batch-norm layer '{name}': check the data and the weights")
         return mean, variance
 
 

@@ -1,12 +1,12 @@
-"""``refit``: layer by layer, factors are found anew for the dense network's output, given the compressed layers before.
+"""``refit``: refit the factors layer by layer to the dense network's output, given the compressed layers before.
 
-A factorisation is best for the inputs that the dense network gives a layer. In the compressed network a layer sees what
-the layers before have left. In forward order, the linear map from that to what the dense network has there is found by
-least squares over unlabelled samples, with an intercept where the layer has a bias or a batch norm behind it, and
-factorised again in the metric of those inputs; a layer that was left dense becomes the map itself. What the dense
-network "has there" is its value behind the layer, its batch norm and the addition of a shortcut, so that a block also
-mends what arrives through its shortcut (this project's completion; reconstructing one layer's output from approximated
-layers before it: Zhang et al. 2016, arXiv 1505.06798).
+A factorisation is optimal for the inputs that a layer has in the dense network. In the compressed network its inputs
+carry the errors of the layers before it. ``refit`` visits the layers in forward order and fits the linear map from the
+compressed inputs to the dense target, by least squares over unlabelled samples. The map has an intercept if the layer
+has a bias or a batch norm behind it. It is then factorised in the metric of those inputs; a layer that was left dense
+becomes the map itself. The target is the dense network's value behind the layer, its batch norm and the addition of a
+shortcut, so that a block also corrects errors that arrive through its shortcut (this project's completion). Zhang et
+al. 2016, arXiv 1505.06798, reconstruct one layer's output from approximated layers before it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tdcompile.ir.layer import Layer, owner
 from tdcompile.ir.modules import parent_of, tensors_in
 from tdcompile.ir.program import Change, Program, Site, kept_dense, sites_of
 from tdcompile.ir.target import Cost
-from tdcompile.numerics.covariance import Full
+from tdcompile.numerics.covariance import WIDE, Full
 from tdcompile.passes.tune._least_squares import Sums
 from tdcompile.passes.tune._node_values import Stream, follows
 from tdcompile.support.options import Count, NonNegative
@@ -40,23 +40,24 @@ from tdcompile.support.progress import report_progress
 
 _ATEN = torch.ops.aten
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_", _ATEN.add.Tensor, _ATEN.add_.Tensor)
-_WIDEST = 5000  # inputs of a layer (C·K): their covariance has that many rows and columns
-_FAINT = 1e-2  # a channel that batch norm scales by less than this share of the largest is not aimed at the block
+# Channels that batch norm scales by less than this share of its largest scale: dividing by their scale would magnify
+# noise, so their scale is raised to this share.
+_FAINT = 1e-2
 
 
 @dataclass(frozen=True)
 class Refit(TunePass):
-    """Fit each layer anew to the dense network's outputs, given the compressed layers before it; no labels.
+    """Refit each layer to the dense network's outputs, given the compressed layers before it; no labels are read.
 
     Attributes:
-        samples: how many training samples are read.
-        places: output positions of each sample that count.
-        ridge: how much a fitted map holds on to the dense weight, in units of the inputs' mean variance.
-        dense: also fit the layers that were left dense to their new inputs.
-        blocks: aim at what follows the addition of a shortcut, not at the layer's own output.
-        sweeps: how often to go through all layers.
-        batch: samples at a time.
-        memory: MB that the values between layers may take, roughly; where they would take more, fewer samples are read.
+        samples: number of training samples to read.
+        places: number of output positions to read of each sample.
+        ridge: pull of the dense weight on a fitted map, relative to the inputs' mean variance.
+        dense: also fit layers that were left dense.
+        blocks: take the value behind the addition of a shortcut as the target, not the layer's own output.
+        sweeps: number of passes over all layers.
+        batch: samples in one forward pass.
+        memory: approximate limit in MB for the values between layers; fewer samples are read if they would exceed it.
     """
 
     name: ClassVar[str] = "refit"
@@ -85,7 +86,7 @@ class Refit(TunePass):
         chosen = train.shuffled(program.generator(self.name)).subset(range(count))
         graph.eval()
         if not (follows(graph, program.inputs) and follows(program.dense.eval(), program.inputs)):
-            why = "refit: the network changes values in place in a way that cannot be followed layer by layer"
+            why = "refit: the network changes a value in place in a way that cannot be followed layer by layer"
             return Rewritten(graph, [Diagnostic("warning", DiagnosticCode.IN_PLACE, why)])
         batches = [batch.inputs for batch in chosen.batches(self.batch)]
         streams = Stream(graph, batches), Stream(program.dense.eval(), batches)
@@ -106,7 +107,7 @@ class Refit(TunePass):
         return Rewritten(graph, history)
 
     def _sites(self, program: Program) -> dict[str, Site]:
-        """The dense network's layers in the order of their calls, but for those that nothing may replace."""
+        """Return the dense network's layers in the order of their calls, without those that must stay dense."""
         found = sites_of(program.dense, program.inputs)
         kept = kept_dense(program.with_(graph=program.dense), found)
         return {name: site for name, site in found.items() if name not in kept}
@@ -127,16 +128,16 @@ class Refit(TunePass):
 
 @dataclass
 class _Aim:
-    """A layer of the compressed graph, and what it is to give.
+    """A layer of the compressed graph and the target of its fit.
 
     Attributes:
         site: the layer in the dense network.
         chain: its nodes in the compressed graph.
         source: the node in the compressed graph whose value it reads.
-        ours: the node in the compressed graph that is to have the value of ``end``.
-        end: the node in the dense graph whose value is to be met.
-        norm: the batch norm between the two, if there is one.
-        other: the shortcut's node in the compressed graph, if there is one.
+        ours: the node in the compressed graph whose value is fitted to the value of ``end``.
+        end: the node in the dense graph whose value is the target.
+        norm: the batch norm between the layer and ``ours``, if there is one.
+        other: the node of the shortcut in the compressed graph, if there is one.
     """
 
     site: Site
@@ -150,18 +151,18 @@ class _Aim:
 
     @classmethod
     def of(cls, graph: fx.GraphModule, dense: fx.GraphModule, site: Site, blocks: bool) -> _Aim | Diagnostic:
-        """Find it, or say why there is none."""
+        """Return the fit of a layer, or the reason why it cannot be fitted."""
         name, width = site.name, site.weight[0].numel()
         chain = _chain(graph, name)
         if len(site.calls) > 1 or site.inner is not None or not chain:
             where = "called more than once" if len(site.calls) > 1 else "inside a module that could not be traced"
             return Diagnostic("info", DiagnosticCode.NOT_REFITTED, f"refit: it is {where}", name)
-        if site.layer.groups > 1 or width > _WIDEST:
+        if site.layer.groups > 1 or width > WIDE:
             what = f"has {site.layer.groups} groups" if site.layer.groups > 1 else f"has {width} inputs"
             return Diagnostic(
                 "info",
                 DiagnosticCode.NOT_REFITTED,
-                f"refit: it {what}; one regression takes one group of at most {_WIDEST}",
+                f"refit: it {what}; one regression takes one group of at most {WIDE}",
                 name,
             )
         ours, theirs = _behind(graph, chain[-1], blocks), _behind(dense, calls_of(dense, name)[0], blocks)
@@ -178,11 +179,11 @@ class _Aim:
         return cls(site, graph, chain, source, ours[0], theirs[0], behind, ours[2])
 
     def read(self, ours: Stream, theirs: Stream) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the layer sees, and what it is to give: the dense network's value, brought back through batch norm."""
+        """Yield the layer's input and target, batch by batch; batch norm and the shortcut are undone in the target."""
         others = repeat(None) if self.other is None else ours.read(self.ours, self.other)
         sources = ours.read(self.chain[0], self.source)
         for source, target, other in zip(sources, theirs.values(self.end), others, strict=False):
-            assert isinstance(source, Tensor)  # what a convolution or linear layer reads and gives
+            assert isinstance(source, Tensor)  # the input and output of a convolution or linear layer are tensors
             assert isinstance(target, Tensor)
             wanted = target - other if isinstance(other, Tensor) else target
             if self.norm is not None:
@@ -192,7 +193,7 @@ class _Aim:
             yield source, wanted
 
     def write(self, sums: Sums, choice: Candidate, ridge: float) -> str:
-        """Put the fit in the layer's place where it is better; what became of the layer's relative error."""
+        """Replace the layer by its fit if that is better; return a text with the relative errors before and after."""
         name, dtype = self.site.name, self.site.weight.dtype
         layer = replace(self.site.layer, bias=sums.affine)
         slope = sums.fit(self.site.weight.flatten(1), ridge)
@@ -204,7 +205,7 @@ class _Aim:
             if sums.affine:
                 owner(new).bias = nn.Parameter(sums.intercept(slope).to(dtype))
         else:
-            factors = form.factorize(layer, weight, choice.ranks, Full(sums.moments()[0], sums.count))
+            factors = form.factorize(layer, weight, choice.ranks, Full(sums.covariances()[0], sums.count))
             slope = form.reconstruct(layer, factors).flatten(1).double()
             new = form.build(layer, choice.ranks, factors, sums.intercept(slope).to(dtype) if sums.affine else None)
         parent, leaf = parent_of(self.graph, name)
@@ -216,7 +217,7 @@ class _Aim:
 
 
 def _chain(graph: fx.GraphModule, name: str) -> list[fx.Node]:
-    """The nodes of a layer: its own, or those of its factors in order."""
+    """Return the nodes of a layer: its own, or the nodes of its factors in order."""
     own = calls_of(graph, name)
     if own:
         return own
@@ -225,7 +226,7 @@ def _chain(graph: fx.GraphModule, name: str) -> list[fx.Node]:
 
 
 def _effective(form: Decomposition | None, layer: Layer, module: nn.Module) -> tuple[Tensor, Tensor]:
-    """The map that a module computes, ``(T, C·K)``, and its bias."""
+    """Return the map that a module computes, ``(T, C·K)``, and its bias."""
     factors = [p.detach() for p in module.parameters() if p.ndim > 1]
     weight = factors[0] if form is None else form.reconstruct(layer, factors)
     biases = [p.detach() for p in module.parameters() if p.ndim == 1]
@@ -233,7 +234,7 @@ def _effective(form: Decomposition | None, layer: Layer, module: nn.Module) -> t
 
 
 def _behind(graph: fx.GraphModule, node: fx.Node, blocks: bool) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
-    """The end of what follows a layer without a nonlinearity: that node, the batch norm, the shortcut's node."""
+    """Return the last node before a nonlinearity, the batch norm on the way, and the shortcut's node."""
     end, norm = node, None
     follower = only_user(end)
     if isinstance(module_at(graph, follower), _BatchNorm):
@@ -250,7 +251,7 @@ def _behind(graph: fx.GraphModule, node: fx.Node, blocks: bool) -> tuple[fx.Node
 
 
 def _depends(node: fx.Node, on: fx.Node) -> bool:
-    """Whether a node's value needs another's."""
+    """Whether a node's value depends on another node."""
     todo, seen = [node], {node}
     while todo:
         current = todo.pop()
@@ -263,7 +264,7 @@ def _depends(node: fx.Node, on: fx.Node) -> bool:
 
 
 def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a batch norm in eval mode; a scale that is next to nothing is kept from exploding."""
+    """Return scale and shift of a batch norm in eval mode; ``_FAINT`` bounds the scale from below."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt()
@@ -275,7 +276,7 @@ def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def _fitting(graph: fx.GraphModule, program: Program, memory: int) -> int:
-    """How many samples' values fit: a block keeps about three of the largest tensor alive, in both networks."""
+    """Return how many samples fit into memory: each network keeps about three of its largest tensors alive."""
     largest = 1
     sizes: list[int] = []
     hooks = [

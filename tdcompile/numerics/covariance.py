@@ -30,6 +30,8 @@ from tdcompile.numerics.normal_equations import FullEquations, IdentityEquations
 
 # Columns of F that are converted to another precision at a time: all of them at once would double its memory.
 COLUMNS = 128
+# Inputs (C·K) above which a layer is wide: its matrix would take more than 200 MB in float64 (5,000² x 8 bytes).
+WIDE = 5000
 # Inputs up to which a low-rank covariance is written out as a matrix: 2 GB in float64.
 DENSE_LIMIT = 2**14
 

@@ -1,7 +1,8 @@
-"""CP by alternating least squares and the tensor train by SVD; the one file that calls tensorly, and no layers here.
+"""CP decomposition by alternating least squares.
 
-tensorly keeps its backend in a global, so every call sits in ``backend_context``. Its ``parafac`` is not used: for the
-short mode of a convolution it forms a Khatri-Rao product of T·C rows, gigabytes where a sweep here needs megabytes.
+tensorly keeps its backend in a global, so that every call is inside ``backend_context``. Its ``parafac`` is not used:
+for the short mode of a convolution it forms a Khatri-Rao product of T·C rows, which takes gigabytes. A sweep here takes
+megabytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from tdcompile.numerics.low_rank import column_basis
 
-# Weight of the old factor in each least-squares update: it keeps the system solvable, and the error still only falls.
+# Weight of the old factor in each least-squares update: it keeps the system solvable, and no update raises the error.
 PROXIMAL = 1e-8
 # Norm of the components over the norm of the tensor from which a CP counts as degenerate (Phan et al. 2020).
 DEGENERATE = 10.0
@@ -25,15 +26,15 @@ DEGENERATE = 10.0
 
 @torch.no_grad()
 def cp_als(tensor: Tensor, start: Sequence[Tensor], sweeps: int, tolerance: float = 1e-5) -> list[Tensor]:
-    """A CP approximation: factors ``(I_n, rank)``, float64, the norm of each component spread equally over them.
+    """Return a CP approximation: factors ``(I_n, rank)`` in float64, the norm of each component split equally.
 
-    Components that grow large and cancel each other are fitted again with a growing Tikhonov term.
+    If components grow large and cancel each other, the fit is repeated with a larger Tikhonov term.
 
     Args:
         tensor: ``(T, C, k1, k2, ...)``, the long modes first.
-        start: factors to start from (``slice_start``).
-        sweeps: the most passes over all modes.
-        tolerance: stop when a sweep lowers the squared relative error by less.
+        start: initial factors (``slice_start``).
+        sweeps: upper bound on the passes over all modes.
+        tolerance: stop once a sweep lowers the squared relative error by less.
     """
     tensor, size = tensor.double(), float(tensor.double().norm())
     for ridge in (0.0, 1e-3, 1e-2, 1e-1):
@@ -50,14 +51,14 @@ def cp_als(tensor: Tensor, start: Sequence[Tensor], sweeps: int, tolerance: floa
 
 @torch.no_grad()
 def slice_start(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """A CP from the SVDs of all T x C slices: what each rank leaves, and the factors, strongest component first.
+    """Return a CP from the SVDs of all T x C slices: the error at each rank, and factors, strongest component first.
 
     The short modes are first rotated to their HOSVD bases, where few slices hold most of the energy. A singular
     pair u, v of slice (i, j, ...) has the columns i, j, ... of those bases as its other factors, so the first r pairs
     are a CP of rank r; all of them together are exact.
 
     Returns:
-        The relative error at each rank from 0 on, and the factors with all components.
+        The relative error at ranks 0, 1, 2, ..., and the factors with all components.
     """
     tensor = tensor.double()
     short = list(range(2, tensor.ndim))
@@ -77,11 +78,13 @@ def slice_start(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 @torch.no_grad()
 def cp_exact(tensor: Tensor, rank: int) -> list[Tensor]:
-    """An exact CP by construction: one component, unit vectors but for the longest mode, for each entry of the others.
+    """Return an exact CP: one component for each entry of all modes but the longest.
+
+    A component is the fibre along the longest mode, and unit vectors in the others.
 
     Args:
         tensor: of any shape.
-        rank: at least the product of all extents but the largest; the rest is filled with zeros.
+        rank: at least the product of all extents but the largest; further components are zero.
     """
     tensor = tensor.double()
     free = max(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
@@ -96,13 +99,13 @@ def cp_exact(tensor: Tensor, rank: int) -> list[Tensor]:
 
 
 def cp_compose(factors: Sequence[Tensor]) -> Tensor:
-    """The tensor that CP factors ``(I_n, rank)`` stand for."""
+    """Return the tensor of CP factors ``(I_n, rank)``."""
     with tl.backend_context("pytorch"):
         return cast(Tensor, tl.cp_to_tensor((None, list(factors))))
 
 
 def columns_product(factors: Sequence[Tensor]) -> Tensor:
-    """Khatri-Rao product: ``(I_1·I_2·..., rank)``, the last index running fastest."""
+    """Return the Khatri-Rao product, ``(I_1·I_2·..., rank)``, the last index running fastest."""
     if len(factors) == 1:
         return factors[0]
     with tl.backend_context("pytorch"):
@@ -110,23 +113,23 @@ def columns_product(factors: Sequence[Tensor]) -> Tensor:
 
 
 def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
-    """The same CP with the norm of each component spread equally over the modes; unequal ones diverge in training."""
+    """Split the norm of each component equally over the modes; unequal norms diverge in training."""
     norms = torch.stack([factor.norm(dim=0) for factor in factors])
     scale = norms.prod(0) ** (1 / len(factors)) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
     return [factor * s for factor, s in zip(factors, scale, strict=True)]
 
 
 def component_norm(factors: Sequence[Tensor]) -> float:
-    """sqrt(Σ λ_r²), λ_r the norm of component r; far above the tensor's norm where components cancel."""
+    """Return sqrt(Σ λ_r²), λ_r the norm of component r; it far exceeds the tensor's norm if components cancel."""
     return float(torch.stack([factor.norm(dim=0) for factor in factors]).prod(0).norm())
 
 
 def _sweep(tensor: Tensor, factors: Sequence[Tensor], ridge: float) -> tuple[list[Tensor], float]:
-    """One pass over all modes, and the squared error after it; two products with the tensor in all."""
+    """Update all modes once and return the squared error; the tensor is multiplied twice."""
     A, B, *short = factors
     flat, rank = tensor.flatten(1), A.shape[1]
     grams = [factor.T @ factor for factor in factors]
-    # Both B and the short modes need the tensor times the old A: once for all, (K, C, rank).
+    # B and the short modes all need the tensor times the old A, ``(K, C, rank)``: compute it once.
     outer = (flat.T @ A).reshape(B.shape[0], -1, rank).movedim(1, 0)
     inner = (outer * B).sum(1).reshape(*tensor.shape[2:], rank)
     for i, old in enumerate(short):
@@ -144,12 +147,12 @@ def _sweep(tensor: Tensor, factors: Sequence[Tensor], ridge: float) -> tuple[lis
 
 
 def _along(factor: Tensor, mode: int, modes: int) -> Tensor:
-    """``(k, rank)`` as ``(1, ..., k, ..., 1, rank)``, with k at that mode."""
+    """Return ``(k, rank)`` as ``(1, ..., k, ..., 1, rank)``, with k at that mode."""
     return factor.reshape(*[1] * mode, len(factor), *[1] * (modes - mode - 1), -1)
 
 
 def _solve(product: Tensor, gram: Tensor, old: Tensor, ridge: float) -> Tensor:
-    """min_X ‖unfolding − X Zᵀ‖² + p‖X − old‖² + ridge‖X‖² from ``product`` = unfolding·Z and ``gram`` = ZᵀZ."""
+    """Minimise ‖unfolding − X Zᵀ‖² + p‖X − old‖² + ridge‖X‖² over X; ``product`` = unfolding·Z, ``gram`` = ZᵀZ."""
     mean = float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny ** 0.5
     system = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (mean * (PROXIMAL + ridge))
     found: Tensor = torch.cholesky_solve((product + mean * PROXIMAL * old).T, torch.linalg.cholesky(system)).T

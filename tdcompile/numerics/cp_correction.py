@@ -13,17 +13,17 @@ from torch import Tensor
 
 from tdcompile.numerics.cp import balanced, cp_compose
 
-# Correction stops after so many passes over the modes, or once one lowers the sensitivity by less than this share.
+# Upper bound on passes over the modes; earlier stop once a pass lowers the sensitivity by less than this share.
 CYCLES, SETTLED = 50, 0.01
-# Of the logarithm of a step's ridge, which leaves it as precise as float64 is.
+# Halvings of the interval for the logarithm of a step's ridge: 60 reach the precision of float64.
 HALVINGS = 60
 
 
 def sensitivity(factors: Sequence[Tensor]) -> float:
-    """The sensitivity Σ_n I_n Σ_r Π_{m≠n} ‖a_r^(m)‖² of Phan et al. 2020, here for any number of modes.
+    """Return the sensitivity Σ_n I_n Σ_r Π_{m≠n} ‖a_r^(m)‖² of Phan et al. 2020, for any number of modes.
 
-    Times σ² it is the expected squared change of the tensor, to first order, when noise of variance σ² is added to
-    every entry of the factors ``(I_n, rank)``.
+    Add noise of variance σ² to every entry of the factors ``(I_n, rank)``: to first order, the expected squared change
+    of the tensor is σ² times the sensitivity.
     """
     squares = torch.stack([factor.square().sum(0) for factor in factors])
     modes = range(len(factors))
@@ -31,27 +31,27 @@ def sensitivity(factors: Sequence[Tensor]) -> float:
 
 
 def allowed(error: float, growth: float) -> float:
-    """The relative error at which noise over what is left of the signal, e² / (1 − e²), is ``growth``² times as much.
+    """Return the relative error at which the noise-to-signal ratio e² / (1 − e²) is ``growth``² times as large.
 
-    Where the error is small it is ``growth`` times as large, and never more; an error of 1 is never reached, at which a
-    CP of zeros would be the least sensitive one (this project's completion; the paper bounds the error itself).
+    For a small error this is ``growth`` times the error, and never more. It stays below 1, at which a CP of zeros would
+    be the least sensitive (this project's completion; the paper bounds the error itself).
     """
     return growth * error / math.sqrt(1 + (growth**2 - 1) * min(error, 1.0) ** 2)
 
 
 @torch.no_grad()
 def correct(tensor: Tensor, factors: Sequence[Tensor], bound: float, cycles: int = CYCLES) -> list[Tensor]:
-    """A CP of lower sensitivity whose relative error is at most ``bound``; else the one given, balanced.
+    """Return a CP of lower sensitivity whose relative error is at most ``bound``, or the given one, balanced.
 
-    Mode by mode the factor that minimises the sensitivity under the bound is found exactly (``bounded``). Between steps
-    the norm of each component is spread over the modes in proportion to √I_n, which of all ways is the least sensitive;
-    with the norms equal, as they are returned, the sensitivity is a constant times that, so it falls alike.
+    Mode by mode, ``bounded`` finds the factor that minimises the sensitivity under the bound exactly. Between steps the
+    norm of each component is split over the modes in proportion to √I_n, which is the least sensitive split. The
+    returned factors have equal norms; their sensitivity is a constant times that one, and so falls with it.
 
     Args:
         tensor: ``(I_1, I_2, ...)``.
         factors: ``(I_n, rank)``, float64.
-        bound: of the error relative to the tensor's norm.
-        cycles: the most passes over all modes.
+        bound: upper bound on the relative error.
+        cycles: upper bound on the passes over all modes.
     """
     tensor = tensor.double()
     energy = float(tensor.square().sum())
@@ -66,7 +66,7 @@ def correct(tensor: Tensor, factors: Sequence[Tensor], bound: float, cycles: int
             found[mode] = found[mode] if step is None else step
         found = balanced(found)
         error, now = float((tensor - cp_compose(found)).norm()), sensitivity(found)
-        if error > bound * math.sqrt(energy) * (1 + 1e-9) or now >= least:  # round-off, where there is no slack
+        if error > bound * math.sqrt(energy) * (1 + 1e-9) or now >= least:  # allow round-off
             break
         best, gained, least = found, 1 - now / least, now
         if gained < SETTLED:
@@ -75,17 +75,17 @@ def correct(tensor: Tensor, factors: Sequence[Tensor], bound: float, cycles: int
 
 
 def bounded(product: Tensor, gram: Tensor, weights: Tensor, energy: float, bound: float) -> Tensor | None:
-    """The X that minimises Σ_r w_r ‖x_r‖² subject to ``energy`` − 2⟨X, P⟩ + ⟨X, X G⟩ ≤ ``bound``; None where none does.
+    """Return the X that minimises Σ_r w_r ‖x_r‖² subject to ``energy`` − 2⟨X, P⟩ + ⟨X, X G⟩ ≤ ``bound``, or None.
 
     With P = T_(n) Z and G = Zᵀ Z this is the residual of T_(n) ≈ X Zᵀ. The minimiser is the ridge solution
-    X(l) = P (G + l W)⁻¹ with the residual at its bound; the residual rises with l, so that l is found by bisection. In
-    the eigenvectors of W^-½ G W^-½ each trial is a sum over the rank.
+    X(l) = P (G + l W)⁻¹ with the residual at its bound. The residual rises with l, so that bisection finds l. In the
+    eigenvectors of W^-½ G W^-½, each trial is a sum over the rank.
 
     Args:
         product: P, ``(I, rank)``.
         gram: G, ``(rank, rank)``.
         weights: w, ``(rank,)``.
-        energy, bound: squared norms, the bound below the energy.
+        energy, bound: squared norms; the bound is below the energy.
     """
     tiny = torch.finfo(gram.dtype).tiny ** 0.5
     scale = weights.clamp_min(float(weights.max()) * torch.finfo(gram.dtype).eps + tiny).rsqrt()
@@ -112,7 +112,7 @@ def bounded(product: Tensor, gram: Tensor, weights: Tensor, energy: float, bound
 
 
 def mode_weights(factors: Sequence[Tensor], mode: int) -> Tensor:
-    """The w, ``(rank,)``, with Σ_r w_r ‖a_r^(n)‖² what the sensitivity has of the factor of mode n."""
+    """Return w, ``(rank,)``: Σ_r w_r ‖a_r^(n)‖² is the part of the sensitivity that depends on the factor of mode n."""
     squares = torch.stack([factor.square().sum(0) for factor in factors])
     others = [n for n in range(len(factors)) if n != mode]
     parts = [len(factors[n]) * squares[[m for m in others if m != n]].prod(0) for n in others]
@@ -120,12 +120,12 @@ def mode_weights(factors: Sequence[Tensor], mode: int) -> Tensor:
 
 
 def _contracted(tensor: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
-    """The tensor times the factors of all modes but one, ``(I_n, rank)``; the longest goes first, to save memory."""
+    """Return the tensor times the factors of all other modes, ``(I_n, rank)``; the longest first, to save memory."""
     others = sorted((n for n in range(tensor.ndim) if n != mode), key=lambda n: len(factors[n]), reverse=True)
     first, *rest = others
     product: Tensor = torch.tensordot(
         tensor, factors[first], dims=([first], [0])
-    )  # the other modes in order, then the rank
+    )  # axes: the other modes in order, then the rank
     left = [n for n in range(tensor.ndim) if n != first]
     for n in rest:
         place = left.index(n)
@@ -135,7 +135,7 @@ def _contracted(tensor: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
 
 
 def _spread(factors: Sequence[Tensor]) -> list[Tensor]:
-    """The same CP with ‖a_r^(n)‖² in proportion to I_n, by which its sensitivity is least."""
+    """Return the same CP with ‖a_r^(n)‖² in proportion to I_n, which minimises its sensitivity."""
     sizes = [len(factor) for factor in factors]
     mean = math.exp(sum(map(math.log, sizes)) / len(sizes))
     return [factor * math.sqrt(size / mean) for factor, size in zip(balanced(factors), sizes, strict=True)]

@@ -1,4 +1,4 @@
-"""Tensor trains: TT-SVD, composition, and the truncated bases behind them."""
+"""Tensor trains: TT-SVD, composition, and the truncated bases that both need."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from torch import Tensor
 from tdcompile.errors import InputError
 from tdcompile.numerics.low_rank import column_basis, energy, gram
 
-# Matrices with a shorter side above the first are sketched where so many times fewer singular vectors are wanted,
-# with so many probes more than vectors and so many power iterations.
+# Randomised SVD is used if the shorter side exceeds SKETCHED, and also SKETCHED_SHARE times the number of singular
+# vectors that are wanted. It takes OVERSAMPLED more probes than vectors, and POWERS power iterations.
 SKETCHED, SKETCHED_SHARE, OVERSAMPLED, POWERS = 1024, 4, 16, 2
 
 
-# Tensors of more entries are decomposed into a train in their own precision: a copy in float64 would take twice theirs.
+# Tensors with more entries are decomposed in their own precision: a float64 copy would double the memory.
 LARGE = 2**22
 
 
 @torch.no_grad()
 def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    """Tensor-train cores ``(r_{k-1}, I_k, r_k)``, orthonormal from the left, the scale in the last.
+    """Return tensor-train cores ``(r_{k-1}, I_k, r_k)``, orthonormal from the left, with the scale in the last.
 
-    In float64, or in its own precision where the tensor has more than ``LARGE`` entries.
+    They are in float64, or in the tensor's precision if it has more than ``LARGE`` entries.
 
     Args:
-        tensor: of any shape.
-        ranks: the bonds between the modes.
+        tensor: a tensor of any shape.
+        ranks: the ranks between neighbouring modes.
 
     Raises:
-        InputError: a bond is larger than the sides of the unfolding that it cuts.
+        InputError: a rank exceeds the sides of the unfolding that it truncates.
     """
     before = 1
     for place, bond in enumerate(ranks):
@@ -50,13 +50,13 @@ def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
 
 
 def tt_compose(cores: Sequence[Tensor]) -> Tensor:
-    """The tensor that tensor-train cores stand for."""
+    """Return the tensor of tensor-train cores."""
     with tl.backend_context("pytorch"):
         return cast(Tensor, tl.tt_to_tensor(list(cores)))
 
 
 def share_bond(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Two neighbouring cores with the norms on either side of each index of their bond made equal."""
+    """Scale two neighbouring cores so that, for each index of their shared rank, both have the same norm."""
     tiny = torch.finfo(left.dtype).tiny
     before, after = left.flatten(0, -2).norm(dim=0), right.flatten(1).norm(dim=1)
     scale = torch.where((before > tiny) & (after > tiny), (after / before.clamp_min(tiny)).sqrt(), 1.0)
@@ -65,7 +65,7 @@ def share_bond(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tail(matrix: Tensor, most: int) -> Tensor:
-    """Energy Σ_{i>r} σ_i² that a matrix's best approximation of rank r leaves, for r from 0 to ``most``, float64."""
+    """Return Σ_{i>r} σ_i², the error energy of the best approximation of rank r, for r from 0 to ``most``, float64."""
     matrix = precise(matrix)
     if _sketched(matrix, most):
         squares = torch.linalg.vecdot(kept := _leading(matrix, most).T @ matrix, kept)
@@ -78,24 +78,24 @@ def tail(matrix: Tensor, most: int) -> Tensor:
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """In float64, but as it is where it has more than ``LARGE`` entries and is not of half precision."""
+    """Convert to float64, or to float32 if there are more than ``LARGE`` entries that are not float64."""
     return tensor.to(precise_in(tensor))
 
 
 def precise_in(tensor: Tensor) -> torch.dtype:
-    """What ``precise`` computes in."""
+    """Return the precision that ``precise`` converts to."""
     large = tensor.numel() > LARGE and tensor.dtype is not torch.float64
     return torch.float32 if large else torch.float64
 
 
 def _left_svd(matrix: Tensor, n_eigenvecs: int, **_: object) -> tuple[Tensor, Tensor, Tensor]:
-    """U, ones and Uᵀ·matrix: all that tensorly's TT-SVD needs of an SVD, as it only multiplies the last two."""
+    """Return U, ones and Uᵀ·matrix in place of an SVD; tensorly's TT-SVD only multiplies the last two."""
     left = _leading(matrix, n_eigenvecs)
     return left, left.new_ones(n_eigenvecs), left.T @ matrix
 
 
 def _leading(matrix: Tensor, count: int) -> Tensor:
-    """The first left singular vectors; of a large matrix by a sketch of fixed seed (Halko et al. 2011, alg. 4.4)."""
+    """Return the first left singular vectors; randomised with a fixed seed if large (Halko et al. 2011, alg. 4.4)."""
     rows, columns = matrix.shape
     turned: Tensor
     if _sketched(matrix, count):

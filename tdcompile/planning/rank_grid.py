@@ -1,7 +1,7 @@
-"""Ranks from the share of a layer's weights that a form is to keep, the rule of the approximation-error study.
+"""Ranks of a layer: candidates on a grid (``grid``, ``tied``, ``train_space``), and ranks for a share of the weights.
 
-arXiv 2305.05318 states compression as a share that is *removed* in its text, and lists ranks by the share that is
-*kept* in its appendix; here every share is one that is kept.
+``ranks_for`` follows the approximation-error study, arXiv 2305.05318. Its text states compression as the share that is
+*removed*, its appendix lists ranks by the share that is *kept*. Here a share is always the share that is kept.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ def test_the_bonds_of_a_train_carry_each_other(kept: float) -> None:
         r1, r2, r3 = ranks_for(form, layer, kept)
         assert r2 <= 3 * r1
         assert r3 <= 3 * r2
-        assert form.factorize(layer, torch.ones(layer.weight_shape), (r1, r2, r3), None)
+        weight = torch.ones(layer.weight_shape)
+        assert form.factorize(layer, weight, (r1, r2, r3), Identity.of(weight))
 
 
 def test_a_smaller_share_never_has_larger_ranks() -> None:

@@ -99,7 +99,7 @@ def test_a_wide_layer_gets_a_sketch(wide):
 def test_a_wide_layer_reads_fewer_patches_by_as_much_as_it_is_wider(monkeypatch):
     wide, samples = nn.Conv2d(10, 6, 2), drawn(20, 10, 5, 5)
     for limit, read in ((40, 160), (20, 80)):
-        monkeypatch.setattr("tdcompile.passes.analyze.calibrate._WIDE", limit)
+        monkeypatch.setattr("tdcompile.passes.analyze.calibrate.WIDE", limit)
         for largest in (40, 20):  # as a matrix or as a sketch
             assert moments(wide, samples, patches=160, largest=largest).covariances["0"].samples == read
 

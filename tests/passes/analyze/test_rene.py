@@ -21,6 +21,7 @@ from tdcompile.data.task import Samples, Task, Tensors
 from tdcompile.errors import BudgetError, InputError, TdcompileError
 from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import Budget
+from tdcompile.numerics.covariance import Identity
 from tdcompile.passes.analyze import rene
 from tdcompile.passes.analyze._rene_ranks import WHOLE, SingleRanks
 from tdcompile.passes.analyze._rene_relaxation import Interval, Relaxed, intervals, rank_loss
@@ -286,7 +287,8 @@ def test_the_mixture_and_the_rank_loss_are_the_papers() -> None:
     given = program(low_rank(3))
     form, site = make(Decomposition, "tucker2"), sites(given)["0"]
     layer = Relaxed(site, form, lambda r: (r, r), [2, 6], [0.25, 0.75])
-    branches = [form.reconstruct(site.layer, form.factorize(site.layer, site.weight, (r, r), None)) for r in (2, 6)]
+    plain = Identity.of(site.weight)
+    branches = [form.reconstruct(site.layer, form.factorize(site.layer, site.weight, (r, r), plain)) for r in (2, 6)]
     with torch.no_grad():
         mixed, error, _ = layer()
         price = rank_loss([layer.share(), layer.share()], 0.4, 0.8)
