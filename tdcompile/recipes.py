@@ -16,7 +16,7 @@ from tdcompile.core.passes import Pass
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan
 from tdcompile.core.rank_selector import RankSelector
-from tdcompile.core.registry import get
+from tdcompile.core.registry import find, get, only
 from tdcompile.core.spec import Spec, parse_options, parse_spec, parse_specs
 from tdcompile.data.loading import Given, given
 from tdcompile.data.task import Task
@@ -27,6 +27,7 @@ from tdcompile.recipe_options import Frontend, RecipeOptions, budget_of
 SHIPPED = "recipes.toml"
 _PLANNING = ("decompose", "ranks", "importance", "grain")  # the options that decide a plan
 _PIPELINE = (*_PLANNING, "tune", "plan")  # the options that decide a pipeline
+_OF_STEPS = ("decompose", "importance", "ranks")  # the options that a pipeline in text form states itself
 _PASSED_ON = ("grain", "jobs")  # the options that are passed on to every pass that has them
 # Options that change no result of a pass, or that the program itself holds: the network, its inputs, a given plan.
 _WITHOUT_EFFECT = {"source", "weights", "input", "plan", "max_drop", "min_speedup", "eval", "jobs"}
@@ -134,12 +135,9 @@ class Recipe(RecipeOptions):
         Raises:
             InputError: the pipeline itself decides an option, or it has no pass that trains.
         """
-        for name, step in (
-            ("decompose", "propose{decompose=…}"),
-            ("importance", "score{by=…}"),
-            ("ranks", "choose{by=…}"),
-        ):
+        for name in _OF_STEPS:
             if self._is_set(name):
+                step = " or ".join(f"{kind.name}{{{kind.takes[name]}=…}}" for kind in _taking(name))
                 raise InputError(
                     f"'{name}' has no effect beside the pipeline '{self.pipeline}', which names its passes: "
                     f"leave it out, or write it into your own pipeline as {step}"
@@ -147,20 +145,22 @@ class Recipe(RecipeOptions):
         kinds = {step.name: get(Pass, step.name) for step in steps}
         if self.plan is not None and (made := [name for name, kind in kinds.items() if RankPlan in kind.gives]):
             raise InputError(f"'plan' has no effect beside the pipeline '{self.pipeline}', whose '{made[0]}' makes one")
-        if self.grain is not None and "propose" not in kinds:
-            raise InputError(f"'grain' has no effect beside the pipeline '{self.pipeline}', which does not 'propose'")
+        if self.grain is not None and not any("grain" in kind.takes for kind in kinds.values()):
+            takers = " or ".join(f"'{kind.name}'" for kind in _taking("grain"))
+            raise InputError(f"'grain' has no effect beside the pipeline '{self.pipeline}', which does not {takers}")
         if self.tune is None:
             return steps
         trainers = [step for step in steps if kinds[step.name].trains]
         if self.tune == "none":
-            if needed := [step.name for step in trainers if step.name != "finetune"]:
+            if needed := [step.name for step in trainers if not kinds[step.name].fine_tunes]:
                 raise InputError(
                     f"tune=none: the pipeline '{self.pipeline}' does not work without its training, '{needed[0]}'"
                 )
             return [step for step in steps if step not in trainers]
         if not trainers:
             raise InputError(
-                f"tune={self.tune}: the pipeline '{self.pipeline}' has no pass that trains: add finetune{{…}}"
+                f"tune={self.tune}: the pipeline '{self.pipeline}' has no pass that trains: "
+                f"add {only(Pass, 'fine_tunes').name}{{…}}"
             )
         options = parse_options(self.tune)
         return [replace(step, options={**step.options, **options}) if step in trainers else step for step in steps]
@@ -173,6 +173,11 @@ class Recipe(RecipeOptions):
 
     def _is_set(self, name: str) -> bool:
         return bool(getattr(self, name) != Recipe.model_fields[name].default)
+
+
+def _taking(option: str) -> list[type[Pass]]:
+    """Return the passes that apply an option of a recipe."""
+    return [kind for kind in find(Pass).values() if option in kind.takes]
 
 
 def recipes() -> dict[str, dict[str, Any]]:

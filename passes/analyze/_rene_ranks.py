@@ -42,9 +42,12 @@ class SingleRanks(Prices):
         return tied(self.forms[name].exact_ranks(self.sites[name].layer), rank)
 
     def most(self, name: str) -> int:
-        """The largest rank to look at: the smaller of C and T, and for CP as far as it is cheaper than dense."""
+        """Return the largest rank to look at.
+
+        A rank of an unfolding is at most C and T. One that truncates no unfolding, as in CP, goes up to break-even.
+        """
         layer, form = self.sites[name].layer, self.forms[name]
-        if form.name.startswith("cp"):
+        if not any(form.modes):
             each = sum(part.macs for part in form.blueprint(layer, (1,)))
             return max(1, min(layer.macs // max(each, 1), form.exact_ranks(layer)[0]))
         return min(layer.in_channels, layer.out_channels)

@@ -1,4 +1,4 @@
-"""``baseline``: the dense network as an ONNX model, batch norm folded, and its latency on the target."""
+"""``baseline``: export the dense network as an ONNX model with folded batch norm, and measure its latency."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MeasureBaseline(AnalysisPass):
     """Export the dense network and measure it.
 
     Attributes:
-        seconds: how long to measure.
+        seconds: duration of the measurement.
     """
 
     name: ClassVar[str] = "baseline"
@@ -28,12 +28,12 @@ class MeasureBaseline(AnalysisPass):
     seconds: float = 1.0
 
     def analyze(self, program: Program) -> Baseline:
-        """The median latency of the dense model.
+        """Return the dense model and its median latency.
 
         Raises:
             UnavailableError: the target's execution provider does not load.
         """
-        # Without a workspace the file stays in the temporary folder: the fact that names it outlives the pass.
+        # Without a workspace the temporary folder stays: the fact that names the file outlives the pass.
         folder = program.workspace or Path(tempfile.mkdtemp(prefix="tdcompile-"))
         exported = export_lowered(program, program.dense, folder / "dense.onnx")
         timing = time_models([exported.path], timing_inputs(program), program.target, seconds=self.seconds)[0]

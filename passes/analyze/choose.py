@@ -1,7 +1,8 @@
-"""``choose``: one candidate for each layer, by a named rank selector under the program's budget."""
+"""``choose``: choose one candidate for each layer with a rank selector, under the budget."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -16,23 +17,24 @@ from tdcompile.ir.program import Program
 
 @dataclass(frozen=True)
 class Choose(AnalysisPass):
-    """A plan under the budget.
+    """Choose a plan under the budget.
 
     Attributes:
-        by: the text form of a rank selector.
+        by: text form of a rank selector.
     """
 
     name: ClassVar[str] = "choose"
+    takes: ClassVar[Mapping[str, str]] = {"ranks": "by"}
     needs: ClassVar[tuple[type[Fact], ...]] = (Candidates, Importances)
     gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan,)
     by: Annotated[str, registered(RankSelector)] = "knapsack"
 
     def analyze(self, program: Program) -> RankPlan:
-        """Ask the selector; what no decomposition applies to keeps that as its reason.
+        """Return the selector's plan; layers that every decomposition refuses keep that reason.
 
         Raises:
             BudgetError: no plan meets the budget.
-            TdcompileError: the selector gives something else than a plan.
+            TdcompileError: the selector returns something else than a plan.
         """
         candidates = program.facts[Candidates]
         selector = make(RankSelector, self.by)

@@ -1,9 +1,9 @@
-"""``propose``: for each layer every decomposition and rank worth choosing, with its error and its price."""
+"""``propose``: the candidates of each layer: decompositions and ranks, with their errors and costs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
@@ -23,15 +23,15 @@ from tdcompile.ir.program import Program, Site, kept_dense, parameters_of, sites
 from tdcompile.ir.target import Cost, total
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import gram
-from tdcompile.planning.pricing import price
+from tdcompile.planning.pricing import over_calls, price
 from tdcompile.support.options import Count
 from tdcompile.support.process_pool import parallel_map
 from tdcompile.support.progress import report_progress
 
-# A price is a measurement, and in the graph a layer may cost a little more or less than alone.
+# Candidates may cost this much of dense: a price is measured, and in the graph a layer may cost less than alone.
 _MARGIN = 1.1
 
-# Codes of forms that say that the layer is of a kind which another form takes.
+# Codes by which a form says that another form may fit the layer.
 _FOR_ANOTHER = (
     ReasonCode.KIND,
     ReasonCode.KERNEL,
@@ -46,18 +46,19 @@ _Work = tuple[Decomposition, Layer, Tensor, Sequence[Ranks], Covariance]
 
 @dataclass(frozen=True)
 class Propose(AnalysisPass):
-    """Candidates of all layers, the dense one first.
+    """Propose candidates for all layers.
 
     Attributes:
-        decompose: names of decompositions to consider; empty is all of them.
-        grain: ranks are multiples of it; none takes the target's grain under a latency budget and 1 otherwise.
-        cost: the cost model that counts.
-        timer: the cost model whose seconds count, asked under a latency budget alone.
-        jobs: layers whose errors are computed side by side, each in a process.
-        spectra: also give the singular values of every weight, for the selectors that ask for them.
+        decompose: text forms of the decompositions to consider; all if empty.
+        grain: ranks are multiples of it; none means the target's grain under a latency budget and 1 otherwise.
+        cost: cost model for parameters and multiply-accumulates.
+        timer: cost model for seconds; used under a latency budget only.
+        jobs: number of processes that compute errors.
+        spectra: whether to compute the singular values of every weight, for selectors that need them.
     """
 
     name: ClassVar[str] = "propose"
+    takes: ClassVar[Mapping[str, str]] = {"decompose": "decompose", "grain": "grain"}
     gives: ClassVar[tuple[type[Fact], ...]] = (Candidates,)
     decompose: tuple[Annotated[str, registered(Decomposition)], ...] = ()
     grain: Count | None = None
@@ -67,10 +68,10 @@ class Propose(AnalysisPass):
     jobs: Count = 1
 
     def analyze(self, program: Program) -> Candidates:
-        """Prices from the cost models, then errors, from one spectrum a layer where the form has one.
+        """Price all candidates, then compute the errors of those worth their price.
 
         Raises:
-            TdcompileError: a form's errors are not one for each of the ranks, or one is NaN or negative.
+            TdcompileError: a decomposition returns a wrong number of errors, or one that is NaN or negative.
         """
         forms = [make(Decomposition, text) for text in self.decompose or find(Decomposition)]
         found = sites(program)
@@ -102,7 +103,7 @@ class Propose(AnalysisPass):
         )
 
     def _spaces(self, program: Program, site: Site, forms: Sequence[Decomposition]) -> dict[Decomposition, list[Ranks]]:
-        """The ranks of every form that applies."""
+        """Return the ranks of every decomposition that accepts the layer."""
         grain = self.grain or (program.target.rank_grain if program.budget.latency is not None else 1)
         spaces: dict[Decomposition, list[Ranks]] = {}
         for form in forms:
@@ -119,10 +120,10 @@ class Propose(AnalysisPass):
         dense: Cost,
         prices: Mapping[Layer, Cost],
     ) -> dict[Decomposition, list[tuple[Ranks, Cost]]]:
-        """Every form's ranks that may be worth their price, with it, and its exact ranks.
+        """Return the ranks and costs of every decomposition that may pay off, and its exact ranks.
 
-        Nothing takes a candidate that costs more than the dense layer, and its error may be dear to find out; only the
-        exact ranks stay, by which selectors know how far the ranks go.
+        Selectors never choose a candidate that costs more than the dense layer, and errors are expensive. The exact
+        ranks always stay: selectors read from them how far ranks go.
         """
         fields, made = list(program.budget.limits(dense)), {}
         for form, space in spaces.items():
@@ -152,7 +153,7 @@ class Propose(AnalysisPass):
         found: Mapping[str, Site],
         spaces: Mapping[str, Mapping[Decomposition, Sequence[Ranks]]],
     ) -> dict[Layer, Cost]:
-        """What every layer of every chain costs; what is measured is measured together."""
+        """Return the cost of every layer of every chain; a timer measures them together."""
         counter = make(CostModel, self.cost)
         timer = make(CostModel, self.timer) if program.budget.latency is not None else None
         chains = (
@@ -168,7 +169,7 @@ class Propose(AnalysisPass):
         return {part: price(part, program.target, counter, timer) for part in parts}
 
     def _whole(self, program: Program, dense: Cost) -> Cost:
-        """What the dense network costs: all its parameters, its measured latency where there is one."""
+        """Return the cost of the dense network: all its parameters, and its measured latency if known."""
         baseline = program.facts.get(Baseline)
         return Cost(
             params=parameters_of(program.graph),
@@ -187,13 +188,17 @@ def _errors(work: _Work) -> Sequence[float]:
 def _checked(
     errors: Sequence[float], form: Decomposition, name: str, kept: Sequence[tuple[Ranks, Cost]]
 ) -> list[float]:
-    """A form's errors of a layer, one for each of the ranks; an infinite one says that they are not to be taken."""
+    """Return the errors of a layer as floats, one for each of the ranks; infinite ones rule the ranks out.
+
+    Raises:
+        TdcompileError: their number is wrong, or one is NaN or negative.
+    """
     with during(f"in the decomposition {form.told()}, the errors of the layer '{name}'"):
         found = [float(error) for error in errors]
     if len(found) != len(kept):
         raise TdcompileError(
             f"the decomposition '{form.spec()}' gave {len(found)} errors for '{name}': expected {len(kept)}, one for "
-            "each of the ranks that it was asked about"
+            "each of the given ranks"
         )
     for (ranks, _), error in zip(kept, found, strict=True):
         if not error >= 0:
@@ -204,25 +209,24 @@ def _checked(
 
 
 def _chain(site: Site, form: Decomposition, ranks: Ranks) -> tuple[Layer, ...]:
-    """The layers that a form computes, for all calls of the site."""
+    """Return the layers of the blueprints of all calls of a site."""
     return tuple(part for call in site.calls for part in form.blueprint(call, ranks))
 
 
 def _worth(cost: Cost, dense: Cost, fields: Sequence[str]) -> bool:
-    """Whether a cost comes near enough to being less than the dense one in anything that is limited."""
+    """Return whether a cost is below the dense one, or near it, in any limited field."""
     return any(getattr(cost, field) < _MARGIN * getattr(dense, field) for field in fields)
 
 
 def _cost(chain: Sequence[Layer], prices: Mapping[Layer, Cost], site: Site) -> Cost:
-    """The price of a chain over all calls; its parameters are there once."""
-    cost = total([prices[part] for part in chain])
-    return replace(cost, params=cost.params / len(site.calls))
+    """Return the price of a chain over all calls."""
+    return over_calls(total([prices[part] for part in chain]), len(site.calls))
 
 
 def _refused(site: Site, forms: Sequence[Decomposition]) -> Reason:
-    """One reason for a layer that no form applies to: the commonest code, with its first sentence.
+    """Return one reason for a layer that every form refuses: the first of the commonest code.
 
-    That a layer is one for another form is said only where no form has more to say.
+    A reason of the kind "another form may fit" is used only if there is no other.
     """
     reasons = [refusal for form in forms if (refusal := form.refuse(site.layer)) is not None]
     if not reasons:
@@ -233,7 +237,7 @@ def _refused(site: Site, forms: Sequence[Decomposition]) -> Reason:
 
 
 def _spectra(site: Site) -> dict[str, Spectrum]:
-    """Singular values of the unfoldings ``out`` (T x CK) and ``in`` (C x TK) of a weight."""
+    """Return the singular values of the unfoldings ``out`` (T x CK) and ``in`` (C x TK) of a weight."""
     weight = site.weight if site.weight.dtype is torch.float64 else site.weight.float()
     out = _spectrum(weight.flatten(1))
     if site.layer.pointwise:  # the two unfoldings are one matrix and its transpose

@@ -1,8 +1,9 @@
-"""``score``: how much the network suffers from an error in each layer, by a named importance score."""
+"""``score``: how much an error in each layer harms the network, by an importance score."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -17,21 +18,22 @@ from tdcompile.ir.program import Program, sites
 
 @dataclass(frozen=True)
 class Score(AnalysisPass):
-    """Importance of every layer.
+    """Score the importance of every layer.
 
     Attributes:
-        by: the text form of a score.
+        by: text form of a score.
     """
 
     name: ClassVar[str] = "score"
+    takes: ClassVar[Mapping[str, str]] = {"importance": "by"}
     gives: ClassVar[tuple[type[Fact], ...]] = (Importances,)
     by: Annotated[str, registered(Importance)] = "auto"
 
     def analyze(self, program: Program) -> Importances:
-        """The named score's values.
+        """Return the values of the score.
 
         Raises:
-            TdcompileError: a value is negative or not finite, or none is of a layer.
+            TdcompileError: a value is negative or not finite, or no value belongs to a layer.
         """
         score = make(Importance, self.by)
         with during(f"in the score {score.told()}"):

@@ -21,6 +21,7 @@ class Analytic(CostModel):
     """
 
     name: ClassVar[str] = "analytic"
+    default_counter: ClassVar[bool] = True
 
     def price(self, layer: Layer, target: Target) -> Cost:
         """See ``CostModel.price``."""

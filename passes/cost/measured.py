@@ -30,6 +30,7 @@ class Measured(CostModel):
     """
 
     name: ClassVar[str] = "measured"
+    default_timer: ClassVar[bool] = True
     runs: int = 9
 
     def prepare(self, layers: Sequence[Layer], target: Target) -> None:

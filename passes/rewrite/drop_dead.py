@@ -20,6 +20,7 @@ class DropDead(RewritePass):
     """Remove identities, dropout, unused values and unused modules."""
 
     name: ClassVar[str] = "drop-dead"
+    lowering: ClassVar[int] = 2  # folding leaves dead nodes
 
     def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
         """Remove them; the function in eval mode does not change."""

@@ -25,6 +25,7 @@ class FoldBatchnorm(RewritePass):
     """Fold batch norm into the layer before it if nothing else reads that layer."""
 
     name: ClassVar[str] = "fold-batchnorm"
+    lowering: ClassVar[int] = 1
 
     def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
         """Replace each ``layer -> batch norm`` by one layer; the function in eval mode does not change."""

@@ -66,6 +66,7 @@ class Finetune(TunePass):
     """
 
     name: ClassVar[str] = "finetune"
+    fine_tunes: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     gives: ClassVar[tuple[type[Fact], ...]] = (Tuning,)
     epochs: Positive = 5.0

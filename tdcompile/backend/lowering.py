@@ -8,16 +8,22 @@ from pathlib import Path
 from torch import Tensor, fx
 
 from tdcompile.backend.export import Exported, export_onnx
+from tdcompile.core.passes import RewritePass
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.registry import declaring
 from tdcompile.ir.dynamic_shapes import batch_of
 from tdcompile.ir.program import Program
 
-LOWERING = "fold-batchnorm,drop-dead"
+
+def lowering() -> Pipeline:
+    """Return the passes that declare a place in the lowering, in its order."""
+    kinds = sorted(declaring(RewritePass, "lowering"), key=lambda kind: kind.lowering)
+    return Pipeline(tuple(kind() for kind in kinds))
 
 
 def lower(program: Program, graph: fx.GraphModule) -> fx.GraphModule:
     """Return the graph in the exported form; the given graph keeps its batch norm."""
-    return Pipeline.parse(LOWERING).run(program.with_(graph=graph)).graph
+    return lowering().run(program.with_(graph=graph)).graph
 
 
 def export_lowered(

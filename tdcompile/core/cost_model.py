@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from tdcompile.core.plugin import Plugin
 from tdcompile.ir.layer import Layer
@@ -11,7 +12,15 @@ from tdcompile.ir.target import Cost, Target
 
 
 class CostModel(Plugin):
-    """Price one layer; a decomposition is priced as the tuple of its layers."""
+    """Price one layer; a decomposition is priced as the tuple of its layers.
+
+    Attributes:
+        default_counter: the model prices parameters and multiply-accumulates wherever no option names another.
+        default_timer: the model prices seconds wherever no option names another.
+    """
+
+    default_counter: ClassVar[bool] = False
+    default_timer: ClassVar[bool] = False
 
     @abstractmethod
     def price(self, layer: Layer, target: Target) -> Cost:

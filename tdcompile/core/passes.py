@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,6 +33,9 @@ class Pass(Plugin):
         trains: the pass trains weights; the report shows the test accuracy before the first such pass.
         resumable: the pass may keep training state in a folder of its name in ``Program.workspace``; the folder is
             deleted once the result of the pass is saved.
+        fine_tunes: the option ``tune`` of recipes and studies sets the options of this pass. A pipeline works without
+            the pass, only less accurately.
+        takes: options of a recipe that the pass applies, by name, and the pass's own option for each.
     """
 
     needs: ClassVar[tuple[type[Fact], ...]] = ()
@@ -41,6 +44,8 @@ class Pass(Plugin):
     decides: ClassVar[bool] = False
     trains: ClassVar[bool] = False
     resumable: ClassVar[bool] = False
+    fine_tunes: ClassVar[bool] = False
+    takes: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def run(self, program: Program) -> Program:
@@ -84,8 +89,14 @@ class AnalysisPass(Pass):
 
 
 class RewritePass(Pass):
-    """Changes the graph and possibly the function it computes, but neither its inputs nor the shapes of its outputs."""
+    """Changes the graph and possibly the function it computes, but neither its inputs nor the shapes of its outputs.
 
+    Attributes:
+        lowering: place in the lowering of every graph that is exported or timed, the lowest first; 0 if the pass
+            has no part in it. Such a pass keeps the function that the graph computes.
+    """
+
+    lowering: ClassVar[int] = 0
     touches: ClassVar[frozenset[Aspect]] = frozenset({Aspect.TOPOLOGY, Aspect.WEIGHTS, Aspect.STATISTICS})
 
     @abstractmethod

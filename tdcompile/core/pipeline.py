@@ -10,14 +10,23 @@ from functools import partial
 from tdcompile.core.hooks import Hook, Work
 from tdcompile.core.passes import Pass
 from tdcompile.core.plan import RankPlan
-from tdcompile.core.registry import find, make
-from tdcompile.core.spec import Spec, parse_specs
+from tdcompile.core.registry import find, make, only
+from tdcompile.core.spec import Spec, parse_options, parse_specs
 from tdcompile.errors import InputError, during
 from tdcompile.ir.facts import Facts
 from tdcompile.ir.modules import separate_attention
 from tdcompile.ir.program import Program
 from tdcompile.support.heap import keep_freed_memory
 from tdcompile.support.progress import progress
+
+
+def fine_tuner(options: str) -> Pass:
+    """Return the pass that fine-tunes, with options in text form such as ``epochs=5``.
+
+    Raises:
+        InputError: an option is unknown or does not fit.
+    """
+    return only(Pass, "fine_tunes").from_options(parse_options(options))
 
 
 @dataclass(frozen=True)

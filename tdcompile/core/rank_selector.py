@@ -1,4 +1,4 @@
-"""``RankSelector``: the contract of what chooses one candidate for each layer."""
+"""``RankSelector``: the contract of plug-ins that choose one candidate for each layer."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from tdcompile.ir.target import Budget
 
 
 class RankSelector(Plugin):
-    """Chooses one candidate for each layer: a table in, a plan out.
+    """Choose one candidate for each layer: a table of candidates in, a plan out.
 
     Attributes:
-        needs_spectra: whether it reads ``Candidates.spectra``, which ``propose{spectra=true}`` gives.
+        needs_spectra: the selector reads ``Candidates.spectra``, which ``propose{spectra=true}`` computes.
     """
 
     needs_spectra: ClassVar[bool] = False
 
     @abstractmethod
     def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
-        """The plan.
+        """Return the plan.
 
         Args:
-            candidates: for each layer its candidates, dense first.
-            importances: for each layer a weight of its error; 1.0 where a layer is missing.
-            budget: the shares of the dense cost that may be kept.
+            candidates: the candidates of each layer, one of them dense.
+            importances: the weight of each layer's error; 1.0 for a layer without one.
+            budget: the shares of the dense cost that the plan may cost.
 
         Raises:
-            BudgetError: no plan meets the budget; the message says what can.
+            BudgetError: no plan meets the budget; the message states what is reachable.
         """

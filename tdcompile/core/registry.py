@@ -66,6 +66,27 @@ def make(kind: type[P], text: str | Spec) -> P:
     return get(kind, spec.name).from_options(spec.options)
 
 
+def declaring(kind: type[P], attribute: str) -> list[type[P]]:
+    """Return the plug-ins of a kind whose own class sets an attribute to something that is not false, by name.
+
+    This is how the core finds a plug-in for a role without its name. A subclass does not inherit the role.
+    """
+    return [plugin for plugin in find(kind).values() if vars(plugin).get(attribute)]
+
+
+def only(kind: type[P], attribute: str) -> type[P]:
+    """Return the plug-in that ``declaring`` finds.
+
+    Raises:
+        TdcompileError: no plug-in declares the attribute, or several do.
+    """
+    found = declaring(kind, attribute)
+    if len(found) != 1:
+        names = ", ".join(plugin.name for plugin in found) or "none"
+        raise TdcompileError(f"exactly one {_called(kind)} must set '{attribute}', and these do: {names}")
+    return found[0]
+
+
 def registered(kind: type[Plugin]) -> AfterValidator:
     """Return the check of an option that names a plug-in.
 

@@ -1,1 +1,1 @@
-"""Rank choice and prices."""
+"""Prices, rank choice under a budget, and given plans."""

@@ -1,4 +1,4 @@
-"""What rank selectors share: limits, the search along a path of plans, and the finished plan with its reasons."""
+"""Helpers of rank selectors: limits, searches along a path of plans, and the finished plan with its reasons."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tdcompile.ir.target import LIMITED, Budget, Cost
 
 Choices = Mapping[str, Candidate]
 _WORD = {field: name for name, field in LIMITED.items()}
-_LEAST_SIGNAL = 0.02  # an error of 1 has a price too, and a solver's scales stay within a few powers of ten
-# What a relative error e of a layer's output costs: its noise over what is left of the signal, its square, or itself.
+_LEAST_SIGNAL = 0.02  # keeps the loss of an error of 1 finite, and a solver's numbers within a few powers of ten
+# Loss of a relative error e of a layer's output: noise over the remaining signal, e squared, or e.
 LOSSES: Mapping[str, Callable[[float], float]] = {
     "noise": lambda error: error**2 / max(1.0 - error**2, _LEAST_SIGNAL),
     "squared": lambda error: error**2,
@@ -25,28 +25,28 @@ LOSSES: Mapping[str, Callable[[float], float]] = {
 
 
 def limits_of(candidates: Candidates, budget: Budget) -> dict[str, float]:
-    """The most that each limited field of ``Cost`` may reach in the whole network.
+    """Return the upper limit of each limited field of ``Cost`` for the whole network.
 
     Raises:
-        InputError: the dense network has no price in a limited field, so that a share of it limits nothing.
+        InputError: the dense network costs nothing in a limited field, so a share of it limits nothing.
     """
     limits = budget.limits(candidates.dense)
     for field in limits:
         if getattr(candidates.dense, field) <= 0:
             raise InputError(
                 f"a budget of {_WORD[field]} needs a cost model that gives {field}, and this one gives 0 for the dense "
-                f"network: take another cost model, or limit something else than {_WORD[field]}"
+                f"network: use another cost model, or limit something else than {_WORD[field]}"
             )
     return limits
 
 
 def load(cost: Cost, limits: Mapping[str, float]) -> float:
-    """How much of the limits a cost takes, summed over the limited fields: what 'cheaper' means under several."""
+    """Return the share of the limits that a cost takes, summed over the limited fields; cheaper means a lower sum."""
     return sum(float(getattr(cost, field)) / limit for field, limit in limits.items())
 
 
 def gainful(options: Sequence[Candidate], limits: Mapping[str, float]) -> list[Candidate]:
-    """The candidates that cost less than dense in a limited field and no more in any other; of finite error."""
+    """Return the candidates of finite error that cost less than dense in a limited field and no more in the others."""
     dense = dense_of(options).cost
 
     def saves(cost: Cost) -> bool:
@@ -57,7 +57,7 @@ def gainful(options: Sequence[Candidate], limits: Mapping[str, float]) -> list[C
 
 
 def ladder(options: Sequence[Candidate], limits: Mapping[str, float]) -> list[Candidate]:
-    """Dense, then ever cheaper candidates at ever larger errors."""
+    """Return the dense candidate, then cheaper and cheaper ones at larger and larger errors."""
     dense = dense_of(options)
     rungs, lowest = [dense], load(dense.cost, limits)
     for price, option in sorted(
@@ -71,7 +71,7 @@ def ladder(options: Sequence[Candidate], limits: Mapping[str, float]) -> list[Ca
 
 
 def within_error(ladders: Mapping[str, Sequence[Candidate]], error: float) -> dict[str, Candidate]:
-    """For each layer the cheapest candidate whose relative error is at most this one; dense where there is none."""
+    """Return for each layer the cheapest candidate of at most this relative error; dense if there is none."""
     return {
         name: rungs[max(bisect_right(rungs, error, key=lambda rung: rung.error), 1) - 1]
         for name, rungs in ladders.items()
@@ -81,14 +81,14 @@ def within_error(ladders: Mapping[str, Sequence[Candidate]], error: float) -> di
 def first_fit(
     plan: Callable[[float], Choices], levels: Sequence[float], candidates: Candidates, limits: Mapping[str, float]
 ) -> Choices:
-    """The plan of the first level that keeps to the limits, by bisection; that of the last level where none does.
+    """Return the plan of the first level within the limits, by bisection; that of the last level if none is.
 
     Args:
-        plan: the choices at a level.
-        candidates: what prices them.
-        limits: by field of ``Cost``.
+        plan: returns the choices at a level.
         levels: from the mildest plan to the strongest; each costs no more than the one before it. Under several
-            limits only their sum is sure to fall, so where the last level fails, every level is tried.
+            limits only their sum is sure to fall, so every level is tried if the last one fails.
+        candidates: price the choices.
+        limits: upper limits by field of ``Cost``.
     """
 
     def fits(level: float) -> bool:
@@ -101,7 +101,7 @@ def first_fit(
 
 
 def full_ranks(options: Sequence[Candidate], spectra: Mapping[str, Spectrum]) -> tuple[int, ...]:
-    """Of the candidates of one form: the rank of the unfolding that each rank truncates, or its largest value."""
+    """Return the full rank of each unfolding that a form truncates; for other ranks the largest value among options."""
     largest = [max(ranks) for ranks in zip(*(option.ranks for option in options), strict=True)]
     modes = options[0].modes or ("",) * len(largest)
     return tuple(
@@ -111,7 +111,7 @@ def full_ranks(options: Sequence[Candidate], spectra: Mapping[str, Spectrum]) ->
 
 
 def weighted(importances: Mapping[str, float], price: Callable[[float], float]) -> Callable[[str, Candidate], float]:
-    """The loss of a candidate: its layer's importance, 1 where none is known, times the price of its error.
+    """Return the loss function of candidates: the importance of the layer, by default 1, times the price of the error.
 
     Raises:
         InputError: an importance is negative or not finite.
@@ -124,13 +124,13 @@ def weighted(importances: Mapping[str, float], price: Callable[[float], float]) 
 def filled(
     choices: Choices, candidates: Candidates, loss: Callable[[str, Candidate], float], limits: Mapping[str, float]
 ) -> dict[str, Candidate]:
-    """The choices after what room the limits leave is used, one layer at a time, by what lowers the loss most for it.
+    """Return choices that use the room the limits leave: repeatedly take the step of most loss saved for its cost.
 
     Args:
         choices: a plan within the limits.
-        candidates: what prices them.
-        loss: of a layer's candidate.
-        limits: by field of ``Cost``.
+        candidates: price the choices.
+        loss: the loss of a layer's candidate.
+        limits: upper limits by field of ``Cost``.
     """
     made, cost = dict(choices), candidates.cost(choices)
 
@@ -166,18 +166,18 @@ def settle(
     gap: float | None = None,
     reasons: Mapping[str, Reason] | None = None,
 ) -> RankPlan:
-    """The finished plan: what it costs, and for every layer left dense the reason.
+    """Return the finished plan with its cost, and a reason for every dense layer.
 
     Args:
-        selector: whose plan it is.
-        candidates: what was chosen from.
-        budget: what was asked.
+        selector: the selector that made the choices.
+        candidates: all candidates.
+        budget: the budget to meet.
         choices: a candidate for every layer.
-        gap: the relative optimality gap, where one was proved.
-        reasons: those that the selector knows better.
+        gap: the relative optimality gap, if one was proved.
+        reasons: reasons that only the selector knows.
 
     Raises:
-        BudgetError: the plan misses the budget; the message says what it reaches and what any plan can.
+        BudgetError: the plan misses the budget; the message states what it reaches and what is reachable.
     """
     limits = limits_of(candidates, budget)
     predicted, dense = candidates.cost(choices), candidates.dense
@@ -191,7 +191,7 @@ def settle(
 
 
 def label(candidate: Candidate) -> str:
-    """A candidate in a sentence.
+    """Return a candidate as text for messages.
 
     >>> from tdcompile.core.decomposition import Decomposition
     >>> from tdcompile.core.registry import make
@@ -231,12 +231,12 @@ def _miss(selector: RankSelector, candidates: Candidates, budget: Budget, reache
         return f"{sentence}; raise the budget or allow more decompositions"
     return (
         f"{selector.spec()} gives no plan within {budget}: its closest one keeps {_shares(closest)} "
-        f"(each on its own can go down to {_shares(lowest)}); raise the budget or choose the ranks another way"
+        f"(each on its own can go down to {_shares(lowest)}); raise the budget or use another rank selector"
     )
 
 
 def out_of_reach(lowest: Mapping[str, float], budget: Budget) -> str | None:
-    """What a budget asks for below the lowest share of dense, by name, that any plan keeps; None where it does not.
+    """Return a sentence on the shares of a budget that no plan reaches; None if all are reachable.
 
     >>> out_of_reach({"macs": 0.1}, Budget(macs=0.05))
     'no plan keeps macs within 0.05 of dense: the cheapest one keeps 0.1 of macs'
@@ -254,5 +254,5 @@ def _shares(shares: Mapping[str, float]) -> str:
 
 
 def _up(share: float) -> str:
-    """Three decimals, rounded up: a budget of the figure printed can be met."""
+    """Return three decimals, rounded up: a budget of the printed figure can be met."""
     return f"{math.ceil(round(share * 1000, 6)) / 1000:g}"

@@ -1,4 +1,4 @@
-"""The six approximation errors of a compressed layer: of its weights and of its features, in three scalings each."""
+"""The six approximation errors of a compressed layer: weights and features, each in three scalings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tdcompile.ir.program import Site
 
 
 class Scaled(NamedTuple):
-    """One difference in the three scalings: ‖·‖, ‖·‖ over the norm of the original, ‖·‖ over its element count."""
+    """A difference in three scalings: its norm, divided by the norm of the original, divided by the element count."""
 
     absolute: float
     relative: float
@@ -25,7 +25,7 @@ class Scaled(NamedTuple):
 
 
 def weight_errors(weight: Tensor, approximation: Tensor) -> Scaled:
-    """‖W − W̃‖_F as it is, over ‖W‖_F, and over the number of elements (arXiv 2305.05318, section 3.2), in float64.
+    """Return ‖W − W̃‖_F in three scalings, in float64 (arXiv 2305.05318, section 3.2).
 
     Args:
         weight: W, ``(T, C / groups, *kernel)``.
@@ -38,19 +38,19 @@ def weight_errors(weight: Tensor, approximation: Tensor) -> Scaled:
 
 @torch.no_grad()
 def feature_errors(graph: nn.Module, site: Site, approximation: Tensor, batches: Iterable[Batch]) -> Scaled:
-    """The same three of the layer's output F, its input that of the dense network, averaged over the inputs.
+    """Return ‖F − F̃‖ of the layer's output F in three scalings, averaged over the inputs of the dense network.
 
-    The layer is linear, so F − F̃ is the layer without bias at the weight W − W̃. F itself has its bias. An output
-    that is zero everywhere has no relative error and is left out of that mean (our completion).
+    The layer is linear, so F − F̃ is the layer without bias at the weight W − W̃. F includes the bias. An output that
+    is zero everywhere has no relative error and is left out of that mean (our completion).
 
     Args:
-        graph: the dense network, in eval mode, that holds the layer.
+        graph: the dense network in eval mode, which contains the layer.
         site: the layer.
         approximation: W̃, of the shape of its weight.
         batches: calibration inputs, on the network's device.
 
     Raises:
-        InputError: none of the inputs reaches the layer.
+        InputError: no input reaches the layer.
     """
     difference = replace(site.layer, bias=False).build()
     owner(difference).weight = nn.Parameter(site.weight - approximation.to(site.weight), requires_grad=False)
@@ -77,5 +77,5 @@ def feature_errors(graph: nn.Module, site: Site, approximation: Tensor, batches:
 
 
 def _norms(x: Tensor) -> Tensor:
-    """The norm of each sample's part, ``(N,)``, float64."""
+    """Return the norm of each sample, ``(N,)``, float64."""
     return x.flatten(1).double().square().sum(1).sqrt()

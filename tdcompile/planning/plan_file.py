@@ -1,4 +1,4 @@
-"""``adopt``: take a plan that is given, from a file edited by hand or not, for the network at hand."""
+"""``adopt``: check a given plan against a network, and use it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from tdcompile.ir.target import Cost
 from tdcompile.numerics.covariance import Identity
 from tdcompile.planning.pricing import Prices
 
-HAND = "hand"  # the selector of a plan that no selector has chosen as it is
+HAND = "hand"  # the selector of a plan that differs from what a selector chose
 
 
 def adopt(program: Program, given: str) -> Program:
-    """The program with a given plan as a fact; layers that it does not mention stay dense.
+    """Return the program with a given plan as a fact. Layers that the plan does not mention stay dense.
 
-    Costs are counted anew. The error of a choice is the plan's where its cost is the plan's too, as then the ranks are;
-    else, as where the plan gives neither, that of the weight alone, until ``factorize`` has data. The selector of a
-    plan that is not as it was chosen is ``hand``, and what the former one said of it, its gap and reasons, is dropped.
+    Costs are counted again. A choice whose cost equals the plan's keeps the plan's error, because the ranks are the
+    same. Any other choice gets the error of its weight, and in ``factorize`` that of its output if there is data. An
+    edited plan has the selector ``hand``; its gap and the former selector's reasons are dropped.
 
     Args:
+        program: the program before any pass.
         given: a file, or the text of a plan, which begins with a brace.
 
     Raises:
-        InputError: no such file, no plan in it, or the plan is for another network: it names a layer that is not
-            there, a form that refuses its layer, or ranks that the layer does not have.
+        InputError: the file cannot be read or is not a plan; or the plan is for another network: it names an unknown
+            layer, a decomposition that refuses its layer, or ranks that the layer does not have.
     """
     written = given.startswith("{")
     source = "the plan" if written else given
@@ -51,7 +52,7 @@ def adopt(program: Program, given: str) -> Program:
         check(site, choice, kept)
         choices[name] = _counted(site, choice, prices)
     spent = prices.network({name: choice.cost for name, choice in choices.items()})
-    if not _same(spent, plan.predicted):  # what was measured of another plan says nothing of this one
+    if not _same(spent, plan.predicted):  # measurements of another plan are not valid for this one
         plan = replace(plan, predicted=spent, dense=prices.dense)
     if changed := _changed(choices, plan.choices):
         plan = replace(plan, selector=HAND, gap=None)
@@ -70,7 +71,7 @@ def adopt(program: Program, given: str) -> Program:
 def estimated(program: Program) -> Program:
     """Return the program with the errors of the layers' outputs in a plan that was made by hand.
 
-    The other plans have them already, because ``propose`` had the covariances.
+    Other plans have these errors already, because ``propose`` had the covariances.
     """
     plan, calibration = program.facts[RankPlan], program.facts.get(Calibration)
     if plan.selector != HAND or calibration is None:
@@ -92,7 +93,7 @@ def _read(path: Path) -> str:
 
 
 def _counted(site: Site, choice: Candidate, prices: Prices) -> Candidate:
-    """The choice with the cost and the error of its own ranks."""
+    """Return the choice with the cost and the error of its ranks."""
     form = choice.decomposition
     cost = prices.at(site.name, form, choice.ranks)
     if _same(cost, choice.cost):
@@ -102,7 +103,7 @@ def _counted(site: Site, choice: Candidate, prices: Prices) -> Candidate:
 
 
 def _changed(choices: Mapping[str, Candidate], given: Mapping[str, Candidate]) -> bool:
-    """Whether these are others than were given, or given without what they cost, as whoever chooses says it."""
+    """Return whether choices differ from the given ones, or were given without their costs, as only people do."""
     return choices.keys() != given.keys() or any(
         choice.decomposition != given[name].decomposition or not _same(choice.cost, given[name].cost)
         for name, choice in choices.items()
@@ -110,6 +111,7 @@ def _changed(choices: Mapping[str, Candidate], given: Mapping[str, Candidate]) -
 
 
 def _fits_none(site: Site) -> bool:
+    """Return whether every registered decomposition refuses the layer."""
     return all(make(Decomposition, name).refuse(site.layer) for name in find(Decomposition))
 
 
@@ -118,13 +120,15 @@ def _same(cost: Cost, other: Cost) -> bool:
 
 
 def check(site: Site, choice: Candidate, kept: Mapping[str, Reason]) -> None:
-    """The decomposition of a choice, made sure that it fits the layer.
+    """Check that a choice fits its layer.
 
     Args:
-        kept: see ``kept_dense``.
+        site: the layer.
+        choice: its choice, which is not dense.
+        kept: the layers that must stay dense, see ``kept_dense``.
 
     Raises:
-        InputError: the layer is to stay as it is, it refuses the layer, or the ranks are not ranks of it.
+        InputError: the layer must stay dense, the decomposition refuses it, or it does not have these ranks.
     """
     form = choice.decomposition
     reason = kept.get(site.name) or form.refuse(site.layer)

@@ -1,4 +1,4 @@
-"""``Prices``: what layers, chains and networks cost under a program's budget, where there is no table of candidates."""
+"""``Prices``: the costs of layers, chains and networks without a table of candidates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 from tdcompile.core.cost_model import CostModel
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.plan import within
-from tdcompile.core.registry import make
+from tdcompile.core.registry import only
 from tdcompile.errors import BudgetError
 from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.ir.program import Program, Site, parameters_of, sites_of
@@ -18,24 +18,34 @@ from tdcompile.planning.allocation import out_of_reach
 
 
 def price(layer: Layer, target: Target, counter: CostModel, timer: CostModel | None) -> Cost:
-    """What one model counts; the seconds are those of the other, where there is one."""
+    """Return the cost of a layer by one model, with the seconds of the other if there is one."""
     counted = counter.price(layer, target)
     return counted if timer is None else replace(counted, seconds=timer.price(layer, target).seconds)
 
 
+def over_calls(cost: Cost, calls: int) -> Cost:
+    """Return the summed cost of all calls of a layer with its parameters counted once."""
+    return replace(cost, params=cost.params / calls)
+
+
 class Prices:
-    """Costs by the analytic model, and by measurement under a latency budget.
+    """Costs by the default counter, and under a latency budget the seconds of the default timer.
+
+    Args:
+        program: its dense network is priced, for its target and budget.
 
     Attributes:
-        dense: what the dense network costs.
+        sites: the layers of the dense network, by name.
+        layers: the cost of each of them, over all its calls.
+        dense: the cost of the dense network.
     """
 
     def __init__(self, program: Program) -> None:
         self._target = program.target
-        self._counter = make(CostModel, "analytic")
-        self._timer = make(CostModel, "measured") if program.budget.latency is not None else None
+        self._counter = only(CostModel, "default_counter")()
+        self._timer = only(CostModel, "default_timer")() if program.budget.latency is not None else None
         self.sites: Mapping[str, Site] = sites_of(program.dense, program.inputs)
-        self.layers = {name: self._once(name, self.of(site.calls)) for name, site in self.sites.items()}
+        self.layers = {name: over_calls(self.of(site.calls), len(site.calls)) for name, site in self.sites.items()}
         known = total(list(self.layers.values()))
         self.dense = replace(known, params=float(parameters_of(program.dense)))
         self._rest = self.dense - known
@@ -43,7 +53,7 @@ class Prices:
 
     @cached_property
     def limits(self) -> dict[str, float]:
-        """The most that a plan may cost, by field.
+        """The upper limit of a plan's cost, by field.
 
         Raises:
             InputError: the budget limits nothing.
@@ -51,33 +61,30 @@ class Prices:
         return self._budget.limits(self.dense)
 
     def of(self, chain: Sequence[Layer]) -> Cost:
-        """Of layers in a row."""
+        """Return the cost of a chain of layers."""
         return total([price(part, self._target, self._counter, self._timer) for part in chain])
 
     def at(self, name: str, form: Decomposition, ranks: Ranks) -> Cost:
-        """Of a layer in a form, over all its calls; its parameters are there once."""
+        """Return the cost of a decomposed layer over all its calls."""
         calls = self.sites[name].calls
-        return self._once(name, self.of([part for call in calls for part in form.blueprint(call, ranks)]))
+        return over_calls(self.of([part for call in calls for part in form.blueprint(call, ranks)]), len(calls))
 
     def network(self, changed: Mapping[str, Cost]) -> Cost:
-        """Of the network with some layers at other costs."""
+        """Return the cost of the network with other costs for some layers."""
         return self._rest + total([changed.get(name, cost) for name, cost in self.layers.items()])
 
     def check(self, least: Cost, who: str) -> None:
-        """See whether the least that there is keeps to the budget, before anything is searched for.
+        """Check before a search that the least cost is within the budget.
 
         Args:
-            least: what the network costs at the smallest ranks.
-            who: whose ranks they are, for the message.
+            least: the cost of the network at the smallest ranks.
+            who: names these ranks in the message.
 
         Raises:
-            BudgetError: it does not; the message says what can be reached.
+            BudgetError: it is not; the message states the shares that are reachable.
         """
         if within(least, self.limits):
             return
         fields = {name: LIMITED[name] for name in self._budget.shares}
         lowest = {name: getattr(least, field) / getattr(self.dense, field) for name, field in fields.items()}
         raise BudgetError(f"{who}: {out_of_reach(lowest, self._budget)}; raise the budget")
-
-    def _once(self, name: str, cost: Cost) -> Cost:
-        return replace(cost, params=cost.params / len(self.sites[name].calls))

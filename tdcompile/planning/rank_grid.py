@@ -16,23 +16,23 @@ from tdcompile.ir.layer import Layer, Ranks
 
 
 def weights_of(form: Decomposition, layer: Layer, ranks: Ranks) -> int:
-    """How many weights the form has at these ranks; biases are not counted, for the dense layer has them too."""
+    """Return the number of weights of the form at these ranks; biases are not counted, the dense layer has them too."""
     return sum(math.prod(part.weight_shape) for part in form.blueprint(layer, ranks))
 
 
 def ranks_for(form: Decomposition, layer: Layer, kept: float) -> Ranks:
-    """The ranks at which a form keeps a share of the layer's weights, as nearly as whole ranks do.
+    """Return the ranks at which a form keeps a share of the layer's weights, as nearly as whole ranks can.
 
-    All ranks are one share x of the exact ones. For CP, x P(exact) is the weights wanted, and for Tucker with full
-    kernel modes x is the common share of T and C that solves the quadratic a x² + b x; rounded to the nearest, these
-    are the ranks published for CP of four modes (``cp4``) and for Tucker. The published TT ranks follow no one rule, so
-    this is our completion for them: one rank for all bonds (``tied``), that whose weights come nearest.
+    All ranks are one share x of the exact ones. For CP, x P(exact) equals the wanted weights; for Tucker with full
+    kernel modes, x is the common share of T and C that solves the quadratic a x² + b x. Rounded to the nearest, these
+    are the published ranks of four-mode CP (``cp4``) and Tucker. The published TT ranks follow no single rule. Our
+    completion for them: one rank for all internal ranks (``tied``), the one whose weights come nearest.
 
     Args:
-        form: one that does not refuse the layer.
-        layer: the dense one.
-        kept: in (0, 1], of the dense weights. The ranks are at least 1 and at most the exact ones, so what they really
-            keep (``weights_of``) may be more or less.
+        form: a decomposition that accepts the layer.
+        layer: the dense layer.
+        kept: share of the dense weights, in (0, 1]. The ranks are at least 1 and at most the exact ones, so the
+            share that they really keep (``weights_of``) may differ.
 
     Raises:
         InputError: the share is not in (0, 1].
@@ -42,16 +42,16 @@ def ranks_for(form: Decomposition, layer: Layer, kept: float) -> Ranks:
     wanted, exact = kept * math.prod(layer.weight_shape), form.exact_ranks(layer)
     if len(exact) > 1 and not (
         form.modes and all(form.modes)
-    ):  # a bond that is of no unfolding (out or in) lies inside a train
+    ):  # a rank of no unfolding (out or in) lies inside a train
         return _train(form, layer, exact, wanted)
     share = _share(form, layer, exact, wanted)
     return tuple(min(max(round(share * rank), 1), rank) for rank in exact)
 
 
 def _share(form: Decomposition, layer: Layer, exact: Ranks, wanted: float) -> float:
-    """The positive root of a x² + b x = wanted: a small layer lies between two ranks at most.
+    """Return the positive root of a x² + b x = wanted.
 
-    a and b follow from the weights at x = 1 and x = 2; the root is written so that it bears a = 0.
+    a and b follow from the weights at x = 1 and x = 2. The formula of the root also holds for a = 0.
     """
     once, twice = (weights_of(form, layer, tuple(times * rank for rank in exact)) for times in (1, 2))
     square, line = (twice - 2 * once) / 2, (4 * once - twice) / 2
@@ -59,7 +59,7 @@ def _share(form: Decomposition, layer: Layer, exact: Ranks, wanted: float) -> fl
 
 
 def _train(form: Decomposition, layer: Layer, exact: Ranks, wanted: float) -> Ranks:
-    """Of one rank for all bonds, each at most the exact one, that whose weights come nearest; of two the smaller."""
+    """Return the tied ranks whose weights come nearest; the smaller ones if two are equally near."""
 
     def weights(rank: int) -> int:
         return weights_of(form, layer, tied(exact, rank))
@@ -69,10 +69,10 @@ def _train(form: Decomposition, layer: Layer, exact: Ranks, wanted: float) -> Ra
 
 
 def train_space(form: Decomposition, layer: Layer, grain: int, members: int) -> list[Ranks]:
-    """Ranks of a tensor train, one for all bonds: multiples of the grain with fewer MACs than dense, and the exact.
+    """Return tied ranks of a tensor train: multiples of the grain with fewer MACs than dense, and the exact ranks.
 
     Args:
-        members: how many there are at most beside the exact ranks.
+        members: maximum number of ranks beside the exact ones.
     """
     exact = form.exact_ranks(layer)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.core.passes import Pass
+from tdcompile.core.pipeline import fine_tuner
 from tdcompile.core.registry import make
 from tdcompile.data.metrics import accuracy
 from tdcompile.data.task import Batch, Task
@@ -90,7 +90,7 @@ class Bench:
         self.task = _labelled(subject.task)
         self.program: Program = _placed(_traced(subject), target).with_(task=self.task)
         self.sites = sites(self.program)
-        self.tuning = None if tune == "none" else make(Pass, f"finetune{{{tune}}}")
+        self.tuning = None if tune == "none" else fine_tuner(tune)
         self._last: _Compressed | None = None
 
     @property

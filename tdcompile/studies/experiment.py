@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdcompile.backend.environment import environment
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.core.passes import Pass
+from tdcompile.core.pipeline import fine_tuner
 from tdcompile.core.registry import make, registered
 from tdcompile.core.spec import split
 from tdcompile.data.loading import Given
@@ -66,7 +66,7 @@ class Grid(Options):
             if len(set(values)) < len(values):
                 raise InputError(f"a {name} is given twice: {', '.join(map(str, values))}")
         if self.tune != "none":
-            make(Pass, f"finetune{{{self.tune}}}")
+            fine_tuner(self.tune)
 
     def points(self, sites: Mapping[str, Site]) -> tuple[list[Point], list[Omission]]:
         """The cells in order, seeds innermost, and the layers that a method does not apply to.

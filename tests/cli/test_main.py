@@ -25,7 +25,7 @@ import tdcompile.compiler
 from tdcompile.artifact.checkpoint import Checkpoint
 from tdcompile.artifact.report import Report
 from tdcompile.backend.export import export_onnx
-from tdcompile.backend.lowering import LOWERING
+from tdcompile.backend.lowering import lowering
 from tdcompile.cli.compile_job import name_of, workspace_of
 from tdcompile.cli.load_job import recipe_of, to_toml
 from tdcompile.cli.main import app, main
@@ -285,7 +285,7 @@ def test_resuming_another_command_leaves_the_state_for_the_right_one(
     run_step = Pipeline._run_step
 
     def only_lowering(self: Pipeline, *arguments: Any) -> Program:
-        return run_step(self, *arguments) if str(self) == LOWERING else stopped()  # no pass of the pipeline is left
+        return run_step(self, *arguments) if self == lowering() else stopped()  # no pass of the pipeline is left
 
     monkeypatch.setattr(Pipeline, "_run_step", only_lowering)
     ran = tdc(*command, "--resume", "--max-drop", "100", "--jobs", "2", "--eval", "2", "--json")

@@ -6,15 +6,18 @@ import json
 import re
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tdcompile.core.decomposition import Decomposition
-from tdcompile.core.plan import Candidate, Candidates, RankPlan, pareto, within
+from tdcompile.core.plan import DENSE, Candidate, Candidates, RankPlan, decompositions_of, dense_of, pareto, within
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.layer import Layer
 from tdcompile.ir.target import Cost
+from tdcompile.numerics.covariance import Identity
 
 SVD = make(Decomposition, "svd")
 FIGURES = st.integers(0, 4).map(float)
@@ -95,6 +98,8 @@ def test_a_plan_written_by_hand_needs_only_form_and_ranks() -> None:
         '{"layers": {"a": {"decomposition": "svd", "ranks": ["x"]}}}',
         '{"layers": {"a": {"decomposition": "svd", "ranks": 3}}}',
         '{"layers": {}, "dense": {"watts": 3}}',
+        '{"layers": {"a": {"decomposition": 3, "ranks": []}}}',
+        '{"layers": {}, "reasons": {"a": {"code": "small"}}}',
     ],
 )
 def test_what_is_no_plan_is_refused_with_an_example(text: str) -> None:
@@ -128,3 +133,36 @@ def test_a_table_prices_choices_and_leaves_the_rest_dense() -> None:
     table = Candidates({"a": (dense, small), "b": (dense,)}, rest=Cost(macs=1))
     assert table.dense.macs == 17
     assert table.cost({"a": small}).macs == 12
+
+
+def test_dense_is_a_decomposition_that_loses_nothing_and_that_no_option_names() -> None:
+    layer, weight = Layer("linear", 3, 2), torch.randn(2, 3)
+    factors = DENSE.factorize(layer, weight, DENSE.exact_ranks(layer), Identity.of(weight))
+    assert DENSE.refuse(layer) is None
+    assert DENSE.rank_space(layer, 1) == [()]
+    assert DENSE.blueprint(layer, ()) == (layer,)
+    assert DENSE.reconstruct(layer, factors) is weight
+    with pytest.raises(InputError, match="there is no decomposition 'dense'"):
+        make(Decomposition, "dense")
+
+
+def test_a_file_holds_decompositions_as_texts_with_their_options() -> None:
+    form = make(Decomposition, "cp{correct=1.5}")
+    plan = RankPlan({"a": Candidate(form, (2,)), "b": Candidate.dense(Cost(macs=1.0))})
+    layers = json.loads(plan.to_json())["layers"]
+    assert [layers[name]["decomposition"] for name in "ab"] == ["cp{correct=1.5}", "dense"]
+    assert plan.choices["a"].form == "cp{correct=1.5}"
+    assert RankPlan.from_json(plan.to_json()).choices["a"].decomposition == form
+
+
+def test_an_unknown_decomposition_in_a_file_is_named_with_the_nearest() -> None:
+    with pytest.raises(InputError, match="there is no decomposition 'tuckr2': did you mean 'tucker2'"):
+        RankPlan.from_json('{"layers": {"a": {"decomposition": "tuckr2", "ranks": [3]}}}')
+
+
+def test_dense_is_found_wherever_it_stands() -> None:
+    dense, small = Candidate.dense(Cost(macs=8.0)), Candidate(SVD, (1,), 0.5, Cost(macs=3.0))
+    assert dense_of([small, dense]) is dense
+    assert decompositions_of([small, dense]) == [small]
+    assert pareto([small, dense], ["macs"]) == [dense, small]
+    assert Candidates({"a": (small, dense)}, rest=Cost()).dense.macs == 8.0

@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 
 from tdcompile.core import registry
+from tdcompile.core.cost_model import CostModel
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.importance import Importance
 from tdcompile.core.passes import Pass
@@ -113,3 +114,21 @@ def test_a_broken_plugin_of_others_is_a_warning(
     with caplog.at_level(logging.WARNING, "tdcompile"):
         assert "svd" in registry.find(Decomposition)
     assert "the plug-ins of theirs are left out" in caplog.text
+
+
+def test_a_role_is_found_by_what_a_class_declares_itself(monkeypatch):
+    assert [plugin.name for plugin in registry.declaring(CostModel, "default_counter")] == ["analytic"]
+    assert registry.only(CostModel, "default_timer").name == "measured"
+    analytic = registry.get(CostModel, "analytic")
+    heir = type("Heir", (analytic,), {})  # without a name of its own: the registry does not list it
+    assert heir.default_counter, "it inherits the attribute"
+    shown = {"analytic": analytic, "heir": heir}
+    monkeypatch.setattr(registry, "find", lambda kind: shown)
+    assert registry.only(CostModel, "default_counter") is analytic, "but not the role"
+    rival = type("Rival", (analytic,), {"default_counter": True})
+    shown["rival"] = rival
+    with pytest.raises(TdcompileError, match=r"exactly one cost model must set 'default_counter'.*analytic, analytic"):
+        registry.only(CostModel, "default_counter")
+    shown.clear()
+    with pytest.raises(TdcompileError, match="these do: none"):
+        registry.only(CostModel, "default_counter")
