@@ -1,4 +1,4 @@
-"""Errors: one root, one class for each exit code of the command, and the hint that names the nearest known word."""
+"""Errors: one base class, one class for each exit code of the command, and hints for misspelt words."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import ClassVar
 
 
 class TdcompileError(Exception):
-    """A promise was broken; the message says what, where, what was expected and what to do."""
+    """Base of all errors. The message says what is wrong, where, what was expected, and what to do."""
 
     exit_code: ClassVar[int] = 1
 
 
 class InputError(TdcompileError):
-    """What the user gave cannot be used: a file, an option, a plan, a tensor."""
+    """An input of the user cannot be used: a file, an option, a plan, a tensor."""
 
     exit_code: ClassVar[int] = 2
 
 
 class UnwrittenError(InputError):
-    """What has been worked out cannot be kept, for example because the disk is full; what was kept before stays."""
+    """Results cannot be written, for example because the disk is full; earlier state is kept."""
 
 
 class FixedAxisError(InputError):
-    """The network fixes the length of an axis that is to stay open."""
+    """The network fixes the length of an axis that is declared dynamic."""
 
 
 class UntraceableError(InputError):
-    """A front end cannot pass through the network; another one may."""
+    """A front end cannot trace the network; another one may."""
 
 
 class ParityError(TdcompileError):
@@ -39,20 +39,20 @@ class ParityError(TdcompileError):
 
 
 class BudgetError(TdcompileError):
-    """No plan meets the budget, or a gate was not passed."""
+    """No plan meets the budget, or the result fails a gate."""
 
     exit_code: ClassVar[int] = 4
 
 
 class UnavailableError(TdcompileError):
-    """This environment cannot do what was asked: a provider or a package is missing."""
+    """The environment lacks an execution provider or a package."""
 
     exit_code: ClassVar[int] = 5
 
 
 @contextmanager
 def during(what: str) -> Iterator[None]:
-    """Notes on any failure inside where it happened: a plug-in's own error names neither the plug-in nor the layer."""
+    """Add a note to any error raised inside: the error of a plug-in names neither the plug-in nor the layer."""
     try:
         yield
     except Exception as error:
@@ -61,10 +61,10 @@ def during(what: str) -> Iterator[None]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint that ends a message about an unknown word.
+    """Return a hint for an unknown word.
 
     Returns:
-        ``did you mean 'x'? known: a, b, x``, without the question where nothing is near.
+        ``did you mean 'x'? known: a, b, x``, without the question if no known word is similar.
     """
     names = sorted(known)
     return " ".join(filter(None, (did_you_mean(word, names), f"known: {', '.join(names) or 'none'}")))
@@ -77,5 +77,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says; its kind where it says nothing."""
+    """Return the first line of an error's message, or its class name if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""The contract of reference networks, which ``models/`` fills."""
+"""The contract of the reference networks in ``models/``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tdcompile.core.plugin import Plugin
 
 
 class Network(Plugin):
-    """A network that can be compiled by its name.
+    """A network that can be compiled by name.
 
     Attributes:
-        input_shapes: of each input, without the batch, e.g. ``((3, 224, 224),)``.
-        checkpoint: the file beside the class's own that holds trained weights, where one ships.
-        data: the data spec those weights were trained on, where one ships.
+        input_shapes: the shape of each input without the batch, e.g. ``((3, 224, 224),)``.
+        checkpoint: the file with trained weights, beside the module of the class; None if no weights ship.
+        data: the data spec on which these weights were trained; None if no weights ship.
     """
 
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ()
@@ -25,4 +25,4 @@ class Network(Plugin):
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The network in eval mode, randomly initialised."""
+        """Return the network in eval mode, randomly initialised."""

@@ -1,4 +1,4 @@
-"""Discovery of plug-ins: a walk of ``tdcompile.passes`` and ``tdcompile.models``, plus the entry points of others."""
+"""Find plug-ins in ``tdcompile.passes``, ``tdcompile.models`` and the entry points of installed packages."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ P = TypeVar("P", bound=Plugin)
 
 
 def find(kind: type[P]) -> dict[str, type[P]]:
-    """Every registered plug-in of a kind, by name, sorted; ``find(Decomposition)["tucker2"]``.
+    """Return the registered plug-ins of a kind by name, sorted: ``find(Decomposition)["tucker2"]``.
 
-    A class counts from its definition on; one that is defined again, in the same module by the same name, takes the
-    former one's place. A score and a selector may share a name; two plug-ins of one kind may not.
+    A class is registered when it is defined. A new definition of the same name in the same module replaces the old one.
+    A score and a selector may have the same name; two plug-ins of one kind may not.
 
     Raises:
-        TdcompileError: two classes of this kind have one name.
+        TdcompileError: two classes of this kind have the same name.
     """
     found: dict[str, type[P]] = {}
     for plugin in _all():
         if not issubclass(plugin, kind):
             continue
         known = found.get(plugin.name)
-        again = known is not None and _place(known) == _place(plugin)  # a cell of a notebook that was run again
+        again = known is not None and _place(known) == _place(plugin)  # a notebook cell that was run again
         if known is not None and not again:
             raise TdcompileError(f"two plug-ins are called '{plugin.name}': {known.__module__} and {plugin.__module__}")
         found[plugin.name] = plugin
@@ -45,10 +45,10 @@ def find(kind: type[P]) -> dict[str, type[P]]:
 
 
 def get(kind: type[P], name: str) -> type[P]:
-    """The plug-in class of that kind and name.
+    """Return the plug-in class of this kind and name.
 
     Raises:
-        InputError: there is none; the message names the nearest.
+        InputError: there is none; the message suggests a similar name.
     """
     known = find(kind)
     if name not in known:
@@ -57,10 +57,10 @@ def get(kind: type[P], name: str) -> type[P]:
 
 
 def make(kind: type[P], text: str | Spec) -> P:
-    """A plug-in from its text form, e.g. ``make(RankSelector, "energy{keep=0.9}")``.
+    """Make a plug-in from its text form: ``make(RankSelector, "energy{keep=0.9}")``.
 
     Raises:
-        InputError: unknown name or option, or a value that does not convert.
+        InputError: a name or an option is unknown, or a value does not fit.
     """
     spec = parse_spec(text) if isinstance(text, str) else text
     return get(kind, spec.name).from_options(spec.options)
@@ -108,7 +108,7 @@ def _called(kind: type[Plugin]) -> str:
 
 
 def _all() -> tuple[type[Plugin], ...]:
-    """Every concrete plug-in class, in the order of their definition: those with a ``name`` of their own."""
+    """Return all classes that set ``name`` themselves, in the order of their definition."""
     import_all()
     return _listed(Plugin.defined)
 
@@ -124,7 +124,7 @@ def _place(plugin: type[Plugin]) -> tuple[str, str]:
 
 @cache
 def import_all() -> None:
-    """Import every plug-in: those that ship and those of installed packages."""
+    """Import all plug-ins: those of tdcompile and those of installed packages."""
     for package in PACKAGES:
         for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
             importlib.import_module(module.name)
@@ -133,21 +133,21 @@ def import_all() -> None:
 
 
 def _import_foreign(target: str, distribution: str) -> ModuleType | None:
-    """Import somebody else's plug-ins; a broken one is a warning that names it, never a crash."""
+    """Import the plug-ins of another package; if the import fails, log a warning."""
     try:
         return importlib.import_module(target.partition(":")[0])
-    except Exception as error:  # noqa: BLE001  # whatever a stranger's module raises on import
-        log.warning("the plug-ins of %s are left out: %s does not import: %s", distribution, target, error)
+    except Exception as error:  # noqa: BLE001  # a foreign module may raise anything on import
+        log.warning("the plug-ins of %s are not available: %s does not import: %s", distribution, target, error)
         return None
 
 
 def foreign_packages() -> tuple[str, ...]:
-    """The packages of plug-ins that are not the project's own: imported already, so that a file may name them."""
+    """Return the other packages whose plug-ins are imported; a saved file may name their classes."""
     return tuple(sorted({plugin.__module__.partition(".")[0] for plugin in _all()} - {"tdcompile"}))
 
 
 def refresh() -> None:
-    """Look for packages of plug-ins again: one was installed after the first look."""
+    """Search for packages of plug-ins again, after one was installed."""
     import_all.cache_clear()
     _listed.cache_clear()
 

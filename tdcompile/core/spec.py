@@ -13,7 +13,7 @@ _SPEC = re.compile(r"^(?P<name>[A-Za-z][\w.-]*)(?:\{(?P<options>.*)\})?$", re.DO
 
 @dataclass(frozen=True)
 class Spec:
-    """A plug-in's name and the options written for it, both still text."""
+    """The name of a plug-in and its options, all as text."""
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
@@ -28,19 +28,19 @@ def parse_spec(text: str) -> Spec:
     """Read one ``name{key=value,...}``.
 
     Raises:
-        InputError: the text has another form, or an option is given twice.
+        InputError: the text is malformed, or an option is given twice.
     """
     match = _SPEC.match(text.strip())
     if match is None:
-        raise InputError(f"'{text}' is not of the form name or name{{option=value,...}}")
+        raise InputError(f"'{text}' must have the form name or name{{option=value,...}}")
     return Spec(match["name"], parse_options(match["options"] or ""))
 
 
 def parse_specs(text: str) -> list[Spec]:
-    """Read a comma-separated list of specs; commas inside braces belong to the options.
+    """Read a comma-separated list of specs; commas inside braces separate options.
 
     Raises:
-        InputError: a member is malformed or empty, or a brace is left open.
+        InputError: a member is malformed or empty, or the braces do not match.
     """
     return [parse_spec(part) for part in split(text)]
 
@@ -55,7 +55,7 @@ def parse_options(text: str) -> dict[str, str]:
     for part in split(text) if text.strip() else []:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
-            raise InputError(f"'{part}' is not of the form option=value")
+            raise InputError(f"'{part}' must have the form option=value")
         if key.strip() in options:
             raise InputError(f"option '{key.strip()}' is given twice in '{text}'")
         options[key.strip()] = value.strip()
@@ -63,10 +63,10 @@ def parse_options(text: str) -> dict[str, str]:
 
 
 def split(text: str) -> list[str]:
-    """Split at the commas that stand outside braces.
+    """Split at the commas outside braces.
 
     Raises:
-        InputError: a part is empty or the braces do not pair.
+        InputError: a part is empty, or the braces do not match.
     """
     parts, depth, start = [], 0, 0
     for position, character in enumerate(text):
@@ -78,7 +78,7 @@ def split(text: str) -> list[str]:
             start = position + 1
     parts.append(text[start:].strip())
     if depth != 0:
-        raise InputError(f"the braces in '{text}' do not pair")
+        raise InputError(f"the braces in '{text}' do not match")
     if not all(parts):
         raise InputError(f"'{text}' has an empty member between its commas")
     return parts

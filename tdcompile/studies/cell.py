@@ -1,4 +1,4 @@
-"""One cell of an approximation-error study: a layer compressed alone, its six errors, the network's accuracies."""
+"""One cell of an approximation-error study: one compressed layer, its six errors, and the network's accuracies."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tdcompile.planning.rank_grid import ranks_for, weights_of
 from tdcompile.studies.findings import Cell, Failure
 from tdcompile.training.run_state import key_of
 
-_DIGITS = 12  # of 1 - compression, so that 1 - 0.9 is 0.1
+_DIGITS = 12  # to which 1 - compression is rounded, so that 1 - 0.9 is 0.1
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is studied: a network, example inputs (see ``trace``), the data, and the front end that traces it."""
+    """The network to study, example inputs (see ``trace``), the data, and the front end that traces the network."""
 
     module: nn.Module
     inputs: Sequence[Any] | Mapping[str, Any]
@@ -45,7 +45,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Point:
-    """Where in the grid a cell lies.
+    """The coordinates of a cell in the grid.
 
     Attributes:
         compression: share of the layer's weights to remove.
@@ -58,13 +58,13 @@ class Point:
 
     @property
     def kept(self) -> float:
-        """The share of the layer's weights to keep."""
+        """Share of the layer's weights to keep."""
         return round(1 - self.compression, _DIGITS)
 
 
 @dataclass(frozen=True)
 class _Compressed:
-    """The network with one layer compressed; shared by all seeds, for nothing in it is random."""
+    """The network with one layer compressed. All seeds share it, because nothing in it is random."""
 
     of: tuple[str, str, float]
     ranks: Ranks
@@ -74,16 +74,16 @@ class _Compressed:
 
 
 class Bench:
-    """Measures cells of one network, one after another, each as if it were the first.
+    """Measure cells of one network; no cell depends on another.
 
     Args:
-        subject: the network, which is not changed, and its data.
+        subject: the network and its data; neither is changed.
         tune: options of the pass ``finetune``, or ``none``.
-        device: where it runs, ``cpu`` or ``cuda``.
+        target: the device that runs the network.
 
     Raises:
-        InputError: there is no training data or no labelled test data, the network takes no other batch size, or
-            something else does not fit.
+        InputError: there is no training data or no labelled test data, the network fixes its batch size, or an option
+            does not fit.
     """
 
     def __init__(self, subject: Subject, tune: str, target: Target) -> None:
@@ -95,31 +95,31 @@ class Bench:
 
     @property
     def tune(self) -> str:
-        """The fine-tuning pass in text, or ``none``."""
+        """The text form of the fine-tuning pass, or ``none``."""
         return "none" if self.tuning is None else str(self.tuning.spec())
 
     @property
     def dense_accuracy(self) -> float:
-        """Of the network as it is."""
+        """Accuracy of the dense network."""
         return self._accuracy(self.program.graph)
 
     def digest(self) -> str:
-        """What all cells of this bench have in common: weights, data, settings."""
+        """Return a digest of what all cells share: weights, data and settings."""
         parts = [part.fingerprint() for part in (self.task.train, self.task.test) if part is not None]
         settings = (self.task.calibrate, self.task.evaluate, self.task.source, self.tune)
         return key_of([self.program.dense], *settings, *parts)
 
     def ranks(self, point: Point) -> Ranks:
-        """The ranks of a cell."""
+        """Return the ranks of a cell."""
         return ranks_for(make(Decomposition, point.method), self.sites[point.layer].layer, point.kept)
 
     def key(self, point: Point, digest: str) -> str:
-        """A digest of all that decides a cell."""
+        """Return a digest of everything that decides a cell."""
         text = repr((digest, point, self.ranks(point)))
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def measure(self, point: Point, key: str) -> Cell:
-        """The cell.
+        """Measure a cell.
 
         Raises:
             TdcompileError: an error is not finite, or fine-tuning diverged.
@@ -131,7 +131,7 @@ class Bench:
         weights = weight_errors(site.weight, made.approximation)
         features = feature_errors(self.program.graph, site, made.approximation, self._calibration(program))
         if not all(map(math.isfinite, (*weights, *features))):
-            raise TdcompileError(f"{point.method} of '{point.layer}' left factors that are not finite")
+            raise TdcompileError(f"{point.method} of '{point.layer}' gave factors that are not finite")
         after = None
         if self.tuning is not None:
             after = self._accuracy(self.tuning.run(program.with_(graph=made.graph)).graph)
@@ -155,10 +155,10 @@ class Bench:
         )
 
     def attempt(self, point: Point, key: str) -> Cell | Failure:
-        """The cell, or why it could not be measured: one that diverges must not cost the others.
+        """Measure a cell; if the measurement fails, return the reason, so that the other cells are still measured.
 
         Raises:
-            InputError: something given cannot be used, which the other cells would meet as well.
+            InputError: an input cannot be used; the other cells would fail as well.
         """
         try:
             return self.measure(point, key)
@@ -179,7 +179,7 @@ class Bench:
             site, form, ranks = self.sites[point.layer], make(Decomposition, point.method), self.ranks(point)
             weight, bias = site.weight.cpu(), site.module.bias
             factors = form.factorize(site.layer, weight, ranks, Identity.of(weight))
-            assert bias is None or isinstance(bias, Tensor)  # what convolutions and linear layers have
+            assert bias is None or isinstance(bias, Tensor)  # convolutions and linear layers have no other
             graph = copy_graph(self.program.graph)
             replace_module(graph, point.layer, form.build(site.layer, ranks, factors, bias).to(site.weight.device))
             graph.graph.lint()
@@ -189,7 +189,7 @@ class Bench:
         return self._last
 
     def _calibration(self, program: Program) -> Sequence[Batch]:
-        assert self.task.train is not None  # ``_labelled`` has looked
+        assert self.task.train is not None  # ``_labelled`` checked it
         chosen = self.task.train.shuffled(program.generator("study/calibrate"))
         device = self.program.inputs[0].device
         batches = chosen.batches(limit=self.task.calibrate)
@@ -197,21 +197,21 @@ class Bench:
 
     def _accuracy(self, graph: nn.Module) -> float:
         share = accuracy(graph, self.task.test, self.task.evaluate)
-        assert share is not None  # ``_labelled`` has looked
+        assert share is not None  # ``_labelled`` checked it
         return share
 
 
-Load = Callable[[], Bench]  # makes a bench anew, wherever it is called: it is what other processes are sent
+Load = Callable[[], Bench]  # makes a new bench; other processes receive this function
 
 
 def _labelled(task: Task) -> Task:
-    """The task, made sure that it can be studied.
+    """Return the task, if it has the samples that a study needs.
 
     Raises:
-        InputError: no training samples, or no labelled test samples.
+        InputError: there are no training samples, or no labelled test samples.
     """
     if task.train is None or len(task.train) == 0:
-        raise InputError("a study averages the errors of the features over training samples, and there are none")
+        raise InputError("a study averages feature errors over training samples, but there are none")
     if task.test is None or task.test.classes is None or len(task.test) == 0:
         raise InputError(f"a study measures accuracy, and '{task.source}' has no labelled test samples")
     return task
@@ -222,16 +222,16 @@ def _traced(subject: Subject) -> Program:
         return trace(subject.module, subject.inputs, frontend=subject.frontend)
     except FixedAxisError as error:
         raise InputError(
-            "a study measures the network on batches of several sizes, and it runs at one alone"
-            + (f": it says {first_line(error.__cause__)}" if error.__cause__ else "")
+            "a study runs the network on batches of several sizes, but the network fixes its batch size"
+            + (f": {first_line(error.__cause__)}" if error.__cause__ else "")
         ) from error
 
 
 def _placed(program: Program, target: Target) -> Program:
-    """The program on the target's device; off the CPU with tensors of its own, for moving them would change others.
+    """Move the program to the target's device; the tensors are copied first, because others share them.
 
     Raises:
-        UnavailableError: there is no such device.
+        UnavailableError: the device is missing.
     """
     if target.device == "cpu":
         return program.with_(target=target)

@@ -10,7 +10,7 @@ from scipy.stats import kendalltau
 
 from tdcompile.studies.findings import ERRORS, QUESTIONS, Cell, ErrorName, Question, Tau, When
 
-# What is the same for all cells of a group; errors are compared within groups alone.
+# The property that all cells of a group share; errors are compared only within groups.
 _GROUP: Mapping[Question, Callable[[Cell], str]] = {
     "methods": lambda cell: cell.layer,
     "layers": lambda cell: cell.method,
@@ -19,11 +19,11 @@ _GROUP: Mapping[Question, Callable[[Cell], str]] = {
 
 
 def kendall(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Kendall's τ-b, scipy's default; None for fewer than two pairs, or where either side is all one value.
+    """Return Kendall's τ-b, the default of scipy; None for fewer than two pairs, or if one side is constant.
 
-    τ = 2(k − d) / (m(m − 1)), with k concordant and d discordant of m(m − 1)/2 pairs, as arXiv 2305.05318 writes it, is
-    τ-a; τ-b divides by the pairs that are not tied instead. Without ties the two agree. Test accuracies over few
-    samples do tie, and τ-a would count a pair about which nothing is known as evidence against a correlation.
+    arXiv 2305.05318 writes τ-a: τ = 2(k − d) / (m(m − 1)), with k concordant and d discordant of m(m − 1)/2 pairs. τ-b
+    divides by the number of untied pairs. Without ties the two agree. Test accuracies over few samples do tie, and τ-a
+    would count a tied pair as evidence against a correlation.
     """
     if len(x) < 2 or len(set(x)) < 2 or len(set(y)) < 2:
         return None
@@ -32,14 +32,14 @@ def kendall(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def taus(cells: Sequence[Cell], compressions: Sequence[float], moments: Sequence[When]) -> tuple[Tau, ...]:
-    """τ of every error with the classification error: for each moment, question and level, then pooled over levels.
+    """Return τ of every error with the classification error, for each moment, question and level, and over all levels.
 
-    Within a seed τ is computed for each group and averaged over the groups: the layers, where methods are compared; the
-    methods, where layers are compared; ``overall`` is one group. Then mean and standard deviation over the seeds are
-    taken. That the paper takes the logarithm of the classification error changes no rank and so no τ.
+    For each seed τ is computed in each group and averaged over the groups. The groups are the layers if methods are
+    compared, and the methods if layers are compared; ``overall`` is one group. Mean and standard deviation are taken
+    over the seeds. The paper takes the logarithm of the classification error; this changes no rank and no τ.
 
     Args:
-        cells: of all seeds.
+        cells: the cells of all seeds.
         compressions: the levels.
         moments: ``before`` fine-tuning, ``after`` it, or both.
     """

@@ -1,4 +1,4 @@
-"""Where the cells of a study are measured: in turn, side by side over processes, or over machines with Ray."""
+"""Run the cells of a study: one after another, in several processes, or on several machines with Ray."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from tdcompile.studies.findings import Cell, Failure
 from tdcompile.support.optional_import import import_optional
 from tdcompile.support.process_pool import LazyValues, process_pool
 
-Work = Sequence[tuple[Point, str]]  # points of the grid, each with its cell's key
+Work = Sequence[tuple[Point, str]]  # points of the grid with the keys of their cells
 Outcomes = Iterator[Cell | Failure]
 
-_DIED = "a process of the study died, as a rule for want of memory: go on with --resume and fewer --jobs"
+_DIED = "a process of the study died, probably for lack of memory: go on with --resume and fewer --jobs"
 _POOL = "pool"  # key of the one study that a process of the pool works for; Ray's processes may work for several
 BENCHES = LazyValues[Bench]()  # of this process, by study
 
 
 def in_turn(bench: Bench, work: Work) -> Outcomes:
-    """In this process, one after another."""
+    """Measure the cells in this process, one after another."""
     for point, key in work:
         yield bench.attempt(point, key)
 
 
 def over_processes(load: Load, work: Work, jobs: int) -> Outcomes:
-    """Over so many processes, which share the threads out; the cells come as they are finished.
+    """Measure the cells in several processes that share the threads; yield cells as they finish.
 
-    A process that the iterator leaves at work when it is closed is ended.
+    Closing the iterator ends all processes.
 
     Raises:
         InputError: the network cannot be sent to another process.
@@ -40,10 +40,10 @@ def over_processes(load: Load, work: Work, jobs: int) -> Outcomes:
     """
     try:
         pickle.dumps(load)
-    except Exception as error:  # pickling a user's objects runs into whatever they raise
+    except Exception as error:  # pickling a user's objects may raise anything
         raise InputError(
-            f"the network or its data cannot be sent to other processes ({error}): define them at the top of a "
-            "module, or study with one job"
+            f"the network or its data cannot be sent to other processes ({error}): define them at the top level of "
+            "a module, or use one job"
         ) from error
     processes = min(jobs, max(len(work), 1))
     with process_pool(processes, _DIED, _register, (load,)) as pool:
@@ -52,10 +52,10 @@ def over_processes(load: Load, work: Work, jobs: int) -> Outcomes:
 
 
 def over_ray(load: Load, work: Work, jobs: int) -> Outcomes:
-    """Over the Ray cluster that ``RAY_ADDRESS`` names, else one of this machine with so many jobs at a time.
+    """Measure the cells on the Ray cluster at ``RAY_ADDRESS``, or on a local one with this number of jobs.
 
-    Every machine needs this project and sees the files under the paths by which this one does. What the iterator leaves
-    undone when it is closed is cancelled.
+    Every machine needs this project, and the files at the same paths as on this machine. Closing the iterator cancels
+    the cells that are not finished.
 
     Raises:
         UnavailableError: Ray is not installed.
@@ -68,7 +68,7 @@ def over_ray(load: Load, work: Work, jobs: int) -> Outcomes:
         ray.init(**local, log_to_driver=False, logging_level="ERROR")
     waiting: list[object] = []
     try:
-        shared = [ray.put(load)]  # in a list a reference stays one, to be fetched once a process and not for each cell
+        shared = [ray.put(load)]  # Ray resolves a bare reference for each cell; in a list each process fetches it once
         measure = ray.remote(num_cpus=1)(_measure_there)
         waiting = [measure.remote(shared, os.getcwd(), point, key) for point, key in work]
         while waiting:
@@ -88,7 +88,7 @@ def over_ray(load: Load, work: Work, jobs: int) -> Outcomes:
 
 
 def _register(load: Load) -> None:
-    """Prepare a process; the bench is loaded with the first cell, so that a failure is that cell's."""
+    """Prepare a process; its first cell loads the bench, so that a failure is reported as that cell's."""
     BENCHES.register(_POOL, load)
 
 
@@ -97,7 +97,7 @@ def _measure(point: Point, key: str) -> Cell | Failure:
 
 
 def _measure_there(shared: list[object], folder: str, point: Point, key: str) -> Cell | Failure:
-    """In a process of Ray's, which may work for several studies one after another."""
+    """Measure a cell in a process of Ray, which may serve several studies in succession."""
     name = str(shared[0])
     if name not in BENCHES:
         torch.set_num_threads(1)

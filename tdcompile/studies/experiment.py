@@ -1,4 +1,4 @@
-"""``study``: how well approximation errors foretell accuracy, over layers, methods and compressions."""
+"""``study``: how well approximation errors predict accuracy, over layers, methods and compressions."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from tdcompile.support.options import Count, Options
 METHODS = ("cp4", "tucker2", "tt")
 COMPRESSIONS = (0.5, 0.75, 0.9)
 
-Told = Callable[[int, int, Cell | Failure], None]  # how many cells are done, of how many, and the last one
+Told = Callable[[int, int, Cell | Failure], None]  # number of finished cells, number of all cells, the last cell
 
 
 @dataclass(frozen=True)
 class Grid(Options):
-    """What is varied, and how the network is tuned.
+    """The values to vary, and the options of tuning.
 
     Attributes:
-        methods: decompositions, with options where wanted: ``tucker2{sweeps=0}``.
+        methods: decompositions, optionally with options: ``tucker2{sweeps=0}``.
         compressions: shares of a layer's weights to remove, each in (0, 1).
-        layers: patterns of layer names; none takes every layer but the first and the last.
-        seeds: how many.
-        seed: the first of them.
+        layers: patterns of layer names; empty selects all layers except the first and the last.
+        seeds: number of seeds.
+        seed: the first seed.
         tune: options of ``finetune``, e.g. ``epochs=5``, or ``none``.
     """
 
@@ -69,7 +69,7 @@ class Grid(Options):
             fine_tuner(self.tune)
 
     def points(self, sites: Mapping[str, Site]) -> tuple[list[Point], list[Omission]]:
-        """The cells in order, seeds innermost, and the layers that a method does not apply to.
+        """Return the cells in order, seeds innermost, and the layers to which a method does not apply.
 
         Raises:
             InputError: a pattern matches no layer, or no method applies to any layer.
@@ -117,30 +117,30 @@ def study(
 ) -> Findings:
     """Study how approximation errors rank compressed networks (arXiv 2305.05318).
 
-    One layer is compressed at a time, from its weights alone. For each cell (layer, method, compression, seed) six
-    errors are taken, and the accuracy on the test samples before and after fine-tuning of the whole network; it is what
-    is studied here, and nothing is chosen by it. The paper starts CP at random in each run. Our factorisations are
-    deterministic, so a seed varies the calibration sample and the order and draws of fine-tuning, and the accuracy
-    before fine-tuning is the same for all seeds.
+    One layer is compressed at a time, from its weights alone. For each cell (layer, method, compression, seed) the
+    study measures six errors, and the accuracy on the test samples before and after fine-tuning of the whole network.
+    The accuracy is the object of the study; no choice depends on it. The paper starts CP at random in each run. The
+    factorisations here are deterministic: a seed changes the calibration samples and the draws of fine-tuning, and the
+    accuracy before fine-tuning is the same for all seeds.
 
     Args:
         module: the network; it is not changed.
         inputs: example inputs in the order of ``forward``'s arguments.
-        data: training samples and labelled test samples, as ``compile`` takes them; a ``Task`` whose ``calibrate`` and
-            ``evaluate`` say how many are read, or a pair or a text of which 1,024 and all are.
-        methods: decompositions by name, also one text ``tucker2,tt``.
-        compressions: shares of a layer's weights to remove, or one of them.
-        layers: patterns of layer names, also one text; by default all but the first and the last.
-        seeds: how many, from ``seed`` on; the paper has 5.
+        data: training samples and labelled test samples, in the forms of ``compile``. The ``calibrate`` and
+            ``evaluate`` of a ``Task`` limit the samples that are read; of other data the study reads 1,024 and all.
+        methods: names of decompositions, or one text ``tucker2,tt``.
+        compressions: shares of a layer's weights to remove, or one share.
+        layers: patterns of layer names, or one text; by default all layers except the first and the last.
+        seeds: number of seeds, starting at ``seed``; the paper uses 5.
         tune: options of the pass ``finetune``, e.g. ``epochs=5``.
         out: a folder for ``cells.jsonl``, ``study.json`` and ``study.html``; by default nothing is written.
-        jobs: processes side by side, for which the module and the data must be picklable.
-        ray: over Ray in place of processes.
-        resume: go on from the cells in ``out``.
+        jobs: parallel processes; with more than one the module and the data must be picklable.
+        ray: use Ray instead of processes.
+        resume: continue from the cells in ``out``.
         told: called after each cell.
 
     Raises:
-        InputError: something given cannot be used.
+        InputError: an argument cannot be used.
         UnavailableError: Ray is not installed.
     """
     given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
@@ -165,19 +165,19 @@ def run(
     resume: bool = False,
     told: Told | None = None,
 ) -> Findings:
-    """``study`` of a network that every process loads for itself.
+    """Run a study of a network that every process loads itself.
 
     Args:
-        load: makes the subject; picklable where there are several jobs.
-        source: what the network is called.
-        target: where it runs; the CPU by default.
+        load: makes the subject; must be picklable if there are several jobs.
+        source: name of the network.
+        target: the device that runs the network; by default the CPU.
 
     Raises:
-        InputError: something given cannot be used.
-        UnavailableError: Ray is not installed, or there is no such device.
+        InputError: an argument cannot be used.
+        UnavailableError: Ray is not installed, or the device is missing.
     """
     if jobs < 1:
-        raise InputError(f"jobs={jobs} is below 1")
+        raise InputError(f"jobs={jobs} must be a whole number of at least 1")
     ledger = Ledger(Path(out) if out is not None else None, resume=resume)
     target = target or Target()
     make_bench: Load = partial(_bench, load, grid.tune, target)
@@ -189,7 +189,7 @@ def run(
     failed = _measure(_crew(bench, make_bench, todo, jobs, ray), ledger, len(keyed) - len(todo), len(keyed), told)
     cells = tuple(ledger.cells[key] for _, key in keyed if key in ledger.cells)
     if not cells:
-        raise TdcompileError(f"no cell could be measured; the first one: {failed[0].reason}")
+        raise TdcompileError(f"no cell could be measured; the first failed: {failed[0].reason}")
     made = _findings(bench, grid, source, cells, omitted, failed)
     ledger.finish({"study.json": made.to_json(), "study.html": render_html(made)})
     return made
@@ -224,7 +224,7 @@ def _findings(
     failed: Sequence[Failure],
 ) -> Findings:
     task = bench.task
-    assert task.train is not None  # the bench has looked
+    assert task.train is not None  # the bench checked it
     assert task.test is not None
     return Findings(
         source=source,
@@ -247,7 +247,7 @@ def _findings(
 
 
 def _listed(given: str | Sequence[str]) -> tuple[str, ...]:
-    """A text is a list as of the flag."""
+    """Read a text as the flag does."""
     return tuple(split(given)) if isinstance(given, str) else tuple(given)
 
 

@@ -1,4 +1,4 @@
-"""``Findings``: what an approximation-error study measured, cell by cell, and how it is shown in a terminal."""
+"""``Findings``: the measurements of an approximation-error study, cell by cell, and their tables for a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ErrorName = Literal[
     "features_scaled",
 ]
 
-# What each error is called where people read it.
+# Names of the errors in tables and plots.
 ERRORS: Mapping[ErrorName, str] = {
     "weights_absolute": "weights, absolute",
     "weights_relative": "weights, relative",
@@ -41,25 +41,25 @@ QUESTIONS: Mapping[Question, str] = {
 
 
 class _Part(BaseModel):
-    """Immutable, and strict about names and about NaN and Inf, for which JSON has no form."""
+    """Base of the parts: immutable, no unknown fields, no NaN or Inf, which JSON cannot express."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Cell(_Part):
-    """One layer compressed alone: the six errors, and what the whole network then achieves."""
+    """One compressed layer: its six errors, and the accuracies of the whole network."""
 
     key: str
-    """A digest of everything that decides the cell: network, data, settings, layer, form, ranks and seed."""
+    """Digest of everything that decides the cell: network, data, settings, layer, decomposition, ranks and seed."""
     layer: str
     method: str
     ranks: tuple[int, ...]
     compression: float
-    """The share of the layer's weights that was to be removed."""
+    """Share of the layer's weights to remove."""
     kept: float
-    """The share of the layer's weights that these ranks keep."""
+    """Share of the layer's weights that these ranks keep."""
     seed: int
-    """Of the calibration sample and of fine-tuning; the factors do not depend on it."""
+    """Seed of the calibration sample and of fine-tuning; the factors do not depend on it."""
     weights_absolute: float
     weights_relative: float
     weights_scaled: float
@@ -69,21 +69,21 @@ class Cell(_Part):
     accuracy_before: float
     """Top-1 on the test samples, in [0, 1], before fine-tuning."""
     accuracy_after: float | None
-    """After fine-tuning of the whole network; null where nothing was tuned."""
+    """Top-1 accuracy after fine-tuning of the whole network; null without fine-tuning."""
     seconds: float
 
     def error(self, name: ErrorName) -> float:
-        """One of the six."""
+        """Return one of the six errors."""
         return float(getattr(self, name))
 
     def failure_rate(self, when: When) -> float | None:
-        """The classification error on the test samples, in [0, 1]."""
+        """Return the classification error on the test samples, in [0, 1]."""
         accuracy = self.accuracy_before if when == "before" else self.accuracy_after
         return None if accuracy is None else 1 - accuracy
 
 
 class Failure(_Part):
-    """A cell that could not be measured, and why."""
+    """A cell that could not be measured, and the reason."""
 
     layer: str
     method: str
@@ -93,7 +93,7 @@ class Failure(_Part):
 
 
 class Omission(_Part):
-    """A layer that a method does not apply to, and why."""
+    """A layer to which a method does not apply, and the reason."""
 
     layer: str
     method: str
@@ -106,18 +106,18 @@ class Tau(_Part):
     when: When
     question: Question
     level: float | None
-    """The compression; null pools all of them."""
+    """The compression; null pools all compressions."""
     error: ErrorName
     mean: float | None
-    """Over the seeds; null where no group has two cells that differ."""
+    """Mean over the seeds; null if no group has two cells that differ."""
     sd: float | None
     """The population standard deviation over the seeds; 0 for one seed."""
     groups: int
-    """How many layers, or methods, τ was averaged over for a seed, at most."""
+    """Largest number of layers, or methods, over which τ was averaged for one seed."""
 
 
 class Findings(_Part):
-    """Everything that an approximation-error study measured."""
+    """All measurements of an approximation-error study."""
 
     schema_version: Literal[1] = 1
     source: str
@@ -130,44 +130,44 @@ class Findings(_Part):
     tune: str
     """The fine-tuning pass, or ``none``."""
     calibrate: int
-    """Training samples over which the errors of the features are averaged."""
+    """Number of training samples over which feature errors are averaged."""
     tested: int
-    """Test samples that an accuracy is measured on."""
+    """Number of test samples of each accuracy."""
     cells: tuple[Cell, ...]
     taus: tuple[Tau, ...]
     omitted: tuple[Omission, ...] = ()
     failed: tuple[Failure, ...] = ()
     seconds: float
-    """Of all cells together, over all processes and interrupted runs."""
+    """Total time of all cells, over all processes and interrupted runs."""
     environment: dict[str, str]
 
     @property
     def moments(self) -> tuple[When, ...]:
-        """``before``, and ``after`` where anything was tuned."""
+        """``before``, and ``after`` if the network was fine-tuned."""
         return ("before",) if self.tune == "none" else ("before", "after")
 
     def tau(self, when: When, question: Question, level: float | None, error: ErrorName) -> Tau:
-        """One of ``taus``."""
+        """Return one of ``taus``."""
         wanted = (when, question, level, error)
         return next(tau for tau in self.taus if (tau.when, tau.question, tau.level, tau.error) == wanted)
 
     def to_json(self) -> str:
-        """The text of ``study.json``."""
+        """Return the text of ``study.json``."""
         return self.model_dump_json(indent=1) + "\n"
 
     @classmethod
     def schema_json(cls) -> str:  # type: ignore[override]  # pydantic's own, of this name, is deprecated
-        """The JSON schema of ``study.json``."""
+        """Return the JSON schema of ``study.json``."""
         return json.dumps(cls.model_json_schema(mode="serialization"), indent=1) + "\n"
 
 
 def tables(findings: Findings) -> list[Table]:
-    """The findings for a terminal: accuracies, then τ before and after fine-tuning."""
+    """Return the tables for a terminal: accuracies, then τ before and after fine-tuning."""
     return [_accuracies(findings), *(_taus(findings, when) for when in findings.moments)]
 
 
 def notes(findings: Findings) -> list[str]:
-    """What is missing from the findings, a sentence each."""
+    """Return one sentence for each part that is missing from the findings."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for one in findings.omitted:
         reasons.setdefault((one.layer, one.reason), []).append(one.method)
@@ -185,19 +185,19 @@ def notes(findings: Findings) -> list[str]:
 
 
 def level_name(level: float | None) -> str:
-    """``0.75`` as ``75 % removed``."""
+    """Write ``0.75`` as ``75 % removed``."""
     return "all levels" if level is None else f"{100 * level:g} % removed"
 
 
 def told(tau: Tau) -> str:
-    """``0.51 ± 0.02``, or a dash where there is none."""
+    """Write ``0.51 ± 0.02``, or a dash if there is no τ."""
     if tau.mean is None:
         return "–"
     return f"{tau.mean:.2f}" + (f" ± {tau.sd:.2f}" if tau.sd else "")
 
 
 def mean_accuracy(findings: Findings, method: str, level: float, when: When) -> float | None:
-    """Over the layers and seeds; None where no cell has one."""
+    """Return the mean accuracy over layers and seeds; None if no cell has one."""
     rates = [
         rate
         for cell in findings.cells

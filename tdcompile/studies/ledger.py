@@ -1,4 +1,4 @@
-"""``Ledger``: the finished cells of a study on disk, one line of JSON each, from which an interrupted one goes on."""
+"""``Ledger``: the finished cells of a study on disk, one line of JSON each, so that a study can be resumed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ log = logging.getLogger("tdcompile")
 
 
 class Ledger:
-    """Keeps cells in ``OUT/cells.jsonl``; without a folder it keeps nothing.
+    """Keep cells in ``OUT/cells.jsonl``; without a folder, in memory only.
 
     Args:
-        out: the folder, made when the first cell is written; None keeps nothing.
-        resume: whether cells that it holds already are wanted.
+        out: the folder, made when the first cell is written; None writes nothing.
+        resume: use the cells that the folder holds already.
 
     Raises:
-        InputError: the folder is somebody else's, or holds cells and ``resume`` was not given.
+        InputError: the folder holds other files, or it holds cells and ``resume`` is false.
     """
 
     def __init__(self, out: Path | None, *, resume: bool) -> None:
@@ -42,10 +42,10 @@ class Ledger:
                 log.warning("there is no interrupted study in %s: starting anew", out)
 
     def add(self, cell: Cell) -> None:
-        """Write a cell's line, and see that it is on the disk.
+        """Write a cell's line, and flush it to the disk.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: the line cannot be written.
         """
         self.cells[cell.key] = cell
         if self.out is None:
@@ -63,10 +63,10 @@ class Ledger:
             raise InputError(f"cannot write {self.out / NAME}: {error.strerror or error}") from error
 
     def finish(self, files: dict[str, str]) -> None:
-        """Write the results, each whole or not at all.
+        """Write the result files; each is replaced as a whole.
 
         Raises:
-            InputError: one cannot be written.
+            InputError: a file cannot be written.
         """
         if self.out is None:
             return
@@ -83,7 +83,7 @@ class Ledger:
 
 
 def _check(out: Path) -> None:
-    """Refuse, before any work, a place where a study could or should not write."""
+    """Require, before any work, a folder that a study may write to."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give another -o, a folder that does not exist yet")
     foreign = sorted({path.name for path in out.iterdir()} - _RESULTS) if out.exists() else []
@@ -95,20 +95,20 @@ def _check(out: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Cell]:
-    """The cells of a ledger by key; a line that a crash has cut short is left aside."""
+    """Return the cells of a ledger by key, without a line that a crash cut short."""
     cells = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1):
         try:
             cell = Cell.model_validate_json(line)
         except ValidationError:
-            log.warning("line %d of %s is no cell and is left aside", number, path)
+            log.warning("line %d of %s is not a cell and is ignored", number, path)
             continue
         cells[cell.key] = cell
     return cells
 
 
 def _mend(path: Path) -> None:
-    """End a last line that was cut short, so that the next one does not become a part of it."""
+    """End a last line that was cut short, so that the next line starts anew."""
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         with path.open("a", encoding="utf-8") as file:
             file.write("\n")

@@ -25,12 +25,12 @@ from tdcompile.support.formatting import percent
 
 _WIDTH, _HEIGHT = 400, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 378, 12, 222
-_SMALLEST, _LARGEST = 2.5, 5.0  # radii: the more is removed, the larger the point
+_SMALLEST, _LARGEST = 2.5, 5.0  # radii: a larger point means a higher compression
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a plot: its place, size, series and what it says when pointed at."""
+    """A point of a plot: position, size, series and tooltip."""
 
     x: float
     y: float
@@ -41,12 +41,12 @@ class Mark:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot in coordinates of its own view box, ready to be drawn.
+    """A plot in the coordinates of its view box.
 
     Attributes:
-        across: labels below the horizontal axis, by place.
+        across: labels of the horizontal axis, by position.
         up: labels of the vertical axis, lowest and highest.
-        zero: where a horizontal line marks zero.
+        zero: position of the horizontal line at zero.
     """
 
     title: str
@@ -56,13 +56,13 @@ class Plot:
     zero: float | None = None
 
     def series(self) -> list[list[Mark]]:
-        """The marks of each series in order, for lines through them."""
+        """Return the marks of each series in order, to draw lines through them."""
         numbers = dict.fromkeys(mark.series for mark in self.marks)
         return [[mark for mark in self.marks if mark.series == number] for number in numbers]
 
 
 def render_html(findings: Findings) -> str:
-    """The study as one page that needs no other file, no script and no network."""
+    """Render the study as one page without scripts, other files or network access."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "level": level_name, "told": told}
     template = environment.from_string(files("tdcompile.studies").joinpath("page.html.j2").read_text(encoding="utf-8"))
@@ -82,9 +82,9 @@ def render_html(findings: Findings) -> str:
 
 
 def scatter(findings: Findings, error: ErrorName, when: When) -> Plot:
-    """One error of every cell against the classification error, both on logarithmic axes; a series is a method.
+    """Plot one error of every cell against the classification error, both on logarithmic axes; a series is a method.
 
-    No classification error at all is drawn as half a sample of the test, zero error as the smallest other one.
+    A classification error of zero is drawn as half a test sample, an error of zero as the smallest other error.
     """
     cells = [(cell, rate) for cell in findings.cells if (rate := cell.failure_rate(when)) is not None]
     values = [cell.error(error) for cell, _ in cells]
@@ -111,7 +111,7 @@ def scatter(findings: Findings, error: ErrorName, when: When) -> Plot:
 
 
 def trend(findings: Findings, question: Question, when: When) -> Plot:
-    """τ of every error by level, on an axis from −1 to 1; a series is an error."""
+    """Plot τ of every error by level, on an axis from −1 to 1; a series is an error."""
     levels = sorted(findings.compressions)
     places = [_scaled(i, range(len(levels)), _LEFT + 40, _RIGHT - 40) for i in range(len(levels))]
     marks = []
@@ -126,7 +126,7 @@ def trend(findings: Findings, question: Question, when: When) -> Plot:
 
 
 def _scaled(value: float, values: Sequence[float], start: float, end: float) -> float:
-    """The place of a value between two ends; in the middle where all values are one."""
+    """Scale a value to the range from start to end; to the middle if all values are equal."""
     low, high = min(values), max(values)
     share = (value - low) / (high - low) if high > low else 0.5
     return round(start + share * (end - start), 1)

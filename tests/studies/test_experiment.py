@@ -344,7 +344,7 @@ def test_a_network_of_one_batch_size_is_refused_without_advice_that_does_not_hel
     flags = [flag.replace("1x3x6x6", "2x3x6x6") for flag in FLAGS[1:]]
     assert main(["study", "net.py:fixed", "-o", "made", *flags]) == 2
     error = capfd.readouterr().err
-    assert "a study measures the network on batches of several sizes, and it runs at one alone: it says" in error
+    assert "a study runs the network on batches of several sizes, but the network fixes its batch size:" in error
     assert "--no-dynamic-batch" not in error
 
 
