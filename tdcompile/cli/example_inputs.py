@@ -1,4 +1,4 @@
-"""``--input``: example inputs from their text, ``[NAME=]1x3x224x224[:dtype]``, or from what a model says it takes."""
+"""Example inputs from ``--input [NAME=]1x3x224x224[:dtype]``, or from the inputs that an ONNX model declares."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Example:
-    """One input: the argument of ``forward`` that it is for, where it was named, its shape and type."""
+    """One input: its shape, its type, and the argument of ``forward`` if it is named."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     name: str | None = None
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Normal values, or zeros and ones for other types: these are valid as index, token and mask."""
+        """Draw normal values, or zeros and ones for integers: these are valid as index, token and mask."""
         if self.dtype.is_floating_point:
             return torch.randn(self.shape, generator=generator).to(self.dtype)
         return torch.randint(0, 2, self.shape, generator=generator).to(self.dtype)
@@ -43,11 +43,11 @@ def parse_example(text: str) -> Example:
     """Read ``[NAME=]1x3x224x224[:dtype]``.
 
     Raises:
-        InputError: it has another form, an axis of length 0, or an unknown type.
+        InputError: the text is malformed, or has an axis of length 0 or an unknown type.
     """
     match = _FORM.match(text.strip())
     if match is None:
-        raise InputError(f"the input '{text}' is not of the form [NAME=]1x3x224x224[:dtype], e.g. ids=1x64:int64")
+        raise InputError(f"the input '{text}' must have the form [NAME=]1x3x224x224[:dtype], e.g. ids=1x64:int64")
     shape = tuple(int(size) for size in match["shape"].split("x"))
     if 0 in shape:
         raise InputError(f"the input '{text}' has an axis of length 0; each is at least 1")
@@ -57,23 +57,25 @@ def parse_example(text: str) -> Example:
 
 
 def draw_inputs(texts: Sequence[str], arguments: Sequence[str], seed: int) -> tuple[Tensor, ...]:
-    """Random inputs in the order of a model's arguments.
+    """Draw random inputs in the order of a model's arguments.
 
     Args:
-        arguments: the names of all that it takes.
+        texts: the inputs, as in ``--input``.
+        arguments: the names of all arguments.
+        seed: seeds the draws.
 
     Raises:
-        InputError: there are none, one is malformed, or the names are not those of the first arguments.
+        InputError: there are no inputs, one is malformed, or the names are not those of the first arguments.
     """
     generator = torch.Generator().manual_seed(seed)
     return tuple(example.draw(generator) for example in _ordered(_parsed(texts), arguments))
 
 
 def draw_arguments(texts: Sequence[str], module: nn.Module, seed: int) -> tuple[Tensor, ...] | dict[str, Tensor]:
-    """Random inputs for a network: in the order of its arguments, or by name where they are named.
+    """Draw random inputs for a network, in the order of its arguments, or by name if they are named.
 
     Raises:
-        InputError: there are none, one is malformed or is named while another is not, or ``forward`` takes no such.
+        InputError: there are no inputs, one is malformed, only some are named, or ``forward`` has no such argument.
     """
     examples = _parsed(texts)
     named = [example for example in examples if example.name is not None]
@@ -95,19 +97,22 @@ def draw_arguments(texts: Sequence[str], module: nn.Module, seed: int) -> tuple[
 
 
 def model_inputs(model: Path, batch: int, seed: int, texts: Sequence[str] = ()) -> tuple[Tensor, ...]:
-    """Random inputs for an ONNX file: those given, or what it says it takes.
+    """Draw random inputs for an ONNX file, as given or as the file declares them.
 
     Args:
-        batch: length of the first axis where it is open.
+        model: the file.
+        batch: length of the first axis if it is dynamic.
+        seed: seeds the draws.
+        texts: the inputs, as in ``--input``.
 
     Raises:
-        InputError: the file is missing or no model, leaves more than the batch open, or takes other inputs.
+        InputError: the file is missing or is not a model, has dynamic axes besides the batch, or takes other inputs.
     """
     if not model.is_file():
         raise InputError(f"there is no model {model}")
     try:
         graph = onnx.load(model, load_external_data=False).graph
-    except Exception as error:  # protobuf's errors and onnx's share no root
+    except Exception as error:  # the errors of protobuf and onnx have no common base
         raise InputError(f"{model} is not an ONNX model") from error
     weights, generator = {weight.name for weight in graph.initializer}, torch.Generator().manual_seed(seed)
     values = [value for value in graph.input if value.name not in weights]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: both raise ``KeyboardInterrupt``, known again where a library has made another error of it."""
+"""Ctrl-C and SIGTERM: both raise ``KeyboardInterrupt``, also found if a library replaced it by another error."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """While it lasts, SIGTERM is handled like Ctrl-C, so that a job that is stopped says how to go on."""
-    if threading.current_thread() is not threading.main_thread():  # Python sets handlers there alone
+    """Handle SIGTERM like Ctrl-C within this context, so that a stopped job says how to resume it."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers only there
         yield
         return
 
@@ -26,7 +26,7 @@ def terminable() -> Iterator[None]:
 
 
 def was_interrupted(error: BaseException | None) -> bool:
-    """Whether an error is an interruption or came of one: an import that is interrupted fails in many ways."""
+    """Return whether an error is an interruption or follows from one: an interrupted import fails in many ways."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, KeyboardInterrupt):

@@ -33,13 +33,13 @@ class LayerAnatomy:
     """One layer.
 
     Attributes:
-        kind: ``linear``, ``conv3x3``, ...; a grouped convolution says so.
-        calls: how often the network calls it; MACs are of all calls.
+        kind: ``linear``, ``conv3x3``, ...; also whether a convolution is grouped.
+        calls: number of calls in the network; MACs count all calls.
         break_even: the rank of the ``T x CK`` unfolding at which two factors have as many weights as one matrix.
         energy_ranks: for the unfoldings ``out`` (T x CK) and ``in`` (C x TK), the ranks that hold ``ENERGIES`` of the
             weight's squared norm.
         forms: names of the decompositions that apply.
-        refusals: of the others, by name, why not.
+        refusals: the reason for each other decomposition, by name.
     """
 
     name: str
@@ -68,7 +68,7 @@ def analyze_network(recipe: Recipe, *, as_json: bool, quiet: bool) -> Answer:
 
 
 def anatomy(program: Program) -> list[LayerAnatomy]:
-    """All layers in the order of their first call.
+    """Describe all layers, in the order of their first call.
 
     Raises:
         InputError: the network does not run on its inputs.
@@ -109,7 +109,7 @@ def _kind(layer: Layer) -> str:
 
 
 def _energy_ranks(weight: Tensor, mode: int) -> tuple[int, ...]:
-    """The smallest ranks of an unfolding whose truncation keeps each of ``ENERGIES``: 1 - error² of it."""
+    """Return the smallest ranks at which a truncated unfolding keeps each of ``ENERGIES``, where energy is 1 - error²."""
     flat = unfold(weight, mode)
     flat, _ = operands(flat, Identity.of(flat), min(flat.shape))
     kept = 1 - low_rank_errors(flat, Identity.of(flat)).cpu() ** 2

@@ -592,7 +592,7 @@ def test_an_option_that_cannot_be_used_is_refused(tdc: Any, home: Path, flags: l
         (["--input", "1x4x8x8"], "4x8x8"),
         (["--input", "1x3x8x8:int64"], "int64"),
         (["--input", "1x3x8x8:flaot32"], "did you mean 'float32'?"),
-        (["--input", "1,3,8,8"], "not of the form"),
+        (["--input", "1,3,8,8"], "must have the form"),
         (["--input", "1x0x8x8"], "length 0"),
         (["--input", "y=1x3x8x8"], "no input 'y': known: input"),
     ],

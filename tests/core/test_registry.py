@@ -113,7 +113,7 @@ def test_a_broken_plugin_of_others_is_a_warning(
     monkeypatch.setattr(registry, "entry_points", lambda group: [Point(module)])
     with caplog.at_level(logging.WARNING, "tdcompile"):
         assert "svd" in registry.find(Decomposition)
-    assert "the plug-ins of theirs are left out" in caplog.text
+    assert "the plug-ins of theirs are not available" in caplog.text
 
 
 def test_a_role_is_found_by_what_a_class_declares_itself(monkeypatch):
