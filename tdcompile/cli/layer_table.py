@@ -109,7 +109,7 @@ def _kind(layer: Layer) -> str:
 
 
 def _energy_ranks(weight: Tensor, mode: int) -> tuple[int, ...]:
-    """Return the smallest ranks at which a truncated unfolding keeps each of ``ENERGIES``, where energy is 1 - error²."""
+    """Return the smallest ranks at which a truncated unfolding keeps each of ``ENERGIES``, that is 1 - error²."""
     flat = unfold(weight, mode)
     flat, _ = operands(flat, Identity.of(flat), min(flat.shape))
     kept = 1 - low_rank_errors(flat, Identity.of(flat)).cpu() ** 2
