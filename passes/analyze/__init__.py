@@ -1,1 +1,1 @@
-"""Plug-ins: see the folder map in the README."""
+"""Analysis passes."""

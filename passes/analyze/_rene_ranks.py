@@ -1,4 +1,4 @@
-"""``SingleRanks``: layers in forms of one rank number each: what they cost and lose, and their fit to a budget."""
+"""``SingleRanks``: costs and errors of layers at tied ranks, one number for each layer, and their fit to a budget."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tdcompile.ir.target import Cost
 from tdcompile.numerics.covariance import Identity
 from tdcompile.planning.pricing import Prices
 
-WHOLE = 0  # in place of a rank: the layer stays dense, which costs what it costs and loses nothing
-_GAIN = 1e-6  # of squared relative error: less is nothing to pay for
+WHOLE = 0  # stands for the dense layer among ranks: full cost, no error
+_GAIN = 1e-6  # least reduction of the squared relative error that more rank must bring
 
 
 class SingleRanks(Prices):
-    """Costs and errors by layer and rank, each worked out once, errors for all ranks of a ladder together.
+    """Costs and errors by layer and rank, computed once and cached.
 
     Args:
-        program: gives the layers and the budget.
-        forms: the decomposition of each layer that may be replaced.
+        program: provides the layers and the budget.
+        forms: the decomposition of each layer that may be replaced, by the layer's name.
     """
 
     def __init__(self, program: Program, forms: Mapping[str, Decomposition]) -> None:
@@ -38,7 +38,7 @@ class SingleRanks(Prices):
         self._errors: dict[tuple[str, int], float] = {}
 
     def ranks(self, name: str, rank: int) -> Ranks:
-        """The form's ranks for one number, each at most what the layer has."""
+        """Return the tied ranks of a layer for one number."""
         return tied(self.forms[name].exact_ranks(self.sites[name].layer), rank)
 
     def most(self, name: str) -> int:
@@ -53,11 +53,11 @@ class SingleRanks(Prices):
         return min(layer.in_channels, layer.out_channels)
 
     def end(self, name: str) -> int:
-        """The largest rank that is cheaper than dense, of those about a tenth apart; ``WHOLE`` where none is."""
+        """Return the largest rank on the ladder that is cheaper than dense; ``WHOLE`` if none is."""
         return max(self._ladder(name, 1))
 
     def cost(self, name: str, rank: int) -> Cost:
-        """Of a layer at a rank."""
+        """Return the cost of a layer at a rank."""
         if rank == WHOLE:
             return self.layers[name]
         if (name, rank) not in self._costs:
@@ -65,12 +65,12 @@ class SingleRanks(Prices):
         return self._costs[name, rank]
 
     def share(self, name: str, rank: int) -> float:
-        """Cost over that of the dense layer, in the field that is worst off."""
+        """Return the cost divided by that of the dense layer, in the limited field where it is largest."""
         cost, dense = self.cost(name, rank), self.layers[name]
         return max(float(getattr(cost, f)) / max(float(getattr(dense, f)), 1e-30) for f in self.limits)
 
     def error(self, name: str, rank: int) -> float:
-        """Relative, of the weight."""
+        """Return the relative error of the weight."""
         if rank == WHOLE:
             return 0.0
         if (name, rank) not in self._errors:
@@ -78,11 +78,11 @@ class SingleRanks(Prices):
         return self._errors[name, rank]
 
     def load(self, shares: Mapping[str, Tensor], settled: Mapping[str, float]) -> Tensor:
-        """What the network costs over the limit, the worst limit counting.
+        """Return the cost of the network divided by the limit, for the limit where it is largest.
 
         Args:
-            shares: of the dense layer's cost, at most 1, of the layers that are searched.
-            settled: the same of layers whose search is over; the rest is dense.
+            shares: for each layer in the search, its share of the dense layer's cost, at most 1.
+            settled: the same for layers whose search has ended. All other layers are dense.
         """
         loads = []
         for f, limit in self.limits.items():
@@ -93,20 +93,19 @@ class SingleRanks(Prices):
         return torch.stack(loads).max()
 
     def part(self, name: str) -> float:
-        """What the dense layer costs, as a part of the limit that it takes most of."""
+        """Return the dense layer's largest share of a limit."""
         return max(float(getattr(self.layers[name], f)) / limit for f, limit in self.limits.items())
 
     def spent(self, ranks: Mapping[str, int]) -> Cost:
-        """Of the network, with each layer at its rank where that is cheaper than dense."""
+        """Return the cost of the network with each layer at its rank, or dense if that is cheaper."""
         return self.network({n: self.cost(n, rank) for n, rank in ranks.items() if self.share(n, rank) < 1})
 
     def fitted(self, ranks: Mapping[str, int]) -> dict[str, int]:
-        """The ranks made to fit the budget.
+        """Return ranks that fit the budget.
 
-        While the plan is over it, the layer goes down whose squared error grows least for what it saves; then, as long
-        as anything fits, the layer goes up whose squared error falls most for what it costs. Such a step may be of many
-        ranks, and to ``WHOLE`` or back: errors fall in leaps where a form ends to be cheaper than dense. A layer that
-        gains nothing by more rank does not go up.
+        While the plan exceeds the budget, lower the rank whose squared error grows least for its saving. Then raise
+        ranks while the budget allows, first the one whose squared error falls most for its cost. A step may skip many
+        ranks, or go to ``WHOLE`` or back, because errors jump at break-even. A layer stays if more rank gains nothing.
 
         Raises:
             BudgetError: not even the smallest ranks meet the budget.
@@ -131,12 +130,12 @@ class SingleRanks(Prices):
         return made
 
     def _descend(self, made: dict[str, int], ladders: Mapping[str, Sequence[int]]) -> Cost:
-        """Bring the ranks down, in place, until they keep to the budget; what the network costs then."""
+        """Lower the ranks in place until they are within the budget; return the cost of the network."""
         spent = self.spent(made)
         best = [(*fall, name) for name, rank in made.items() if (fall := self._fall(name, ladders[name], rank))]
         heapify(best)
         while not within(spent, self.limits):
-            if not best:  # by the limit that is worst off in each layer
+            if not best:  # no step saves the limit that each layer uses most
                 made |= self._least(made)
                 spent = self.spent(made)
                 self.check(spent, "one rank a layer")
@@ -149,20 +148,20 @@ class SingleRanks(Prices):
         return spent
 
     def reachable(self, names: Iterable[str]) -> None:
-        """See before a search whether the smallest ranks of these layers meet the budget.
+        """Check before a search that the smallest ranks of these layers meet the budget.
 
         Raises:
-            BudgetError: they do not; the message says what can be reached.
+            BudgetError: they do not; the message states what is reachable.
         """
         self.check(self.spent(self._least(names)), "one rank a layer")
 
     def plan(self, ranks: Mapping[str, int], kept: Mapping[str, Reason], selector: str) -> RankPlan:
-        """The plan of these ranks; a layer stays dense that is kept, has no rank, or would cost as much as dense.
+        """Return the plan of these ranks. A layer stays dense if it is kept, has no rank, or would not be cheaper.
 
         Args:
-            ranks: by layer, ``WHOLE`` for what stays dense.
-            kept: why layers are not to be replaced.
-            selector: what found the ranks.
+            ranks: the rank of each layer; ``WHOLE`` for one that stays dense.
+            kept: why layers must stay dense.
+            selector: text form of the pass that found the ranks.
         """
         choices, reasons = {}, dict(kept)
         for name in self.sites:
@@ -185,7 +184,7 @@ class SingleRanks(Prices):
         return RankPlan(choices, spent, self.dense, selector=selector, reasons=reasons)
 
     def _whole(self, name: str) -> Reason:
-        """Why a layer stays dense though the search might have given it a rank."""
+        """Return why a searched layer stays dense."""
         least = self._cheapest(name)
         if least == WHOLE:
             return Reason(ReasonCode.NOT_CHEAPER, "no rank for this layer is cheaper than dense")
@@ -195,7 +194,7 @@ class SingleRanks(Prices):
         return Reason(ReasonCode.DENSE_IS_BEST, f"dense is best here under the budget: {lost}")
 
     def _least(self, names: Iterable[str]) -> dict[str, int]:
-        """Rank 1 for each; where that does not keep to the budget, the cheapest, as measured prices may have it."""
+        """Return rank 1 for each layer; the cheapest rank if that misses the budget: measured prices need not rise."""
         ones = {name: 1 if self.share(name, 1) < 1 else WHOLE for name in names}
         if within(self.spent(ones), self.limits):
             return ones
@@ -205,22 +204,22 @@ class SingleRanks(Prices):
         return min(self._ladder(name, 1), key=partial(self.share, name))
 
     def _ladder(self, name: str, rank: int) -> list[int]:
-        """Ranks from 1 to the largest, about a tenth apart, and this one, as far as cheaper than dense; then dense."""
-        rungs, at = {rank, self.most(name)}, 1  # not every one: a measured price takes time
+        """Return ranks that are cheaper than dense, about a tenth apart, including this one; then ``WHOLE``."""
+        rungs, at = {rank, self.most(name)}, 1  # not every rank: measuring takes time
         while at <= self.most(name):
             rungs.add(at)
             at = max(at + 1, int(at * 1.1))
         return [*sorted(rung for rung in rungs if rung != WHOLE and self.share(name, rung) < 1), WHOLE]
 
     def _fall(self, name: str, ladder: Sequence[int], rank: int) -> tuple[float, int] | None:
-        """What is cheaper at the least squared error for each part of the limits saved, that error first."""
+        """Return the cheaper rank of least squared error for its saving, after that ratio; None if none is cheaper."""
         share = self.share(name, rank)
         return min(
             ((self._slope(name, less, rank), less) for less in ladder if self.share(name, less) < share), default=None
         )
 
     def _rises(self, name: str, ladder: Sequence[int], rank: int) -> list[tuple[float, int]]:
-        """What has less error, with how much less for each part of the limits that it costs, the most first."""
+        """Return ranks of less error, each after its reduction for its cost, the largest reduction first."""
         error = self.error(name, rank) ** 2
         better = [more for more in ladder if error - self.error(name, more) ** 2 > _GAIN]
         return sorted(((self._slope(name, rank, more), more) for more in better), reverse=True)
@@ -233,6 +232,6 @@ class SingleRanks(Prices):
         self._errors |= {(name, rank): float(error) for rank, error in zip(missing, found, strict=True)}
 
     def _slope(self, name: str, low: int, high: int) -> float:
-        """Squared error between two ranks, for each part of the limits between them."""
+        """Return the difference in squared error between two ranks, divided by their difference in cost."""
         spent = (self.share(name, high) - self.share(name, low)) * self.part(name)
         return (self.error(name, low) ** 2 - self.error(name, high) ** 2) / max(spent, 1e-30)

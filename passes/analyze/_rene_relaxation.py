@@ -1,4 +1,4 @@
-"""``Relaxed``: a layer's rank as a softmax over candidates, each with factors of its own (RENE, arXiv 2409.03555)."""
+"""``Relaxed``: the rank of a layer as a softmax over candidates with their own factors (RENE, arXiv 2409.03555)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tdcompile.passes.analyze._rene_ranks import WHOLE
 
 @dataclass(frozen=True)
 class Interval:
-    """Candidate ranks from ``low`` to ``high``, ``step`` apart, both ends among them."""
+    """Candidate ranks from ``low`` to ``high``, ``step`` apart, including both ends."""
 
     low: int
     high: int
     step: int
 
     def ranks(self) -> list[int]:
-        """Rising, without duplicates.
+        """Return the ranks, rising, without duplicates.
 
         >>> Interval(10, 35, 10).ranks()
         [10, 20, 30, 35]
@@ -34,10 +34,9 @@ class Interval:
         return sorted({*range(self.low, self.high + 1, self.step), self.high})
 
     def around(self, rank: int, factor: int, most: int, reach: float = 0.5) -> Interval | None:
-        """The finer interval, a share of a step to either side and within 1 and ``most``; None once the step is 1.
+        """Return a finer interval of ``reach`` steps to either side, within 1 and ``most``; None if the step is 1.
 
-        With the paper's half a step, ranks between a candidate that is too small and the middle to the next are out of
-        reach; with a whole step they are not.
+        The paper's half a step never reaches ranks beyond the middle between two candidates; a whole step does.
 
         >>> Interval(100, 800, 100).around(200, 10, 800)
         Interval(low=150, high=250, step=10)
@@ -50,13 +49,14 @@ class Interval:
 
 
 class Relaxed(nn.Module):
-    """One layer whose weight is the mixture Σ_r p_r W^(r), p the softmax of coefficients that start at zero.
+    """A layer with the weight Σ_r p_r W^(r); p is the softmax of coefficients that start at zero.
 
     Args:
         site: the layer.
-        form: the decomposition; ``tie`` gives its ranks for one number.
-        candidates: rising; ``WHOLE``, the last if at all, is the weight itself.
-        shares: what each candidate costs, as a share of the dense layer or of the largest rank.
+        form: the decomposition.
+        tie: returns its ranks for one number.
+        candidates: rising ranks; ``WHOLE``, if present, is the last and stands for the weight itself.
+        shares: the cost of each candidate as a share of the dense layer, or of the largest rank.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Relaxed(nn.Module):
 
     @property
     def gates(self) -> Tensor:
-        """p, ``(candidates,)``.
+        """The probabilities p, ``(candidates,)``.
 
         Raises:
             TdcompileError: a coefficient is not finite: the search has diverged.
@@ -95,15 +95,15 @@ class Relaxed(nn.Module):
         return self.coefficients.softmax(0)
 
     def branches(self) -> list[Tensor]:
-        """W^(r) of every candidate, of the weight's shape."""
+        """Return W^(r) of every candidate, in the shape of the weight."""
         each = ([*factors.parameters()] for factors in self.factors)
         made = [self.form.reconstruct(self.site.layer, factors).float() for factors in each]
         return made if len(made) == len(self.candidates) else [*made, self.site.weight.float()]
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The mixed weight, its squared relative error, and that of its branches, Σ_r p_r ‖W − W^(r)‖² / ‖W‖².
+        """Return the mixed weight, its squared relative error, and Σ_r p_r ‖W − W^(r)‖² / ‖W‖².
 
-        The last is what is left once one branch alone stays.
+        The last is the expected error when a single branch remains.
         """
         gates, branches = self.gates, torch.stack(self.branches())
         weight = self.site.weight.float()
@@ -112,18 +112,18 @@ class Relaxed(nn.Module):
         return mixed, (weight - mixed).square().sum() / self.energy, (gates * each).sum() / self.energy
 
     def share(self) -> Tensor:
-        """The expected cost, Σ_r p_r · share_r."""
+        """Return the expected cost, Σ_r p_r · share_r."""
         return (self.gates * self.shares).sum()
 
     def chosen(self) -> int:
-        """The candidate with the largest coefficient; of equal ones the first."""
+        """Return the candidate with the largest coefficient; the first of equal ones."""
         return self.candidates[int(self.gates.argmax())]
 
     def middle(self) -> int:
-        """The rank that a finer interval is to be around: the chosen one, or that which costs as much as the mixture.
+        """Return the centre of the finer interval: the chosen rank, or the one that costs as much as the mixture.
 
-        The latter where the layer is best dense: were it so for good before the others are done, their mixtures, which
-        keep to a budget together with this one, would have less left than they share now.
+        The latter applies if dense is chosen. Making the layer dense at once would take budget from the mixtures of
+        the other layers, which share it.
         """
         if self.chosen() != WHOLE or self.candidates == [WHOLE]:
             return self.chosen()
@@ -132,11 +132,11 @@ class Relaxed(nn.Module):
 
 
 def rank_loss(shares: Sequence[Tensor], gamma: float, beta: float) -> Tensor:
-    """γ · Σ_i (Σ_r p_r · share_r)^β (the paper's equation 5 where a share is r / max R)."""
+    """Return γ · Σ_i (Σ_r p_r · share_r)^β: equation 5 of the paper if a share is r / max R."""
     return gamma * torch.stack([share.clamp_min(1e-12) ** beta for share in shares]).sum()
 
 
 def intervals(most: int, step: int) -> Interval:
-    """The first interval of a layer: from one step, or half of what there is, to the largest rank."""
+    """Return the first interval of a layer: from one step, at most half of the largest rank, to the largest rank."""
     step = max(1, min(step, math.ceil(most / 2)))
     return Interval(min(step, most), most, step)

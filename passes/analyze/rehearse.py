@@ -1,4 +1,4 @@
-"""``rehearse``: run a plan's graph, with random factors, against the dense one before any factor is computed."""
+"""``rehearse``: measure a plan's graph with random factors against the dense graph, before factors are computed."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ from tdcompile.ir.program import Program, sites
 from tdcompile.planning.plan_file import HAND
 from tdcompile.support.progress import report_progress
 
-_FARTHEST = 2.0  # no form's price is corrected by more than this factor, or its inverse
-_CONFIRMED = 3  # plans that are measured a second time where none has stood
-_Pair = tuple[str, Decomposition]  # a layer, and what it becomes
-_PROFILE_SECONDS = 0.3  # about how long a profile runs the dense network
+_FARTHEST = 2.0  # largest correction of a price, as a factor or its inverse
+_CONFIRMED = 3  # plans to measure a second time if no plan was accepted
+_Pair = tuple[str, Decomposition]  # a layer's name and its form
+_PROFILE_SECONDS = 0.3  # approximate duration of a profile of the dense network
 
 
 @dataclass(frozen=True)
 class Rehearse(AnalysisPass):
-    """Measure the plan inside the whole graph, put back what is not faster there, and choose again.
+    """Measure the plan in the whole graph, put slower layers back to dense, and choose again.
 
-    Latency does not depend on the values of weights, so the plan's shapes with random factors show what it will
-    cost. What was measured corrects the prices that the plan was chosen from.
+    Latency does not depend on the values of weights, so random factors of the plan's shapes show its cost. The
+    measurements correct the prices for the next choice.
 
     Attributes:
-        rounds: at most so many plans are measured.
-        over: a plan stands when its measured latency is at most this share over the budget,
-        tolerance: and its predicted latency at most this share away from the measured one.
-        seconds: how long each round measures.
-        aim: share of the budget that plans are chosen for; what is measured varies by about the rest, and a plan that
-            aimed at all of it would be over half of the time.
+        rounds: maximum number of plans to measure.
+        over: allowed relative excess of the measured latency over the budget.
+        tolerance: allowed relative difference between predicted and measured latency.
+        seconds: duration of the measurement in each round.
+        aim: share of the budget to choose plans for. Measurements vary by about the rest; a plan that aims at the
+            whole budget would exceed it half of the time.
     """
 
     name: ClassVar[str] = "rehearse"
@@ -64,20 +64,20 @@ class Rehearse(AnalysisPass):
     aim: float = 0.995
 
     def analyze(self, program: Program) -> tuple[RankPlan, Rehearsal]:
-        """The plan that stood, its predicted latency corrected, and what each round measured."""
+        """Return the accepted plan with its measured latency, and the figures of each round."""
         share = program.budget.latency
         plan, candidates = program.facts[RankPlan], program.facts[Candidates]
         if share is None:
             return plan, Rehearsal(())
-        aim = share if share == 1.0 else self.aim * share  # the dense network itself keeps to all of it
+        aim = share if share == 1.0 else self.aim * share  # the dense network meets a share of 1
         inputs, baseline = timing_inputs(program), program.facts[Baseline].model
         runs = _profile_runs(plan.dense.seconds)
         in_dense = layer_seconds(baseline, candidates.layers, inputs, program.target, runs)
         candidates = _in_step(candidates, in_dense)
-        with contextlib.suppress(BudgetError):  # the first prices found a plan: it is tried before it is given up
+        with contextlib.suppress(BudgetError):  # a plan exists at the first prices: try it anyway
             plan = self._again(program, candidates, plan, aim)
         if all(choice.is_dense for choice in plan.choices.values()):
-            return plan, Rehearsal(())  # the dense network is as fast as it is; a measurement would only say noise
+            return plan, Rehearsal(())  # nothing to compare: a measurement would show noise only
         back: dict[str, Reason] = {}
         tried: list[tuple[Round, RankPlan]] = []
         seen: dict[_Pair, list[float]] = {}
@@ -104,7 +104,7 @@ class Rehearse(AnalysisPass):
             except BudgetError:
                 break
         entry, plan = best or self._confirmed(program, tried, baseline, share * (1 + self.over))
-        # Factors do not change what was measured: from here on it is the prediction.
+        # Factors do not change the latency: the measurement replaces the prediction.
         seconds = entry.measured / entry.dense * plan.dense.seconds
         plan = replace(plan, predicted=replace(plan.predicted, seconds=seconds))
         reasons = {**plan.reasons, **{n: r for n, r in back.items() if plan.choices[n].is_dense}}
@@ -113,9 +113,9 @@ class Rehearse(AnalysisPass):
     def _confirmed(
         self, program: Program, tried: Sequence[tuple[Round, RankPlan]], baseline: Path, limit: float
     ) -> tuple[Round, RankPlan]:
-        """Of the plans tried that of least error within the limit, measured again; the fastest where none is within.
+        """Measure the best plans again; return the one of least error within the limit, or the fastest if none is.
 
-        Of several noisy measurements the one that fits is likelier than not too good: the second one is fair.
+        The one that fits among several noisy measurements is probably too good; a second measurement is fair.
         """
 
         def rank(one: tuple[Round, RankPlan]) -> tuple[float, float]:
@@ -131,7 +131,7 @@ class Rehearse(AnalysisPass):
         return min(again, key=rank)
 
     def _timed(self, program: Program, baseline: Path, file: Path) -> tuple[float, float]:
-        """Median seconds of the dense model and of another, in turn."""
+        """Return the median seconds of the dense model and of another one, measured in alternation."""
         dense, other = time_models([baseline, file], timing_inputs(program), program.target, seconds=self.seconds)
         return dense.median, other.median
 
@@ -150,7 +150,7 @@ def _error(plan: RankPlan) -> float:
 
 @contextlib.contextmanager
 def _written(program: Program, plan: RankPlan, dense: Path) -> Iterator[Path]:
-    """The plan's graph as an ONNX file, as long as it lasts."""
+    """Write the plan's graph to an ONNX file that exists within the context."""
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
         file = Path(folder) / "rehearsal.onnx"
         _write(program, plan, dense, file)
@@ -158,13 +158,13 @@ def _written(program: Program, plan: RankPlan, dense: Path) -> Iterator[Path]:
 
 
 def _write(program: Program, plan: RankPlan, dense: Path, file: Path) -> None:
-    """The plan's graph as ONNX: the dense model with its layers exchanged where that can be done, else an export."""
+    """Write the plan's graph as ONNX: replace layers in the dense model if possible, otherwise export the graph."""
     grafts = {}
     for name, site in sites(program).items():
         choice = plan.choices[name]
         if not choice.is_dense:
             form = choice.decomposition
-            plain = type(form).build is Decomposition.build  # otherwise there is more to it than the blueprint's layers
+            plain = type(form).build is Decomposition.build  # only then is it a chain of the blueprint's layers
             chain = form.blueprint(site.layer, choice.ranks) if plain else ()
             grafts[name] = Graft(site.layer, len(site.calls), chain)
     if not all(graft.chain for graft in grafts.values()) or not graft_layers(dense, grafts, file):
@@ -172,7 +172,7 @@ def _write(program: Program, plan: RankPlan, dense: Path, file: Path) -> None:
 
 
 def _shapes_of(program: Program, plan: RankPlan) -> fx.GraphModule:
-    """The graph of a plan with random factors of the right shapes."""
+    """Return the graph of a plan with random factors."""
     graph, generator = copy_graph(program.graph), torch.Generator().manual_seed(0)
     for name, site in sites(program).items():
         choice = plan.choices[name]
@@ -188,7 +188,7 @@ def _shapes_of(program: Program, plan: RankPlan) -> fx.GraphModule:
 
 
 def _slower(plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, Reason]:
-    """The replaced layers that were not faster inside the graph."""
+    """Return the replaced layers that were not faster in the graph, with the reason."""
     return {
         name: Reason(
             ReasonCode.SLOWER_IN_GRAPH,
@@ -201,7 +201,7 @@ def _slower(plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, f
 
 
 def _without(candidates: Candidates, plan: RankPlan, slower: Mapping[str, Reason]) -> Candidates:
-    """The table without the forms that were slower, at their ranks and every dearer one."""
+    """Return the candidates without the slower forms at their ranks and at more expensive ones."""
     layers = dict(candidates.layers)
     for name in slower:
         form = plan.choices[name].decomposition
@@ -211,7 +211,7 @@ def _without(candidates: Candidates, plan: RankPlan, slower: Mapping[str, Reason
 
 
 def _in_step(candidates: Candidates, dense: Mapping[str, float]) -> Candidates:
-    """The table with all prices of a layer scaled to its dense time in the graph; the rest absorbs the difference."""
+    """Return the candidates scaled to each layer's dense time in the graph; the rest absorbs the difference."""
     layers = {}
     for name, options in candidates.layers.items():
         known = dense_of(options).cost.seconds
@@ -223,16 +223,16 @@ def _in_step(candidates: Candidates, dense: Mapping[str, float]) -> Candidates:
 
 
 def _ratios(plan: RankPlan, candidates: Candidates, measured: Mapping[str, float], share: float) -> dict[_Pair, float]:
-    """By layer and form: seconds in the graph over those in the table.
+    """Return the seconds in the graph divided by those of the candidate, by layer and form.
 
-    A profile tells how the replaced layers share the time; how much it is together, the run of the whole graph tells
-    better, in which whatever else the plan has made slower or faster is theirs.
+    The profile divides the time among the replaced layers. Their sum comes from the run of the whole graph, which is
+    more accurate and includes side effects of the plan on other layers.
 
     Args:
-        plan: what was measured.
-        candidates: the table.
+        plan: the measured plan.
+        candidates: the current prices.
         measured: seconds of each layer in the profile.
-        share: seconds of the whole graph over the dense one's.
+        share: seconds of the whole graph divided by those of the dense graph.
     """
     kept = candidates.rest.seconds
     table, profile = {}, {}
@@ -248,10 +248,10 @@ def _ratios(plan: RankPlan, candidates: Candidates, measured: Mapping[str, float
 
 
 def _learned(candidates: Candidates, seen: Mapping[_Pair, Sequence[float]]) -> Candidates:
-    """The table with each form priced by what was seen of it: in its layer, else in other layers, else of any form.
+    """Return the candidates with corrected prices: from the same layer, else from other layers, else from any form.
 
-    A plan is made of the forms whose prices are most too low. Were only those corrected that have been run, the next
-    plan would be made of the next ones; so what has not been run is taken for one of the dearer ones.
+    A plan consists of the forms whose prices are too low. If only measured forms were corrected, the next plan would
+    consist of the next such forms. So a form without a measurement gets a high correction, the upper quartile.
     """
     forms: dict[Decomposition, list[float]] = {}
     for (_, form), ratios in seen.items():
@@ -273,12 +273,12 @@ def _learned(candidates: Candidates, seen: Mapping[_Pair, Sequence[float]]) -> C
 
 
 def _upper(ratios: Sequence[float]) -> float:
-    """The upper quartile."""
+    """Return the upper quartile."""
     return float(np.quantile(ratios, 0.75))
 
 
 def _profile_runs(seconds: float) -> int:
-    """How often a profile runs a network that takes so long: a small one's kernels need more runs to be told apart."""
+    """Return the number of runs for a profile; short kernels need more runs for a stable figure."""
     return round(min(max(_PROFILE_SECONDS / max(seconds, 1e-6), 7), 100))
 
 
@@ -287,7 +287,7 @@ def _bounded(ratio: float) -> float:
 
 
 def _listed(options: Sequence[Candidate], choice: Candidate) -> Candidate:
-    """The table's entry of a choice; the choice itself where it is no longer in the table."""
+    """Return the candidate of a choice; the choice itself if it is no longer a candidate."""
     return next((o for o in options if (o.decomposition, o.ranks) == (choice.decomposition, choice.ranks)), choice)
 
 
@@ -296,6 +296,6 @@ def _scaled(candidate: Candidate, factor: float) -> Candidate:
 
 
 def _priced(plan: RankPlan, candidates: Candidates) -> RankPlan:
-    """The plan with its costs from the table."""
+    """Return the plan with the costs of the candidates."""
     choices = {name: _listed(candidates.layers[name], choice) for name, choice in plan.choices.items()}
     return replace(plan, choices=choices, predicted=candidates.cost(choices), dense=candidates.dense)

@@ -1,4 +1,4 @@
-"""``rene``: ranks found in a continuous space, by alternating steps of weights and coefficients (arXiv 2409.03555)."""
+"""``rene``: search ranks in a continuous space by alternating steps (RENE, arXiv 2409.03555)."""
 
 from __future__ import annotations
 
@@ -28,42 +28,42 @@ from tdcompile.support.options import Count
 from tdcompile.support.progress import report_progress
 
 _CLIP = 5.0  # without it a search over CP diverges
-_STEEPEST, _HALVINGS = 1e6, 30  # of the projection: the largest multiplier, and bisections
-_TIE = 4e-3  # of the rank loss under a budget: of two ranks that do as well the smaller one
+_STEEPEST, _HALVINGS = 1e6, 30  # of the projection: largest multiplier, number of bisections
+_TIE = 4e-3  # weight of the rank loss under a budget: of two equally good ranks the smaller one wins
 _CONVOLUTIONS = {"tt": "tucker2", "cp": "cp", "cp4": "cp4"}
 
 
 @dataclass(frozen=True)
 class Rene(AnalysisPass):
-    """Rank search by relaxation: RENE, with its own rank loss or under the program's budget.
+    """Search ranks by relaxation: RENE, with its rank loss or under the program's budget.
 
-    Every layer's weight is a mixture of candidates of different ranks. Weight steps lower Σ ‖W − Σ p_r W^(r)‖² / ‖W‖²
-    times the rank loss (the logarithm of it); coefficient steps lower the same without data (``recon``), or with the
-    loss on held-out training samples in the error's place (``data``). The winner of each layer is the middle of a finer
-    interval, down to steps of 1.
+    The weight of every layer is a mixture of candidates of different ranks. Weight steps lower the logarithm of
+    Σ ‖W − Σ p_r W^(r)‖² / ‖W‖² times the rank loss. Coefficient steps lower the same (``recon``), or replace the error
+    by the loss on training samples (``data``). The winner of each layer is the centre of a finer interval, down to
+    steps of 1.
 
-    The paper's ``tt`` of a convolution, 1x1, k x k, 1x1 at one rank, has the graph of Tucker-2 at tied ranks, which is
-    what is registered here as ``tucker2`` and fits better at equal ranks; linear layers and 1x1 convolutions become
-    ``svd``. Ours are: errors relative to each layer's weight; ``single``, which makes branches good on their own; and
-    ``budget``, where a share is a layer's cost, the dense layer is one more candidate, mixtures are projected to the
-    budget after each step, and the plan is made to fit.
+    The paper's ``tt`` of a convolution (1x1, k x k, 1x1 at one rank) has the graph of Tucker-2 at tied ranks.
+    ``tucker2`` fits better at equal ranks and is used instead. Linear layers and 1x1 convolutions become ``svd``.
+    Our completions: errors are relative to each layer's weight; ``single`` makes each branch accurate alone; with
+    ``budget`` a share is the layer's cost, dense is one more candidate, mixtures are projected to the budget after
+    each step, and the plan is made to fit.
 
     Attributes:
-        form: ``tt``, ``cp`` or ``cp4`` for convolutions.
-        mode: what coefficient steps look at.
-        step: between candidate ranks at first, divided by ``factor`` from one refinement to the next.
-        reach: how far a finer interval reaches to either side, in steps; the paper's is 0.5.
+        form: the decomposition of convolutions: ``tt``, ``cp`` or ``cp4``.
+        mode: the loss of coefficient steps, see above.
+        step: first distance between candidate ranks; each refinement divides it by ``factor``.
+        reach: extent of a finer interval to either side, in steps; 0.5 in the paper.
         steps: pairs of steps in each refinement, after ``warmup`` weight steps.
-        alternate: false takes both steps from one loss at once, for comparison.
-        lr_weights, lr_coefficients: of the two kinds of step; the paper's are 1e-3 for both. ``lr_coefficients=none``
-            is 1 under the budget and 0.1 without it.
-        gamma, beta: of the rank loss; in the paper's product γ is a factor of the whole and moves no minimum.
-        single: weight of Σ p_r ‖W − W^(r)‖² beside the mixture's error.
-        tolerance: squared relative error of a layer below which more rank gains little; without it the search without a
-            budget fits a weight's noise, as the product of an error that can vanish and a price always asks for.
-        budget: false searches as the paper does, without one; the program's still says which costs count, and is what
-            ``compile`` holds the result to.
-        samples: of the training part, which coefficient steps look at with ``mode=data``; weight steps need none.
+        alternate: false takes both steps together from one loss, for comparison.
+        lr_weights, lr_coefficients: learning rates of the two steps; 1e-3 for both in the paper.
+            ``lr_coefficients=none`` means 1 under the budget and 0.1 without it.
+        gamma, beta: parameters of the rank loss; in the paper's product γ moves no minimum.
+        single: weight of Σ p_r ‖W − W^(r)‖² in the error.
+        tolerance: squared relative error of a layer below which more rank gains little. Without it, the search
+            without a budget fits the noise of the weights, because its product falls as long as the error does.
+        budget: false searches without a budget, as the paper does. The program's budget still names the costs to count,
+            and ``compile`` checks the result against it.
+        samples: number of training samples for coefficient steps with ``mode=data``; weight steps need none.
     """
 
     name: ClassVar[str] = "rene"
@@ -87,7 +87,7 @@ class Rene(AnalysisPass):
     batch: Count = 64
 
     def analyze(self, program: Program) -> RankPlan:
-        """The plan; dense stay layers that no form applies to, or for which the search finds no cheaper rank.
+        """Return the plan. A layer stays dense if no form accepts it or the search finds no cheaper rank.
 
         Raises:
             InputError: ``mode=data`` without labelled training samples.
@@ -147,7 +147,7 @@ class Rene(AnalysisPass):
     ) -> None:
         weights = [p for layer in layers for p in layer.factors.parameters()]
         if not weights:
-            return  # each has one candidate, dense
+            return  # dense is the only candidate of each layer
         coefficients = [layer.coefficients for layer in layers]
         one, other = (
             torch.optim.SGD(group, rate, momentum=0.9, nesterov=True)
@@ -171,7 +171,7 @@ class Rene(AnalysisPass):
                     self._project(layers, prices, settled)
             report_progress(done + 1, self.warmup + self.steps, f"refinement {rounds + 1}")
         for layer in layers:
-            _ = layer.gates  # not finite is an error here, not the smallest rank
+            _ = layer.gates  # raises if a coefficient is not finite, which ``argmax`` would take for the smallest rank
 
     @property
     def _rate(self) -> float:
@@ -188,14 +188,16 @@ class Rene(AnalysisPass):
         shares = [layer.share() for layer in layers]
         price = rank_loss(shares, self.gamma, self.beta)
         if not self.budget:
-            return (error + len(layers) * self.tolerance).log() + price.log()  # the product's minima at any scale
+            return (
+                error + len(layers) * self.tolerance
+            ).log() + price.log()  # the logarithm has the minima of the product
         return error + _TIE * price
 
     @torch.no_grad()
     def _project(self, layers: Sequence[Relaxed], prices: SingleRanks, settled: _Settled) -> None:
-        """Bring the mixtures back to the budget: of all that keep to it the nearest by Kullback-Leibler divergence.
+        """Project the mixtures to the budget: take the nearest ones by Kullback-Leibler divergence.
 
-        Those are p_r · exp(−λ · cost_r), so that one λ for all layers does it, which is bisected.
+        These are p_r · exp(−λ · cost_r) with one λ for all layers, found by bisection.
         """
         weights = [prices.part(layer.site.name) for layer in layers]
         start = [layer.coefficients.clone() for layer in layers]
@@ -218,19 +220,19 @@ class Rene(AnalysisPass):
     def _data(self, program: Program, generator: torch.Generator) -> _Batches:
         train = program.task.train
         if train is None or train.classes is None:
-            raise InputError("rene{mode=data} looks at labels: give labelled data, or take mode=recon")
+            raise InputError("rene{mode=data} needs labels: give labelled data, or use mode=recon")
         return _Batches(program, list(train.shuffled(generator).batches(self.batch, limit=self.samples)))
 
 
 @dataclass(frozen=True)
 class _Settled:
-    """Layers whose search is over: what each costs, as a share of the dense one, and the weights of those not dense."""
+    """Layers whose search has ended: their cost as a share of dense, and the weights of those that are replaced."""
 
     shares: dict[str, float]
     weights: dict[str, Tensor]
 
     def take(self, layer: Relaxed, share: float) -> None:
-        """A layer at the rank it has chosen."""
+        """Add a layer at its chosen rank."""
         self.shares[layer.site.name] = share
         if share < 1:
             weight = layer.branches()[layer.candidates.index(layer.chosen())]
@@ -238,13 +240,13 @@ class _Settled:
 
 
 class _Batches:
-    """The cross-entropy of the network with other weights, on one batch after another."""
+    """The cross-entropy of the network with given weights, batch by batch."""
 
     def __init__(self, program: Program, batches: list[Batch]) -> None:
         self._graph, self._batches, self._next = program.graph, batches, 0
 
     def loss(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Of the next batch."""
+        """Return the loss on the next batch."""
         batch = self._batches[self._next % len(self._batches)]
         self._next += 1
         scores = logits(functional_call(self._graph, dict(weights), batch.copies()))

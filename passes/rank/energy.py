@@ -1,4 +1,4 @@
-"""``energy``: every layer keeps the same share of its output's energy."""
+"""``energy``: keep the same share of every layer's output energy."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import first_fit, ladder, limits_of, settle, within_error
 from tdcompile.support.options import Share
 
-_ROUNDING = 1e-12  # of 1 - keep, so that an error of exactly the square root is let in
+_ROUNDING = 1e-12  # in 1 - keep, so that an error of exactly the square root is accepted
 
 
 @dataclass(frozen=True)
 class Energy(RankSelector):
-    """Every layer keeps at least one share of its output's energy: the cheapest candidate with error² <= 1 - keep.
+    """Keep at least one share of the output energy in every layer: the cheapest candidate with error² <= 1 - keep.
 
     Attributes:
-        keep: the share, in (0, 1]; by default the largest that meets the budget. Importances are not used.
+        keep: the share; by default the largest that meets the budget. Importances are not used.
     """
 
     name: ClassVar[str] = "energy"
     keep: Share | None = None
 
     def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
-        """See ``RankSelector.select``; a given ``keep`` whose plan misses the budget is an error."""
+        """See ``RankSelector.select``; with a given ``keep``, a plan that misses the budget is an error."""
         limits = limits_of(candidates, budget)
         ladders = {name: ladder(options, limits) for name, options in candidates.layers.items()}
         if self.keep is None:

@@ -1,4 +1,4 @@
-"""``equal-error``: one relative error for every layer, the smallest that the budget allows (arXiv 2305.05318)."""
+"""``equal-error``: bound every layer by the same relative error (arXiv 2305.05318)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from tdcompile.planning.allocation import first_fit, ladder, limits_of, settle, 
 
 @dataclass(frozen=True)
 class EqualError(RankSelector):
-    """One bound on the relative error for every layer, the smallest that meets the budget.
+    """Bound every layer by the smallest relative error that meets the budget.
 
-    Each layer takes its cheapest candidate under the bound, found by bisection over the errors there are. The study
-    that this allocator comes from bisects twice, over ranks and over the bound; the table makes the inner one a
-    look-up. Importances are not used.
+    Each layer takes its cheapest candidate under the bound. Bisection over the errors in the table finds the bound. The
+    study bisects over ranks too; here the table replaces that by a look-up. Importances are not used.
     """
 
     name: ClassVar[str] = "equal-error"

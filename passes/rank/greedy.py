@@ -1,4 +1,4 @@
-"""``greedy``: from the dense network down, always the step that loses least for what it saves."""
+"""``greedy``: start from the dense network and repeatedly take the step of least loss for its saving."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tdcompile.planning.allocation import LOSSES, filled, gainful, limits_of, lo
 
 @dataclass(frozen=True)
 class Greedy(RankSelector):
-    """Steepest descent: the step of least Σ importance · loss for each share of the limits saved, until they are met.
+    """Steepest descent: repeat the step of least importance · loss for each share of the limits saved.
 
-    A step takes one layer to any cheaper candidate. What the last step saved too much is then filled again.
+    A step moves one layer to any cheaper candidate. Room that the last step leaves is filled again.
 
     Attributes:
-        loss: what a relative error costs, as in ``knapsack``.
+        loss: the loss of a relative error, as in ``knapsack``.
     """
 
     name: ClassVar[str] = "greedy"
@@ -56,7 +56,7 @@ def _step(
     loss: Callable[[str, Candidate], float],
     limits: Mapping[str, float],
 ) -> tuple[float, str, int] | None:
-    """The best step from a candidate to a cheaper one: what it loses for what it saves, and where it leads."""
+    """Return the best step to a cheaper candidate: loss for its saving, the layer, and the candidate's index."""
     here, paid = loss(name, current), load(current.cost, limits)
     steps = [
         ((loss(name, option) - here) / (paid - load(option.cost, limits)), name, place)

@@ -1,4 +1,4 @@
-"""``knapsack``: one candidate for each layer out of all forms and ranks, by exact multiple-choice knapsack (HiGHS)."""
+"""``knapsack``: choose one candidate for each layer by exact multiple-choice knapsack (HiGHS)."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from tdcompile.support.quiet import native_output_to_stderr
 
 log = logging.getLogger("tdcompile")
 
-# HiGHS lets a row be off by 1e-6 and an objective by as much: in these units that is nothing.
+# HiGHS allows errors of 1e-6 in rows and objective; in these units they are negligible.
 _ROW, _OBJECTIVE = 1e3, 1e4
-_TIE = 1e-6  # what the whole budget is worth in the objective, as a share of the largest possible loss
+_TIE = 1e-6  # weight of the whole budget in the objective, as a share of the largest possible loss
 _INFEASIBLE = 2
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Knapsack(RankSelector):
-    """The plan of least Σ importance · loss(error) that keeps to every limit at once; the default.
+    """Choose the plan of least Σ importance · loss(error) within all limits; the default selector.
 
-    Each layer's candidates are pruned to those that no other one beats, and the rest is a multiple-choice knapsack:
-    binary x, Σ_c x_lc = 1 for each layer l, Σ cost · x <= limit for each limited field. Among plans of equal loss the
-    cheaper one is taken. The gap that the solver proves is in the plan.
+    Candidates that another one beats are pruned. The rest is a multiple-choice knapsack: binary x, Σ_c x_lc = 1 for
+    each layer l, Σ cost · x <= limit for each limited field. Of plans of equal loss the cheaper one wins. The plan
+    states the gap that the solver proved.
 
     Attributes:
-        loss: what a relative error e costs. ``noise``: e² / (1 − e²), noise over what is left of the signal, which a
-            layer that is as good as gone makes large; ``squared``: e²; ``linear``: e.
+        loss: the loss of a relative error e. ``noise``: e² / (1 − e²), noise over the remaining signal, which is large
+            for a layer that loses nearly everything; ``squared``: e²; ``linear``: e.
         mip_rel_gap: the relative gap at which the solver may stop.
-        time_limit: seconds after which the best plan so far is taken, with its gap; where the solver has none yet, as
-            with thousands of layers of hundreds of candidates, that of ``lagrangian``.
+        time_limit: seconds after which the best plan so far is used, with its gap. If the solver has none yet, as with
+            thousands of layers of hundreds of candidates, the plan is that of ``lagrangian``.
     """
 
     name: ClassVar[str] = "knapsack"
@@ -73,9 +73,9 @@ class Knapsack(RankSelector):
     def _solve(
         self, problem: _Problem, candidates: Candidates, limits: Mapping[str, float]
     ) -> tuple[dict[str, Candidate], float | None] | None:
-        """The best plan and its gap; where no plan keeps to all limits, the one whose worst excess is least.
+        """Return the best plan and its gap, or the plan of least excess if none is within all limits.
 
-        None where the time was over before there was any.
+        Return None if the time ends before there is a plan.
         """
         options = {"mip_rel_gap": self.mip_rel_gap, "time_limit": self.time_limit}
         room = problem.room
@@ -90,19 +90,20 @@ class Knapsack(RankSelector):
             cost = candidates.cost(choices)
             if infeasible or within(cost, limits):
                 return choices, None if infeasible else float(result.mip_gap or 0.0)
-            # The solver rounded in its own favour: leave it that much less room.
+            # The solver's rounding exceeds a limit: reduce its room by the excess.
             room = room - 2 * _ROW * max(getattr(cost, field) / limit - 1 for field, limit in limits.items())
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """The knapsack in numbers: one column for each candidate, layers one after the other.
+    """The knapsack as arrays: one column for each candidate, layer after layer.
 
     Attributes:
-        loss: scaled, with the tie-break towards cheaper in it.
-        use: ``(fields, columns)``: what each candidate takes of each limit.
-        room: what the rest of the network leaves of each limit.
-        one: ``(layers, columns)``: which candidates belong to which layer.
+        table: the candidates of each layer.
+        loss: scaled loss, including the tie-break towards cheaper candidates.
+        use: ``(fields, columns)``: the share of each limit that each candidate takes.
+        room: the share of each limit that the rest of the network leaves.
+        one: ``(layers, columns)``: 1 for the candidates of a layer, otherwise 0.
     """
 
     table: Mapping[str, Sequence[Candidate]]
@@ -135,12 +136,12 @@ class _Problem:
         return cls(table, _OBJECTIVE * scaled, _ROW * use, _ROW * room, one)
 
     def coverable(self) -> bool:
-        """Whether each limit can be kept on its own."""
+        """Return whether each limit can be met on its own."""
         starts = self.one.indptr[:-1]
         return bool((np.minimum.reduceat(self.use, starts, axis=1).sum(axis=1) <= self.room + _ROW * 1e-9).all())
 
     def least_loss(self, room: Floats, options: Mapping[str, float]) -> Any:
-        """The solver's result for Σ loss · x -> min under every limit."""
+        """Return the solver's result for least Σ loss · x within every limit."""
         return _milp(
             self.loss,
             integrality=np.ones_like(self.loss),
@@ -150,7 +151,7 @@ class _Problem:
         )
 
     def least_excess(self, options: Mapping[str, float]) -> Any:
-        """The solver's result for the plan whose largest excess over a limit, a further column, is least."""
+        """Return the solver's result for the least largest excess over a limit, which is one more column."""
         columns = self.loss.size
         limits = hstack([csr_array(self.use), csr_array(np.full((len(self.room), 1), -_ROW))])
         layers = hstack([self.one, csr_array((self.one.shape[0], 1))])
@@ -167,7 +168,7 @@ class _Problem:
         )
 
     def choices(self, x: Floats) -> dict[str, Candidate]:
-        """For each layer the candidate whose column is nearest to 1."""
+        """Return for each layer the candidate whose column is nearest to 1."""
         starts = self.one.indptr
         return {
             name: rows[int(np.argmax(x[starts[i] : starts[i + 1]]))]
@@ -176,6 +177,6 @@ class _Problem:
 
 
 def _milp(costs: Floats, **problem: Any) -> Any:
-    """``scipy.optimize.milp``; some versions of HiGHS print a line of debugging whatever they are told."""
+    """Call ``scipy.optimize.milp``; some versions of HiGHS print a debug line regardless of their options."""
     with native_output_to_stderr():
         return milp(costs, **problem)

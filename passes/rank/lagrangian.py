@@ -1,4 +1,4 @@
-"""``lagrangian``: the allocator for thousands of layers: one price of cost for all, found by bisection, then a fill."""
+"""``lagrangian``: one price of cost for all layers, found by bisection, then a fill; for thousands of layers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _DOUBLINGS, _BISECTIONS = 200, 100
 
 @dataclass(frozen=True)
 class Lagrangian(RankSelector):
-    """Each layer takes the candidate of least loss + λ · cost, with the least λ that meets a budget (BALF, 2509.25136).
+    """Take the candidate of least loss + λ · cost in each layer, with the least λ within budget (BALF, 2509.25136).
 
-    Time is linear in the candidates. Plans found this way lie on the convex hull of loss and cost; what a budget
-    still leaves is filled with what lowers the loss most for its cost. Under several limits a cost is the sum
-    of its shares of them (this project's completion).
+    Time is linear in the candidates. Such plans lie on the convex hull of loss and cost. Room that the budget leaves is
+    filled with the steps of most loss saved for their cost. Under several limits a cost is the sum of its shares of
+    them (our completion).
 
     Attributes:
-        loss: what a relative error costs, as in ``knapsack``.
+        loss: the loss of a relative error, as in ``knapsack``.
     """
 
     name: ClassVar[str] = "lagrangian"
@@ -45,7 +45,7 @@ class Lagrangian(RankSelector):
         return settle(self, candidates, budget, choices)
 
     def _price(self, table: _Table, candidates: Candidates, limits: Mapping[str, float]) -> float:
-        """The least λ that meets the limits, or a very large one where none does."""
+        """Return the least λ that meets the limits, or a very large one if none does."""
 
         def fits(price: float) -> bool:
             return within(candidates.cost(table.choices(price)), limits)
@@ -64,7 +64,7 @@ class Lagrangian(RankSelector):
 
 
 class _Table:
-    """All candidates of all layers in two arrays, layer after layer."""
+    """Loss and load of all candidates as arrays, layer after layer."""
 
     def __init__(
         self, candidates: Candidates, loss: Callable[[str, Candidate], float], limits: Mapping[str, float]
@@ -80,12 +80,12 @@ class _Table:
 
     @property
     def scale(self) -> float:
-        """A price at which cost hardly counts, to start from."""
+        """A first price, at which cost hardly matters."""
         spread = float(np.ptp(self._load)) if len(self._load) else 0.0
         return 1e-6 * max(float(self._loss.max(initial=0.0)), 1e-12) / max(spread, 1e-12)
 
     def choices(self, price: float) -> dict[str, Candidate]:
-        """For each layer the candidate of least loss + λ · load, the cheapest among equals."""
+        """Return for each layer the candidate of least loss + λ · load, the cheapest of equal ones."""
         order = np.lexsort((self._load, self._loss + price * self._load, self._owner))
         first = order[self._starts] - self._starts
         return {

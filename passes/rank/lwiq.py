@@ -1,4 +1,4 @@
-"""``lwiq``: energy ranks times layer importance times one factor, which a budget decides (arXiv 2408.01534)."""
+"""``lwiq``: energy ranks times layer importance times one factor set by the budget (arXiv 2408.01534)."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import LOSSES, filled, first_fit, gainful, limits_of, load, settle, weighted
 from tdcompile.support.options import NonNegative, Part
 
-_PREFERRED = ("tt", "svd", "tt-linear")  # the paper's tensor train, and what a layer has that no train fits
+_PREFERRED = ("tt", "svd", "tt-linear")  # the paper's tensor train, then forms of the layers that it refuses
 _LEVELS, _LARGEST = 400, 64.0
 
 
 @dataclass(frozen=True)
 class LwiqRanks(RankSelector):
-    """Ranks s · q^p · R for every layer: base rank R, importance q, and one factor s that meets the budget.
+    """Give every layer the rank s · q^p · R: base rank R, importance q, and one factor s that meets the budget.
 
-    R is the energy rank of the train: the smallest, one for all bonds, whose error is at most ``error``. q is the
-    importance in units of the largest. s comes from bisection; nothing is measured again for another budget. What the
-    budget then leaves is filled with the steps of most importance · loss for their cost. The paper leaves base ranks,
-    exponent and fill open: this is our completion.
+    R is the energy rank of the tensor train: the smallest tied rank whose error is at most ``error``. q is the
+    importance relative to the largest. s comes from bisection; another budget needs no new measurement. Room that the
+    budget leaves is filled with the steps of most importance · loss for their cost. The paper states neither base
+    ranks, exponent nor fill: they are our completion.
 
     Attributes:
-        error: of the base ranks, relative.
-        power: p, how strongly importance stretches ranks.
-        fill: whether to use what the budget leaves.
-        reserve: share of the budget that the fill has at least: one factor for all leaves a layer of little importance
-            ranks that cost it its function, a classifier of 10 classes rank 2, and to mend that costs little.
+        error: relative error of the base ranks.
+        power: p, the effect of importance on ranks.
+        fill: whether to fill the room that the budget leaves.
+        reserve: share of the budget reserved for the fill. One factor for all can give a layer of low importance too
+            low a rank, such as rank 2 for a classifier of 10 classes; raising it costs little.
     """
 
     name: ClassVar[str] = "lwiq"
@@ -58,7 +58,7 @@ class LwiqRanks(RankSelector):
                 for name, path in paths.items()
             }
 
-        # Geometric: a rank grows by a hundredth from one factor to the next, from far above the ranks to far below.
+        # Geometric, in steps of about 2 percent, from far above the base ranks to far below them.
         factors = [_LARGEST * 2.0 ** (-12 * i / _LEVELS) for i in range(_LEVELS + 1)]
         first = {field: limit * (1 - self.reserve) for field, limit in limits.items()} if self.fill else limits
         choices: Mapping[str, Candidate] = first_fit(plan, [*factors, 0.0], candidates, first)
@@ -67,12 +67,12 @@ class LwiqRanks(RankSelector):
         return settle(self, candidates, budget, choices)
 
     def _base(self, path: Sequence[Candidate]) -> float:
-        """R, as the sum over a candidate's ranks, which is in proportion to them along a path."""
+        """Return R as a sum over the ranks of a candidate; along a path the sum is proportional to the ranks."""
         return float(sum(next((o for o in path if o.error <= self.error), path[-1]).ranks))
 
 
 def _path(options: Sequence[Candidate], limits: Mapping[str, float]) -> list[Candidate]:
-    """The candidates of one form that are cheaper than dense, ranks rising and errors falling."""
+    """Return the candidates of one form that are cheaper than dense, by rising ranks and falling errors."""
     saving = gainful(options, limits)
     forms = {option.decomposition.name: option for option in saving}
     other = min(forms.values(), key=lambda option: option.form, default=None)
@@ -88,5 +88,5 @@ def _path(options: Sequence[Candidate], limits: Mapping[str, float]) -> list[Can
 
 
 def _at(path: Sequence[Candidate], ranks: float) -> Candidate:
-    """The largest candidate whose ranks are at most these; the smallest one where all are larger."""
+    """Return the largest candidate of at most these ranks; the smallest one if all are larger."""
     return next((option for option in reversed(path) if sum(option.ranks) <= ranks), path[0])

@@ -1,4 +1,4 @@
-"""``uniform``: one fraction of the full rank for every layer, the largest that the budget allows."""
+"""``uniform``: give every layer the same fraction of its full rank."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Step = tuple[float, Candidate]
 
 @dataclass(frozen=True)
 class Uniform(RankSelector):
-    """One fraction of the full rank for every layer, the largest that meets the budget.
+    """Give every layer the same fraction of its full rank, the largest that meets the budget.
 
-    At the fraction φ a layer takes, of one form's candidates, the one of least error whose ranks are all at most φ
-    times the full ranks; where φ is below them all, the smallest; where that is not cheaper than dense, dense.
+    At the fraction φ a layer takes the candidate of least error whose ranks are at most φ times the full ranks. If φ is
+    below all candidates, it takes the smallest. If the candidate is not cheaper than dense, the layer stays dense.
 
     Attributes:
-        form: the decomposition for every layer; ``auto`` takes for each the one with the least error at the share of
-            the layer's own cost that the budget leaves. Importances are not used.
+        form: the decomposition for every layer. ``auto`` takes for each layer the form of least error at the budget's
+            share of the layer's cost. Importances are not used.
     """
 
     name: ClassVar[str] = "uniform"
@@ -69,7 +69,7 @@ class Uniform(RankSelector):
             raise InputError(f"'{self.spec()}': no layer has a candidate of '{self.form}': {nearest(self.form, known)}")
 
     def _reasons(self, candidates: Candidates) -> dict[str, Reason]:
-        """For the layers that a named form does not apply to, though others do."""
+        """Return reasons for layers that the named form does not fit, although others do."""
         return {
             name: Reason(ReasonCode.OTHER_FORM, f"'{self.form}' was asked for and does not apply to this layer")
             for name, options in candidates.layers.items()
@@ -80,14 +80,14 @@ class Uniform(RankSelector):
 
 
 def _form_of(candidate: Candidate) -> str:
-    """The decomposition's name without its options."""
+    """Return the name of the decomposition without options."""
     return candidate.decomposition.name
 
 
 def _steps(
     options: Sequence[Candidate], form: str | None, spectra: Mapping[str, Spectrum], limits: Mapping[str, float]
 ) -> list[Step]:
-    """The fractions at which a layer's candidate changes, ascending; dense stands in for one that saves nothing."""
+    """Return rising fractions at which a layer's candidate changes; dense replaces one that saves nothing."""
     dense = dense_of(options)
     family = [o for o in decompositions_of(options) if _form_of(o) == form and math.isfinite(o.error)]
     if not family:

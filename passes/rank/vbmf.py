@@ -1,4 +1,4 @@
-"""``vbmf``: ranks by empirical variational Bayes of the channel unfoldings (Nakajima et al. 2013, Kim et al. 2016)."""
+"""``vbmf``: estimate ranks by empirical variational Bayes (Nakajima et al. 2013, Kim et al. 2016)."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import first_fit, full_ranks, gainful, limits_of, load, settle
 from tdcompile.support.options import Count, Share
 
-_STEPS = 64  # of the search over the weakening factor
+_STEPS = 64  # number of weakening factors to try
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class VBMF(RankSelector):
-    """Ranks by empirical variational Bayes of each layer's channel unfoldings; the budget only strengthens them.
+    """Estimate ranks by empirical variational Bayes of each layer's channel unfoldings; the budget may lower them.
 
-    Each rank becomes r_max - w (r_max - r_vbmf), at least ``floor``, and then the nearest candidate from above. A rank
-    that truncates neither unfolding takes the larger of the layer's two fractions, and a form with such ranks alone is
-    taken only where a layer has no other. Importances are not used.
+    Each rank becomes r_max - w (r_max - r_vbmf), at least ``floor``, rounded up to a candidate. A rank that truncates
+    neither unfolding takes the larger fraction of the two. A form with only such ranks is used if a layer has no other.
+    Importances are not used.
 
     Attributes:
-        weaken: w in (0, 1]; 1 is the estimate itself, which is far too strong for networks with batch norm. Where
-            the plan misses the budget, w grows towards 1: 0.02 gives the mildest plan that meets it.
-        floor: no rank is below it, and a layer with a full rank that is not above it stays dense, for the estimate of a
-            narrow layer is the least sure; musco (Gusak et al. 2019, arXiv 1903.09973) has 21.
+        weaken: w. 1 is the estimate itself, which is far too low for networks with batch norm. If the plan misses the
+            budget, w rises towards 1: start at 0.02 for the mildest plan within the budget.
+        floor: the least rank. A layer whose full rank is not above it stays dense, because the estimate is least
+            reliable for narrow layers; musco (Gusak et al. 2019, arXiv 1903.09973) uses 21.
     """
 
     name: ClassVar[str] = "vbmf"
@@ -66,7 +66,7 @@ class VBMF(RankSelector):
         return settle(self, candidates, budget, choices, reasons=reasons)
 
     def _reasons(self, candidates: Candidates) -> dict[str, Reason]:
-        """Why layers that could be replaced are not looked at."""
+        """Return why some layers with candidates are skipped."""
         reasons = {}
         for name in (name for name, options in candidates.layers.items() if len(options) > 1):
             spectra = candidates.spectra.get(name)
@@ -87,7 +87,7 @@ def _choose(
     floor: int,
     limits: Mapping[str, float],
 ) -> Candidate:
-    """The cheapest candidate with no rank below its weakened estimate; dense where none of those is cheaper."""
+    """Return the cheapest candidate with no rank below its weakened estimate; dense if none is cheaper."""
     full = {mode: _full(spectrum) for mode, spectrum in spectra.items()}
     ranks = {mode: max(floor, int(full[mode] - w * (full[mode] - estimate))) for mode, estimate in estimates.items()}
     fraction = max(ranks[mode] / full[mode] for mode in ranks)
@@ -119,17 +119,17 @@ def _full(spectrum: Spectrum) -> int:
 
 
 def evbmf_rank(values: Sequence[float], rows: int, columns: int) -> int:
-    """The rank that empirical variational Bayes matrix factorisation finds; 0 where all is noise.
+    """Return the rank by empirical variational Bayes matrix factorisation; 0 if everything is noise.
 
-    With L <= M the sides, α = L/M and the noise variance σ², a singular value s survives where s² > M σ² x̄,
+    With sides L <= M, α = L/M and noise variance σ², a singular value s survives if s² > M σ² x̄,
     x̄ = (1 + τ̄)(1 + α/τ̄), τ̄ = 2.5129 √α. σ² minimises the free energy (Nakajima et al., JMLR 14, 2013, Theorem 2 and
-    Corollary 2), over log σ² and from the best point of a grid: weights have variances that an absolute tolerance
-    on σ² cannot see, and the free energy has a kink wherever a value crosses the threshold.
+    Corollary 2). The search is over log σ², because variances of weights are below an absolute tolerance, and starts at
+    the best point of a grid, because the free energy has a kink wherever a value crosses the threshold.
 
     Args:
-        values: all singular values; those left out count as zero.
-        rows: of the matrix.
-        columns: of the matrix.
+        values: the singular values; missing ones count as zero.
+        rows: number of rows of the matrix.
+        columns: number of columns.
     """
     L, M = sorted((rows, columns))
     alpha = L / M
@@ -149,7 +149,7 @@ def evbmf_rank(values: Sequence[float], rows: int, columns: int) -> int:
 
 
 def _noise(squares: Floats, L: int, M: int, x_bar: float, low: float, high: float) -> float:
-    """The σ² in [low, high] of least free energy; a zero singular value adds ln σ² to it."""
+    """Return the σ² in [low, high] of least free energy; a zero singular value adds ln σ² to it."""
     alpha = L / M
 
     def free_energy(log_variance: float) -> float:
