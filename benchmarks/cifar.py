@@ -33,7 +33,7 @@ def main(
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
-    """Compile a trained network at a budget in several ways; test accuracy is of all 10,000 images."""
+    """Compile a trained network at a budget in several ways; measure accuracy on all 10,000 test images."""
     module, train, test = trained(network, weights, data, seed)
     task, (name, share) = Task(train, test, source=data), budget.split("=")
 

@@ -1,4 +1,4 @@
-"""Parts of all benchmarks: reference networks, and a table in Markdown and JSON with where it is from."""
+"""Parts of all benchmarks: reference networks, and a table in Markdown and JSON with its provenance."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tdcompile.ir.target import Budget, Target
 
 
 def network(name: str, seed: int) -> tuple[torch.nn.Module, torch.Tensor]:
-    """A reference network with random weights, and one sample to go through it."""
+    """Return a reference network with random weights, and one input sample."""
     torch.manual_seed(seed)
     made = make(Network, name)
     return made.build(), torch.randn(1, *made.input_shapes[0])
 
 
 def trained(name: str, weights: Path, data: str, seed: int) -> tuple[torch.nn.Module, Samples | None, Samples | None]:
-    """A reference network for CIFAR-10 with its weights, and the images to train and to test on."""
+    """Return a trained reference network for CIFAR-10 with its training and test samples."""
     train, test = load_data(data, (3, 32, 32), "imagenet", seed)
     module = make(Network, name).build()
     load_weights(module, weights)
@@ -43,7 +43,7 @@ def trained(name: str, weights: Path, data: str, seed: int) -> tuple[torch.nn.Mo
 def traced(
     name: str, weights: Path, data: str, macs: float, seed: int
 ) -> tuple[Program, Samples | None, Samples | None]:
-    """That network as a program under a budget of MACs, and the images to train and to test on."""
+    """Return a trained reference network as a program under a budget of MACs, with training and test samples."""
     module, train, test = trained(name, weights, data, seed)
     program = tdcompile.trace(module, (torch.randn(2, 3, 32, 32),))
     return program.with_(task=Task(train, test, source=data), budget=Budget(macs=macs), seed=seed), train, test
@@ -65,7 +65,7 @@ def publish(
     """Print the rows as a Markdown table and write them as JSON in the schema of ``docs/measurements/``.
 
     Args:
-        formats: Format specifications of columns that need another one than ``Table.of_records`` gives them.
+        formats: Format specifications of columns that override the default of ``Table.of_records``.
     """
     described = environment(target)
     if "transformers" in sys.modules:  # the benchmark compiles its networks

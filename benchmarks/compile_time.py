@@ -26,7 +26,7 @@ def main(
     one: Annotated[str | None, typer.Option(hidden=True, help="compile this one and print its figures")] = None,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
-    """Compile each network twice, each time in a process of its own, so that imports and peak memory are its own."""
+    """Compile each network twice, each time in a new process, to measure imports and peak memory of one run."""
     if one is not None:
         module, sample = network(one, seed)
         report = tdcompile.compile(module, sample, budget={"latency": budget}, seed=seed).report

@@ -1,4 +1,4 @@
-"""What error-preserving correction of CP costs in error, and what it brings in sensitivity and in tuning."""
+"""Error-preserving correction of CP: its cost in error, and its gain in sensitivity and in tuning."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main(
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
-    """The rows of a form have the same ranks, one fraction for all layers, and factors of the weights alone."""
+    """Compare forms at equal ranks: one fraction for all layers, with factors fitted to the weights alone."""
     program, _, test = traced(network, weights, data, macs, seed)
     rows = []
     for form in forms.split(","):
@@ -77,7 +77,7 @@ def _with(plan: RankPlan, form: str) -> RankPlan:
 
 
 def _figures(program: Program, plan: RankPlan) -> list[tuple[float, float]]:
-    """Of every replaced layer the relative error of its weight and the sensitivity of its CP."""
+    """Return for every replaced layer the relative error of its weight and the sensitivity of its CP."""
     found, figures = sites(program), []
     for name, choice in plan.choices.items():
         if not choice.is_dense:

@@ -1,4 +1,4 @@
-"""What it brings that freed memory stays with the process: batches answered and steps trained, with and without."""
+"""Batches inferred and steps trained with and without keeping freed memory in the process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
-    """PyTorch on the CPU in fp32, random weights and images, in turns; a step has no update."""
+    """Alternate both variants in PyTorch on the CPU in fp32, with random weights and images; a step has no update."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name, size in zip(networks.split(","), map(int, images.split(",")), strict=True):
@@ -35,7 +35,7 @@ def main(
             returned, kept = [], []
             for turn in range(rounds + 1):
                 some = [_seconds(module, x, batches, nullcontext()), _seconds(module, x, batches, keep_freed_memory())]
-                if turn:  # the first one warms up
+                if turn:  # the first turn warms up
                     returned.append(some[0])
                     kept.append(some[1])
             ratios = sorted(b / a for a, b in zip(returned, kept, strict=True))

@@ -1,4 +1,4 @@
-"""Latency under ``--budget latency=…``: what was measured, what was predicted, what of the saved MACs became time."""
+"""Latency under ``--budget latency=…``: measured, predicted, and the share of saved MACs that became saved time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
-    """Compile each network without data and measure it against its dense self, interleaved, medians."""
+    """Compile each network without data; time it and its dense original alternately and report medians."""
     target, rows = Target(threads=threads), []
     for name in networks.split(","):
         module, sample = network(name, seed)

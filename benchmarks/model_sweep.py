@@ -1,4 +1,4 @@
-"""Networks that nobody wrote for tdcompile, each compiled, exported and verified: what works, what does not, why."""
+"""Compile, export and verify networks from other libraries; report each outcome and its reason."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _FORMATS = {
     "full ranks": ".0e",
     "seconds": ".0f",
 }
-# How far a network may be from itself at full ranks.
+# Allowed difference of a network from its original at full ranks.
 IDENTITY = 1e-4
-# Forms that an iteration finds: at their exact ranks they are only nearly the layer.
+# Forms fitted by iteration: their exact ranks only approximate the layer.
 ITERATED = ("cp", "cp4")
-# Where the first is out of reach (most of a network depthwise, say), the next is tried, and the row says so.
+# Budgets in the order tried: the next one if a budget is out of reach, as in mostly depthwise networks.
 SHARES = (0.6, 0.8, 0.95)
 
 
@@ -53,9 +53,9 @@ def main(
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here; rows of other networks stay")] = None,
 ) -> None:
-    """Random weights: what is tested is that a network compiles and stays right, not how accurate it is.
+    """Test with random weights that a network compiles and stays correct; accuracy is not measured.
 
-    Every model is run in onnxruntime against its PyTorch network at batches of 1, 2 and 5.
+    onnxruntime runs every model at batches of 1, 2 and 5 and is compared with the PyTorch network.
     """
     known = Table.read(json).records() if json is not None and json.is_file() else []
     rows: dict[str, dict[str, Any]] = {str(row["network"]): row for row in known}
@@ -85,13 +85,13 @@ def _tried(build: Build, frontend: str, seed: int) -> dict[str, Any]:
         except TdcompileError as error:
             kind = "refused" if isinstance(error, InputError) else "failed"
             return {"outcome": kind, "why": f"{type(error).__name__}: {error}"}
-        except Exception as error:  # noqa: BLE001  # what is not our own error is a defect, and a row of the table
+        except Exception as error:  # noqa: BLE001  # an error of another class is a defect and becomes a row
             return {"outcome": "crashed", "why": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
     return refused
 
 
 def _at_full_ranks(module: nn.Module, inputs: Any, frontend: str, seed: int) -> float:
-    """How far a network is from itself, of its largest output, with every layer in a form drawn at its exact ranks."""
+    """Return the largest relative difference of outputs after each layer takes a random form at exact ranks."""
     program = tdcompile.trace(module, inputs, frontend=frontend).with_(budget=Budget(macs=1.0))
     forms = "+".join(form for form in find(Decomposition) if form not in ITERATED)
     program = tdcompile.Pipeline.parse(f"propose{{decompose={forms},grain={sys.maxsize}}}").run(program)
@@ -108,7 +108,7 @@ def _at_full_ranks(module: nn.Module, inputs: Any, frontend: str, seed: int) -> 
         seen = torch.isfinite(theirs)
         if theirs.is_floating_point() and seen.any():
             most = (ours - theirs)[seen].abs().max() / theirs[seen].abs().max().clamp_min(1e-3)
-            worst = worst if float(most) <= worst else float(most)  # not max, which loses NaN
+            worst = worst if float(most) <= worst else float(most)  # ``max`` would lose NaN
     return worst
 
 

@@ -1,4 +1,4 @@
-"""How well a predicted loss ranks plans: Kendall's tau between prediction and accuracy over random plans."""
+"""Rank correlation of a predicted loss: Kendall's tau between prediction and accuracy over random plans."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def main(
     backwards: Annotated[bool, typer.Option(help="begin with the last plan, to meet another run half-way")] = False,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
-    """Accuracy here judges predictions, and chooses nothing.
+    """Judge predictions by accuracy; accuracy chooses no plan.
 
-    A random plan is the knapsack's for random importances (log-normal, deviation 1.5) over a random half of the forms.
+    A random plan is the knapsack's plan for random importances (log-normal, deviation 1.5) and half of the forms.
     """
     program, _, test = traced(network, weights, data, 0.5, seed)
     program = Pipeline.parse("calibrate,propose").run(program)
@@ -83,7 +83,7 @@ def main(
 
 
 def _known(kept: Path | None, settings: str) -> dict[str, dict[str, float | None]]:
-    """What another run with the same settings has measured; a line that it did not finish is not there."""
+    """Return the measurements of an earlier run with equal settings; an incomplete line is skipped."""
     if kept is None or not kept.exists():
         return {}
     lines = []
@@ -96,7 +96,7 @@ def _known(kept: Path | None, settings: str) -> dict[str, dict[str, float | None
 def _keep(kept: Path | None, key: str, measured: dict[str, float | None]) -> None:
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with kept.open("a") as file:  # a line of its own, whatever was interrupted before
+        with kept.open("a") as file:  # starts a new line, because an interrupted run may have left an incomplete one
             file.write("\n" + dumps({"key": key, "measured": measured}) + "\n")
 
 
@@ -116,7 +116,7 @@ def _random_plan(program: Program, share: float, generator: torch.Generator) -> 
 
 
 def _taus(found: list[dict[str, Any]], scores: dict[str, float], loss: str) -> dict[str, Any]:
-    """Tau over all plans, and at each share by itself, where only the choice of layers and forms differs."""
+    """Return tau over all plans, and at each share, where plans differ only in the choice of layers and forms."""
     price = LOSSES[loss]
 
     def predicted(plan: RankPlan) -> float:

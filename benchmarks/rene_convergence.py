@@ -1,7 +1,7 @@
-"""RENE's rank search: are known ranks found, do alternating steps help, does a rank for each layer beat one for all?
+"""RENE's rank search: recovery of known ranks, effect of alternating steps, and one rank for each layer or for all.
 
-The ablation with ``--data`` chooses every plan without data, and so without chance; what differs from seed to seed are
-the training samples that batch-norm statistics are estimated again from.
+The ablation with ``--data`` chooses every plan without data and therefore deterministically. Only the training samples
+for the re-estimation of batch-norm statistics differ between seeds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
-    """Are known ranks found? With --data also: is a rank for each layer better than one rank for all of them?"""
+    """Measure how often known ranks are found; with --data, compare a rank for each layer with one for all."""
     rows = [_known(name, text, seeds, noise, more) for name, text in SEARCHES.items() for more in _more(name, steps)]
     publish(f"Known ranks: {seeds} networks of {LAYERS} layers, noise {noise:g}", rows, seed, Target(), json)
     if not data:
@@ -81,7 +81,7 @@ def _more(name: str, steps: str) -> list[str]:
 
 
 def _known(name: str, text: str, seeds: int, noise: float, more: str) -> dict[str, Any]:
-    """How often each layer's rank is the one that was planted."""
+    """Return how often each layer's rank is the planted one."""
     exact, aside, seconds, failed = [], [], [], 0
     for seed in range(seeds):
         program, ranks = planted(seed, noise)
@@ -108,7 +108,7 @@ def _known(name: str, text: str, seeds: int, noise: float, more: str) -> dict[st
 
 
 def planted(seed: int, noise: float) -> tuple[Program, list[int]]:
-    """Convolutions whose weights have known Tucker-2 ranks, 2 to 12, and noise."""
+    """Return convolutions whose weights have known Tucker-2 ranks, 2 to 12, and noise."""
     generator = torch.Generator().manual_seed(seed)
     ranks = torch.randint(2, 13, (LAYERS,), generator=generator).tolist()
     layers: list[nn.Module] = []
@@ -125,10 +125,12 @@ def planted(seed: int, noise: float) -> tuple[Program, list[int]]:
 
 
 def one_rank(program: Program) -> RankPlan:
-    """One number for all layers, at most what each has: the largest that meets the budget, in the forms of ``rene``.
+    """Return the plan of the largest common rank that meets the budget, in the forms of ``rene``.
+
+    A layer takes its full rank if that is smaller.
 
     Raises:
-        BudgetError: not even rank 1 meets it.
+        BudgetError: rank 1 exceeds the budget.
     """
     found = sites(program)
     kept = kept_dense(program, found)
@@ -149,7 +151,7 @@ def one_rank(program: Program) -> RankPlan:
 
 
 def by_text(text: str, program: Program) -> RankPlan:
-    """What a pipeline chooses."""
+    """Return the plan that a pipeline chooses."""
     return Pipeline.parse(text).run(program).facts[RankPlan]
 
 

@@ -25,7 +25,7 @@ Cell = bool | int | float | str | list[int | float | str] | None
 
 
 class ResultsError(Exception):
-    """A page or a file of measurements that cannot be rendered: says which and why."""
+    """A page or a file of measurements cannot be rendered; the message names it and the reason."""
 
 
 class _Strict(BaseModel):
@@ -40,7 +40,7 @@ class Column(_Strict):
 
 
 class Table(_Strict):
-    """One measurement. A field that nobody recorded is ``None``."""
+    """One measurement. A field that was not recorded is ``None``."""
 
     title: str
     command: str | None
@@ -135,7 +135,7 @@ class Table(_Strict):
         return _markdown([column.name for column in self.columns], rules, texts)
 
     def provenance(self) -> str:
-        """Render the sentence about where the numbers are from; what nobody recorded is left out."""
+        """Render the sentence about the numbers' provenance; fields that were not recorded are left out."""
         known = {
             "Command": self.command and f"`{self.command}`",
             "Data": self.data,
@@ -148,19 +148,19 @@ class Table(_Strict):
 
 
 class Goal(_Strict):
-    """What was to be reached, and the cells that say whether it was.
+    """A goal, and the cells that show whether it was reached.
 
     Args:
-        goal: In words.
+        goal: The goal in words.
         page: The page with the measurement, or ``None``.
         tables: Files of measurements, without ``.json``.
-        column: Of these tables.
-        rows: Which rows count, by column name and rendered cells.
+        column: Column of these tables.
+        rows: Filter of rows, by column name and rendered cells.
         at_least: Lower bound for each cell.
         at_most: Upper bound for each cell.
         unit: Text after the numbers.
-        reached: Text where no cell says it.
-        verdict: Text where no bound decides.
+        reached: Text to show if no cell gives the result.
+        verdict: Text to show if there is no bound.
     """
 
     goal: str
@@ -175,7 +175,7 @@ class Goal(_Strict):
     verdict: str | None = None
 
     def row(self, table: Callable[[str], Table]) -> list[str]:
-        """Render goal, bound, what was reached, whether that is enough, and the page."""
+        """Render the goal, its bound, the result, the verdict and the page."""
         bounds = [
             f"{word} {bound:g}{self.unit}"
             for word, bound in (("at least", self.at_least), ("at most", self.at_most))
@@ -225,12 +225,12 @@ class Results:
 
     @property
     def pages(self) -> list[Path]:
-        """All pages of results."""
+        """Return all pages of results."""
         return sorted((self.docs / "results").glob("*.md"))
 
     @property
     def names(self) -> set[str]:
-        """All files of measurements, without ``.json``."""
+        """Return the names of all files of measurements, without ``.json``."""
         return {file.stem for file in (self.docs / "measurements").glob("*.json")}
 
     def table(self, name: str) -> Table:
@@ -270,7 +270,7 @@ class Results:
     def _block(self, text: str) -> str:
         """Render a table. Lines after ``table: NAME`` are ``columns: A | B``, ``rows: A = x | y``, ``notes: yes``.
 
-        Notes stand under a whole table by default. They may concern what a selection lacks.
+        By default, notes are rendered only under a whole table, because they may concern rows that a selection lacks.
         """
         first, *lines = [line.strip() for line in text.strip().removeprefix(":").strip().splitlines()]
         table, columns, rows, noted = self.table(first), list[str](), dict[str, list[str]](), len(lines) == 0

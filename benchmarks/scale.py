@@ -1,4 +1,4 @@
-"""A transformer of a billion parameters: planned, factorised and exported, and what each step takes."""
+"""Plan, factorise and export a transformer of a billion parameters; report time and memory of each step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, L, width)``."""
+        """Return the block's output, ``(N, L, width)``."""
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1)
         )
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, a head."""
+    """An embedding, blocks and a head."""
 
     def __init__(self, width: int, depth: int, words: int) -> None:
         super().__init__()
@@ -52,14 +52,14 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """``(N, L)`` to ``(N, L, words)``."""
+        """Map ``(N, L)`` to ``(N, L, words)``."""
         return self.head(self.norm(self.blocks(self.embedding(ids))))
 
 
 class Memory:
-    """The most memory of its own that this process takes at a time beyond what it had at the start, by step.
+    """The peak of this process's anonymous memory above its value at the start, by step.
 
-    The pages of files that it has mapped are not its own: the system takes them back when it wants them.
+    Mapped pages of files are not counted, because the system reclaims them on demand.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Memory:
 
 
 def anonymous() -> int:
-    """Bytes of the process's own memory, from Linux."""
+    """Return the bytes of the process's anonymous memory, from Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
@@ -94,7 +94,7 @@ def main(
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
-    """Random weights, made layer by layer into a file; the network is built on the meta device and filled from it."""
+    """Write random weights to a file layer by layer; build the network on the meta device and fill it from the file."""
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
         network = Transformer(width, depth, words).eval()
         file, memory, rows = Path(folder) / "weights.safetensors", Memory(), list[dict[str, Any]]()
@@ -136,13 +136,13 @@ def main(
 
 
 def _write(network: nn.Module, file: Path, seed: int) -> None:
-    """The file with the weights, each tensor made when its turn comes."""
+    """Write the weights to a file, drawing one tensor at a time."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(name: str, shape: torch.Size) -> Tensor:
         if len(shape) < 2:
             return torch.ones(shape) if "norm" in name and name.endswith("weight") else torch.zeros(shape)
-        # A spectrum that falls, as in trained weights; noise alone has none that is worth cutting off.
+            # A falling spectrum, as in trained weights; pure noise has no spectrum worth truncating.
         drawn = torch.randn(shape, generator=generator) / shape[1] ** 0.5
         return drawn * torch.linspace(2.0, 0.05, shape[1])
 

@@ -1,4 +1,4 @@
-"""How the cost of choosing grows: seconds of each selector against layers and candidates, and against real networks."""
+"""Cost of the search: seconds of each selector against layers and candidates, and on real networks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main(
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the first table here")] = None,
 ) -> None:
-    """Synthetic tables: CP of one rank and Tucker-2 of two, spectra that fall off at random, half of the MACs."""
+    """Time the selectors on synthetic tables: CP and Tucker-2, randomly falling spectra, a budget of half the MACs."""
     slow: set[str] = set()
     rows = []
     for count in map(int, layers.split(",")):
@@ -47,7 +47,7 @@ def main(
                 begun = time.perf_counter()
                 try:
                     plan = make(RankSelector, name).select(table, {}, Budget(macs=0.5))
-                except BudgetError:  # estimates of rank need not go as low
+                except BudgetError:  # rank estimates may not go low enough
                     continue
                 row[name] = time.perf_counter() - begun
                 loss = sum(LOSSES["noise"](choice.error) for choice in plan.choices.values())
@@ -58,7 +58,7 @@ def main(
                     slow.add(name)
             for name in ("knapsack", "lagrangian", "greedy"):
                 if f"loss of {name}" in row:
-                    row[f"loss of {name}"] /= best  # of the least that was found
+                    row[f"loss of {name}"] /= best  # relative to the least loss of all selectors
             rows.append(row)
     publish("Seconds of a choice on synthetic tables; losses over the least", rows, seed, Target(), json)
     found: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ def main(
 
 
 def synthetic(layers: int, candidates: int, seed: int) -> Candidates:
-    """A table whose layers differ in size and in how fast their spectra fall."""
+    """Return a table whose layers differ in size and in the decay of their spectra."""
     generator = torch.Generator().manual_seed(seed)
     rows, spectra = {}, {}
     for number in range(layers):

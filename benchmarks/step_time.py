@@ -1,4 +1,4 @@
-"""How long a step of tuning takes in each precision: the same plan, trained in turns."""
+"""Duration of a tuning step in each precision: one plan, with precisions trained alternately."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
-    """Random weights and images; a step is the dense network's answers, both passes of the compressed, an update."""
+    """Use random weights and images; a step is a dense forward pass, both compressed passes and an update."""
     rows: list[dict[str, Any]] = []
     for name in networks.split(","):
         module, example = random_network(name, seed)

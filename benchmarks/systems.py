@@ -1,4 +1,4 @@
-"""The published systems and our own at equal MACs: accuracy before and after the same tuning, cost, search time."""
+"""Published systems and ours at equal MACs: accuracy before and after equal tuning, cost and search time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tdcompile.errors import TdcompileError
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Target
 
-# {tune} is the tuning that all of them get, {training} its options for what is nothing but training.
-# Plain weights where the authors used plain weights.
+# {tune} is the tuning of all systems; {training} holds its training options.
+# Weights are plain if the authors used plain weights.
 SYSTEMS = {
     "Tucker-2, same share": (
         "propose{{decompose=tucker2+svd}},score{{by=none}},choose{{by=uniform}},factorize,recalibrate{tune}"
@@ -56,20 +56,20 @@ class Passes(Hook):
         self._hook = register_module_forward_pre_hook(self._see)
 
     def started(self, step: Pass, position: int, of: int) -> None:
-        """A pass begins."""
+        """Start counting if the pass belongs to the search."""
         self._searching = step.name in SEARCH
 
     def finished(self, step: Pass, program: Program, seconds: float) -> None:
-        """It ends."""
+        """Pause counting until the next pass."""
         self._searching = False
 
     def close(self) -> int:
-        """Stop counting; the count."""
+        """Stop counting; return the count."""
         self._hook.remove()
         return self.samples
 
     def _see(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if self._searching and isinstance(module, nn.Conv2d) and module.in_channels == 3:  # what sees the images
+        if self._searching and isinstance(module, nn.Conv2d) and module.in_channels == 3:  # it reads the images
             self.samples += len(arguments[0])
 
 
@@ -86,7 +86,7 @@ def main(
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
-    """Test accuracy is of all 10,000 images; nothing is chosen by it."""
+    """Measure accuracy on all 10,000 test images; test accuracy chooses nothing."""
     module, train, test = trained(network, weights, data, seed)
     training = ",".join(filter(None, (f"epochs={epochs:g}", options)))
     tune = f",finetune{{{training}}}" if epochs else ""
@@ -106,7 +106,7 @@ def main(
                 pipeline=pipeline,
                 watch=passes,
             ).report
-        except TdcompileError as error:  # a system that cannot keep to the budget is a row of the table too
+        except TdcompileError as error:  # a system that exceeds the budget becomes a row too
             rows.append({"system": name, "failed": str(error)})
             continue
         finally:
@@ -132,7 +132,7 @@ def main(
 
 
 def _wanted(name: str, parts: list[str]) -> bool:
-    """'ours' is that system alone, where 'Tucker-2' is all that have it in their names."""
+    """Return whether a system is selected: a full name matches exactly, any other part matches as a substring."""
     return any(part == name if part in SYSTEMS else part in name for part in parts)
 
 

@@ -1,4 +1,4 @@
-"""One compressed network, tuned in several ways: how good are ``finetune``'s defaults?"""
+"""One compressed network, tuned in several ways, to judge ``finetune``'s defaults."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ def main(
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
-    """The plan, its factors and the repair are the same in every row; test accuracy is of all 10,000 images.
+    """Compare tunings of one plan with equal factors and repair; measure accuracy on all 10,000 test images.
 
-    What was kept is by held-out images of the training part; beside it stands the last epoch, so that the two can be
-    told from each other.
+    A held-out split of the training part chooses the epoch that is kept. The last epoch is reported beside it.
     """
     program, _, test = traced(network, weights, data, macs, seed)
     program = Pipeline.parse(PLAN).run(program)

@@ -31,9 +31,9 @@ def main(
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
-    """Relative errors of outputs, means over the layers, on 1,024 training images that calibration did not see."""
+    """Report relative output errors, means over the layers, on 1,024 training images outside the calibration set."""
     program, train, _ = traced(network, weights, data, 1.0, seed)
-    assert train is not None  # ``--data`` is there
+    assert train is not None  # ``--data`` is required
     order = train.shuffled(program.generator("wide layers"))
     shown, unseen = (
         program.with_(task=replace(program.task, train=order.subset(range(start, start + 1024)))) for start in (0, 1024)
@@ -72,7 +72,7 @@ def _covariances(program: Program, step: str) -> dict[str, Covariance]:
 
 
 def _ranks(form: Decomposition, site: Site, macs: float) -> Ranks:
-    """The ranks of most MACs within the share, the most even of those that tie."""
+    """Return the ranks of most MACs within the share; among ties the most even ones."""
     allowed = [
         (sum(part.macs for part in form.blueprint(site.layer, ranks)), min(ranks), ranks)
         for ranks in form.rank_space(site.layer, 8)

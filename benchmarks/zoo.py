@@ -1,4 +1,4 @@
-"""Networks of other libraries from their configurations, small and with random weights: what ``model_sweep`` takes."""
+"""Small networks of other libraries with random weights, built from configurations, for ``model_sweep``."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _video() -> dict[str, Tensor]:
 
 
 _Inputs = Callable[[], dict[str, Tensor]]
-# Name: class of the model, options of its configuration, inputs.
+# Name: model class, configuration options, inputs.
 TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any], _Inputs]] = {
     # vision
     "resnet": ("ResNetModel", {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [2, 2]}, _image),
@@ -230,7 +230,7 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any], _Inputs]] = {
         {**_TEXT, "embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32},
         _tokens,
     ),
-    # with fewer landmarks than tokens it takes no mask in transformers 5.23, and tracing gives it one
+    # with fewer landmarks than tokens it takes no mask in transformers 5.23, but tracing passes one
     "nystromformer": ("NystromformerModel", {**_TEXT, "segment_means_seq_len": 16, "num_landmarks": 16}, _ids),
     "fnet": ("FNetModel", {**_TEXT, "tpu_short_seq_length": 16}, _ids),
     "roformer": ("RoFormerModel", {**_TEXT, "embedding_size": 64}, _tokens),
@@ -392,7 +392,7 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any], _Inputs]] = {
 
 
 def transformers() -> Iterator[tuple[str, Callable[[], Built]]]:
-    """Every entry of the table, whether this version of the library has it or not."""
+    """Yield every entry of the table, whether or not this version of the library has it."""
     for name, (model, options, inputs) in TRANSFORMERS.items():
         yield name, partial(_from_config, model, options, inputs)
 
@@ -400,7 +400,7 @@ def transformers() -> Iterator[tuple[str, Callable[[], Built]]]:
 def _from_config(model: str, options: Mapping[str, Any], inputs: _Inputs) -> Built:
     library = importlib.import_module("transformers")
     kind = getattr(library, model, None)
-    if kind is None:  # encoders are not among the names that the library exports
+    if kind is None:  # the library does not export the names of encoders
         stem = model.removesuffix("Encoder")
         place = f"transformers.models.{_folder(stem)}.modeling_{_folder(stem)}"
         kind = getattr(importlib.import_module(place), model)
@@ -413,7 +413,7 @@ def _folder(stem: str) -> str:
 
 
 def torchvision() -> Iterator[tuple[str, Callable[[], Built]]]:
-    """All classification models of torchvision, where it imports."""
+    """Yield all classification models of torchvision, if it imports."""
     models = importlib.import_module("torchvision.models")
     for name in models.list_models(module=models):
         size = 299 if name.startswith("inception") else 224
@@ -421,7 +421,7 @@ def torchvision() -> Iterator[tuple[str, Callable[[], Built]]]:
 
 
 def timm() -> Iterator[tuple[str, Callable[[], Built]]]:
-    """All classification models of timm, where it imports."""
+    """Yield all classification models of timm, if it imports."""
     library = importlib.import_module("timm")
     for name in library.list_models():
         yield name, partial(_from_timm, name)

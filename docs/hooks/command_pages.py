@@ -11,12 +11,12 @@ from tdcompile.cli.main import app
 
 
 def root() -> Any:
-    """The click command ``tdcompile``."""
+    """Return the click command ``tdcompile``."""
     return typer.main.get_command(app)
 
 
 def command_reference() -> str:
-    """One section for each command: usage, purpose, arguments and options."""
+    """Return one section for each command: usage, purpose, arguments and options."""
     group = root()
     return "\n\n".join(_section(name, command) for name, command in group.commands.items())
 
@@ -50,7 +50,7 @@ def _metavar(parameter: Any) -> str:
 
 
 def _value(option: Any) -> str:
-    """What follows the option on the command line; nothing after a switch."""
+    """Return the value that follows the option on the command line; empty for a switch."""
     if option.is_flag:
         return ""
     return str(option.metavar or option.name.upper())
@@ -61,7 +61,7 @@ def _meaning(parameter: Any) -> str:
     if parameter.required:
         text += " Required."
     default = parameter.default
-    # An option that is off, empty or left to the recipe has no default of its own to show.
+    # An option that is off, empty or set by the recipe has no default to show.
     if isinstance(default, int | float | str) and default not in (False, ""):
         text += f" Default: `{default}`."
     return text

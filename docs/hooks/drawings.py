@@ -12,14 +12,14 @@ from tdcompile.core.registry import find
 from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.recipes import Recipe
 
-WIDTH, HEIGHT, GAP = 132, 56, 34  # of a box, and between two boxes of a row
+WIDTH, HEIGHT, GAP = 132, 56, 34  # size of a box, and gap between two boxes of a row
 IN_A_ROW = 5
 SHARE = 0.4  # largest share of the dense layer's MACs at the ranks that are drawn
 GRAIN = 4  # of these ranks: fine enough that every form has some below that share
 
 KINDS: dict[type[Pass], str] = {AnalysisPass: "analysis", RewritePass: "rewrite", TunePass: "tune"}
 
-# The layers that decompositions are drawn for: the first that one accepts is taken.
+# Layers to draw decompositions for: a decomposition is drawn for the first one that it accepts.
 EXAMPLES = (
     Layer("conv", 64, 128, (14, 14), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
     Layer("linear", 768, 768),
@@ -37,7 +37,7 @@ class Box:
 
 
 def draw_pipeline() -> str:
-    """The steps of the default pipeline under a latency budget with tuning; dashed are those that are optional."""
+    """Draw the steps of the default pipeline under a latency budget with tuning; optional steps are dashed."""
     usual = {step.name for step in Recipe(budget={"macs": 0.5}).steps().steps}
     steps = [_step(step, step.name in usual) for step in Recipe(tune="epochs=1").steps().steps]
     ends = Box("export", ("verify, measure",)), Box("report", ("and folder",))
@@ -48,7 +48,7 @@ def draw_pipeline() -> str:
 
 
 def draw_decompositions() -> str:
-    """A section for each decomposition: what it is, the layer it is drawn for, and the chain that replaces it."""
+    """Return a section for each decomposition: its summary, the example layer and the chain that replaces it."""
     sections = []
     for name, kind in find(Decomposition).items():
         form = kind()
@@ -110,7 +110,7 @@ def _high(rows: int) -> int:
 
 
 def _grid(rows: Sequence[Sequence[Box]], top: int) -> str:
-    """Rows of boxes, read from left to right, with arrows between them."""
+    """Draw rows of boxes, read from left to right, with arrows between them."""
     parts = []
     for row, boxes in enumerate(rows):
         y = top + row * (HEIGHT + GAP) + 1

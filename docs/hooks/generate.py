@@ -1,6 +1,6 @@
-"""mkdocs hooks: expand patterns in the navigation, and fill in the parts of pages that come from the code.
+"""mkdocs hooks: expand patterns in the navigation, and fill in the parts of pages generated from the code.
 
-A page asks for a part with a comment on a line of its own: ``<!-- generated: KIND ARGUMENT -->``.
+A page marks a part with a comment on a separate line: ``<!-- generated: KIND ARGUMENT -->``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DIRECTIVE = re.compile(r"^<!-- generated: (\S+)(?: (\S+))? -->$", re.MULTILINE)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Replace every ``*`` pattern of the navigation by the pages that match it."""
+    """Replace every ``*`` pattern of the navigation with the pages that match it."""
     config.nav = expand(config.nav, Path(config.docs_dir))
     return config
 
@@ -48,7 +48,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def expand(nav: Any, docs: Path) -> Any:
-    """The navigation with patterns replaced by pages, ``index.md`` first and the others by name."""
+    """Return the navigation with patterns replaced by pages, ``index.md`` first and the others by name."""
     if isinstance(nav, Mapping):
         return {title: expand(entry, docs) for title, entry in nav.items()}
     if not isinstance(nav, list):
@@ -64,12 +64,12 @@ def expand(nav: Any, docs: Path) -> Any:
 
 
 def project_file(name: str) -> str:
-    """A Markdown file of the repository's root, with its links into ``docs/`` made relative to ``docs/project/``."""
+    """Return a Markdown file of the repository's root, with ``docs/`` links made relative to ``docs/project/``."""
     return re.sub(r"\]\(docs/", "](../", (ROOT / name).read_text(encoding="utf-8"))
 
 
 def public_names(module: str) -> str:
-    """An mkdocstrings directive for each public name of a module, functions before classes."""
+    """Return an mkdocstrings directive for each public name of a module, functions before classes."""
     public = importlib.import_module(module)
     names = sorted(public.__all__, key=lambda name: (isinstance(getattr(public, name), type), name.lower()))
     return "\n\n".join(f"::: {module}.{name}" for name in names)

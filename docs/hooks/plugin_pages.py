@@ -1,4 +1,4 @@
-"""Tables of the plug-ins, recipes and codes that ship, read from the registry, docstrings and enums."""
+"""Tables of the shipped plug-ins, recipes and codes, read from the registry, docstrings and enums."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tdcompile.recipe_options import RecipeOptions
 from tdcompile.recipes import recipes
 from tdcompile.support.options import describe, text_of, types_of
 
-# Class docstrings leave types to the fields, which griffe would warn about.
+# Class docstrings omit types, because the fields have them; griffe would warn about that.
 logging.getLogger("griffe").setLevel(logging.ERROR)
 
 KINDS: Mapping[str, type[Plugin]] = {
@@ -38,12 +38,12 @@ KINDS: Mapping[str, type[Plugin]] = {
 
 
 def plugin_reference(kind: str) -> str:
-    """One section for each plug-in of a kind: summary, description, options."""
+    """Return one section for each plug-in of a kind: summary, description, options."""
     return "\n\n".join(_section(name, plugin) for name, plugin in find(KINDS[kind]).items() if _ships(plugin))
 
 
 def recipe_table() -> str:
-    """The shipped recipes, each with its description and the options it sets."""
+    """Return the shipped recipes, each with its description and the options it sets."""
     lines = ["| recipe | description | options it sets |", "|---|---|---|"]
     for name, recipe in recipes().items():
         options = ", ".join(f"`{key}`" for key in recipe if key != "description") or "none"
@@ -52,7 +52,7 @@ def recipe_table() -> str:
 
 
 def option_table() -> str:
-    """The options of a recipe, which are those of ``tdcompile.compile``: default and meaning."""
+    """Return the options of a recipe, which are the arguments of ``tdcompile.compile``: default and meaning."""
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for name, option in RecipeOptions.model_fields.items():
         default = f"`{option.default}`" if option.default not in (None, ()) else ""
@@ -61,7 +61,7 @@ def option_table() -> str:
 
 
 def _ships(plugin: type[Plugin]) -> bool:
-    """Whether the plug-in is the project's own and not another installed package's."""
+    """Return whether the plug-in belongs to the project and not to another installed package."""
     return plugin.__module__.startswith("tdcompile.")
 
 
@@ -86,7 +86,7 @@ def _section(name: str, plugin: type[Plugin]) -> str:
 
 
 def _background(plugin: type[Plugin]) -> list[str]:
-    """What the module says beyond its first sentence, where the module holds this plug-in alone."""
+    """Return the module docstring after its first sentence if the module holds only this plug-in."""
     module = sys.modules[plugin.__module__]
     members = [m for m in vars(module).values() if isinstance(m, type) and m.__module__ == module.__name__]
     if [m for m in members if issubclass(m, Plugin)] != [plugin]:

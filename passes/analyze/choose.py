@@ -34,7 +34,7 @@ class Choose(AnalysisPass):
 
         Raises:
             BudgetError: no plan meets the budget.
-            TdcompileError: the selector returns something else than a plan.
+            TdcompileError: the selector does not return a plan.
         """
         candidates = program.facts[Candidates]
         selector = make(RankSelector, self.by)

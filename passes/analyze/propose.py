@@ -28,10 +28,10 @@ from tdcompile.support.options import Count
 from tdcompile.support.process_pool import parallel_map
 from tdcompile.support.progress import report_progress
 
-# Candidates may cost this much of dense: a price is measured, and in the graph a layer may cost less than alone.
+# Candidates may cost this share of dense: prices are measured, and a layer may cost less inside the graph.
 _MARGIN = 1.1
 
-# Codes by which a form says that another form may fit the layer.
+# Codes of refusals that say that another form may fit the layer.
 _FOR_ANOTHER = (
     ReasonCode.KIND,
     ReasonCode.KERNEL,

@@ -34,7 +34,7 @@ class Sums:
 
     @property
     def spread(self) -> float:
-        """Variance of the targets, summed over the outputs."""
+        """Return the variance of the targets, summed over the outputs."""
         return max(self.energy / self.count - float((self.t / self.count).square().sum()), 1e-30)
 
     def covariances(self) -> tuple[Tensor, Tensor]:

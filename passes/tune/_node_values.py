@@ -113,7 +113,7 @@ class Stream:
 
 
 def follows(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:
-    """Whether a ``Stream`` of a graph in eval mode reproduces the graph's outputs.
+    """Return whether a ``Stream`` of a graph in eval mode reproduces the graph's outputs.
 
     It does not if a value is changed through a view, or by an assignment to a part of it.
     """

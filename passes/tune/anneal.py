@@ -1,4 +1,4 @@
-"""``anneal``: the dense share of parallel layers decays to zero while their adapters train and lose ranks."""
+"""``anneal``: decay the dense share of parallel layers to zero while their adapters train and lose ranks."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ _BISECTIONS = 40
 class Anneal(TunePass):
     """Train adapters, norms and biases while the dense share falls along a cosine and ranks shrink to the budget.
 
-    Ranks of every layer and mode come from one energy threshold over the weights as they are at that moment, bisected
-    so that the network keeps to a limit which falls in equal ratios to the budget; they never grow. A layer whose
-    adapter would cost no less than the dense layer is priced as that and loses no ranks; if it is so at the end too, it
-    stays dense, with the weight that it has by then. The loss is distillation from the dense network, labels mixed in.
-    Schedule and limits are our completion.
+    One energy threshold over the current weights sets the ranks of every layer and mode. Bisection finds the threshold
+    that meets a limit; the limit falls to the budget in equal ratios. Ranks never grow. A layer whose adapter would
+    not cost less than the dense layer is priced as dense and keeps its ranks. If that still holds at the end, it stays
+    dense with its current weight. The loss is distillation from the dense network, mixed with labels. Schedule and
+    limits are this project's completion.
 
     Attributes:
-        epochs: may be a fraction.
-        lr: highest rate, for a batch of 128 and in proportion for others.
+        epochs: number of epochs; may be a fraction.
+        lr: highest learning rate for a batch of 128; scaled in proportion for other batch sizes.
         decay: share of the steps over which the dense share falls to zero; then the adapters train alone.
-        selections: how often ranks are selected anew, the last time when the dense share reaches zero.
-        temperature, labels, others: of the loss, as in ``finetune``.
+        selections: number of rank selections, the last one when the dense share reaches zero.
+        temperature, labels, others: parameters of the loss, as in ``finetune``.
         augment, precision: as in ``finetune``.
     """
 
@@ -67,10 +67,10 @@ class Anneal(TunePass):
     precision: Precision = "fp32"
 
     def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
-        """Anneal, and leave every parallel layer that is worth it without its dense share, within the budget.
+        """Anneal, then remove the dense share of every parallel layer that is cheaper without it, within the budget.
 
         Raises:
-            BudgetError: not even ranks of 1 meet the budget.
+            BudgetError: ranks of 1 exceed the budget.
         """
         layers = parallel_layers(graph)
         if not layers:
@@ -105,7 +105,7 @@ class Anneal(TunePass):
         labels = self.labels if train.classes else 0.0
         others, left = output_energies(program.dense, train, self.others)
         loss = Distillation(teacher, self.temperature, labels, precision=self.precision, others=others)
-        # Nothing is held out: an epoch that still has a dense share must not be taken for the best one.
+        # No held-out split: an epoch that still has a dense share must not be chosen as the best one.
         saved, moving = training_state_of(self, graph, train, program), _moving(graph)
         Trainer(graph, loss, train, None, settings, program, self.name, saved, schedule, moving).run()
         dense = schedule.finish()
@@ -118,19 +118,19 @@ class Anneal(TunePass):
 
 
 def _moving(graph: fx.GraphModule) -> list[nn.Parameter]:
-    """Adapters, norms and biases: what has one axis at most, but for factors."""
+    """Return the trained parameters: factors, and all parameters with at most one axis (norms and biases)."""
     factors = {id(p) for layer in parallel_layers(graph).values() for p in layer.factors.parameters()}
     return [p for p in graph.parameters() if id(p) in factors or p.ndim <= 1]
 
 
 class _Schedule:
-    """Called before every step: sets the dense share, and selects ranks when it is time to.
+    """Called before every step: sets the dense share, and selects ranks when a selection is due.
 
-    A run that goes on from a saved epoch begins at that step, with the ranks that had been selected by then. Of several
-    processes the first selects: under a latency budget each would by times of its own.
+    A resumed run begins at the step and with the ranks of its saved epoch. With several processes the first one
+    selects, because under a latency budget each process would measure different times.
 
     Raises:
-        BudgetError: not even ranks of 1 meet the budget.
+        BudgetError: ranks of 1 exceed the budget.
     """
 
     def __init__(self, layers: Mapping[str, Parallel], program: Program, decay: float, selections: int) -> None:
@@ -163,9 +163,9 @@ class _Schedule:
         return progress >= (done + 1) / self._selections
 
     def finish(self) -> dict[str, Reason]:
-        """The end of the schedule, whatever has been trained; the layers that stay dense, and why.
+        """End the schedule, however far training went; return the layers that stay dense, with the reason.
 
-        Their weight is the one that they were last computed with, without any training the dense one.
+        They keep the weight of their last forward pass, or the dense weight if nothing was trained.
         """
         shares = {name: layer.share for name, layer in self._layers.items()}
         for layer in self._layers.values():
@@ -198,7 +198,7 @@ class _Schedule:
                     optimizer.state.pop(parameter, None)  # type: ignore[union-attr]  # momentum of another shape
 
     def _chosen(self, energies: Mapping[str, tuple[Tensor, ...]], limits: Mapping[str, float]) -> dict[str, Ranks]:
-        """The ranks at the highest threshold that keeps to the limits, of the layers whose adapters cost less there."""
+        """Return the ranks at the highest threshold that meets the limits, for layers with a cheaper adapter."""
 
         def ranks(threshold: float) -> dict[str, Ranks]:
             return {name: energy_ranks(energies[name], threshold, p.ranks) for name, p in self._layers.items()}
@@ -210,12 +210,12 @@ class _Schedule:
         return {name: chosen for name, chosen in ranks(low).items() if self._gain(name, chosen) is not None}
 
     def _cost(self, ranks: Mapping[str, Ranks]) -> Cost:
-        """Of the network with adapters of these ranks where they cost less than the dense layers."""
+        """Return the network's cost with adapters of these ranks, or dense layers if the adapters are not cheaper."""
         gains = {name: self._gain(name, chosen) for name, chosen in ranks.items()}
         return self._prices.network({name: cost for name, cost in gains.items() if cost is not None})
 
     def _gain(self, name: str, ranks: Ranks) -> Cost | None:
-        """What an adapter costs; None where it saves nothing of what is limited, or costs more of some of it."""
+        """Return an adapter's cost; None if it saves nothing in the limited fields or costs more in one of them."""
         form = self._layers[name].decomposition
         dense, cost = self._prices.layers[name], self._prices.at(name, form, ranks)
         options = [Candidate.dense(dense), Candidate(form, ranks, cost=cost)]

@@ -1,11 +1,11 @@
 """``refit``: refit the factors layer by layer to the dense network's output, given the compressed layers before.
 
 A factorisation is optimal for the inputs that a layer has in the dense network. In the compressed network its inputs
-carry the errors of the layers before it. ``refit`` visits the layers in forward order and fits the linear map from the
-compressed inputs to the dense target, by least squares over unlabelled samples. The map has an intercept if the layer
+carry the errors of the layers before it. ``refit`` visits the layers in forward order. It fits the linear map from the
+compressed inputs to the dense target by least squares over unlabelled samples. The map has an intercept if the layer
 has a bias or a batch norm behind it. It is then factorised in the metric of those inputs; a layer that was left dense
 becomes the map itself. The target is the dense network's value behind the layer, its batch norm and the addition of a
-shortcut, so that a block also corrects errors that arrive through its shortcut (this project's completion). Zhang et
+shortcut. A block therefore also corrects errors that arrive through its shortcut (this project's completion). Zhang et
 al. 2016, arXiv 1505.06798, reconstruct one layer's output from approximated layers before it.
 """
 
@@ -251,7 +251,7 @@ def _behind(graph: fx.GraphModule, node: fx.Node, blocks: bool) -> tuple[fx.Node
 
 
 def _depends(node: fx.Node, on: fx.Node) -> bool:
-    """Whether a node's value depends on another node."""
+    """Return whether a node's value depends on another node."""
     todo, seen = [node], {node}
     while todo:
         current = todo.pop()
