@@ -82,7 +82,7 @@ class SingleRanks(Prices):
 
         Args:
             shares: for each layer in the search, its share of the dense layer's cost, at most 1.
-            settled: the same for layers whose search has ended. All other layers are dense.
+            settled: share of the dense cost for each layer whose search has ended. All other layers are dense.
         """
         loads = []
         for f, limit in self.limits.items():

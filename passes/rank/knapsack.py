@@ -36,7 +36,7 @@ class Knapsack(RankSelector):
     """Choose the plan of least Σ importance · loss(error) within all limits; the default selector.
 
     Candidates that another one beats are pruned. The rest is a multiple-choice knapsack: binary x, Σ_c x_lc = 1 for
-    each layer l, Σ cost · x <= limit for each limited field. Of plans of equal loss the cheaper one wins. The plan
+    each layer l, Σ cost · x <= limit for each limited field. The cheaper plan wins a tie in loss. The plan
     states the gap that the solver proved.
 
     Attributes:

@@ -123,7 +123,7 @@ def evbmf_rank(values: Sequence[float], rows: int, columns: int) -> int:
 
     With sides L <= M, α = L/M and noise variance σ², a singular value s survives if s² > M σ² x̄,
     x̄ = (1 + τ̄)(1 + α/τ̄), τ̄ = 2.5129 √α. σ² minimises the free energy (Nakajima et al., JMLR 14, 2013, Theorem 2 and
-    Corollary 2). The search is over log σ², because variances of weights are below an absolute tolerance, and starts at
+    Corollary 2). The search is over log σ², because variances of weights are below an absolute tolerance. It starts at
     the best point of a grid, because the free energy has a kink wherever a value crosses the threshold.
 
     Args:
