@@ -1,1 +1,1 @@
-"""What is written to disk and read back: the artefact folder, checkpoints, the report."""
+"""Files on disk: the artefact folder, checkpoints and the report."""

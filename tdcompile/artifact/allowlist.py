@@ -1,4 +1,4 @@
-"""What the text of a network may name: functions of a fixed list that only compute, and classes of trusted packages."""
+"""Allowlist for the text of a network: listed functions that only compute, and classes of trusted packages."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from tdcompile.support.user_code import FROM_FILE, import_file, names_file
 
 CLASSES = ("torch.nn", "tdcompile")
 _BUILTINS = ("abs", "bool", "float", "getattr", "int", "len", "list", "max", "min", "round", "slice", "sum", "tuple")
-_CALLERS = ("attrgetter", "call", "itemgetter", "methodcaller")  # of ``operator``: they call or read anything
+_CALLERS = ("attrgetter", "call", "itemgetter", "methodcaller")  # in ``operator``; can read or call any object
 
 
 def name_of(thing: Any, where: str) -> str:
-    """The name of a function or class, by which ``function`` or ``module_class`` finds it again.
+    """Return the name of a function or class, by which ``function`` or ``module_class`` finds it again.
 
     Args:
         thing: a function, an operator or a class.
-        where: what an error is about.
+        where: the subject of the error message.
 
     Raises:
-        InputError: it cannot be found by its name: it is a lambda, a method, or defined inside a function.
+        InputError: no name leads to it, because it is a lambda, a method, or defined inside a function.
     """
     if isinstance(thing, OpOverload | OpOverloadPacket):
         return f"torch.ops.{thing}"
@@ -48,15 +48,15 @@ def name_of(thing: Any, where: str) -> str:
         if _inside(importlib.import_module(str(module)), name) is thing:
             return f"{module}:{name}"
     except (ImportError, AttributeError):
-        pass  # the error below says it for every way of not being found
+        pass  # every failed look-up raises the error below
     raise InputError(f"{where} is {module}.{name}, which cannot be found by its name: define it at the top of a module")
 
 
 def function(name: str, trusted: Sequence[str]) -> Callable[..., Any]:
-    """The function of a name.
+    """Return the function of a name.
 
     Raises:
-        InputError: it is neither in the list nor in what is trusted.
+        InputError: the function is neither in the list nor in a trusted package.
     """
     if name.startswith(("torch.ops.aten.", "torch.ops.prims.")) and "from_file" not in name:
         found: Any = _inside(torch.ops, name.removeprefix("torch.ops."))
@@ -69,11 +69,11 @@ def function(name: str, trusted: Sequence[str]) -> Callable[..., Any]:
 
 
 def module_class(name: str, trusted: Sequence[str]) -> type[nn.Module]:
-    """The class of modules of a name.
+    """Return the module class of a name.
 
     Raises:
-        InputError: it is not in torch.nn, tdcompile or what is trusted.
-        TypeError: it is something else.
+        InputError: the class is not in torch.nn, tdcompile or a trusted package.
+        TypeError: the name belongs to an object of another kind.
     """
     import_all()  # plug-ins register their tags when they are imported
     found = class_of(name) or _imported(name, (*CLASSES, *trusted))
@@ -83,15 +83,15 @@ def module_class(name: str, trusted: Sequence[str]) -> type[nn.Module]:
 
 
 def readable(name: str) -> bool:
-    """Whether a graph may read or call this attribute: a tensor's own public ones.
+    """Return whether a graph may read or call this attribute: only public attributes of tensors are allowed.
 
-    With others (``__class__``, ``__globals__``) any object can be reached from any other.
+    Through private attributes such as ``__class__`` and ``__globals__``, any object can be reached from any other.
     """
     return not name.startswith("_") and hasattr(Tensor, name)
 
 
 def _imported(name: str, allowed: Sequence[str]) -> Any:
-    """What a qualified ``module:name`` stands for, if the module is allowed."""
+    """Return the object of a qualified ``module:name`` if the module is allowed."""
     module, _, inner = name.partition(":")
     stem = module.removeprefix(FROM_FILE)
     if stem != module and (
@@ -113,7 +113,7 @@ def _inside(root: object, path: str) -> Any:
 
 @functools.cache
 def _functions() -> dict[str, Callable[..., Any]]:
-    """Functions by name; none reads a file or calls what it is given."""
+    """Return the allowed functions by name; none reads a file or calls its arguments."""
     variables = torch._C._VariableFunctions
     spaces: list[tuple[str, object, Iterable[str]]] = [
         ("torch.nn.functional", F, filter(_computes, _public(F))),
@@ -133,7 +133,7 @@ def _names() -> dict[Callable[..., Any], str]:
 
 
 def _computes(name: str) -> bool:
-    """Whether a name in torch.nn.functional is a function of its own and not one of torch's inner workings."""
+    """Return whether a name in torch.nn.functional is a public function and not an internal of torch."""
     return getattr(getattr(F, name), "__module__", None) in ("torch.nn.functional", "torch._C._nn", "torch")
 
 

@@ -99,7 +99,7 @@ class Checkpoint:
         shutil.rmtree(former, ignore_errors=True)
         if state_folder.exists():
             state_folder.rename(former)
-        draft.rename(state_folder)  # until here ``restore`` finds the earlier state
+        draft.rename(state_folder)  # ``restore`` finds the earlier state until this line
         shutil.rmtree(former, ignore_errors=True)
 
     def restore(self, program: Program) -> Restored | None:
@@ -136,12 +136,12 @@ class Checkpoint:
             return None
 
     def _others(self, state: Mapping[str, Any], program: Program) -> list[str]:
-        """Return the parts of the key that differ from a saved state, each with its saved value if that is short."""
+        """Return the parts of the key that differ from a saved state, each with its saved value if short."""
         saved = state["key"]
         if not isinstance(saved, Mapping):
             return ["version of tdcompile"]
         others = [name for name in {**self.key, **saved} if saved.get(name) != self.key.get(name)]
-        told = {name: saved[name] for name in others if len(saved.get(name, "")) in range(1, 64)}  # not the digests
+        told = {name: saved[name] for name in others if len(saved.get(name, "")) in range(1, 64)}  # no digests
         if state["before_tuning"] is not None and state["eval"] != program.task.evaluate:
             others, told["eval"] = (
                 [*others, "eval"],

@@ -1,4 +1,4 @@
-"""The output folder: written whole or not at all, with a manifest of hashes; and the weights file that loads back."""
+"""The output folder, written atomically with a manifest of hashes, and the weights file that loads back."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ WEIGHTS = "weights.safetensors"
 
 
 def check_out(out: Path) -> None:
-    """Refuse, before any work, a place where ``write_folder`` could or should not write.
+    """Check, before any work, that ``write_folder`` may write to a place.
 
     Raises:
-        InputError: it is a file, a folder that is not tdcompile's or holds something else too, or is not writable.
+        InputError: the place is a file, is not writable, or is a folder with files that tdcompile did not write.
     """
     out = out.absolute()
     if out.exists() and not out.is_dir():
@@ -48,16 +48,16 @@ def check_out(out: Path) -> None:
 
 
 def write_folder(out: Path, files: Mapping[str, bytes | str | Path], *, info: Mapping[str, object]) -> Path:
-    """Write an output folder beside its place, then rename it there; an earlier one of tdcompile's is replaced.
+    """Write an output folder atomically, by a rename; an earlier output folder at the place is replaced.
 
     Args:
         out: the folder.
-        files: by name, their content or a file to copy; with ``model.onnx`` come ``model.onnx.data`` and the like
-            that lie beside it, under their own names, by which the model refers to them.
-        info: what else the manifest says: versions, the command line, the seed.
+        files: content, or a file to copy, by name. Files such as ``model.onnx.data`` beside ``model.onnx`` are copied
+            under their own names, by which the model refers to them.
+        info: further entries of the manifest: versions, the command line, the seed.
 
     Raises:
-        InputError: see ``check_out``; or the disk is full, or may not be written. Nothing is left behind then.
+        InputError: see ``check_out``; or the disk is full or not writable. No partial folder is left.
     """
     check_out(out)
     place = out.resolve()
@@ -81,22 +81,22 @@ def write_folder(out: Path, files: Mapping[str, bytes | str | Path], *, info: Ma
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an output folder.
+    """Return the manifest of an output folder.
 
     Raises:
-        InputError: there is none, or it is another tool's or of another format.
+        InputError: there is no manifest, or another tool wrote it, or its format is unknown.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["tool"] == TOOL and manifest["format"] == FORMAT and isinstance(manifest["files"], dict):
             return dict(manifest)
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # whatever is wrong with it, the sentence below is what helps
+        pass  # the error below applies to every unreadable manifest
     raise InputError(f"{folder} is not a tdcompile output folder: it has no {MANIFEST} of format {FORMAT}")
 
 
 def verify(folder: Path) -> None:
-    """Check every file of an output folder against its manifest.
+    """Check the hash of every file in an output folder against the manifest.
 
     Raises:
         InputError: a file is missing or has changed; the message names it.
@@ -110,30 +110,30 @@ def verify(folder: Path) -> None:
 
 
 def load(folder: Path | str, trusted: Sequence[str] = ()) -> nn.Module:
-    """The compiled network of an output folder as a PyTorch module in eval mode, on the CPU.
+    """Return the compiled network of an output folder as a PyTorch module in eval mode, on the CPU.
 
     Args:
-        folder: what ``tdcompile compile -o`` wrote.
+        folder: the output folder of ``tdcompile compile -o``.
         trusted: packages, or ``.py`` files, of your own whose modules the network still contains; nothing else is
             imported.
 
     Raises:
-        InputError: there is no such folder, it has changed, or the network needs what is not trusted.
+        InputError: the folder is missing or has changed, or the network needs a package that is not trusted.
     """
     verify(Path(folder))
     return load_graph(Path(folder) / WEIGHTS, trusted)
 
 
 def load_graph(path: Path, trusted: Sequence[str] = ()) -> fx.GraphModule:
-    """The graph of a file that ``save_weights`` wrote, in eval mode.
+    """Return the graph of a file that ``save_weights`` wrote, in eval mode.
 
     Raises:
-        InputError: the file cannot be read, or the network needs what is not trusted or has no text form.
+        InputError: the file cannot be read, the network has no text form, or it needs a package that is not trusted.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     if "architecture" not in metadata:
@@ -145,10 +145,10 @@ def load_graph(path: Path, trusted: Sequence[str] = ()) -> fx.GraphModule:
 
 
 def save_weights(graph: fx.GraphModule, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the tensors, each once, and the architecture as metadata; equal graphs give equal files.
+    """Write each tensor once, and the architecture as metadata; equal graphs give equal files.
 
-    A network without a text form (a class of the user's defined inside a function, say) is written all the same,
-    and the file says why it cannot be loaded back.
+    A network has no text form if, for example, a class is defined inside a function. Its tensors are written,
+    and the file states why it cannot be loaded back.
 
     Args:
         graph: the network.
@@ -173,7 +173,7 @@ def save_weights(graph: fx.GraphModule, path: Path, metadata: Mapping[str, str])
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors wants them: contiguous, on the CPU, no two over the same memory."""
+    """Return the tensors as safetensors needs them: contiguous, on the CPU, without shared memory."""
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():
@@ -185,13 +185,13 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata in order, in place: safetensors writes it in a random one."""
+    """Sort the metadata in the file, because safetensors writes it in random order."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) <= size:  # the same text in another order, and spaces to the same length
+        if len(text) <= size:  # sorting keeps the entries; spaces pad the text to the old length
             file.seek(8)
             file.write(text.ljust(size))
 
@@ -214,7 +214,7 @@ def _fingerprint(path: Path) -> dict[str, object]:
 
 
 def _swap(draft: Path, place: Path, former: Path) -> None:
-    """Rename the draft to its place; what was there is put back if that fails."""
+    """Rename the draft to its place; if that fails, restore the earlier folder."""
     existed = place.exists()
     if existed:
         place.rename(former)
@@ -227,9 +227,9 @@ def _swap(draft: Path, place: Path, former: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold it before it is renamed: after a power cut a renamed file may otherwise be empty."""
+    """Flush to disk before the rename; otherwise a renamed file may be empty after a power cut."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows has no such call for folders
+        return  # Windows cannot flush a folder
     handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(handle)

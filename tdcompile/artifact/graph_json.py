@@ -1,7 +1,7 @@
-"""An fx graph and its modules as JSON and back: what a compiled network is, without its weights and without any code.
+"""Convert an fx graph and its modules to JSON and back, without weights and without code.
 
-``rebuild`` runs nothing that the text names: functions come from a fixed list, classes from torch.nn and tdcompile,
-and what else a network is made of only from packages that the caller trusts.
+``rebuild`` executes no code from the text. Functions come from a fixed list, and classes from torch.nn and tdcompile.
+All other classes and functions come only from packages that the caller trusts.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from tdcompile.errors import InputError
 from tdcompile.ir.layer import Layer
 
 FORMAT = 1
-_PATH = re.compile(r"[^\"\\\x00-\x1f]+")  # fx writes these between double quotes into the code it makes
+_PATH = re.compile(r"[^\"\\\x00-\x1f]+")  # fx writes these values between double quotes into its generated code
 _OWN = frozenset(vars(nn.Module())) - {"training"}
 
 
 def describe(graph: fx.GraphModule) -> str:
-    """The architecture as JSON text, which ``rebuild`` reads; equal graphs give equal texts.
+    """Return the architecture as JSON text for ``rebuild``; equal graphs give equal texts.
 
     Raises:
-        InputError: something in the network has no text form; the message names it and its module's class.
+        InputError: a part of the network has no text form; the message names the part and its module's class.
     """
     writer = _Writer()
     writer.module(graph, "")
@@ -41,10 +41,10 @@ def describe(graph: fx.GraphModule) -> str:
 
 
 def tensors_of(graph: fx.GraphModule) -> dict[str, Tensor]:
-    """The tensors that ``describe`` names, each once: parameters and buffers by the first of their names.
+    """Return each tensor that ``describe`` names once: parameters and buffers under their first names.
 
     Raises:
-        InputError: as ``describe``.
+        InputError: see ``describe``.
     """
     writer = _Writer()
     writer.module(graph, "")
@@ -52,16 +52,16 @@ def tensors_of(graph: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def rebuild(text: str, trusted: Sequence[str] = (), tensors: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
-    """The graph that a text describes, in the mode (training or eval) it was in.
+    """Return the graph that a text describes, in its saved mode (training or eval).
 
     Args:
-        text: what ``describe`` gave.
+        text: the result of ``describe``.
         trusted: packages, modules or ``.py`` files, besides torch.nn and tdcompile, whose classes and functions may be
             used.
-        tensors: the weights by name; they are used as they are, not copied. None leaves them uninitialised.
+        tensors: the weights by name, used without a copy. None leaves the weights uninitialised.
 
     Raises:
-        InputError: the text is malformed, names something that is not trusted, or the weights do not fit it.
+        InputError: the text is malformed or names an untrusted class or function, or the weights do not fit.
     """
     try:
         document = json.loads(text)
@@ -82,7 +82,7 @@ def rebuild(text: str, trusted: Sequence[str] = (), tensors: Mapping[str, Tensor
 
 
 class _Writer:
-    """Collects modules, each after those inside it, and tensors, each under the first name it is met by."""
+    """Collects modules, inner modules first, and tensors, each under its first name."""
 
     def __init__(self) -> None:
         self.modules: list[dict[str, Any]] = []
@@ -91,7 +91,7 @@ class _Writer:
         self._names: dict[int, str] = {}
 
     def module(self, module: nn.Module, path: str) -> int:
-        """The place of a module in the list, where it is put if it is not there yet."""
+        """Return the index of a module in the list; append the module if it is missing."""
         if id(module) in self._places:
             return self._places[id(module)]
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -117,18 +117,18 @@ class _Writer:
         return self._places.setdefault(id(module), len(self.modules) - 1)
 
     def tensor(self, tensor: Tensor | None, name: str) -> str | None:
-        """The name under which a tensor is kept."""
+        """Return the name under which a tensor is saved."""
         if tensor is None:
             return None
         if id(tensor) not in self._names:
-            while name in self.tensors:  # attributes may hold several: a list of them has one name
+            while name in self.tensors:  # an attribute may hold a list of tensors under one name
                 name += "'"
             self.tensors[name] = tensor
             self._names[id(tensor)] = name
         return self._names[id(tensor)]
 
     def graph(self, graph: fx.Graph, path: str) -> list[dict[str, Any]]:
-        """The nodes in order; what passes have noted on them (``meta``) is left out."""
+        """Return the nodes in order, without the metadata of passes (``meta``)."""
         if type(graph._codegen) is not CodeGen:
             raise InputError(f"the graph of '{path}' takes its inputs as a nesting, which has no text form here")
         return [
@@ -145,7 +145,7 @@ class _Writer:
         ]
 
     def value(self, value: object, where: str, kind: str) -> Any:
-        """JSON for a value: scalars and lists as they are, all else as ``{tag: content}``."""
+        """Return a value as JSON: scalars and lists unchanged, all other types as ``{tag: content}``."""
         if value is None or isinstance(value, bool | str) or type(value) is int:
             return value
         if type(value) is float:
@@ -177,7 +177,7 @@ class _Writer:
 
 
 class _Reader:
-    """Builds modules in their order; what is named in the text is looked up in fixed tables, never evaluated."""
+    """Builds modules in order; names in the text are looked up in fixed tables and never evaluated."""
 
     def __init__(
         self, document: Mapping[str, Any], trusted: Sequence[str], tensors: Mapping[str, Tensor] | None
@@ -187,7 +187,7 @@ class _Reader:
         self.made: list[nn.Module] = []
 
     def root(self) -> fx.GraphModule:
-        """The last module, after all the others."""
+        """Return the last module, after building all modules."""
         for entry in self.document["modules"]:
             self.made.append(self.module(entry))
         root = self.made[-1]
@@ -196,7 +196,7 @@ class _Reader:
         return root
 
     def module(self, entry: Mapping[str, Any]) -> nn.Module:
-        """One module; those inside it are made already."""
+        """Return one module; its inner modules exist already."""
         cls = nn.Module if "graph" in entry else module_class(entry["class"], self.trusted)
         module: nn.Module = cls.__new__(cls)
         nn.Module.__init__(module)
@@ -214,12 +214,12 @@ class _Reader:
             return module
         module.training = bool(state["training"])
         graph = fx.GraphModule(module, self.graph(entry["graph"]))
-        for name, part in graph.named_modules():  # fx makes the containers anew, in training mode
+        for name, part in graph.named_modules():  # fx creates new containers in training mode
             part.training = module.get_submodule(name).training
         return graph
 
     def graph(self, nodes: Iterable[Mapping[str, Any]]) -> fx.Graph:
-        """The nodes, each checked: fx writes targets and names of arguments into the code that it compiles."""
+        """Return the checked nodes; fx writes their targets and argument names into the code that it compiles."""
         graph, made = fx.Graph(), dict[str, fx.Node]()
         for node in nodes:
             op, target, kwargs = node["op"], node["target"], node["kwargs"]
@@ -237,7 +237,7 @@ class _Reader:
         return graph
 
     def value(self, value: Any, nodes: Mapping[str, fx.Node]) -> Any:
-        """The value of its JSON."""
+        """Return the value that the JSON describes."""
         if isinstance(value, list):
             return [self.value(part, nodes) for part in value]
         if not isinstance(value, dict):
@@ -265,12 +265,12 @@ def _shape(tensor: Tensor) -> dict[str, Any]:
     dtype = str(tensor.dtype).removeprefix("torch.")
     parameter = tensor.requires_grad if isinstance(tensor, nn.Parameter) else None
     shape = {"shape": list(tensor.shape), "dtype": dtype, "parameter": parameter}
-    # Channels-last weights make PyTorch take other kernels, which round otherwise.
+    # PyTorch uses other kernels for channels-last weights, and their rounding differs.
     return shape if tensor.is_contiguous() else shape | {"stride": list(torch.empty_like(tensor).stride())}
 
 
 def _filled(name: str, shape: Mapping[str, Any], tensors: Mapping[str, Tensor] | None) -> Tensor:
-    """A tensor of the text with its weights; ``parameter`` is None for a buffer, else whether it needs a gradient."""
+    """Return a tensor with its weights; ``parameter`` is None for a buffer, otherwise the ``requires_grad`` flag."""
     dtype = _scalar("dtype", shape["dtype"])
     if tensors is None:
         tensor = torch.empty(shape["shape"], dtype=dtype)
@@ -312,7 +312,7 @@ _SCALARS: dict[str, tuple[type, Callable[[str], Any]]] = {
 }
 _CHECKS: dict[str, Callable[[str], object]] = {
     "placeholder": lambda target: target.lstrip("*").isidentifier(),
-    "call_function": lambda target: True,  # looked up in a table
+    "call_function": lambda target: True,  # a look-up in a table
     "call_method": readable,
     "call_module": _PATH.fullmatch,
     "get_attr": _PATH.fullmatch,

@@ -1,4 +1,4 @@
-"""``measure``: the compiled and the dense network exported, verified and measured side by side."""
+"""``measure``: export, verify and time the compiled and the dense network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tdcompile.ir.program import Program, Site, parameters_of, sites_of
 
 
 class Part(NamedTuple):
-    """What one module computes: the layer of each of its calls, and its parameters."""
+    """One module: the layer of each call, and the number of parameters."""
 
     calls: Sequence[Layer]
     params: int
@@ -36,9 +36,9 @@ class MeasuredNetwork:
 
     Attributes:
         parts: the convolutions and linear layers that compute it, by the names of their modules.
-        macs: of one sample, in those.
-        layer_seconds: of each layer of the dense network, inside this model's graph.
-        accuracy: on the test samples; None without labels.
+        macs: multiply-accumulates of ``parts`` for one sample.
+        layer_seconds: seconds of each layer of the dense network, measured inside this model's graph.
+        accuracy: accuracy on the test samples; None without labels.
     """
 
     module: fx.GraphModule
@@ -62,15 +62,15 @@ class Outcome:
 
 
 def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds: float = 3.0) -> Outcome:
-    """Export both networks, verify each against its PyTorch graph in onnxruntime, time them interleaved, test them.
+    """Export both networks, verify each in onnxruntime against its PyTorch graph, then time and test them.
 
     Args:
-        folder: where the models are written.
-        seconds: how long the two are timed.
-        stamp: what goes into the models' metadata.
+        folder: the folder for the models.
+        seconds: duration of the interleaved timing of both models.
+        stamp: metadata for the models.
 
     Raises:
-        ParityError: a model does not compute what its PyTorch graph computes.
+        ParityError: the outputs of a model differ from its PyTorch graph.
     """
     dense_graph, compiled_graph = lower(program, program.dense), lower(program, program.graph)
     plan = program.facts.get(RankPlan)
@@ -120,7 +120,7 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
 
 
 def parts_of(parts: Mapping[str, Part], name: str) -> list[Part]:
-    """Those of one layer of the dense network: the layer itself, or what stands in its place."""
+    """Return the parts of one layer of the dense network: the layer, or the modules that replace it."""
     return [part for own, part in parts.items() if own == name or own.startswith(f"{name}.")]
 
 
@@ -129,7 +129,7 @@ def _parts(found: Mapping[str, Site]) -> dict[str, Part]:
 
 
 def _compiled_parts(program: Program, graph: fx.GraphModule, before: Mapping[str, Part]) -> dict[str, Part]:
-    """With those inside forms that compute by a module of their own, ``tt-linear`` for one, as their blueprints say."""
+    """Return all parts; a form with a custom module, such as ``tt-linear``, counts as its blueprint."""
     known, plan = _parts(sites_of(graph, program.inputs)), program.facts.get(RankPlan)
     found: dict[str, Part] = {}
     for name, choice in (plan.choices if plan else {}).items():
@@ -141,7 +141,7 @@ def _compiled_parts(program: Program, graph: fx.GraphModule, before: Mapping[str
 
 
 def _known(program: Program, path: Path, stamp: Mapping[str, str]) -> Exported | None:
-    """The dense model as ``baseline`` has exported it, with the metadata of this compilation; None without one."""
+    """Return the dense model of ``baseline`` with the metadata of this compilation; None without a baseline."""
     baseline = program.facts.get(Baseline)
     if baseline is None or baseline.dynamic_batch != program.dynamic_batch or not baseline.model.is_file():
         return None
@@ -150,7 +150,7 @@ def _known(program: Program, path: Path, stamp: Mapping[str, str]) -> Exported |
 
 @torch.no_grad()
 def _approximation(dense: nn.Module, compiled: nn.Module, program: Program) -> tuple[float, float]:
-    """Largest difference of the outputs, absolute and in relation to the largest dense output, on real data if any."""
+    """Return the largest output difference, absolute and relative to the largest dense output; use data if any."""
     samples = program.task.test or program.task.train
     inputs = next(samples.batches(64)).inputs if samples is not None else program.inputs
     pairs = list(zip(outputs_of(dense, inputs), outputs_of(compiled, inputs), strict=True))

@@ -1,4 +1,4 @@
-"""``Report``: every figure of one compilation, its schema, and how it is shown: tables and one self-contained page."""
+"""``Report``: every figure of one compilation, its schema, its tables and its self-contained page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tdcompile.support.formatting import change, count, milliseconds, percent, s
 
 
 class _Part(BaseModel):
-    """Immutable, and strict about names and about NaN and Inf, for which JSON has no form."""
+    """Base of the report's models: immutable; rejects unknown names, and NaN and Inf, which JSON lacks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -165,26 +165,26 @@ class Report(_Part):
 
     @property
     def met(self) -> bool:
-        """Whether the budget and every gate were met."""
+        """Whether the result meets the budget and every gate."""
         return all(gate.passed for gate in self.gates)
 
     def to_json(self) -> str:
-        """The text of ``report.json``."""
+        """Return the text of ``report.json``."""
         return self.model_dump_json(indent=1) + "\n"
 
     @classmethod
     def schema_json(cls) -> str:  # type: ignore[override]  # pydantic's own, of this name, is deprecated
-        """The JSON schema of ``report.json``."""
+        """Return the JSON schema of ``report.json``."""
         return json.dumps(cls.model_json_schema(mode="serialization"), indent=1) + "\n"
 
 
 def tables(report: Report) -> list[Table]:
-    """The report for a terminal: the compiled network against the dense one, and the layers."""
+    """Return the report for a terminal: both networks compared, and the layers."""
     return [_networks(report), _layers(report)]
 
 
 def render_html(report: Report) -> str:
-    """The report as one page that needs no other file, no script and no network."""
+    """Return the report as one HTML page without external files, scripts or network access."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"count": count, "ms": milliseconds, "percent": percent, "times": times, "size": size}
     template = environment.from_string(
@@ -194,7 +194,7 @@ def render_html(report: Report) -> str:
 
 
 def comparison(report: Report) -> list[tuple[str, str, str, str]]:
-    """What, dense, compiled and their ratio, as text."""
+    """Return rows of text: the quantity, its dense and compiled values, and their ratio."""
     dense, compiled, ratio = report.dense, report.compiled, report.ratio
     rows = [
         ("latency", milliseconds(dense.latency_ms), milliseconds(compiled.latency_ms), times(ratio.latency)),
@@ -241,5 +241,5 @@ def _layers(report: Report) -> Table:
             *([change(milliseconds(layer.ms_before, ""), milliseconds(layer.ms_after, ""))] if timed else []),
             layer.refusal.code if layer.refusal else "",
         ]
-        table.add_row(*map(Text, cells))  # Text: names may hold what rich takes for markup
+        table.add_row(*map(Text, cells))  # ``Text``, because rich would read brackets in names as markup
     return table

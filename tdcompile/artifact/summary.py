@@ -30,19 +30,19 @@ from tdcompile.ir.program import Change, Program, sites_of
 from tdcompile.ir.target import LIMITED, Cost
 from tdcompile.training.run_state import Tuning
 
-# A measured latency may miss its budget by so much before the budget counts as missed: two runs of one model on an
-# idle machine differ by about as much.
+# Allowed relative excess of a measured latency over its budget: two runs of one model on an idle machine differ by
+# about as much.
 LATENCY_TOLERANCE = 0.04
-# What is counted is exact but for rounding.
+# Allowed excess of counted figures, which are exact except for rounding.
 ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the driver saw: seconds of each pass and in all, and the accuracy before the first training pass.
+    """Figures of the run: seconds of each pass and in total, and the accuracy before the first training pass.
 
     Attributes:
-        source: what the network came from, or the name of its class.
+        source: the source of the network, or the name of its class.
         max_drop: gate: largest allowed loss of accuracy, in points.
         min_speedup: gate: smallest allowed ratio of dense to compiled latency.
     """
@@ -57,7 +57,7 @@ class Run:
 
 
 def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
-    """All figures of a compilation; a gate that was not passed, or a budget that was missed, is in ``gates``."""
+    """Return all figures of a compilation; ``gates`` states whether budget and gates are met."""
     dense, compiled = outcome.dense, outcome.compiled
     plan, rehearsal, tuning = program.facts.get(RankPlan), program.facts.get(Rehearsal), program.facts.get(Tuning)
     ratio = Ratio(
@@ -123,14 +123,14 @@ def _agreement(parity: Parity) -> Agreement:
 
 
 def _predicted(plan: RankPlan | None, dense: MeasuredNetwork) -> float | None:
-    """The plan's predicted share of the dense latency, at what the dense network takes now."""
+    """Return the plan's predicted latency, scaled to the dense latency measured now."""
     if plan is None or not plan.dense.seconds or not plan.predicted.seconds:
         return None
     return plan.predicted.seconds / plan.dense.seconds * dense.timing.median * 1e3
 
 
 def _rows(program: Program, plan: RankPlan | None, outcome: Outcome) -> Iterator[LayerRow]:
-    """One row a layer of the dense network, in the order of its first call."""
+    """Return one row for each layer of the dense network, in the order of first calls."""
     for name, whole in outcome.dense.parts.items():
         choice = plan.choices.get(name) if plan else None
         parts = parts_of(outcome.compiled.parts, name)
@@ -168,7 +168,7 @@ def _reason(choice: Candidate | None, known: Reason | None) -> ReportedReason | 
 
 
 def _gates(program: Program, run: Run, outcome: Outcome) -> Iterator[Gate]:
-    """The budget, measured on the result, and what --max-drop and --min-speedup asked for."""
+    """Return the gates: the measured budget, ``--max-drop`` and ``--min-speedup``."""
     dense, compiled = outcome.dense, outcome.compiled
     yield from budget_gates(program, outcome)
     if run.min_speedup is not None:
@@ -185,7 +185,7 @@ def _gates(program: Program, run: Run, outcome: Outcome) -> Iterator[Gate]:
 
 
 def budget_gates(program: Program, outcome: Outcome) -> Iterator[Gate]:
-    """What was to be kept and what was; a measured latency a little above its share passes, and is told as it is."""
+    """Return a gate for each share of the budget; a measured latency may exceed its share slightly."""
     costs = [Cost(n.params, n.macs, 0.0, n.timing.median) for n in (outcome.dense, outcome.compiled)]
     for name, share in program.budget.shares.items():
         before, after = (getattr(cost, LIMITED[name]) for cost in costs)
@@ -197,7 +197,7 @@ def budget_gates(program: Program, outcome: Outcome) -> Iterator[Gate]:
 
 
 def drop_gate(limit: float, dense: float | None, compiled: float | None) -> Gate:
-    """Whether accuracy, in [0, 1], falls by at most so many points; unknown accuracies do not pass."""
+    """Return the gate on the loss of accuracy, in points; unknown accuracies do not pass."""
     if dense is None or compiled is None:
         sentence = f"accuracy may drop by {limit:g} points, and there are no labelled test samples to tell"
         return Gate(name="max-drop", limit=limit, value=None, passed=False, sentence=sentence)
@@ -221,14 +221,14 @@ def _verdict(outcome: Outcome, ratio: Ratio, gates: Sequence[Gate]) -> str:
 
 
 def _notes(program: Program, outcome: Outcome) -> Iterator[str]:
-    """Yield what the history and the exports say beyond the rows."""
+    """Yield messages from the history and the exports that no row contains."""
     yield from history_notes(program.history, sites_of(program.dense, program.inputs))
     for network, role in ((outcome.dense, "dense"), (outcome.compiled, "compiled")):
         yield from (f"{role} model: {note}" for note in network.exported.notes)
 
 
 def history_notes(history: Iterable[Change | Diagnostic], layers: Container[str]) -> Iterator[str]:
-    """Yield the messages about the network, and warnings; a row has the reason of its layer."""
+    """Yield messages about the network, and warnings; the reason of a layer is in its row."""
     for entry in history:
         if isinstance(entry, Diagnostic) and (entry.layer not in layers or entry.level == "warning"):
             yield entry.text

@@ -21,7 +21,7 @@ from tdcompile.ir.layer import Layer, LayerKind, Ranks, owner
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import blocks
 
-_IMPULSES = 1024  # input channels that the default ``reconstruct`` probes at a time: bounds its memory
+_IMPULSES = 1024  # input channels that the default ``reconstruct`` probes at a time; bounds the memory use
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
@@ -140,7 +140,7 @@ class Decomposition(Plugin):
         weights = {name: factor.double() for name, factor in zip(names, factors, strict=True)}
         answers = [functional_call(module, weights, x.to(factors[0].device)) for x in _impulses(probe)]
         weight: Tensor = torch.cat(answers).transpose(0, 1).to(factors[0].dtype)
-        # A convolution correlates: its answer to an impulse is the kernel from the last tap to the first.
+        # A convolution correlates: its response to an impulse is the kernel in reverse order.
         return weight if layer.transposed else weight.flip(tuple(range(2, weight.ndim)))
 
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
@@ -160,7 +160,7 @@ class Decomposition(Plugin):
 
         Args:
             factors: the result of ``factorize``; copied.
-            bias: of the layer, ``(T,)``; copied into the last small layer.
+            bias: bias of the layer, ``(T,)``; copied into the last small layer.
         """
         modules = [part.build() for part in self.blueprint(layer, ranks)]
         for module, factor in zip(modules, factors, strict=True):
@@ -185,7 +185,7 @@ class Decomposition(Plugin):
         once, ranks = self._sizes(layer, (1,) * count), []
         for place in range(count):
             twice = self._sizes(layer, tuple(2 if other == place else 1 for other in range(count)))
-            # A size that holds other ranks too overstates this one: the least estimate is that of a size of its own.
+            # A size that depends on several ranks overstates this one, so the smallest estimate is right.
             steps = zip(sizes, once, twice, strict=False)
             ranks.append(min((1 + (size - one) // (two - one) for size, one, two in steps if two != one), default=1))
         if self._sizes(layer, tuple(ranks)) != sizes:
@@ -231,7 +231,7 @@ def relative_error(weight: Tensor, approximation: Tensor, covariance: Covariance
 
 
 def _probe(layer: Layer) -> Layer:
-    """Return a layer of the same weight whose answer to an impulse on one position is a whole kernel."""
+    """Return a layer of the same weight whose response to an impulse on one position is a whole kernel."""
     axes = len(layer.kernel)
     margins = [0 if layer.transposed else size - 1 for size in layer.kernel]
     return replace(

@@ -17,7 +17,7 @@ class Hook:
     """Base class of hooks: subclass it and override what you need; the defaults change nothing.
 
     ``Pipeline.run`` calls ``begin`` once. For each step it calls ``around``, and within it ``started``, ``advanced``
-    and ``finished``. The first hook of a list is the outermost: its ``around`` contains those of the others.
+    and ``finished``. The first hook of a list is the outermost: its ``around`` encloses all other hooks.
     """
 
     def begin(self, program: Program, steps: Sequence[Pass], done: int) -> tuple[Program, int]:
@@ -42,13 +42,13 @@ class Hook:
         return work()
 
     def started(self, step: Pass, position: int, of: int) -> None:
-        """A pass starts: step ``position``, counted from 0, ``of`` as many."""
+        """Observe the start of a pass: step ``position``, counted from 0, ``of`` the number of steps."""
 
     def advanced(self, step: Pass, done: int, of: int, note: str) -> None:
-        """A long pass has finished ``done`` ``of`` its parts; ``note`` names the part, e.g. a layer."""
+        """Observe progress: a pass has finished ``done`` ``of`` its parts; ``note`` names the part, e.g. a layer."""
 
     def finished(self, step: Pass, program: Program, seconds: float) -> None:
-        """A pass has returned this program."""
+        """Observe the program that a pass returned."""
 
 
 @dataclass

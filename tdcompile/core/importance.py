@@ -1,4 +1,4 @@
-"""The contract of importance scores: how much the network suffers from an error in each layer."""
+"""The contract of importance scores: the harm to the network of an error in each layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Importance(Plugin):
 
     @abstractmethod
     def score(self, program: Program) -> Mapping[str, float]:
-        """A non-negative, finite score for each layer by name.
+        """Return a non-negative, finite score for each layer by name.
 
         Raises:
             InputError: the score needs data (or labels) that the task does not have.
@@ -24,7 +24,7 @@ class Importance(Plugin):
 
 
 def normalised(scores: Mapping[str, float]) -> dict[str, float]:
-    """Scores of mean 1; all 1.0 where all are zero.
+    """Return scores scaled to a mean of 1; all 1.0 if all are zero.
 
     Raises:
         InputError: a score is NaN or infinite.

@@ -31,7 +31,7 @@ class Pass(Plugin):
         touches: aspects of the program that the pass changes; facts read from them are dropped.
         decides: the pass changes only facts; of several processes the first runs it and sends the facts to the others.
         trains: the pass trains weights; the report shows the test accuracy before the first such pass.
-        resumable: the pass may keep training state in a folder of its name in ``Program.workspace``; the folder is
+        resumable: the pass may keep training state in a folder of its name in ``Program.workspace``. The folder is
             deleted once the result of the pass is saved.
         fine_tunes: the option ``tune`` of recipes and studies sets the options of this pass. A pipeline works without
             the pass, only less accurately.
@@ -89,7 +89,7 @@ class AnalysisPass(Pass):
 
 
 class RewritePass(Pass):
-    """Changes the graph and possibly the function it computes, but neither its inputs nor the shapes of its outputs.
+    """Changes the graph and possibly its function, but neither its inputs nor the shapes of its outputs.
 
     Attributes:
         lowering: place in the lowering of every graph that is exported or timed, the lowest first; 0 if the pass

@@ -60,8 +60,8 @@ class Pipeline:
             planned: whether the pipeline must end with a ``RankPlan``, as a compilation requires.
 
         Raises:
-            InputError: no earlier pass gives a fact that a pass needs, or a pass in between invalidates it; or the
-                pipeline must end with a plan and does not.
+            InputError: no earlier pass gives a fact that a pass needs, or a pass in between invalidates the fact.
+                Also raised if the pipeline must end with a plan and does not.
         """
         known = {type(fact) for fact in facts or ()}
         for position, step in enumerate(self.steps):
@@ -83,7 +83,7 @@ class Pipeline:
 
     @property
     def trainer(self) -> str | None:
-        """The name of the first pass that trains; None if no pass does."""
+        """The name of the first pass that trains; None if no pass trains."""
         return next((step.name for step in self.steps if step.trains), None)
 
     def run(self, program: Program, hooks: Sequence[Hook] = ()) -> Program:

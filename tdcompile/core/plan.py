@@ -26,8 +26,8 @@ from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.ir.target import Cost, total
 from tdcompile.numerics.covariance import Covariance
 
-FORMAT = 1  # of plan files
-_KEYS = ("format", "selector", "gap", "dense", "predicted", "layers", "reasons")  # of a plan file, in its order
+FORMAT = 1  # the format of plan files
+_KEYS = ("format", "selector", "gap", "dense", "predicted", "layers", "reasons")  # the keys of a plan file, in order
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Candidates(Fact):
 
 @dataclass(frozen=True)
 class Importances(Fact):
-    """How much an error in each layer harms the network, relative to other layers; 1.0 if unknown."""
+    """The harm of an error in each layer to the network, relative to other layers; 1.0 if unknown."""
 
     reads: ClassVar[frozenset[Aspect]] = frozenset({Aspect.TOPOLOGY, Aspect.WEIGHTS})
     scores: Mapping[str, float]

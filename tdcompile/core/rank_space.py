@@ -6,7 +6,7 @@ import math
 
 from tdcompile.ir.layer import Ranks
 
-_STEPS = 64  # of one grid, so that a wide layer does not have thousands of candidates
+_STEPS = 64  # maximum size of one grid, so that a wide layer does not have thousands of candidates
 
 
 def grid(full: int, grain: int) -> list[int]:

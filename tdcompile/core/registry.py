@@ -124,7 +124,7 @@ def _place(plugin: type[Plugin]) -> tuple[str, str]:
 
 @cache
 def import_all() -> None:
-    """Import all plug-ins: those of tdcompile and those of installed packages."""
+    """Import all plug-ins of tdcompile and of installed packages."""
     for package in PACKAGES:
         for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
             importlib.import_module(module.name)

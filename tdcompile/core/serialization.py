@@ -25,7 +25,7 @@ def fact_from_plain(kind: type[F], plain: object) -> F:
     """Read the data of ``fact_to_plain``.
 
     Raises:
-        ValidationError: the data are not those of such a fact.
+        ValidationError: the data do not describe a fact of this type.
     """
     fact: F = TypeAdapter(kind).validate_python(plain)
     return fact

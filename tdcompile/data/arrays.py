@@ -25,7 +25,7 @@ _NPY = b"\x93NUMPY"  # the first bytes of a .npy file
 def read_digits(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split, Split | None]:
     """Read scikit-learn's digits.
 
-    The same fifth of each class is the test split for every seed: figures stay comparable, and the splits never mix.
+    The test split is a fixed fifth of each class, equal for every seed: figures stay comparable and splits never mix.
     """
     bunch = import_optional("sklearn.datasets").load_digits()
     x, y = to_tensor(bunch.images, "digits") / 16, to_tensor(bunch.target, "digits")  # pixels are 0 to 16

@@ -76,9 +76,9 @@ def given(
     """Return train and test samples of data that a caller hands over; a missing part is None.
 
     Args:
-        data: a text for ``load_data``; training samples, as ``Samples``, a map-style torch ``Dataset``, a
-            ``DataLoader`` (its data set is read, not its batches), an array ``x``
-            ``(N, ...)`` or arrays ``(x, y)`` with class numbers ``y`` ``(N,)``; or a pair (training, test) of these.
+        data: a text for ``load_data``, training samples, or a pair (training, test). Samples are ``Samples``, a
+            map-style torch ``Dataset``, a ``DataLoader`` (its data set is read, not its batches), an array ``x``
+            ``(N, ...)``, or arrays ``(x, y)``. Class numbers ``y`` have the shape ``(N,)``.
         input_shape: shape of the network's input, without the batch.
         normalize: ``none``, ``imagenet`` or ``m,m,m/s,s,s``; ``Samples`` allow only ``none``.
         seed: seeds the hold-out split if the data of a text has no test set.

@@ -1,4 +1,4 @@
-"""Figures of quality of a network on samples: accuracy, and the class scores it is computed from."""
+"""Accuracy of a network on samples, and the class scores behind it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def accuracy(module: nn.Module, samples: Samples | None, limit: int | None = Non
     training, right, seen = module.training, 0, 0
     module.eval()
     for batch in samples.batches(limit=limit):
-        assert batch.labels is not None  # ``classes`` says that there are labels
+        assert batch.labels is not None  # labels exist, because ``classes`` is set
         scores = logits(module(*(x.to(device) for x in batch.inputs)))
         right += int((scores.argmax(1).cpu() == batch.labels).sum())
         seen += len(batch.labels)

@@ -14,7 +14,7 @@ class NetworkInput:
     """The first input of a network.
 
     Attributes:
-        shape: without the batch.
+        shape: shape of the input, without the batch.
         dtype: None if it is unknown.
     """
 

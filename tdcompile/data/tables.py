@@ -92,7 +92,7 @@ def _parquet(files: Sequence[Path], shape: Shape) -> Split:
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """Hide progress bars and log lines of ``datasets``: errors are told by our own sentence."""
+    """Hide progress bars and log lines of ``datasets``: our own messages report errors."""
     shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""``Reason``: why a layer stays dense or a form refuses it; ``Diagnostic``: a message in the history; their codes."""
+"""``Reason`` for a dense layer or a refusal, ``Diagnostic`` for a message in the history, and their codes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class DiagnosticCode(_Code):
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a layer stays dense or a form refuses it.
+    """The reason for a dense layer or for a refusal by a form.
 
     Attributes:
         code: a ``ReasonCode``, or a plug-in's own text.

@@ -12,7 +12,7 @@ from tdcompile.ir.conv_modules import Pad, TransposedConv, uninitialised
 
 Pair = tuple[int, int]
 LayerKind = Literal["conv", "linear"]
-Ranks = tuple[int, ...]  # of a decomposition of a layer
+Ranks = tuple[int, ...]  # ranks of a decomposition of a layer
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -22,7 +22,7 @@ class Layer:
 
     Attributes:
         in_channels, out_channels: C and T; for a linear layer the numbers of features.
-        extent: for a convolution the spatial size of the input, ``(H, W)``; for a linear layer the sizes of the axes
+        extent: for a convolution the spatial size of the input, ``(H, W)``. For a linear layer the sizes of the axes
             between batch and features, ``()`` for ``(N, C)``.
         kernel, stride, dilation: one number for each spatial axis; empty for a linear layer.
         padding: ``(before, after)`` for each spatial axis.

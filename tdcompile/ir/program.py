@@ -208,7 +208,7 @@ def sites_of(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Site]:
 def kept_dense(program: Program, found: Mapping[str, Site]) -> dict[str, Reason]:
     """Return the layers that no decomposition may replace, with the reason.
 
-    A layer is kept dense if the user asks for it, if it has a hook, if it shares its weight, or if its weight is not
+    A layer is kept dense if the user asks for it, or if it has a hook, a shared weight, or a weight that is not
     floating point. Every pass that chooses layers calls this first; ``factorize`` refuses a plan for such a layer.
     """
     owners: dict[int, list[str]] = {}

@@ -40,8 +40,8 @@ class Covariance(ABC):
     """The second moment S of the N inputs of a layer, or of one group of a grouped layer.
 
     Attributes:
-        samples: how many input rows it was averaged over; 0 without data.
-        groups: how many matrices it holds: one for each group of a grouped layer, else 1.
+        samples: number of input rows in the average; 0 without data.
+        groups: number of matrices: one for each group of a grouped layer, else 1.
         is_identity: whether there is no data, so that the error of the output is the error of the weight.
     """
 
@@ -50,7 +50,7 @@ class Covariance(ABC):
 
     @property
     def groups(self) -> int:
-        """How many matrices it holds."""
+        """The number of matrices."""
         return 1
 
     @property
@@ -60,7 +60,7 @@ class Covariance(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """N."""
+        """Return N."""
 
     @abstractmethod
     def __rmatmul__(self, flat: Tensor) -> Tensor:
@@ -98,22 +98,22 @@ class Covariance(ABC):
 
     @abstractmethod
     def to(self, other: Tensor) -> Covariance:
-        """Return it on the device of ``other``; a matrix also takes the precision of ``other``."""
+        """Return the covariance on the device of ``other``; a matrix also takes the precision of ``other``."""
 
     @abstractmethod
     def multiplications(self) -> int:
-        """Return how many multiplications a row times S takes."""
+        """Return the number of multiplications in a row times S."""
 
     @abstractmethod
     def is_finite(self) -> bool:
-        """Whether S is free of NaN and Inf."""
+        """Return whether S is free of NaN and Inf."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors it is made of, by name; ``from_tensors`` is the inverse."""
+        """Return the tensors of the covariance by name; ``from_tensors`` is the inverse."""
 
     def ridge(self) -> float:
-        """Return what keeps S + ridge·I definite: a small share of the mean diagonal; 0 for the identity."""
+        """Return the ridge that keeps S + ridge·I definite: a small share of the mean diagonal; 0 for the identity."""
         return ridge(self.diagonal())
 
     def energy(self, flat: Tensor) -> float:
@@ -152,7 +152,7 @@ class Identity(Covariance):
         return cls(weight[0].numel())
 
     def __len__(self) -> int:
-        """N."""
+        """Return N."""
         return self.size
 
     def __rmatmul__(self, flat: Tensor) -> Tensor:
@@ -176,11 +176,11 @@ class Identity(Covariance):
         return torch.eye(size, dtype=torch.float64)
 
     def normal_equations(self, basis: Tensor) -> NormalEquations:
-        """Return those of an orthonormal basis: nothing is to be solved."""
+        """Return the equations of an orthonormal basis, which need no solver."""
         return IdentityEquations(basis)
 
     def to(self, other: Tensor) -> Identity:
-        """Return itself: it holds no tensor."""
+        """Return the object itself, which holds no tensor."""
         return self
 
     def multiplications(self) -> int:
@@ -206,14 +206,14 @@ class Full(Covariance):
 
     Attributes:
         matrix: S, ``(N, N)``, float64 from calibration.
-        samples: how many rows it was averaged over.
+        samples: number of rows in the average.
     """
 
     matrix: Tensor
     samples: int
 
     def __len__(self) -> int:
-        """N."""
+        """Return N."""
         return len(self.matrix)
 
     def __rmatmul__(self, flat: Tensor) -> Tensor:
@@ -238,11 +238,11 @@ class Full(Covariance):
         return torch.einsum("agbahb->gh", blocks) / (ahead * behind)
 
     def normal_equations(self, basis: Tensor) -> NormalEquations:
-        """Return those with one Cholesky factor."""
+        """Return the equations with one Cholesky factor."""
         return FullEquations(self.matrix, basis, self.ridge())
 
     def to(self, other: Tensor) -> Full:
-        """Return it on the device and in the precision of ``other``."""
+        """Return the covariance on the device and in the precision of ``other``."""
         return Full(self.matrix.to(other), self.samples)
 
     def multiplications(self) -> int:
@@ -250,7 +250,7 @@ class Full(Covariance):
         return self.matrix.numel()
 
     def is_finite(self) -> bool:
-        """Whether S is free of NaN and Inf; a sum shows that in a tenth of the time of a look at each entry."""
+        """Return whether S is free of NaN and Inf; a sum takes a tenth of the time of a test of each entry."""
         return bool(torch.isfinite(self.matrix.sum(dtype=torch.float64)))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -265,7 +265,7 @@ class LowRankPlusDiagonal(Covariance):
     Attributes:
         factor: F, ``(N, k)``, with orthogonal columns, longest first.
         rest: d, ``(N,)``, not negative: the diagonal of S without that of F Fᵀ, so that the diagonal of S is exact.
-        samples: how many rows it was averaged over.
+        samples: number of rows in the average.
     """
 
     factor: Tensor
@@ -273,7 +273,7 @@ class LowRankPlusDiagonal(Covariance):
     samples: int
 
     def __len__(self) -> int:
-        """N."""
+        """Return N."""
         return len(self.rest)
 
     def __rmatmul__(self, flat: Tensor) -> Tensor:
@@ -316,11 +316,11 @@ class LowRankPlusDiagonal(Covariance):
         return torch.einsum("agbf,ahbf->gh", factor, factor) / (ahead * behind) + torch.diag(rest)
 
     def normal_equations(self, basis: Tensor) -> NormalEquations:
-        """Return those that never form an N x N matrix."""
+        """Return the equations that never form an N x N matrix."""
         return LowRankEquations(self.factor, self.rest, basis, self.ridge())
 
     def to(self, other: Tensor) -> LowRankPlusDiagonal:
-        """Return it on the device of ``other``, in its own precision."""
+        """Return the covariance on the device of ``other``, without a change of precision."""
         return LowRankPlusDiagonal(self.factor.to(other.device), self.rest.to(other.device), self.samples)
 
     def multiplications(self) -> int:
@@ -328,7 +328,7 @@ class LowRankPlusDiagonal(Covariance):
         return 2 * self.factor.numel() + self.rest.numel()
 
     def is_finite(self) -> bool:
-        """Whether the diagonal of S is free of NaN and Inf; then all of S is."""
+        """Return whether the diagonal of S, and hence all of S, is free of NaN and Inf."""
         return bool(torch.isfinite(self.diagonal().sum(dtype=torch.float64)))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -344,7 +344,7 @@ class PerGroup(Covariance):
 
     Attributes:
         matrices: ``(groups, N, N)``.
-        samples: how many rows each was averaged over.
+        samples: number of rows in each average.
     """
 
     matrices: Tensor
@@ -352,11 +352,11 @@ class PerGroup(Covariance):
 
     @property
     def groups(self) -> int:
-        """How many matrices it holds."""
+        """The number of matrices."""
         return len(self.matrices)
 
     def __len__(self) -> int:
-        """N, the inputs of one group."""
+        """Return N, the number of inputs of one group."""
         return self.matrices.shape[1]
 
     def __rmatmul__(self, flat: Tensor) -> Tensor:
@@ -385,7 +385,7 @@ class PerGroup(Covariance):
         self._refuse("normal_equations")
 
     def to(self, other: Tensor) -> PerGroup:
-        """Return it on the device and in the precision of ``other``."""
+        """Return the covariance on the device and in the precision of ``other``."""
         return PerGroup(self.matrices.to(other), self.samples)
 
     def multiplications(self) -> int:
@@ -393,7 +393,7 @@ class PerGroup(Covariance):
         return self.matrices[0].numel()
 
     def is_finite(self) -> bool:
-        """Whether all matrices are free of NaN and Inf."""
+        """Return whether all matrices are free of NaN and Inf."""
         return bool(torch.isfinite(self.matrices.sum(dtype=torch.float64)))
 
     def tensors(self) -> dict[str, Tensor]:

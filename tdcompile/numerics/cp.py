@@ -20,7 +20,7 @@ from tdcompile.numerics.low_rank import column_basis
 
 # Weight of the old factor in each least-squares update: it keeps the system solvable, and no update raises the error.
 PROXIMAL = 1e-8
-# Norm of the components over the norm of the tensor from which a CP counts as degenerate (Phan et al. 2020).
+# A CP counts as degenerate if its component norm over the tensor norm exceeds this ratio (Phan et al. 2020).
 DEGENERATE = 10.0
 
 

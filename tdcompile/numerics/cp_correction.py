@@ -22,8 +22,8 @@ HALVINGS = 60
 def sensitivity(factors: Sequence[Tensor]) -> float:
     """Return the sensitivity Σ_n I_n Σ_r Π_{m≠n} ‖a_r^(m)‖² of Phan et al. 2020, for any number of modes.
 
-    Add noise of variance σ² to every entry of the factors ``(I_n, rank)``: to first order, the expected squared change
-    of the tensor is σ² times the sensitivity.
+    Suppose noise of variance σ² is added to every entry of the factors ``(I_n, rank)``. To first order, the expected
+    squared change of the tensor is σ² times the sensitivity.
     """
     squares = torch.stack([factor.square().sum(0) for factor in factors])
     modes = range(len(factors))

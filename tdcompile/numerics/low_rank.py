@@ -1,6 +1,6 @@
 """Low-rank approximation of a weight: (whitened) truncated SVDs, the error at every rank, and balanced factors.
 
-A weight is ``flat``, ``(T, N)``. S is the covariance of its input, and the error is that of the layer's output.
+A weight is ``flat``, ``(T, N)``. S is the covariance of its input. All errors are errors of the layer's output.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def matrix_of(weight: Tensor, covariance: Covariance) -> Tensor:
     """
     flat = weight.detach().flatten(1)
     flat = flat if flat.dtype is torch.float64 else flat.float()
-    # A sum is finite only if its terms are, and takes a tenth of the time of a look at each.
+    # A sum is finite only if its terms are, and takes a tenth of the time of a test of each.
     if not all(bool(torch.isfinite(block.sum())) for block in blocks(flat, torch.float64)):
         raise InputError("the weight of a layer to decompose holds NaN or Inf; decompositions need finite values")
     if not covariance.is_finite():
@@ -71,7 +71,7 @@ def column_basis(matrix: Tensor) -> Tensor:
 
 
 def _leading(flat: Tensor, covariance: Covariance, rank: int) -> Tensor:
-    """Return them in float64 if the smaller side is at most ``PRECISE``."""
+    """Return the leading left singular vectors, in float64 if the smaller side is at most ``PRECISE``."""
     rows, columns = flat.shape
     if rows <= columns:
         return _eigenvectors(_ridged(flat, covariance), rank)

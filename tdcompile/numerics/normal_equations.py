@@ -1,11 +1,11 @@
 """Normal equations of W ≈ G B in the metric of a covariance S: the core G, and the energy that each rank explains.
 
 ``W`` is ``(T, G·K)`` with K taps for each of G groups of inputs. A basis A, ``(G, r)``, has orthonormal columns, and
-B = Aᵀ ⊗ I_K is ordered by component: the first r'·K rows of B belong to the first r' components. Hence a factor of
+B = Aᵀ ⊗ I_K is ordered by component. The first r'·K rows of B belong to the first r' components. Hence a factor of
 B (S + extra·I) Bᵀ holds the factors of all smaller ranks as leading blocks.
 
-There is one class for each kind of covariance, because the cheapest exact method differs: none for the identity, one
-Cholesky factor for a full matrix, the Woodbury identity for low rank plus diagonal.
+There is one class for each kind of covariance, because the cheapest exact method differs. The identity needs no solver,
+a full matrix one Cholesky factor, and low rank plus diagonal the Woodbury identity.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class FullEquations(NormalEquations):
 class LowRankEquations(NormalEquations):
     """S = F Fᵀ + diag(d): a Cholesky factor for each tap, and a matrix of the rank of F (Woodbury), in float64.
 
-    With D = B (diag(d) + extra·I) Bᵀ = L Lᵀ, which is block diagonal by tap, and H = L⁻¹ B F, the normal matrix is
+    D = B (diag(d) + extra·I) Bᵀ = L Lᵀ is block diagonal by tap. With H = L⁻¹ B F, the normal matrix is
     L (I + H Hᵀ) Lᵀ. It is never formed. Rows that methods take and return are ``(T, r·K)``, by component and then tap.
 
     Args:
@@ -204,7 +204,7 @@ class LowRankEquations(NormalEquations):
 
     @cached_property
     def _root(self) -> tuple[Tensor, Tensor]:
-        """H V and w with (I + H Hᵀ)^-½ = I + H V diag(w) Vᵀ Hᵀ, where V λ Vᵀ = Hᵀ H and w = ((1 + λ)^-½ − 1) / λ."""
+        """Return H V and w with (I + H Hᵀ)^-½ = I + H V diag(w) Vᵀ Hᵀ, V λ Vᵀ = Hᵀ H and w = ((1 + λ)^-½ − 1) / λ."""
         values, vectors = torch.linalg.eigh(torch.einsum("krf,krg->fg", self._spread, self._spread))
         roots = (1 + values.clamp(min=0)).sqrt()
         return self._spread @ vectors, -1 / (roots * (1 + roots))  # w in a form that has no 0 / 0

@@ -20,7 +20,7 @@ class NystromSketch:
     ``LowRankPlusDiagonal.rest`` (this project's completion), so that every input keeps its whole weight.
 
     Attributes:
-        seen: how many rows were added.
+        seen: number of added rows.
 
     Args:
         size: N.

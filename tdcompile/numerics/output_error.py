@@ -37,7 +37,7 @@ class OutputMetric:
 
     @property
     def multiplications(self) -> int:
-        """How many multiplications a row times S takes."""
+        """The number of multiplications in a row times S."""
         return self.covariance.multiplications()
 
     def error(self, approximation: Tensor) -> float:

@@ -81,7 +81,7 @@ def within_error(ladders: Mapping[str, Sequence[Candidate]], error: float) -> di
 def first_fit(
     plan: Callable[[float], Choices], levels: Sequence[float], candidates: Candidates, limits: Mapping[str, float]
 ) -> Choices:
-    """Return the plan of the first level within the limits, by bisection; that of the last level if none is.
+    """Return the plan of the first level within the limits, by bisection; otherwise the plan of the last level.
 
     Args:
         plan: returns the choices at a level.

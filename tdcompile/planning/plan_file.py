@@ -32,8 +32,8 @@ def adopt(program: Program, given: str) -> Program:
         given: a file, or the text of a plan, which begins with a brace.
 
     Raises:
-        InputError: the file cannot be read or is not a plan; or the plan is for another network: it names an unknown
-            layer, a decomposition that refuses its layer, or ranks that the layer does not have.
+        InputError: the file cannot be read or is not a plan. Also raised if the plan names an unknown layer, a
+            decomposition that refuses its layer, or ranks that the layer does not have.
     """
     written = given.startswith("{")
     source = "the plan" if written else given
@@ -103,7 +103,7 @@ def _counted(site: Site, choice: Candidate, prices: Prices) -> Candidate:
 
 
 def _changed(choices: Mapping[str, Candidate], given: Mapping[str, Candidate]) -> bool:
-    """Return whether choices differ from the given ones, or were given without their costs, as only people do."""
+    """Return whether a person edited the plan: choices differ from the given ones, or lack their costs."""
     return choices.keys() != given.keys() or any(
         choice.decomposition != given[name].decomposition or not _same(choice.cost, given[name].cost)
         for name, choice in choices.items()

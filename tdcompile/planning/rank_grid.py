@@ -1,7 +1,7 @@
 """Ranks of a layer: candidates on a grid (``grid``, ``tied``, ``train_space``), and ranks for a share of the weights.
 
 ``ranks_for`` follows the approximation-error study, arXiv 2305.05318. Its text states compression as the share that is
-*removed*, its appendix lists ranks by the share that is *kept*. Here a share is always the share that is kept.
+*removed*; its appendix lists ranks by the share that is *kept*. In this module a share is always the kept share.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def weights_of(form: Decomposition, layer: Layer, ranks: Ranks) -> int:
 def ranks_for(form: Decomposition, layer: Layer, kept: float) -> Ranks:
     """Return the ranks at which a form keeps a share of the layer's weights, as nearly as whole ranks can.
 
-    All ranks are one share x of the exact ones. For CP, x P(exact) equals the wanted weights; for Tucker with full
+    All ranks are one share x of the exact ones. For CP, x P(exact) equals the wanted weights. For Tucker with full
     kernel modes, x is the common share of T and C that solves the quadratic a x² + b x. Rounded to the nearest, these
     are the published ranks of four-mode CP (``cp4``) and Tucker. The published TT ranks follow no single rule. Our
     completion for them: one rank for all internal ranks (``tied``), the one whose weights come nearest.

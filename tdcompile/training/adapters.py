@@ -94,7 +94,7 @@ class Parallel(nn.Module):
         """Truncate the adapter in place to its own best approximation at fewer ranks.
 
         The parameters keep their shapes, with zeros beyond the new ranks. Both factors are zero there, so that no
-        gradient reaches them. The dense part does not take over what is cut off.
+        gradient reaches them. The dense part does not take over the truncated components.
         """
         weight = self.adapter()
         factors = self.decomposition.factorize(self.layer, weight, ranks, Identity.of(weight))

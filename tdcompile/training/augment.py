@@ -29,8 +29,8 @@ def resolve_augment(asked: AugmentOption, inputs: Sequence[Tensor]) -> Augment:
 class Augmented(Samples):
     """A view of image samples, each with its own random shift and flip until ``redraw`` draws new ones.
 
-    The draw of a sample depends on its index and the seed only, not on its batch or the order of reading: processes
-    that split a batch see the images that one process would.
+    The draw of a sample depends on its index and the seed only, not on its batch or the order of reading. Hence
+    processes that split a batch see the images that one process would.
 
     Args:
         samples: samples whose inputs are images ``(n, C, H, W)``.

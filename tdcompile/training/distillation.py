@@ -144,7 +144,7 @@ class _Pair:
     def weight(self) -> Tensor:
         """Return W, on the current device of the dense network."""
         weight = self.dense.weight
-        assert isinstance(weight, Tensor)  # it is a convolution or a linear layer
+        assert isinstance(weight, Tensor)  # every dense layer is a convolution or a linear layer
         return weight.detach()
 
     def approximation(self) -> Tensor:
@@ -190,7 +190,7 @@ class LayerwiseLoss:
             form, layer = choice.decomposition, layers[name]
             if len(factors) != len(form.blueprint(layer, choice.ranks)):
                 raise InputError(f"the layer '{name}' is not as {choice.form} left it: tune it without its layers")
-            chain = type(form).build is Decomposition.build  # of whatever class: a container restored has lost its own
+            chain = type(form).build is Decomposition.build  # ``new`` may be restored, without its class
             last = [*new.children()][-1] if chain else new
             self._pairs.append(_Pair(layer, form, choice.ranks, factors, dense, last))
         self._seen: dict[nn.Module, list[Tensor]] = {}

@@ -18,7 +18,7 @@ from tdcompile.errors import TdcompileError
 
 T = TypeVar("T")
 
-_TIMEOUT = timedelta(days=7)  # of waiting for the first process, whose search for ranks may take hours
+_TIMEOUT = timedelta(days=7)  # timeout of the wait for the first process, whose search for ranks may take hours
 
 
 def count() -> int:

@@ -1,4 +1,4 @@
-"""Hooks about training: one process decides, the accuracy before training, and training state that can go."""
+"""Hooks for training: decisions of the first process, accuracy before training, deletion of training state."""
 
 from __future__ import annotations
 

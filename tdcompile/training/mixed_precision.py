@@ -41,8 +41,8 @@ def strided_depthwise_in_fp32(
 ) -> AbstractContextManager[None]:
     """Compute strided depthwise convolutions in fp32 for a while, if a network trains in bf16 on a CPU.
 
-    Their gradient takes 7 to 15 times as long in bf16 as in fp32 (torch 2.13, AVX-512 BF16): in a ResNet-20 of CP
-    layers two of them took a fifth of a step.
+    Their gradient takes 7 to 15 times as long in bf16 as in fp32 (torch 2.13, AVX-512 BF16). In a ResNet-20 of CP
+    layers, two such convolutions took a fifth of a step.
     """
     slow = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 != max(m.stride)]
     if precision != "bf16" or device.type != "cpu":

@@ -279,7 +279,7 @@ class Trainer:
 
     @torch.no_grad()
     def _judged(self) -> tuple[float | None, float | None]:
-        assert self._heldout is not None  # ``_judge`` has looked
+        assert self._heldout is not None  # ``_judge`` ensures this
         self._graph.eval()
         loss, right, device = 0.0, 0, self._accelerator.device
         for batch in self._heldout.batches():
@@ -304,7 +304,7 @@ class _Objective(nn.Module):
     def __init__(self, graph: fx.GraphModule, loss: nn.Module) -> None:
         super().__init__()
         self.graph = graph
-        self._loss = (loss,)  # in a tuple, so that it is not a submodule: nothing in it is trained
+        self._loss = (loss,)  # a tuple hides the loss from the submodules, because nothing in it is trained
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss and the first output, detached."""
