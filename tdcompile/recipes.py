@@ -101,7 +101,7 @@ class Recipe(RecipeOptions):
             InputError: a pass, plug-in or option is unknown, or an option has no effect beside another.
         """
         if self.pipeline is not None:
-            return Pipeline.of(map(self._passed_on, self._adapted(parse_specs(self.pipeline))))
+            return Pipeline(map(self._passed_on, self._adapted(parse_specs(self.pipeline))))
         latency = "latency" in self.budget
         parts = ["baseline"] if latency else []
         if self.plan is None:
@@ -125,7 +125,7 @@ class Recipe(RecipeOptions):
             parse_options(self.tune)
             parts += [f"finetune{{{self.tune}}}"]
         parts += ["fold-batchnorm", "drop-dead"]
-        return Pipeline.of(map(self._passed_on, parse_specs(",".join(parts))))
+        return Pipeline(map(self._passed_on, parse_specs(",".join(parts))))
 
     def _adapted(self, steps: list[Spec]) -> list[Spec]:
         """Apply ``tune`` to a pipeline that the user gave, and refuse the options that have no effect beside it.

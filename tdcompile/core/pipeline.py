@@ -29,11 +29,21 @@ def fine_tuner(options: str) -> Pass:
     return only(Pass, "fine_tunes").from_options(parse_options(options))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Pipeline:
-    """Passes in order; ``Pipeline.parse(str(pipeline))`` equals the pipeline."""
+    """Passes in order; ``Pipeline.parse(str(pipeline))`` equals the pipeline.
+
+    Args:
+        steps: passes as objects, e.g. ``[Calibrate(), Propose(grain=8)]``, or specs of passes, or both.
+
+    Raises:
+        InputError: a step is not a pass, or a spec names an unknown pass or option.
+    """
 
     steps: tuple[Pass, ...]
+
+    def __init__(self, steps: Iterable[Pass | Spec]) -> None:
+        object.__setattr__(self, "steps", tuple(map(_step, steps)))
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
@@ -42,12 +52,7 @@ class Pipeline:
         Raises:
             InputError: the text is malformed, or names an unknown pass or option.
         """
-        return cls.of(parse_specs(text))
-
-    @classmethod
-    def of(cls, steps: Iterable[Pass | Spec]) -> Pipeline:
-        """Return the pipeline of passes, specs, or both."""
-        return cls(tuple(step if isinstance(step, Pass) else make(Pass, step) for step in steps))
+        return cls(parse_specs(text))
 
     def __str__(self) -> str:
         return ",".join(str(step.spec()) for step in self.steps)
@@ -129,3 +134,13 @@ class Pipeline:
         for hook in hooks:
             hook.finished(step, program, seconds)
         return program
+
+
+def _step(step: object) -> Pass:
+    if isinstance(step, Pass):
+        return step
+    if isinstance(step, Spec):
+        return make(Pass, step)
+    if isinstance(step, type) and issubclass(step, Pass):
+        raise InputError(f"{step.__name__} is a class of passes: put the object {step.__name__}() into the pipeline")
+    raise InputError(f"a step of a pipeline is a pass, not {step!r}; Pipeline.parse reads a pipeline from text")

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import tdcompile
 from tdcompile.core.decomposition import Decomposition, relative_error
 from tdcompile.core.registry import find, make
 from tdcompile.errors import TdcompileError
 from tdcompile.ir.conv_modules import TransposedConv
 from tdcompile.ir.diagnostics import Reason
-from tdcompile.ir.layer import Layer, Ranks, owner
+from tdcompile.ir.layer import Layer, LayerKind, Ranks, owner
 from tdcompile.numerics.covariance import Covariance, Full, Identity, LowRankPlusDiagonal, PerGroup
 from tdcompile.numerics.low_rank import PRECISE
 
@@ -430,3 +433,50 @@ def test_data_that_show_little_give_finite_factors_and_errors_that_hold(
         if kind != "zero but for round-off":  # of which no error is anything
             truth = relative_error(weight, approximation, truly)
             assert -below - slack <= told[member] - truth <= above + slack, (space[member], told[member], truth)
+
+
+def test_a_form_of_three_methods_is_proposed_chosen_compiled_and_reported() -> None:
+    @dataclass(frozen=True)
+    class Rows(Decomposition):
+        """A convolution to the outputs of largest norm, then a 1x1 to all of them."""
+
+        name: ClassVar[str] = "largest-rows"
+        kinds: ClassVar[frozenset[LayerKind]] = frozenset({"conv"})
+
+        def exact_ranks(self, layer: Layer) -> Ranks:
+            return (layer.out_channels,)
+
+        def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
+            last = replace(layer.point(), in_channels=ranks[0], extent=layer.out_extent)
+            return replace(layer, out_channels=ranks[0], bias=False), last
+
+        def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
+            flat = weight.flatten(1).double()
+            first = flat[flat.norm(dim=1).argsort(descending=True)[: ranks[0]]]
+            return self.shaped(layer, ranks, (first, flat @ torch.linalg.pinv(first)), weight.dtype)
+
+    try:
+        torch.manual_seed(0)
+        form, x = Rows(), torch.randn(2, 8, 7, 9)
+        network = nn.Sequential(nn.Conv2d(8, 12, 3, stride=(1, 2), padding=1), nn.ReLU(), nn.Linear(5, 4)).eval()
+        with torch.no_grad():
+            network[0].weight[6:] = torch.einsum("ij,jckl->ickl", torch.rand(6, 6), network[0].weight[:6])  # of rank 6
+        compiled = tdcompile.compile(network, x, budget={"macs": 0.9}, decompose=("largest-rows",), tune="none")
+        conv, linear = compiled.report.layers
+        assert (conv.decomposition, linear.decomposition) == ("largest-rows", "dense")
+        assert conv.error is not None
+        assert conv.error < 1
+        layer = Layer.of(network[0], (7, 9))
+        assert layer is not None
+        refused = form.refuse(Layer("linear", 5, 4))
+        assert refused is not None
+        assert (refused.code, refused.text) == ("kind", "largest-rows is a form of convolutions")
+        assert form.rank_space(layer, 4) == [(4,), (8,), (12,)]
+        torch.testing.assert_close(
+            form.reconstruct(layer, form.factorize(layer, network[0].weight, (12,), Identity.of(network[0].weight))),
+            network[0].weight,
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    finally:
+        Rows.name = ""

@@ -24,7 +24,7 @@ def test_a_pass_is_of_one_kind_and_declares_what_it_does(name):
 
 @pytest.mark.parametrize("name", PASSES)
 def test_the_text_form_reads_back(name):
-    pipeline = Pipeline.of([PASSES[name]()])
+    pipeline = Pipeline([PASSES[name]()])
     assert Pipeline.parse(str(pipeline)) == pipeline
 
 

@@ -218,7 +218,7 @@ def test_every_score_and_repair_works_on_layers_called_by_name(closed: bool, sco
     assert set(tdcompile.sites(program)) == {"stem", "head", *(["inner.conv"] if closed else [])}
     program = program.with_(task=Task(Drawn(64, 3, 8, 8)), budget=tdcompile.Budget(macs=0.6))
     steps = ["calibrate", f"score{{by={score}}}", "propose", "choose", "factorize", "refit"]
-    after = Pipeline.of(map(parse_spec, [*steps, "recalibrate"])).run(program)
+    after = Pipeline(map(parse_spec, [*steps, "recalibrate"])).run(program)
     changed = {entry.layer for entry in after.history if isinstance(entry, Change) and entry.step == "factorize"}
     assert changed >= ({"inner.conv"} if closed else {"stem"})
 

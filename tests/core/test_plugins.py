@@ -1,0 +1,60 @@
+"""The public imports of plug-in authors, and passes as objects in a pipeline."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import tdcompile
+from tdcompile import passes, plugins
+from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.registry import find
+from tdcompile.core.spec import parse_spec
+from tdcompile.errors import InputError
+from tdcompile.passes import Calibrate, Choose, Factorize, Propose, Score
+
+
+def test_every_name_of_the_page_of_imports_is_there_and_listed_once_in_order() -> None:
+    assert all(hasattr(plugins, name) for name in plugins.__all__)
+    assert list(plugins.__all__) == sorted(set(plugins.__all__))
+    public = {name for name in vars(plugins) if not name.startswith("_")} - {"annotations"}
+    assert public == set(plugins.__all__)
+
+
+def test_the_passes_that_can_be_imported_are_those_that_ship() -> None:
+    shipped = {
+        kind.__name__: kind for kind in find(plugins.Pass).values() if kind.__module__.startswith("tdcompile.passes.")
+    }
+    assert list(passes.__all__) == sorted(shipped)
+    assert {name: getattr(passes, name) for name in passes.__all__} == shipped
+    assert set(passes.__all__) <= set(dir(passes))
+    with pytest.raises(ImportError, match="Calibrat"):
+        exec("from tdcompile.passes import Calibrat")
+
+
+def test_importing_the_folder_of_passes_imports_none_of_them() -> None:
+    code = "import sys, tdcompile.passes; sys.exit('torch' in sys.modules or 'tdcompile.passes.rewrite' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_pipeline_of_objects_is_that_of_its_text_and_runs() -> None:
+    pipeline = Pipeline([Calibrate(), Score(by="none"), Propose(), Choose(by="knapsack"), parse_spec("factorize")])
+    assert pipeline == Pipeline.parse(str(pipeline))
+    assert pipeline.steps[-1] == Factorize()
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+    program = tdcompile.trace(network, (torch.randn(2, 3, 8, 8),)).with_(budget=tdcompile.Budget(macs=0.6))
+    after = pipeline.run(program)
+    assert plugins.RankPlan in after.facts
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [([Calibrate], r"put the object Calibrate\(\)"), ("calibrate,score", r"Pipeline\.parse"), ([3], "not 3")],
+)
+def test_a_step_that_is_no_pass_is_refused(steps: list[object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Pipeline(steps)  # type: ignore[arg-type]
