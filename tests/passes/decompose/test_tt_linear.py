@@ -56,7 +56,7 @@ def test_the_number_of_cores_is_an_option() -> None:
     assert form == TTLinear(3)
     assert str(form.spec()) == "tt-linear{cores=3}"
     assert (len(form.modes), len(TTLinear().modes)) == (2, 1)
-    with pytest.raises(InputError, match="at least 2 cores"):
+    with pytest.raises(InputError, match="cores=1 must be a whole number of at least 2"):
         make(Decomposition, "tt-linear{cores=1}")
     assert form.refuse(Layer("linear", 64, 6)) is not None
     assert TTLinear().refuse(Layer("linear", 64, 6)) is None
