@@ -1,4 +1,4 @@
-"""What the CP forms of a convolution share: a 1x1 to r channels, depthwise layers on them, a 1x1 to the output."""
+"""The base of the CP forms of a convolution: a 1x1 to r channels, depthwise layers on them, a 1x1 to the output."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from tdcompile.numerics.cp_correction import CYCLES, allowed, correct, mode_weig
 from tdcompile.numerics.output_error import OutputMetric
 from tdcompile.passes.decompose._error_estimates import anchored, spread
 
-# How many ranks are proposed, the exact one included, and how many of them at least are factorised for an estimate.
-MEMBERS, ANCHORS = 12, 4
-# Alternating least squares stops at so many sweeps, or earlier where it would take more operations than these: a
-# factorisation is made for the chosen layers, an estimate (of that many anchors) for every layer of a network.
+MEMBERS = 12  # proposed ranks, including the exact one
+ANCHORS = 4  # least number of ranks that are factorised for an estimate
+# Limits of alternating least squares: sweeps, operations of a factorisation (for each chosen layer), and operations of
+# all anchors of an estimate (for every layer of the network).
 SWEEPS, FACTORIZE, ESTIMATE = 30, 3e10, 3e9
 
 
 @dataclass(frozen=True)
 class Polyadic(Decomposition):
-    """W[t, c, k...] ≈ Σ_r A[t, r] B[c, r] D[k, r]...: a CP of the tensor that ``tensor_shape`` makes of the weight.
+    """W[t, c, k...] ≈ Σ_r A[t, r] B[c, r] D[k, r]...: a CP of the weight in the shape of ``tensor_shape``.
 
     Attributes:
-        correct: by how much, as a ratio, the error may grow for factors that a little noise, or training, harms less
-            (``tdcompile.degeneracy``); 1 leaves them as they were found.
+        correct: the ratio by which the error may grow for factors that are less sensitive to noise and to training
+            (error-preserving correction); 1 skips the correction.
     """
 
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({"conv"})
@@ -53,19 +53,19 @@ class Polyadic(Decomposition):
 
     @abstractmethod
     def tensor_shape(self, layer: Layer) -> tuple[int, ...]:
-        """``(T, C, ...)``, then one mode for each depthwise layer."""
+        """Return ``(T, C, ...)``, then one mode for each depthwise layer."""
 
     def refuse(self, layer: Layer) -> Reason | None:
         """Return only a mismatch of the kind: a layer too small to gain keeps its exact rank as a candidate."""
         return self.unfit(layer)
 
     def exact_ranks(self, layer: Layer) -> Ranks:
-        """The product of all modes but the longest."""
+        """Return the product of all modes but the longest."""
         shape = self.tensor_shape(layer)
         return (math.prod(shape) // max(shape),)
 
     def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
-        """Geometric from the grain to the last that costs fewer MACs than the dense layer, then the exact rank."""
+        """Return a geometric series from the grain to the last rank that saves MACs, then the exact rank."""
         (exact,) = self.exact_ranks(layer)
         each = self.macs(layer, (1,))
         top = min((layer.macs - 1) // each, exact - 1) // grain
@@ -74,10 +74,9 @@ class Polyadic(Decomposition):
         return [*((grain * multiple,) for multiple in sorted(multiples)), (exact,)]
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
-        """Alternating least squares, then error-preserving correction; with data, of the whitened weight.
+        """Run alternating least squares, then the error-preserving correction; with data, on the whitened weight.
 
-        With data the last factor is found again in the metric of the output. At the exact rank the factors are
-        written down, not searched for.
+        With data, refit the last factor in the metric of the output. At the exact rank the factors have a closed form.
         """
         tensor = self._tensor(layer, weight)
         if ranks >= self.exact_ranks(layer):
@@ -88,12 +87,12 @@ class Polyadic(Decomposition):
         return self.shaped(layer, ranks, [*(factor.T for factor in others), last], weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
-        """The sum of the components."""
+        """Return the sum of the components."""
         return cp_compose(mode_matrices(factors)).reshape(layer.weight_shape)
 
     @torch.no_grad()
     def caution(self, layer: Layer, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
-        """Where the components still cancel, after the ridges of ``cp_als`` and the correction."""
+        """Warn of components that cancel each other, in spite of the ridges of ``cp_als`` and the correction."""
         found = [matrix.detach().double() for matrix in mode_matrices(factors)]
         size, times = float(weight.norm()), component_norm(found)
         if times <= DEGENERATE * size:
@@ -106,9 +105,9 @@ class Polyadic(Decomposition):
 
     @torch.no_grad()
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
-        """What the SVDs of the slices leave at each rank, brought to the truth by a factorisation at a few ranks.
+        """Estimate from the SVDs of the slices, corrected by a factorisation at a few ranks.
 
-        The correction for sensitivity is not done for an estimate: it uses up the error that it is allowed.
+        An estimate skips the correction for sensitivity and assumes that it uses all of the allowed error.
         """
         tensor = self._tensor(layer, weight)
         metric = None if covariance.is_identity else OutputMetric(weight, covariance)
@@ -139,21 +138,21 @@ class Polyadic(Decomposition):
 
     @torch.no_grad()
     def _corrected(self, tensor: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-        """The factors, less sensitive at an error that is at most the allowed one."""
+        """Return less sensitive factors whose error is at most the allowed one."""
         size, found = float(tensor.norm()), list(factors)
         if self.correct > 1 and size > 0:
             bound = allowed(float((tensor - cp_compose(found)).norm()) / size, self.correct)
-            # A pass multiplies the tensor once for each mode, and has an eigendecomposition where a sweep solves.
+            # A cycle multiplies the tensor once for each mode; an eigendecomposition takes the place of a solve.
             affordable = int(FACTORIZE / (4 * _operations(tensor, found[0].shape[1])))
             found = correct(tensor, found, bound, min(max(affordable, 1), CYCLES))
         return found
 
     @torch.no_grad()
     def _fit_output(self, tensor: Tensor, rank: int, metric: OutputMetric) -> list[Tensor]:
-        """The better of the plain CP and that of the weight whitened by the channels' second moment, both refitted.
+        """Return the better of two refitted CPs: of the plain weight, and of the weight whitened by channel.
 
-        The correction is made where that one was fitted, and its last factor found in the metric of the output. It
-        counts where the output's error stays within what is allowed, and below that of the plain CP before its refit.
+        Correct the better one in the space of its fit, then refit its last factor in the metric of the output. Accept
+        the correction if the output's error is within the allowed one and below the plain CP's before its refit.
         """
         root = metric.channel_root(tensor.shape[1])
         whitened = _whiten(tensor, root)
@@ -176,7 +175,7 @@ class Polyadic(Decomposition):
 
 
 def mode_matrices(factors: Sequence[Tensor]) -> list[Tensor]:
-    """The factors ``(I_n, rank)`` of a CP, that of the outputs first, from the weights of its chain of layers."""
+    """Return the factors ``(I_n, rank)`` of a CP, outputs first, from the weights of its chain of layers."""
     *others, last = (factor.flatten(1) for factor in factors)
     return [last, *(factor.T for factor in others)]
 
@@ -190,7 +189,7 @@ def _sweeps(tensor: Tensor, rank: int, operations: float) -> int:
 
 
 def _operations(tensor: Tensor, rank: int) -> float:
-    """Floating-point operations of one sweep: two products with the tensor, and a Cholesky solve for each mode."""
+    """Return the operations of one sweep: two products with the tensor, and a Cholesky solve for each mode."""
     return 4 * tensor.numel() * rank + tensor.ndim * rank**3 / 3 + 2 * rank**2 * sum(tensor.shape)
 
 
@@ -201,7 +200,7 @@ def _refit(factors: Sequence[Tensor], metric: OutputMetric) -> tuple[list[Tensor
 
 
 def _whiten(tensor: Tensor, root: Tensor) -> Tensor:
-    """Lᵀ applied to the channels of ``(T, C, ...)``."""
+    """Apply Lᵀ to the channels of ``(T, C, ...)``."""
     return torch.einsum("tc...,cd->td...", tensor, root)
 
 

@@ -1,19 +1,24 @@
-"""Errors of a whole rank space from a cheap bound for each member and a factorisation of a few."""
+"""Estimate the errors of a whole rank space from a cheap bound for each rank and a factorisation of a few ranks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from torch import Tensor
+
+from tdcompile.ir.layer import Ranks
+from tdcompile.numerics.tensor_train import tail
 
 
 def spread(costs: Sequence[float], budget: float, least: int) -> list[int]:
-    """Evenly spaced indices, the first and the last among them: as many as the budget pays for.
+    """Return evenly spaced indices, including the first and the last: as many as the budget pays for.
 
     Args:
-        costs: of each member.
-        budget: what the chosen ones may cost together.
-        least: so many are chosen whatever they cost, where there are so many.
+        costs: the cost of each member.
+        budget: upper bound of the total cost of the chosen members.
+        least: the number of members that are chosen at any cost, if there are that many.
 
     >>> spread([1.0] * 10, 4.0, 2)
     [0, 3, 6, 9]
@@ -28,21 +33,34 @@ def spread(costs: Sequence[float], budget: float, least: int) -> list[int]:
 def anchored(
     sizes: Sequence[float], bounds: Sequence[float], anchors: Sequence[int], truth: Callable[[int], float]
 ) -> list[float]:
-    """Errors that meet the truth at the anchors and follow the bound in between.
+    """Return errors that equal the truth at the anchors and follow the bound in between.
 
-    The ratio of truth to bound changes slowly, so it is what is interpolated; beyond the last anchor it is held.
+    The ratio of truth to bound changes slowly, so the ratio is interpolated; beyond the last anchor it is constant.
 
     Args:
-        sizes: of the members, rising: what is interpolated over.
-        bounds: of their errors.
+        sizes: sizes of the members, in rising order: the axis of the interpolation.
+        bounds: bounds of their errors.
         anchors: indices of the members to factorise.
-        truth: the error of the member with this index.
+        truth: returns the error of the member with this index.
     """
     if not anchors:
         return list(bounds)
     ratios = [truth(i) / bounds[i] if bounds[i] > 0 else 1.0 for i in anchors]
     errors = np.asarray(bounds) * np.interp(sizes, [sizes[i] for i in anchors], ratios)
     return [float(error) for error in errors]
+
+
+def train_bounds(tensor: Tensor, space: Sequence[Ranks], energy: float) -> list[float]:
+    """Return upper bounds of a tensor train's relative error: the energy that each unfolding loses at its rank.
+
+    Args:
+        tensor: the tensor to decompose, one axis for each core.
+        space: ranks, one for each bond.
+        energy: squared norm of the tensor.
+    """
+    most = [max(ranks) for ranks in zip(*space, strict=True)]
+    tails = [tail(tensor.flatten(0, i).flatten(1), rank) for i, rank in enumerate(most)]
+    return [math.sqrt(sum(float(t[r]) for t, r in zip(tails, ranks, strict=True)) / energy) for ranks in space]
 
 
 def _even(length: int, count: int) -> list[int]:

@@ -1,8 +1,8 @@
 """``channel``: a k x k convolution as a k x k one to r channels and a 1x1 one, C -> r -> T, by one (whitened) SVD.
 
-W as T x CK is U (Uᵀ W): Uᵀ W are r kernels of the layer's own shape, which carry its stride, padding and dilation, and
-U recombines their outputs (Zhang et al. 2016, arXiv 1505.06798; the form that LRPET and BALF use). With data U holds
-the principal components of the layer's output, the eigenvectors of W S Wᵀ.
+W as T x CK is U (Uᵀ W). Uᵀ W holds r kernels of the layer's shape, with its stride, padding and dilation; U recombines
+their outputs (Zhang et al. 2016, arXiv 1505.06798; LRPET and BALF use this form). With data U holds the principal
+components of the layer's output, the eigenvectors of W S Wᵀ.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ class Channel(Decomposition):
     modes: ClassVar[tuple[str, ...]] = ("out",)
 
     def exact_ranks(self, layer: Layer) -> Ranks:
-        """The smaller of T and CK."""
+        """Return the smaller of T and CK."""
         return (min(layer.out_channels, layer.in_channels * layer.taps),)
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
-        """The layer with r output channels, and a 1x1 layer on its output."""
+        """Return the layer with r output channels, and a 1x1 layer on its output."""
         (rank,) = ranks
         return replace(layer, out_channels=rank, bias=False), point_out(layer, rank)
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
-        """``(r, C, *kernel)`` and ``(T, r, 1, ...)``, every component's norm split evenly between them."""
+        """Return ``(r, C, *kernel)`` and ``(T, r, 1, ...)``; each component's norm is split evenly between them."""
         flat, covariance = operands(weight, covariance, min(len(weight), weight[0].numel()))
         last, first = balance(low_rank(flat, covariance, ranks[0]))
         return self.shaped(layer, ranks, (first, last), weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
-        """The r kernels recombined."""
+        """Recombine the r kernels."""
         first, last = factors
         return (last.flatten(1) @ first.flatten(1)).reshape(layer.weight_shape)
 
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
-        """Exact, from the tails of one spectrum."""
+        """Return exact errors, from the tails of one spectrum."""
         flat, covariance = operands(weight, covariance, min(len(weight), weight[0].numel()))
         spectrum = low_rank_errors(flat, covariance).tolist()
         return [spectrum[rank] for (rank,) in space]

@@ -16,18 +16,18 @@ class CP4(Polyadic):
     """CP of T x C x kh x kw: 1x1, depthwise k×1, depthwise 1×k, 1x1 (Lebedev et al. 2015, eq. 4).
 
     W[t, c, y, x] ≈ Σ_r A[t, r] B[c, r] D[y, r] E[x, r]. Each depthwise layer has the stride, padding and dilation of
-    its own axis, so the second runs on fewer rows.
+    its axis, so the second one runs on fewer rows.
     """
 
     name: ClassVar[str] = "cp4"
     kernels: ClassVar[Kernel] = Kernel.TWO_AXES
 
     def tensor_shape(self, layer: Layer) -> tuple[int, ...]:
-        """``(T, C, kh, kw)``."""
+        """Return ``(T, C, kh, kw)``."""
         return (layer.out_channels, layer.in_channels, *layer.kernel)
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
-        """C to r, depthwise (kh, 1), depthwise (1, kw), r to T."""
+        """Return C to r, depthwise (kh, 1), depthwise (1, kw), r to T."""
         (rank,) = ranks
         depthwise = replace(layer, in_channels=rank, out_channels=rank, groups=rank, bias=False)
         return point_in(layer, rank), *by_axis(depthwise), point_out(layer, rank)

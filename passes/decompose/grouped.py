@@ -1,8 +1,8 @@
-"""``grouped``: a convolution in groups, each group by a form of ungrouped ones: a chain of convolutions in groups.
+"""``grouped``: decompose each group of a convolution by another form; the chain has convolutions in groups.
 
-Group by group the layer is a convolution of its own, C/G -> T/G, with its own weight and covariance (this project's
-completion: the published forms are for one group). All groups take the same ranks, so that the i-th small layers of all
-groups are one layer in groups.
+Each group is a convolution C/G -> T/G with its own weight and covariance (this project's completion: the published
+forms are for one group). All groups have the same ranks, so the i-th small layers of all groups form one layer in
+groups.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Grouped(Decomposition):
     """A convolution in groups, each group by another form, all at the same ranks.
 
     Attributes:
-        form: of kernels with more than one tap.
-        pointwise: the form of 1x1 convolutions.
+        form: the form for kernels of more than one tap.
+        pointwise: the form for 1x1 convolutions.
     """
 
     name: ClassVar[str] = "grouped"
@@ -49,7 +49,7 @@ class Grouped(Decomposition):
                 raise InputError(f"grouped: {option}={text} must be one of {others}")
 
     def refuse(self, layer: Layer) -> Reason | None:
-        """Ungrouped and depthwise layers, and groups that their form refuses."""
+        """Refuse layers of one group, depthwise layers, and layers whose groups the form refuses."""
         if layer.groups == 1:
             return Reason(ReasonCode.UNGROUPED, "its channels are in one group")
         if layer.depthwise:
@@ -57,18 +57,18 @@ class Grouped(Decomposition):
         refused = self._form(layer).refuse(_one(layer))
         if refused is None:
             return None
-        return Reason(refused.code, f"of each of its {layer.groups} groups: {refused.text}")
+        return Reason(refused.code, f"in each of its {layer.groups} groups: {refused.text}")
 
     def exact_ranks(self, layer: Layer) -> Ranks:
-        """Those of one group."""
+        """Return the exact ranks of one group."""
         return self._form(layer).exact_ranks(_one(layer))
 
     def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
-        """That of one group."""
+        """Return the rank space of one group."""
         return self._form(layer).rank_space(_one(layer), grain)
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
-        """That of one group, side by side for all groups."""
+        """Return the blueprint of one group with the channels of all groups side by side."""
         return tuple(
             replace(
                 part,
@@ -80,23 +80,23 @@ class Grouped(Decomposition):
         )
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
-        """The factors of all groups, one group after another."""
+        """Return the factors of all groups, concatenated in order."""
         one, form = _one(layer), self._form(layer)
         made = [form.factorize(one, own, ranks, seen) for own, seen in _groups(layer, weight, covariance)]
         return tuple(torch.cat(factors) for factors in zip(*made, strict=True))
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
-        """The weights of all groups, one group after another."""
+        """Return the weights of all groups, concatenated in order."""
         one, form = _one(layer), self._form(layer)
         parts = zip(*(factor.chunk(layer.groups) for factor in factors), strict=True)
         return torch.cat([form.reconstruct(one, own) for own in parts])
 
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
-        """Those of the groups, each by its share of the output's energy."""
+        """Return the errors of the groups, weighted by their share of the output's energy."""
         one, form = _one(layer), self._form(layer)
         lost, whole = [0.0] * len(space), torch.finfo(torch.float64).tiny
         for own, seen in _groups(layer, weight, covariance):
-            amount = max(seen.energy(own.detach().flatten(1).double()), 0.0)  # round-off may leave it below
+            amount = max(seen.energy(own.detach().flatten(1).double()), 0.0)  # round-off may make it negative
             whole += amount
             found = form.errors(one, own, space, seen)
             lost = [sum_ + amount * error**2 for sum_, error in zip(lost, found, strict=True)]
@@ -107,7 +107,7 @@ class Grouped(Decomposition):
 
 
 def _one(layer: Layer) -> Layer:
-    """One group as a layer of its own."""
+    """Return one group as a layer."""
     return replace(
         layer,
         in_channels=layer.in_channels // layer.groups,

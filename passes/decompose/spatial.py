@@ -1,10 +1,10 @@
 """``spatial``: a kh x kw convolution as a vertical kh x 1 one to r channels and a horizontal 1 x kw one, C -> r -> T.
 
 W[t,c,y,x] ≈ Σ_r H[t,r,x] V[r,c,y], exactly one SVD of W unfolded to (C kh) x (T kw) (Jaderberg et al. 2014, arXiv
-1405.3866, scheme 2). Stride, padding and dilation part by axis. With data V comes from the Kronecker approximation
-in ``tdcompile.inputmap`` with the kw horizontal taps, and H is refit by least squares in the metric of S itself, so
-that the whole family of ranks stays nested and its errors come from one Cholesky factor. Where the plain V, refit
-alike, serves the output better, it is taken: data never make the factors worse (this project's completion).
+1405.3866, scheme 2). Stride, padding and dilation are split by axis. With data V comes from the Kronecker
+approximation of S over the kw horizontal taps (``numerics.input_basis``), and H is refit by least squares in the metric
+of S. The bases of all ranks are nested, so one Cholesky factor gives all errors. The plain V, refit in the same way,
+is taken if its output error is smaller: data never makes the factors worse (this project's completion).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Spatial(Decomposition):
     modes: ClassVar[tuple[str, ...]] = ("",)
 
     def exact_ranks(self, layer: Layer) -> Ranks:
-        """The smaller of C·kh and T·kw."""
+        """Return the smaller of C·kh and T·kw."""
         height, width = layer.kernel
         return (min(layer.in_channels * height, layer.out_channels * width),)
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
-        """A kh x 1 layer with everything vertical, a 1 x kw one with everything horizontal."""
+        """Return a kh x 1 layer with the vertical settings and a 1 x kw layer with the horizontal ones."""
         (rank,) = ranks
         vertical, horizontal = by_axis(layer)
         return replace(vertical, out_channels=rank, bias=False), replace(horizontal, in_channels=rank)
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
-        """``(r, C, kh, 1)``, orthonormal up to a scale, and ``(T, r, 1, kw)``."""
+        """Return ``(r, C, kh, 1)``, orthonormal up to a scale, and ``(T, r, 1, kw)``."""
         flat, covariance = operands(weight, covariance, weight[0].numel())
         if ranks == self.exact_ranks(layer):
             covariance = Identity.of(flat)
@@ -54,12 +54,12 @@ class Spatial(Decomposition):
         return self.shaped(layer, ranks, factors, weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
-        """Σ over r of column times row."""
+        """Return the sum over r of column times row."""
         vertical, horizontal = factors
         return torch.einsum("rcy,trx->tcyx", vertical.squeeze(3), horizontal.squeeze(2))
 
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
-        """What ``factorize`` has, all ranks from one regression for each map; 0 at the exact rank."""
+        """Return the errors of ``factorize`` for all ranks, from one regression for each map; 0 at the exact rank."""
         flat, covariance = operands(weight, covariance, weight[0].numel())
         exact = self.exact_ranks(layer)
         levels = sorted({rank for (rank,) in space if (rank,) != exact})
@@ -67,7 +67,7 @@ class Spatial(Decomposition):
             return [0.0] * len(space)
         maps = _maps(flat, covariance, layer.kernel[1], levels[-1])
         lost = torch.stack([residuals(flat, covariance, basis, [0, *levels]).double().sum(0) for basis in maps]).amin(0)
-        if not lost[0] > 0:  # an output that is always zero is lost by no rank
+        if not lost[0] > 0:  # the output is always zero: no rank has an error
             return [0.0] * len(space)
         known = dict(zip(levels, (lost[1:] / lost[0]).sqrt().tolist(), strict=True))
         return [known.get(rank, 0.0) for (rank,) in space]

@@ -1,8 +1,8 @@
 """``svd``: a linear layer or a 1x1 convolution as two, C -> r -> T, by one (whitened) SVD.
 
-W ≈ (U √s)(√s Vᵀ). A stride goes on the first factor: a 1x1 convolution commutes with subsampling, and that way both
-factors work at the small resolution. With data the SVD is that of W S^½, so that the output's error is least
-(Eckart and Young in the metric of S).
+W ≈ (U √s)(√s Vᵀ). The first factor has the stride: a 1x1 convolution commutes with subsampling, so both factors run at
+the small resolution. With data the SVD is of W S^½, which minimises the output's error (Eckart and Young in the metric
+of S).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class SVD(Decomposition):
     modes: ClassVar[tuple[str, ...]] = ("out",)
 
     def exact_ranks(self, layer: Layer) -> Ranks:
-        """The smaller of C and T."""
+        """Return the smaller of C and T."""
         return (min(layer.in_channels, layer.out_channels),)
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
-        """C -> r with the layer's stride and padding, r -> T on its output."""
+        """Return C -> r with the layer's stride and padding, then r -> T on its output."""
         (rank,) = ranks
         axes = len(layer.kernel)
         first = replace(layer, out_channels=rank, bias=False)
@@ -47,17 +47,17 @@ class SVD(Decomposition):
         )
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
-        """``(r, C, ...)`` and ``(T, r, ...)``, every component's norm split evenly between them."""
+        """Return ``(r, C, ...)`` and ``(T, r, ...)``; each component's norm is split evenly between them."""
         flat = matrix_of(weight, covariance)
         last, first = balance(low_rank(flat, covariance, ranks[0]))
         return self.shaped(layer, ranks, (first, last), weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
-        """The product of the two matrices."""
+        """Return the product of the two matrices."""
         first, last = factors
         return (last.flatten(1) @ first.flatten(1)).reshape(layer.weight_shape)
 
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
-        """Exact, from the tails of one spectrum."""
+        """Return exact errors, from the tails of one spectrum."""
         spectrum = low_rank_errors(matrix_of(weight, covariance), covariance).tolist()
         return [spectrum[rank] for (rank,) in space]

@@ -16,14 +16,14 @@ from tdcompile.ir.layer import Layer, LayerKind, Ranks
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import balance
 from tdcompile.numerics.output_error import OutputMetric
-from tdcompile.numerics.tensor_train import share_bond, tail, tt_compose, tt_svd
+from tdcompile.numerics.tensor_train import share_bond, tt_compose, tt_svd
 from tdcompile.passes.decompose._chain_layers import by_axis, point_in, point_out
-from tdcompile.passes.decompose._error_estimates import anchored, spread
+from tdcompile.passes.decompose._error_estimates import anchored, spread, train_bounds
 from tdcompile.planning.rank_grid import train_space
 
-# How finely the ranks are divided, how many members are at least factorised for an estimate, and the operations that
-# an estimate may take to do so for more of them.
-MEMBERS, ANCHORS, ESTIMATE = 24, 2, 3e9
+MEMBERS = 24  # proposed ranks beside the exact ones
+ANCHORS = 2  # least number of ranks that are factorised for an estimate
+ESTIMATE = 3e9  # operations up to which an estimate factorises more ranks
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class TT(Decomposition):
         return self.unfit(layer)
 
     def exact_ranks(self, layer: Layer) -> Ranks:
-        """The smaller side of each unfolding of C x kh x kw x T."""
+        """Return the smaller side of each unfolding of C x kh x kw x T."""
         sizes = (layer.in_channels, *layer.kernel, layer.out_channels)
         first, middle, last = (min(math.prod(sizes[:i]), math.prod(sizes[i:])) for i in (1, 2, 3))
         return first, middle, last
 
     def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
-        """One rank for the three bonds (``train_space``); the exact ones last."""
+        """Return ranks with one value for the three bonds (``train_space``), the exact ranks last."""
         return train_space(self, layer, grain, MEMBERS)
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
-        """C to r1, (kh, 1) to r2, (1, kw) to r3, r3 to T."""
+        """Return C to r1, (kh, 1) to r2, (1, kw) to r3, r3 to T."""
         r1, r2, r3 = ranks
         rows, columns = by_axis(layer)
         return (
@@ -65,10 +65,10 @@ class TT(Decomposition):
 
     @torch.no_grad()
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
-        """TT-SVD; with data the better of it and that of the whitened weight, the last factor of both refitted.
+        """Run a TT-SVD; with data, return the better of the plain and the whitened one, the last factor refitted.
 
-        The first and last factors are gauged orthonormal and each index of the middle bond shares its scale; then each
-        factor is scaled as a whole, so that all are balanced.
+        The first and last factors are orthonormal. Each index of the middle bond splits its scale between its two
+        cores. Then each factor is scaled as a whole, so that all are balanced.
         """
         if covariance.is_identity:
             cores = tt_svd(_tensor(weight), ranks)
@@ -80,26 +80,24 @@ class TT(Decomposition):
         return self.shaped(layer, ranks, found, weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
-        """The product of the cores."""
+        """Return the product of the cores."""
         first, rows, columns, last = (factor.flatten(2).permute(1, 2, 0) for factor in factors)
         return tt_compose([first.movedim(1, 0), rows, columns, last.movedim(1, 2)]).movedim(-1, 0)
 
     @torch.no_grad()
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
-        """The energy that the three unfoldings leave bounds the error; a TT-SVD at a few ranks corrects it."""
+        """Bound the error by the energy that the unfoldings lose; correct the bound by a TT-SVD at a few ranks."""
         metric = None if covariance.is_identity else OutputMetric(weight, covariance)
         tensor = _tensor(weight) if metric is None else _whiten(weight, metric)
         total = float(tensor.square().sum()) + torch.finfo(tensor.dtype).tiny
         inner = sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})
-        most = [max(ranks) for ranks in zip(*inner, strict=True)]
-        tails = [tail(tensor.flatten(0, i).flatten(1), rank) for i, rank in enumerate(most)]
-        bounds = [math.sqrt(sum(float(t[r]) for t, r in zip(tails, ranks, strict=True)) / total) for ranks in inner]
+        bounds = train_bounds(tensor, inner, total)
 
         def truth(index: int) -> float:
             if metric is not None:
-                # The plain fit, which ``factorize`` also tries, is hardly ever the better one.
+                # ``factorize`` also tries the plain fit, which is rarely better.
                 return _refit(_whitened(weight, inner[index], metric), metric)[1]
-            # Each truncation is an orthogonal projection of what the one before it left.
+            # Each truncation is an orthogonal projection of the result of the one before it.
             kept = float(tt_svd(tensor, inner[index])[-1].square().sum())
             return math.sqrt(max(1 - kept / total, 0.0))
 
@@ -110,7 +108,7 @@ class TT(Decomposition):
 
 
 def _tensor(weight: Tensor) -> Tensor:
-    """``(C, kh, kw, T)``, float64."""
+    """Return the weight as ``(C, kh, kw, T)`` in float64."""
     return weight.detach().double().movedim(0, -1)
 
 
@@ -119,13 +117,13 @@ def _whiten(weight: Tensor, metric: OutputMetric) -> Tensor:
 
 
 def _fit_output(weight: Tensor, ranks: Ranks, metric: OutputMetric) -> tuple[list[Tensor], float]:
-    """The better of the plain and the whitened TT-SVD, the last core of both refitted; cores and relative error."""
+    """Return the better of the plain and the whitened TT-SVD, last cores refitted: cores and relative error."""
     fits = (_refit(cores, metric) for cores in (_whitened(weight, ranks, metric), tt_svd(_tensor(weight), ranks)))
     return min(fits, key=lambda fit: fit[1])
 
 
 def _whitened(weight: Tensor, ranks: Ranks, metric: OutputMetric) -> list[Tensor]:
-    """Cores of the weight from the TT-SVD of the whitened one, the first orthonormal again."""
+    """Return cores of the weight from the TT-SVD of the whitened weight; the first is made orthonormal again."""
     first, rows, *rest = tt_svd(_whiten(weight, metric), ranks)
     root = metric.channel_root(weight.shape[1])
     turned, scale = torch.linalg.qr(torch.linalg.solve_triangular(root.T, first.squeeze(0), upper=True))
@@ -140,7 +138,7 @@ def _refit(cores: list[Tensor], metric: OutputMetric) -> tuple[list[Tensor], flo
 
 
 def _operations(layer: Layer, ranks: Ranks, metric: OutputMetric | None) -> float:
-    """Of a TT-SVD, roughly: the Gram matrix of each unfolding, and its eigenvectors for ten times its cube."""
+    """Return the rough cost of a TT-SVD: the Gram matrix of each unfolding, and its eigenvectors (10 n³)."""
     rows, columns = layer.kernel
     tall = (layer.in_channels, ranks[0] * rows, ranks[1] * columns)
     wide = (rows * columns * layer.out_channels, columns * layer.out_channels, layer.out_channels)

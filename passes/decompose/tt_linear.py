@@ -19,12 +19,12 @@ from tdcompile.numerics.cholesky import cholesky, ridge
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import energy
 from tdcompile.numerics.output_error import OutputMetric
-from tdcompile.numerics.tensor_train import precise_in, share_bond, tail, tt_compose, tt_svd
-from tdcompile.passes.decompose._error_estimates import anchored, spread
+from tdcompile.numerics.tensor_train import precise_in, share_bond, tt_compose, tt_svd
+from tdcompile.passes.decompose._error_estimates import anchored, spread, train_bounds
 from tdcompile.planning.rank_grid import train_space
 
-# How many ranks are proposed beside the exact ones, and how many of them are factorised for an estimate.
-MEMBERS, ANCHORS = 12, 4
+MEMBERS = 12  # proposed ranks beside the exact ones
+ANCHORS = 4  # ranks that are factorised for an estimate
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TTLinear(Decomposition):
     """TT-matrix of a linear layer, ``cores`` small matrices (Novikov et al. 2015, eq. 4).
 
     With t = (t1, ..., td) and c = (c1, ..., cd): W[t, c] ≈ G1[t1, c1, :] G2[:, t2, c2, :] ... Gd[:, td, cd]. The last
-    core is applied first; each step contracts one input mode and the bond, and leaves one output mode and a bond.
+    core is applied first. Each step contracts one input mode and one bond, and yields one output mode and one bond.
     """
 
     name: ClassVar[str] = "tt-linear"
@@ -45,7 +45,7 @@ class TTLinear(Decomposition):
         object.__setattr__(self, "modes", ("",) * (self.cores - 1))
 
     def refuse(self, layer: Layer) -> Reason | None:
-        """Linear layers whose features have enough divisors are accepted."""
+        """Refuse layers that are not linear, or whose numbers of features have too few divisors."""
         if (unfit := self.unfit(layer)) is not None:
             return unfit
         for size in (layer.in_channels, layer.out_channels):
@@ -54,16 +54,16 @@ class TTLinear(Decomposition):
         return None
 
     def exact_ranks(self, layer: Layer) -> Ranks:
-        """The smaller side of each unfolding of (t1 c1) x ... x (td cd)."""
+        """Return the smaller side of each unfolding of (t1 c1) x ... x (td cd)."""
         sizes = [t * c for t, c in self._modes(layer)]
         return tuple(min(math.prod(sizes[:i]), math.prod(sizes[i:])) for i in range(1, self.cores))
 
     def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
-        """One rank for all bonds (``train_space``); the exact ones last."""
+        """Return ranks with one value for all bonds (``train_space``), the exact ranks last."""
         return train_space(self, layer, grain, MEMBERS)
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
-        """For each core from the last: c_k r_k to r_{k-1} t_k, over the modes ahead and those already contracted."""
+        """Return a layer for each core from the last: c_k r_k to r_{k-1} t_k, over the other modes."""
         modes, bonds = self._modes(layer), (1, *ranks, 1)
         parts: list[Layer] = []
         for k in reversed(range(self.cores)):
@@ -78,10 +78,10 @@ class TTLinear(Decomposition):
 
     @torch.no_grad()
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
-        """TT-SVD, every bond's scale shared by its two cores; with data that or the whitened one, scaled.
+        """Run a TT-SVD and share each bond's scale between its cores; with data, try the whitened weight too.
 
-        A chain stays one where each input mode is whitened by itself: by the root of the mean over the other modes of
-        S's diagonal blocks, as if S were their Kronecker product (this project's completion).
+        Whitening each input mode alone keeps the chain structure. The root of a mode is that of the mean of S's
+        diagonal blocks over the other modes, as if S were a Kronecker product (this project's completion).
         """
         if covariance.is_identity:
             cores = tt_svd(self._tensor(layer, weight), ranks)
@@ -93,7 +93,7 @@ class TTLinear(Decomposition):
         return self.shaped(layer, ranks, cores[::-1], weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
-        """The product of the cores, with its modes put back in order."""
+        """Return the product of the cores, with its modes in the order of the weight."""
         cores, bond = [], 1
         for factor, (t, c) in zip(reversed(factors), self._modes(layer), strict=True):
             cores.append(factor.reshape(bond, t * c, -1))
@@ -102,18 +102,16 @@ class TTLinear(Decomposition):
 
     @torch.no_grad()
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
-        """The energy that the unfoldings leave: the error itself with two cores and no data, else corrected."""
+        """Return the energy that the unfoldings lose: exact for two cores without data, otherwise corrected."""
         metric = None if covariance.is_identity else OutputMetric(weight, covariance)
         roots = self._roots(layer, metric) if metric is not None else []
         tensor = self._tensor(layer, weight, roots)
         total = energy(tensor.flatten(1)) + torch.finfo(tensor.dtype).tiny
         inner = sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})
-        most = [max(ranks) for ranks in zip(*inner, strict=True)]
-        tails = [tail(tensor.flatten(0, i).flatten(1), rank) for i, rank in enumerate(most)]
-        bounds = [math.sqrt(sum(float(t[r]) for t, r in zip(tails, ranks, strict=True)) / total) for ranks in inner]
+        bounds = train_bounds(tensor, inner, total)
 
         if metric is not None:
-            tensor = tensor.new_empty(0)  # the fits have one of their own, and there is room for one
+            tensor = tensor.new_empty(0)  # each fit makes its own copy, and memory holds only one
 
         def truth(index: int) -> float:
             if metric is not None:
@@ -126,13 +124,13 @@ class TTLinear(Decomposition):
         return [known.get(ranks, 0.0) for ranks in space]
 
     def build(self, layer: Layer, ranks: Ranks, factors: Sequence[Tensor], bias: Tensor | None) -> nn.Module:
-        """A module of matrix products and reshapes, for any axes before the features."""
+        """Return a module of matrix products and reshapes, for any axes before the features."""
         return TTChain([c for _, c in self._modes(layer)], [1, *ranks], factors, bias)
 
     def _fit_output(
         self, layer: Layer, weight: Tensor, ranks: Ranks, metric: OutputMetric, roots: Sequence[Tensor]
     ) -> tuple[list[Tensor], float]:
-        """The better of the plain chain and that of the whitened weight, each scaled; cores and relative error."""
+        """Return the better of the plain and the whitened chain, each scaled: cores and relative error."""
         found: list[tuple[list[Tensor], float]] = []
         for turned in ([], roots):
             cores = tt_svd(self._tensor(layer, weight, turned), ranks)
@@ -146,7 +144,7 @@ class TTLinear(Decomposition):
         return min(found, key=lambda fit: fit[1])
 
     def _roots(self, layer: Layer, metric: OutputMetric) -> list[Tensor]:
-        """Lower triangular L_k, ``(c_k, c_k)``, with L_k L_kᵀ the second moment of an input mode."""
+        """Return lower triangular L_k, ``(c_k, c_k)``, with L_k L_kᵀ the second moment of an input mode."""
         sizes, roots = [c for _, c in self._modes(layer)], []
         for k, size in enumerate(sizes):
             block = metric.covariance.between(math.prod(sizes[:k]), size, math.prod(sizes[k + 1 :])).double()
@@ -154,16 +152,16 @@ class TTLinear(Decomposition):
         return roots
 
     def _modes(self, layer: Layer) -> list[tuple[int, int]]:
-        """(t_k, c_k): output modes falling and input modes rising, which keeps what is in flight small."""
+        """Return (t_k, c_k): output modes in falling and input modes in rising order, which saves activation memory."""
         outputs, inputs = (modes_of(size, self.cores) for size in (layer.out_channels, layer.in_channels))
         return list(zip(reversed(outputs), inputs, strict=True))
 
     def _tensor(self, layer: Layer, weight: Tensor, roots: Sequence[Tensor] = ()) -> Tensor:
-        """``(t1 c1, ..., td cd)``, times L_k along each input mode: the one copy of the weight that is made."""
+        """Return the weight as ``(t1 c1, ..., td cd)``, times L_k along each input mode, in one copy."""
         modes, d = self._modes(layer), self.cores
         paired = torch.empty([size for mode in modes for size in mode], dtype=precise_in(weight), device=weight.device)
         split = paired.permute(*range(0, 2 * d, 2), *range(1, 2 * d, 2))
-        for place, rows in zip(split, weight.detach().chunk(modes[0][0]), strict=True):  # of one t1 at a time
+        for place, rows in zip(split, weight.detach().chunk(modes[0][0]), strict=True):  # one t1 at a time
             part = rows.to(paired.dtype)
             for k, root in enumerate(roots):
                 ahead, c = math.prod(c for _, c in modes[:k]), modes[k][1]
@@ -172,7 +170,7 @@ class TTLinear(Decomposition):
         return paired.reshape([t * c for t, c in modes])
 
     def _rows(self, layer: Layer, cores: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The weight that the cores stand for, the rows of one t1 at a time: those of one t1 follow each other."""
+        """Yield the weight that the cores represent, the consecutive rows of one t1 at a time."""
         modes, d, first = self._modes(layer), self.cores, cores[0]
         shape = [1, modes[0][1], *(size for mode in modes[1:] for size in mode)]
         for part in first.chunk(modes[0][0], dim=1):
@@ -184,11 +182,11 @@ class TTLinear(Decomposition):
 
 
 class LastCore(Layer):
-    """The last small layer: its bias has one figure for every output feature of the whole layer."""
+    """The last small layer: its bias has one number for each output feature of the whole layer."""
 
     @property
     def params(self) -> int:
-        """Weights, and T biases where one linear layer of this shape has t1."""
+        """Weights and T biases; a plain linear layer of this shape has t1 biases."""
         return math.prod(self.weight_shape) + (self.out_channels * self.extent[-1] if self.bias else 0)
 
 
@@ -205,7 +203,7 @@ class TTChain(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(..., C)`` to ``(..., T)``."""
+        """Map ``(..., C)`` to ``(..., T)``."""
         x = _split(input, -1, (-1, 1, self.inputs[-1]))
         for factor, bond, ahead in zip(self.factors, reversed(self.bonds), (*self.inputs[-2::-1], 1), strict=True):
             # (..., c_1 ... c_{k-1}, t_{k+1} ... t_d, c_k r_k) to (..., c_1 ... c_{k-2}, t_k ... t_d, c_{k-1} r_{k-1})
@@ -221,7 +219,7 @@ def _split(x: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
 
 
 def modes_of(size: int, count: int) -> tuple[int, ...]:
-    """So many numbers above 1 whose product is the size, as near to each other as can be, rising; empty where none are.
+    """Return ``count`` numbers above 1 with the size as product and the least sum, in rising order, or ``()``.
 
     >>> modes_of(768, 2), modes_of(512, 3), modes_of(7, 2)
     ((24, 32), (8, 8, 8), ())

@@ -1,10 +1,10 @@
 """``tucker2``: a k x k convolution as 1x1 C -> r_in, k x k r_in -> r_out, 1x1 r_out -> T (Kim et al. 2016, 1511.06530).
 
-W ≈ G x_out U x_in A. Plain: truncated HOSVD, then HOOI. With the covariance S of the input patches: U starts from the
-principal components of the layer's output, A from the Kronecker approximation of S in ``tdcompile.inputmap``, and the
-core G is their least-squares fit in the metric of S. Then A (by conjugate gradients), G and U (in closed form) take
-turns, each step a descent of ‖(W−W̃)S^½‖_F. A is gauged orthonormal, and what that changes goes into G (this project's
-completion).
+W ≈ G x_out U x_in A. Without data: truncated HOSVD, then HOOI. With the covariance S of the input patches, U starts
+from the principal components of the layer's output and A from the Kronecker approximation of S
+(``numerics.input_basis``); the core G is their least-squares fit in the metric of S. Then A (by conjugate gradients), G
+and U (in closed form) are updated in alternation; each step decreases ‖(W−W̃)S^½‖_F. A is kept orthonormal, and G
+absorbs the change of basis (this project's completion).
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ from tdcompile.numerics.input_basis import core_of, input_map, refine, regress, 
 from tdcompile.numerics.low_rank import balance, leading, left_vectors, operands, unfold
 from tdcompile.passes.decompose._chain_layers import point_in, point_out
 
-# Candidates for each of the two ranks: their product is what selectors have to look through.
-LEVELS = 20
-# Conjugate-gradient steps on the input map in one sweep: the core changes next, so more would chase a moving target.
-STEPS = 3
+LEVELS = 20  # candidates for each of the two ranks; a selector searches their product
+STEPS = 3  # of conjugate gradients on the input map in one sweep; few, because the core changes next
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,14 @@ class Tucker2(Decomposition):
     sweeps: int = 3
 
     def exact_ranks(self, layer: Layer) -> Ranks:
-        """The ranks of the two unfoldings, min(T, CK) and min(C, TK)."""
+        """Return the ranks of the two unfoldings, min(T, CK) and min(C, TK)."""
         inputs, outputs, taps = layer.in_channels, layer.out_channels, layer.taps
         return min(outputs, inputs * taps), min(inputs, outputs * taps)
 
     def rank_space(self, layer: Layer, grain: int) -> Sequence[Ranks]:
-        """Pairs on the grain, at most ``LEVELS`` a mode, that are cheaper than the layer, and the exact pair.
+        """Return pairs on the grain, at most ``LEVELS`` a mode, that save MACs, and the exact pair.
 
-        A rank above K times the other one is never reached by the core's own unfolding, so such pairs are left out.
+        The unfoldings of the core cannot have a rank above K times the other one, so such pairs are left out.
         """
         exact = self.exact_ranks(layer)
         outs, ins = (grid(full, grain * math.ceil(full / grain / LEVELS)) for full in exact)
@@ -62,13 +60,13 @@ class Tucker2(Decomposition):
         return [*(pair for macs, pair in priced if macs < layer.macs), exact]
 
     def blueprint(self, layer: Layer, ranks: Ranks) -> tuple[Layer, ...]:
-        """The 1x1 on the input, the layer between the ranks, the 1x1 on its output."""
+        """Return the 1x1 on the input, the layer between the ranks, the 1x1 on its output."""
         rank_out, rank_in = ranks
         core = replace(layer, in_channels=rank_in, out_channels=rank_out, bias=False)
         return point_in(layer, rank_in), core, point_out(layer, rank_out)
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
-        """``(r_in, C, 1, ...)``, ``(r_out, r_in, *kernel)``, ``(T, r_out, 1, ...)``; the outer two orthonormal."""
+        """Return ``(r_in, C, 1, ...)``, ``(r_out, r_in, *kernel)``, ``(T, r_out, 1, ...)``; both ends orthonormal."""
         flat, covariance = operands(weight, covariance, weight[0].numel())
         rank_out, rank_in = ranks
         left = leading(flat, covariance, rank_out)
@@ -85,15 +83,16 @@ class Tucker2(Decomposition):
         return self.shaped(layer, ranks, factors, weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
-        """The core between the two maps."""
+        """Return the product of the core and the two maps."""
         first, core, last = factors
         product = torch.einsum("ic,oik,to->tck", first.flatten(1), core.flatten(2), last.flatten(1))
         return product.reshape(layer.weight_shape)
 
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
-        """Those of the closed-form start, all pairs from nested bases and one core; 0 at the exact ranks.
+        """Return the errors of the closed-form start, for all pairs from nested bases and one core; 0 if exact.
 
-        What the sweeps gain is not in it: a bound from above, by 0.005 as a rule, by up to 0.04 at the lowest ranks.
+        They do not include the gain of the sweeps: an upper bound, by 0.005 as a rule, by up to 0.04 at the lowest
+        ranks.
         """
         flat, covariance = operands(weight, covariance, weight[0].numel())
         exact = self.exact_ranks(layer)
@@ -105,7 +104,7 @@ class Tucker2(Decomposition):
         else:
             lost = residuals(rows, covariance, input_map(flat, covariance, layer.taps, ins[-1]), [0, *ins]).double()
             gained, whole = (lost[:, :1] - lost[:, 1:]).cumsum(0)[[rank - 1 for rank in outs]], lost[:, 0].sum()
-        if not whole > 0:  # an output that is always zero is lost by no rank
+        if not whole > 0:  # the output is always zero: no rank has an error
             return [0.0] * len(space)
         table = (1 - gained / whole).clamp(min=0).sqrt()
         known: dict[Ranks, float] = {
@@ -115,7 +114,7 @@ class Tucker2(Decomposition):
 
 
 def _captured(rows: Tensor, outs: Sequence[int], ins: Sequence[int]) -> Tensor:
-    """Energy that the best r_in inputs keep of the first r_out rows, ``(outs, ins)``; ``rows`` is ``(T, C, K)``."""
+    """Return the energy of the first r_out rows ``(T, C, K)`` in their best r_in inputs, as ``(outs, ins)``."""
     gram, start, found = rows.new_zeros(rows.shape[1], rows.shape[1]), 0, []
     for stop in outs:
         block = unfold(rows[start:stop], 1)

@@ -1,4 +1,4 @@
-"""How far a network's answers are from others, on samples of the training part: what scores and probes measure."""
+"""The divergence between the outputs of two networks on training samples."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from tdcompile.ir.program import Program
 
 
 def drawn(program: Program, samples: int | None, purpose: str, who: str, batch: int = 128) -> list[Batch]:
-    """Batches of training samples, as many as asked for or as calibration reads, drawn for a purpose.
+    """Draw batches of training samples.
+
+    Args:
+        samples: number of samples; by default as many as calibration reads.
+        purpose: seeds the draw together with the seed of the program.
+        who: names the caller in messages.
 
     Raises:
-        InputError: there are none.
+        InputError: there are no training samples.
     """
     train = program.task.train
     if train is None or len(train) == 0:
@@ -29,16 +34,16 @@ def drawn(program: Program, samples: int | None, purpose: str, who: str, batch: 
 
 @torch.no_grad()
 def answers(module: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
-    """The scores of a network in eval mode, ``(N, classes)`` or of another shape, for each batch."""
+    """Return the network's output in eval mode for each batch: ``(N, classes)`` or another shape."""
     module.eval()
     return [logits(module(*batch.copies())) for batch in batches]
 
 
 def divergence(wanted: Sequence[Tensor], given: Sequence[Tensor]) -> float:
-    """Mean KL(wanted ‖ given) over samples for class scores; for other outputs the mean squared error over the energy.
+    """Return the mean KL(wanted ‖ given) for class scores, or the squared error over the energy for other outputs.
 
     Raises:
-        InputError: a NaN or an infinity among the answers.
+        InputError: an output holds NaN or Inf.
     """
     lost, whole, count = 0.0, 0.0, 0
     for a, b in zip(wanted, given, strict=True):

@@ -1,4 +1,4 @@
-"""``Trial``: what a layer's weight becomes when a plain form of it keeps a share of its weights, to score layers by."""
+"""``Trial``: a layer approximated by a form that keeps a share of its weights, as a probe for scores."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tdcompile.ir.program import Program, Site, sites
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.planning.rank_grid import ranks_for
 
-FORMS = ("tucker2", "svd", "grouped")  # convolutions, layers of one tap, and those in groups
-_TOLD = 1e-4  # a smaller error is rounding, and nothing can be told from it
+FORMS = ("tucker2", "svd", "grouped")  # for convolutions, layers of one tap, and layers in groups
+_TOLD = 1e-4  # a smaller error is rounding and carries no information
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Trial:
     """One layer, approximated.
 
     Attributes:
-        weight: W̃, of the shape of its weight.
-        error: relative, of the layer's output if there is calibration data, else of its weight.
+        weight: W̃, in the shape of the layer's weight.
+        error: relative error of the layer's output if there is calibration data, otherwise of its weight.
     """
 
     site: Site
@@ -36,7 +36,7 @@ class Trial:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """While it lasts, the layer has that weight."""
+        """Give the layer this weight inside the context."""
         own = self.site.module.weight
         self.site.module.weight = nn.Parameter(self.weight.to(self.site.weight), requires_grad=False)
         try:
@@ -49,12 +49,12 @@ class Trial:
 def trials(
     program: Program, share: float, forms: tuple[str, ...] = FORMS, largest: int | None = None
 ) -> Mapping[str, Trial]:
-    """A trial for each layer that one of the forms applies to, the first that does.
+    """Return a trial for each layer, by the first of the forms that applies to it.
 
     Args:
-        share: of the layer's weights that is kept; of a layer that loses nothing by it half as much, and again.
+        share: share of the layer's weights that the trial keeps; halved until the trial has an error.
         forms: decompositions in their text form.
-        largest: layers whose weight (T x CK) has more rows and columns than that are left out.
+        largest: leave out layers whose weight (T x CK) has more rows and more columns than this.
 
     Raises:
         InputError: the share is not in (0, 1].

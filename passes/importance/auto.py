@@ -1,4 +1,4 @@
-"""``auto``: the score that ranked plans best, where the data have the labels it needs; ``none`` where they do not."""
+"""``auto``: first-order Taylor if the data has labels, otherwise ``none``."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from tdcompile.support.options import Count
 
 @dataclass(frozen=True)
 class Auto(Importance):
-    """First-order Taylor on a few labelled samples; without labels every layer matters the same.
+    """First-order Taylor on a few labelled samples; without labels every layer has the same score.
 
-    Of the scores measured here first-order Taylor agreed best with the accuracy of random plans, on ResNet-20 and on
-    ResNet-56 (``docs/results.md``); an eighth of the calibration samples serves as well as all of them on the first,
-    a little less well on the second.
+    First-order Taylor ranked random plans best on ResNet-20 and ResNet-56 (``docs/results/plan-ranking.md``). An eighth
+    of the calibration samples is as good as all of them on ResNet-20, and slightly worse on ResNet-56.
 
     Attributes:
-        samples: how many training samples are read.
-        batch: samples in one pass; memory grows with it, the score does not change.
-        largest: layers of more rows and columns count as the mean: taking them apart once more takes too long.
+        samples: number of training samples to read.
+        batch: samples in one pass; it changes the memory use, not the score.
+        largest: layers with more rows and more columns get the mean score, because their truncation takes too long.
     """
 
     name: ClassVar[str] = "auto"
@@ -33,9 +32,9 @@ class Auto(Importance):
     largest: int = 2048
 
     def score(self, program: Program) -> Mapping[str, float]:
-        """See ``Importance.score``; a layer of which Taylor says nothing counts as the mean.
+        """See ``Importance.score``. A layer without a Taylor score gets the mean.
 
-        So do all layers of a network that returns anything but class scores alone: labels say nothing of the rest.
+        If the network returns anything other than class scores, all layers get the same score.
         """
         train = program.task.train
         equal = make(Importance, "none").score(program)

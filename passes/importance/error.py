@@ -1,4 +1,4 @@
-"""``error``: the six approximation errors of arXiv 2305.05318, of weights or features in three scalings, as scores."""
+"""``error``: the six approximation errors of arXiv 2305.05318 as scores: weights or features, in three scalings."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from tdcompile.support.progress import report_progress
 class Error(Importance):
     """The square of one of the six errors for each unit of a candidate's squared relative error.
 
-    Selectors that add up score times squared relative error then add up the squares of the error asked for:
-    ‖W − W̃‖, the same over ‖W‖ or over the number of weights, or these of the layer's output (arXiv 2305.05318,
-    section 3.2). The ratio is measured on a truncation that keeps a share of the layer's weights, or less where that
-    loses nothing; for weights it does not depend on the share, unless the candidates' errors are of the output
-    themselves (this project's completion).
+    A selector that sums score times squared relative error then sums the squares of the chosen error: ‖W − W̃‖, ‖W − W̃‖
+    over ‖W‖ or over the number of weights, or the same for the layer's output (arXiv 2305.05318, section 3.2). The
+    ratio is measured on a truncation that keeps a share of the layer's weights; the share is halved until there is an
+    error. For weights the ratio does not depend on the share, unless the candidates' errors are errors of the output
+    (this project's completion).
 
     Attributes:
         of: ``weights``, or ``features``, the outputs of the layer on training samples.
         scaling: ``absolute``, ``relative`` to the norm of the original, or ``scaled`` by its number of elements.
-        share: of the layer's weights that the truncation keeps.
-        samples: of the training part, read once for each layer; for features alone.
-        forms: decompositions; a layer takes the first that applies to it, and counts nothing where none does.
+        share: share of the layer's weights that the truncation keeps.
+        samples: training samples, read once for each layer; only for features.
+        forms: decompositions; a layer takes the first that applies, and scores 0 if none does.
     """
 
     name: ClassVar[str] = "error"
@@ -48,7 +48,7 @@ class Error(Importance):
         """See ``Importance.score``.
 
         Raises:
-            InputError: a weight has a NaN or an infinity, or there are no samples to look at features with.
+            InputError: a weight holds NaN or Inf, or ``features`` has no samples.
         """
         batches = []
         if self.of == "features":
@@ -57,7 +57,7 @@ class Error(Importance):
         scores = dict.fromkeys(sites(program), 0.0)
         for done, (name, trial) in enumerate(tried.items(), start=1):
             if not torch.isfinite(trial.weight).all():
-                raise InputError(f"the weight of '{name}' has a NaN or an infinity")
+                raise InputError(f"the weight of '{name}' holds NaN or Inf")
             if self.of == "weights":
                 errors = weight_errors(trial.site.weight, trial.weight)
             else:

@@ -1,4 +1,4 @@
-"""``lwiq``: what each layer adds to what a classifier imprinted on its activations knows (arXiv 2408.01534)."""
+"""``lwiq``: the accuracy that each layer adds to a classifier imprinted on its activations (arXiv 2408.01534)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tdcompile.ir.program import Program, Site, sites
 from tdcompile.support.options import Count, NonNegative, Positive
 from tdcompile.support.progress import report_progress
 
-# What stands behind a layer without being one: its norm, its activation, its dropout.
+# Modules and functions that belong to the layer before them: norm, activation, dropout.
 _BEHIND = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
     *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.Sigmoid),
@@ -40,19 +40,19 @@ _BEHIND_CALLS = (
 class Lwiq(Importance):
     """Layer-wise imprinting: the gain in proxy accuracy over each layer, from one pass without gradients.
 
-    Behind every layer's activation a classifier is imprinted: activations are averaged over a d x d grid,
-    d = round(√(embedding / channels)) (of other numbers of axes that root; tokens are averaged), and the weight of a
-    class is the normalised mean of its samples (Elkerdawy et al. 2020). Its accuracy, on samples that were not
-    imprinted, less that of what the layer reads is the layer's gain; in a residual network a block's first layer reads
-    the sum of the block before (our completion). The score is
-    eps + gain / largest gain, with negative gains as zero, brought to mean 1.
+    A classifier is imprinted behind every layer's activation. Activations are averaged over a d x d grid,
+    d = round(√(embedding / channels)); one or three axes take the root of that order, and tokens are averaged. The
+    weight of a class is the normalised mean of its samples (Elkerdawy et al. 2020). The gain of a layer is the accuracy
+    of its classifier on other samples, minus the accuracy at the layer's input. In a residual network the input of a
+    block's first layer is the sum of the block before (this project's completion). The score is eps + gain / largest
+    gain, with negative gains as zero, scaled to mean 1.
 
     Attributes:
-        embedding: how long an activation's vector is to be.
-        samples: how many training samples are imprinted; by default as many as calibration reads.
-        judged: how many others the accuracy is of, as a share of those.
+        embedding: length of an activation's vector.
+        samples: number of training samples to imprint; by default as many as calibration reads.
+        judged: number of other samples that measure the accuracy, as a share of the imprinted ones.
         cosine: normalise activations too.
-        reading: ``gain``, or ``accuracy`` behind the layer itself.
+        reading: ``gain``, or the ``accuracy`` behind the layer.
         eps: the score of a layer without gain, before scaling.
     """
 
@@ -70,7 +70,7 @@ class Lwiq(Importance):
         """See ``Importance.score``.
 
         Raises:
-            InputError: there are no labels, or a class has no sample among those that are imprinted.
+            InputError: there are no labels, or a class has no imprinted sample.
         """
         imprinted, others = self._split(program)
         found = sites(program)
@@ -89,7 +89,7 @@ class Lwiq(Importance):
         gains = {}
         for name, (before, behind) in points.items():
             if behind is None or not proxies[behind].seen or (before is not None and not proxies[before].seen):
-                continue  # no tensor that goes by sample: nothing is known of the layer
+                continue  # no tensor with one row for each sample: the layer has no gain
             level = proxies[before].accuracy if before else chance
             after = proxies[behind].accuracy
             gains[name] = after if self.reading == "accuracy" else max(after - level, 0.0)
@@ -98,7 +98,7 @@ class Lwiq(Importance):
         return {name: known.get(name, 1.0) for name in found}
 
     def _split(self, program: Program) -> tuple[Samples, Samples]:
-        """Samples to imprint and others to judge by, both of the training part."""
+        """Return training samples to imprint, and others that measure the accuracy."""
         train = program.task.train
         if train is None or train.classes is None:
             raise InputError("the importance 'lwiq' imprints classes: give labelled data, or take 'noise' or 'none'")
@@ -115,8 +115,8 @@ class _Proxy:
     """An imprinted classifier.
 
     Attributes:
-        axes: what it looks at has behind samples and channels, as a convolution has it; 0 is a linear layer's, whose
-            features come last.
+        axes: number of spatial axes of the activation, for a convolution; 0 for a linear layer, whose features are the
+            last axis.
     """
 
     axes: int
@@ -129,11 +129,11 @@ class _Proxy:
 
     @property
     def accuracy(self) -> float:
-        """On the samples judged so far."""
+        """The accuracy on the samples seen so far."""
         return self.right / max(self.seen, 1)
 
     def take(self, x: Tensor, labels: Tensor) -> None:
-        """Add activations to their classes, or judge them once the weights are settled."""
+        """Add activations to their classes; after ``settle``, classify them."""
         z = self._embedded(x, len(labels))
         if z is None:
             return
@@ -146,9 +146,9 @@ class _Proxy:
             self.seen += len(labels)
 
     def settle(self, classes: int) -> None:
-        """Class means, normalised, are the weights: sums do as well."""
+        """Set the weights to the normalised class means; normalised sums are the same."""
         if not self.sums:
-            self.weights = torch.empty(0)  # nothing to look at has come: nothing will
+            self.weights = torch.empty(0)  # no activation has arrived
             return
         missing = [label for label in range(classes) if label not in self.sums]
         if missing:
@@ -160,7 +160,7 @@ class _Proxy:
         self.sums = {}
 
     def _embedded(self, x: Tensor, count: int) -> Tensor | None:
-        """``(N, at most about embedding)``; tokens, and what a network has folded into the batch, are averaged."""
+        """Return ``(N, about embedding at most)``; average tokens, and axes that the network folded into the batch."""
         if x.ndim < 2 or len(x) % count or (self.axes and x.ndim != self.axes + 2):
             return None
         if self.axes:
@@ -175,11 +175,11 @@ class _Proxy:
 
 
 class _Tapped(fx.Interpreter):
-    """Runs the network once and hands the values of some nodes to their proxies."""
+    """Run the network once and pass the values of some nodes to their proxies."""
 
     def __init__(self, graph: fx.GraphModule, proxies: Mapping[fx.Node, _Proxy], batch: Batch) -> None:
         super().__init__(graph)
-        assert batch.labels is not None  # ``_split`` has looked
+        assert batch.labels is not None  # ``_split`` checks it
         self._proxies, self._labels = proxies, batch.labels
 
     def run_node(self, n: fx.Node) -> object:
@@ -190,14 +190,14 @@ class _Tapped(fx.Interpreter):
 
 
 def _points(graph: fx.GraphModule, site: Site) -> tuple[fx.Node | None, fx.Node | None]:
-    """The nodes whose values a layer reads and, behind its activation, gives; None for the network's own input.
+    """Return the node that a layer reads and the node behind its activation; None for an input of the network.
 
-    A layer inside a module that could not be traced is judged by that module.
+    A layer inside an untraced module takes the nodes of that module.
     """
     calls: Sequence[fx.Node] = calls_of(graph, site.name if site.inner is None else site.inner)
     if not calls:
         return None, None
-    before, behind = next(iter(calls[0].all_input_nodes), None), calls[-1]  # given by keyword too
+    before, behind = next(iter(calls[0].all_input_nodes), None), calls[-1]  # also if it is passed by keyword
     while (follower := only_user(behind)) is not None and _is_behind(graph, follower):
         behind = follower
     if before is None or before.op == "placeholder":

@@ -1,4 +1,4 @@
-"""``noise``: how far the answers move when one layer's output is disturbed a little, for each layer in turn."""
+"""``noise``: the change of the network's output if the output of one layer is disturbed, for each layer in turn."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tdcompile.support.progress import report_progress
 
 @dataclass(frozen=True)
 class Noise(Importance):
-    """KL of the dense answers to those with one layer's output disturbed, for each unit of squared relative error.
+    """KL of the dense outputs from the outputs with one layer disturbed, for each unit of squared relative error.
 
-    The disturbance is the output's own deviation from its mean, taken from another sample and another place of the
-    batch and scaled: noise of the output's own covariance, which is what a factorisation leaves behind, without any
-    factorisation (this project's own). No labels are needed; outputs that are no class scores count by their squares.
+    The disturbance is the deviation of the layer's output from its mean, taken from another sample and position of the
+    batch and scaled. This noise has the covariance of the output, like the error of a factorisation, and needs no
+    factorisation (this project's method). It needs no labels. Outputs other than class scores count by their squares.
 
     Attributes:
         error: relative size of the disturbance.
-        samples: how many training samples are read, once for each layer.
+        samples: number of training samples, read once for each layer.
     """
 
     name: ClassVar[str] = "noise"
@@ -52,7 +52,7 @@ class Noise(Importance):
 
 
 class _Disturb:
-    """A forward hook that adds noise of the output's own covariance, and knows how large it was."""
+    """A forward hook that adds noise with the covariance of the output, and measures it."""
 
     def __init__(self, error: float, generator: torch.Generator) -> None:
         self._error, self._generator = error, generator
@@ -60,11 +60,11 @@ class _Disturb:
 
     @property
     def squared(self) -> float:
-        """The squared relative error of what was added; that asked for where the output is zero."""
+        """The squared relative size of the added noise, or the requested one if the output is zero."""
         return self._added / self._whole if self._whole > 0 and self._added > 0 else self._error**2
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The output and a share of the deviations of others."""
+        """Return the output plus scaled deviations of other samples and positions."""
         channel = output.ndim - 1 if isinstance(module, nn.Linear) else 1
         rows = output.movedim(channel, -1).reshape(-1, output.shape[channel])
         bias = module.bias if isinstance(module.bias, Tensor) else rows.new_zeros(())

@@ -1,4 +1,4 @@
-"""``none``: every layer matters the same."""
+"""``none``: every layer has the same score."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tdcompile.ir.program import Program, sites
 
 @dataclass(frozen=True)
 class NoImportance(Importance):
-    """Every layer matters the same: selectors weigh relative errors of outputs, and nothing else."""
+    """The same score for every layer: selectors weigh relative errors alone."""
 
     name: ClassVar[str] = "none"
 
     def score(self, program: Program) -> Mapping[str, float]:
-        """1.0 for each layer."""
+        """Return 1.0 for each layer."""
         return dict.fromkeys(sites(program), 1.0)

@@ -1,4 +1,4 @@
-"""``probe``: what the network loses when one layer alone is compressed: the dear score that judges cheap ones."""
+"""``probe``: the loss of the network if one layer alone is compressed; expensive, the reference for cheaper scores."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Probe(Importance):
     """Loss of the network with one layer compressed, for each unit of that layer's squared relative error.
 
     Attributes:
-        share: of the layer's weights that are kept.
-        measure: ``kl`` of the dense answers to the others, or ``accuracy`` lost, which needs labels.
-        samples: of the training part, read once for each layer and once for the dense network.
-        forms: decompositions; a layer takes the first that applies to it, and counts nothing where none does.
+        share: share of the layer's weights that are kept.
+        measure: ``kl`` of the dense outputs from the compressed ones, or lost ``accuracy``, which needs labels.
+        samples: number of training samples, read once for each layer and once for the dense network.
+        forms: decompositions; a layer takes the first that applies, and scores 0 if none does.
     """
 
     name: ClassVar[str] = "probe"
@@ -61,10 +61,10 @@ class Probe(Importance):
 
 
 def _right(scores: list[Tensor], batches: list[Batch]) -> float:
-    """Accuracy in [0, 1]."""
+    """Return the accuracy in [0, 1]."""
     right, count = 0, 0
     for given, batch in zip(scores, batches, strict=True):
-        assert batch.labels is not None  # ``score`` has looked
+        assert batch.labels is not None  # ``score`` checks it
         right += int((given.argmax(1) == batch.labels).sum())
         count += len(given)
     return right / count

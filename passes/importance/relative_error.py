@@ -1,4 +1,4 @@
-"""``relative-error``: layers that are hard to compress are protected; needs no data."""
+"""``relative-error``: protect layers that are hard to compress; needs no data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tdcompile.core.importance import Importance, normalised
 from tdcompile.errors import InputError
 from tdcompile.ir.program import Program, sites
 
-_COLUMNS = 4096  # of a weight turned to float64 at a time, so that a large layer is never held twice
-_LEAST = 0.01  # of the mean: a layer that happens to be exact at half its rank is not worth nothing
+_COLUMNS = 4096  # columns converted to float64 at a time, so that memory never holds a large layer twice
+_LEAST = 0.01  # lower bound of a score, as a share of the mean: no layer is free to compress
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class RelativeError(Importance):
     """The relative error of each layer's weight at half its full rank: layers hard to compress are protected.
 
     Of six error measures the relative error of the weight ranks compressed networks best before tuning (arXiv
-    2305.05318); ``none`` leaves it to the candidates alone, this score counts it twice, by a probe that no choice of
-    rank can move: ‖W − W_{r/2}‖_F / ‖W‖_F with W as T x C·K, of full rank r. Mean 1 over the layers.
+    2305.05318). Candidates already hold this error for their ranks; the score adds a factor that does not depend on the
+    choice of ranks: ‖W − W_{r/2}‖_F / ‖W‖_F with W as T x C·K, of full rank r. Mean 1 over the layers.
     """
 
     name: ClassVar[str] = "relative-error"
@@ -33,7 +33,7 @@ class RelativeError(Importance):
         """See ``Importance.score``.
 
         Raises:
-            InputError: a weight has a NaN or an infinity.
+            InputError: a weight holds NaN or Inf.
         """
         errors = {name: _at_half_rank(name, site.weight) for name, site in sites(program).items()}
         mean = sum(errors.values()) / max(len(errors), 1)
@@ -45,7 +45,7 @@ def _at_half_rank(name: str, weight: Tensor) -> float:
     if flat.shape[0] > flat.shape[1]:
         flat = flat.T
     if not torch.isfinite(flat).all():
-        raise InputError(f"the weight of '{name}' has a NaN or an infinity")
+        raise InputError(f"the weight of '{name}' holds NaN or Inf")
     gram = torch.zeros(flat.shape[0], flat.shape[0], dtype=torch.float64, device=flat.device)
     for start in range(0, flat.shape[1], _COLUMNS):
         part = flat[:, start : start + _COLUMNS].double()

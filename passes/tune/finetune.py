@@ -1,4 +1,4 @@
-"""``finetune``: train the compressed network to answer like the dense one."""
+"""``finetune``: train the compressed network to reproduce the outputs of the dense one."""
 
 from __future__ import annotations
 
@@ -28,41 +28,48 @@ from tdcompile.training.mixed_precision import Precision
 from tdcompile.training.run_state import Saved, Tuning
 from tdcompile.training.trainer import Settings, Trainer, training_state_of
 
-_RATE = 0.03 / 128  # the highest rate that is tried for each sample of a batch; see ``lr``
-_SHARES = (1.0, 1 / 3, 1 / 10, 1 / 30, 1 / 100)  # of it: what a good start needs is far below what a bad one does
-_JUDGES = 1024  # held-out samples that rates are compared on
-_HELDOUT = 5000  # more held-out samples cost time and tell no more
+_RATE = 0.03 / 128  # highest learning rate to try, for each sample of a batch; see ``lr``
+_SHARES = (
+    1.0,
+    1 / 3,
+    1 / 10,
+    1 / 30,
+    1 / 100,
+)  # of the highest rate; a good start needs a far lower one
+_JUDGES = 1024  # held-out samples that compare rates
+_HELDOUT = 5000  # upper bound: more samples do not change which epoch wins
 
 
 @dataclass(frozen=True)
 class Finetune(TunePass):
-    """Train the compressed network to answer like the dense one, labels mixed in where there are any.
+    """Train the compressed network by distillation from the dense one, and by labels if there are any.
 
     The loss is (1 - labels) · T² · KL(dense ‖ compressed), both softened by the temperature T (Hinton, Vinyals and
-    Dean, 2015), plus labels · cross-entropy. Weights do not decay: decay on factors shrinks their product unevenly.
+    Dean, 2015), plus labels · cross-entropy. There is no weight decay: decay on factors shrinks their product unevenly.
 
     Attributes:
-        epochs: may be a fraction.
-        lr: highest learning rate; none tries 0.03 for a batch of 128, in proportion for others, and shares of it down
-            to a hundredth, each in a short run of its own, and takes the one with the least held-out loss: as it is for
-            one epoch, √epochs times it for more, which have the time to come back from it.
-        trial: steps of each such run; 0, or no held-out samples, takes the highest rate untried.
-        batch: samples a step.
+        epochs: number of epochs; may be a fraction.
+        lr: highest learning rate. ``none`` searches: short runs try 0.03 for a batch of 128 (in proportion for other
+            batch sizes) and shares of it down to a hundredth, and the least held-out loss wins. One epoch uses the
+            winner; more epochs use √epochs times it, because they have time to recover from a high rate.
+        trial: steps of each short run; 0, or no held-out samples, takes the highest rate without a search.
+        batch: samples in one step.
         warmup: share of the steps in which the rate rises.
         clip: largest norm of the gradient; a chain of factors multiplies its gradients.
         temperature: T.
-        labels: share of the label loss; without labels it is left out.
-        others: of the outputs but the first, each by its squared difference over its energy; 0 leaves them out.
-        outputs: of layer-output distillation beside it, the mean squared difference of each replaced layer's output.
-        weights: of weight distillation, the same of each replaced layer's weight (RENE, arXiv 2409.03555).
-        holdout: share of the training samples held out to choose the best epoch by (at most 5,000); 0 keeps the last.
-            The weights before training are kept where every epoch is worse on them by more than a hundredth.
-        augment: ``auto`` shifts images of at least 16 pixels a side, and mirrors those of three channels too.
-        bn: ``frozen`` leaves batch-norm statistics as they are; ``train`` normalises by those of each batch, over all
-            processes together.
+        labels: weight of the label loss; ignored without labels.
+        others: weight of the outputs after the first, each by its squared difference over its energy; 0 ignores them.
+        outputs: weight of layer-output distillation, the mean squared difference of each replaced layer's output.
+        weights: weight of weight distillation, the mean squared difference of each replaced layer's weight (RENE,
+            arXiv 2409.03555).
+        holdout: share of the training samples (at most 5,000) that is held out to choose the best epoch; 0 keeps the
+            last. The weights before training are kept if every epoch is worse by more than a hundredth.
+        augment: ``auto`` shifts images of at least 16 pixels a side, and also mirrors those of three channels.
+        bn: ``frozen`` keeps batch-norm statistics; ``train`` normalises by the statistics of each batch, over all
+            processes.
         average: decay of the exponential moving average of the weights, e.g. 0.999; 0 trains without one.
-        patience: stop after so many epochs that did no better than the best; 0 runs them all.
-        precision: what is computed in: ``bf16`` or ``fp16`` is automatic mixed precision, ``fp16`` on CUDA alone.
+        patience: stop after this number of epochs without a better one; 0 runs all epochs.
+        precision: ``bf16`` or ``fp16`` for automatic mixed precision (``fp16`` only on CUDA), or ``fp32``.
     """
 
     name: ClassVar[str] = "finetune"
@@ -89,7 +96,7 @@ class Finetune(TunePass):
     precision: Precision = "fp32"
 
     def check(self) -> None:
-        """Require held-out samples if patience counts epochs by them."""
+        """Require held-out samples if ``patience`` is set."""
         if self.patience and not self.holdout:
             raise InputError("finetune: patience judges epochs by held-out samples: give it a holdout above 0")
 
@@ -106,7 +113,7 @@ class Finetune(TunePass):
         fit, heldout = self._split(train, program)
         saved = training_state_of(self, graph, train, program)
         settings = self._settings(program)
-        watched = self.outputs or self.weights  # layer by layer, the dense network's own layers are looked at
+        watched = self.outputs or self.weights  # layer losses need the layers of the dense network
         teacher = copy_weights(program.dense if watched else lower(program, program.dense))
         others, left = output_energies(program.dense, train, self.others)
         lesson = _Lesson(teacher, fit, heldout, program, others)
@@ -131,10 +138,10 @@ class Finetune(TunePass):
             return Trainer(graph, loss, lesson.fit, lesson.heldout, settings, program, purpose, saved).run()
 
     def _rate(self, graph: fx.GraphModule, lesson: _Lesson, settings: Settings) -> float:
-        """The rate asked for, or the one whose short run, warm-up and cosine included, ends with the least loss.
+        """Return the requested rate, or the one whose short run ends with the least loss.
 
-        What a short run takes is too low for a long one (this project's measurement, ``docs/results.md``); above the
-        highest rate that did not diverge it does not go.
+        A short run has its own warm-up and cosine. The best rate of a short run is too low for a long one
+        (``docs/results/tuning.md``). The result never exceeds the highest rate that did not diverge.
         """
         if self.lr is not None or not self.trial or lesson.heldout is None:
             return settings.lr
@@ -149,7 +156,7 @@ class Finetune(TunePass):
                 end = run.curve[-1].heldout_loss
             except InputError:
                 raise
-            except TdcompileError:  # it diverged, which a lower rate may not
+            except TdcompileError:  # the run diverged; a lower rate may not
                 continue
             ends[trial.lr] = math.inf if end is None else end
         if not ends:
@@ -180,7 +187,7 @@ class Finetune(TunePass):
 
 @dataclass(frozen=True)
 class _Lesson:
-    """What every run of one tuning has in common."""
+    """Settings that all runs of one tuning share."""
 
     teacher: nn.Module
     fit: Samples
