@@ -330,8 +330,8 @@ def test_the_data_of_a_recipe_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"weights": "some.safetensors"}, "'weights' is for the command"),
-        ({"input": ["1x3x12x12"]}, "'input' is for the command"),
+        ({"weights": "some.safetensors"}, "'weights' is an option of the command"),
+        ({"input": ["1x3x12x12"]}, "'input' is an option of the command"),
         ({"tune": "epochs=1"}, "'finetune' trains, and there is nothing to train on"),
         ({"max_drop": 5}, "there are no labelled test samples"),
         ({"max_drop": 5, "data": points()}, "there are no labelled test samples"),
