@@ -24,7 +24,7 @@ quickstart: $(STAMP) ## compile the embedded network under a latency budget and 
 # Two processes of one thread each: the tests' tensors are small, and threads that wait for each other cost minutes.
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP) ## run the tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(STAMP) ## run the tests that take longer
 	$(BIN)/python -m pytest -q -m slow --timeout 3600
@@ -32,7 +32,7 @@ test-slow: $(STAMP) ## run the tests that take longer
 # The floor is fail_under in pyproject.toml. Two processes write one report: pytest-cov joins them.
 coverage: export OMP_NUM_THREADS = 1
 coverage: $(STAMP) ## run the tests with line coverage; fail below the floor in pyproject.toml
-	$(BIN)/python -m pytest -q -n 2 --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
 # mypy and import-linter read the tree as it installs: passes/ and models/ inside the package.
 HOUSE := build/lint

@@ -8,6 +8,8 @@ import socket
 import pytest
 import torch
 
+import tdcompile.artifact.measure
+import tdcompile.compiler
 from tdcompile.backend.session import open_probe
 from tdcompile.errors import UnavailableError
 from tdcompile.ir.target import Target
@@ -36,3 +38,11 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def brief_timing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time compiled models for a tenth of a second in place of three; a test marked ``timed`` keeps the real time."""
+    if request.node.get_closest_marker("timed") is None:
+        brief = functools.partial(tdcompile.artifact.measure.measure, seconds=0.1)
+        monkeypatch.setattr(tdcompile.compiler, "measure", brief)

@@ -110,7 +110,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("TDCOMPILE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tdcompile.compiler, "measure", BRIEFLY)
     return tmp_path
 
 

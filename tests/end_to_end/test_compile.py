@@ -383,6 +383,7 @@ def test_a_plan_that_does_not_fit_is_refused(tmp_path, entry, message):
         tdcompile.compile(network(), X, plan=str(plan))
 
 
+@pytest.mark.timed
 def test_a_latency_budget_is_predicted_checked_in_the_graph_and_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("TDCOMPILE_CACHE", str(tmp_path))
     torch.manual_seed(0)
