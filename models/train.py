@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 
 from tdcompile.core import registry
 from tdcompile.core.network import Network
+from tdcompile.data.class_scores import logits
 from tdcompile.data.loading import load_data
-from tdcompile.data.metrics import accuracy, logits
+from tdcompile.data.metrics import accuracy
 from tdcompile.data.task import Batch, Samples
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.program import sites_of

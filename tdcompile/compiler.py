@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 
 from tdcompile.artifact.checkpoint import Checkpoint, SaveCheckpoint
 from tdcompile.artifact.folder import check_out, save_weights, write_folder
-from tdcompile.artifact.measure import measure
 from tdcompile.artifact.report import Report, render_html
 from tdcompile.artifact.summary import Run, summarise
+from tdcompile.backend.export_and_measure import measure
 from tdcompile.backend.session import open_probe
 from tdcompile.core.hooks import Hook, RunRecord, StepTimer
 from tdcompile.core.pipeline import Pipeline

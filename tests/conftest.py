@@ -8,7 +8,7 @@ import socket
 import pytest
 import torch
 
-import tdcompile.artifact.measure
+import tdcompile.backend.export_and_measure
 import tdcompile.compiler
 from tdcompile.backend.session import open_probe
 from tdcompile.errors import UnavailableError
@@ -44,5 +44,5 @@ def free_port() -> int:
 def brief_timing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time compiled models for a tenth of a second in place of three; a test marked ``timed`` keeps the real time."""
     if request.node.get_closest_marker("timed") is None:
-        brief = functools.partial(tdcompile.artifact.measure.measure, seconds=0.1)
+        brief = functools.partial(tdcompile.backend.export_and_measure.measure, seconds=0.1)
         monkeypatch.setattr(tdcompile.compiler, "measure", brief)

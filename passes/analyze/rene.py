@@ -17,7 +17,7 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.core.plan import RankPlan
 from tdcompile.core.registry import make
-from tdcompile.data.metrics import logits
+from tdcompile.data.class_scores import logits
 from tdcompile.data.task import Batch
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.facts import Fact

@@ -1,1 +1,1 @@
-"""Plug-ins: see the folder map in the README."""
+"""Cost models: each prices one layer."""

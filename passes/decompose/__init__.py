@@ -1,1 +1,1 @@
-"""Plug-ins: see the folder map in the README."""
+"""Decompositions: each replaces one layer by a chain of small layers."""

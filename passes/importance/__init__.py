@@ -1,1 +1,1 @@
-"""Plug-ins: see the folder map in the README."""
+"""Scores: each says how much errors in a layer harm the network."""

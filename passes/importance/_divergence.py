@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdcompile.data.metrics import classified, logits
+from tdcompile.data.class_scores import classified, logits
 from tdcompile.data.task import Batch
 from tdcompile.errors import InputError
 from tdcompile.ir.program import Program

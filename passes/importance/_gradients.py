@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdcompile.data.metrics import logits
+from tdcompile.data.class_scores import logits
 from tdcompile.data.task import Batch
 from tdcompile.errors import InputError
 from tdcompile.ir.modules import evaluating, input_of

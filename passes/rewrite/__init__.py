@@ -1,1 +1,1 @@
-"""Plug-ins: see the folder map in the README."""
+"""Rewrite passes: each changes the graph."""

@@ -1,1 +1,1 @@
-"""Plug-ins: see the folder map in the README."""
+"""Training and repair passes: each changes weights or statistics."""

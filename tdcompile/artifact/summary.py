@@ -6,7 +6,6 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tdcompile.artifact.measure import MeasuredNetwork, Outcome, Part, parts_of
 from tdcompile.artifact.report import (
     Agreement,
     Approximation,
@@ -22,6 +21,7 @@ from tdcompile.artifact.report import (
 )
 from tdcompile.artifact.report import Reason as ReportedReason
 from tdcompile.backend.environment import environment, peak_memory_mb
+from tdcompile.backend.export_and_measure import MeasuredNetwork, Outcome, Part, parts_of
 from tdcompile.backend.parity import Parity
 from tdcompile.core.plan import DENSE, Candidate, RankPlan
 from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tdcompile.data.class_scores import logits
 from tdcompile.data.task import Samples
 from tdcompile.support.heap import keep_freed_memory
 
@@ -30,17 +29,3 @@ def accuracy(module: nn.Module, samples: Samples | None, limit: int | None = Non
         seen += len(batch.labels)
     module.train(training)
     return right / seen
-
-
-def logits(output: object) -> Tensor:
-    """Return the class scores of a network's output: the tensor, or the first tensor of a sequence or mapping."""
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    assert isinstance(values, Iterable)  # a network returns tensors, or a nesting of them
-    return logits(next(iter(values)))
-
-
-def classified(output: Tensor) -> bool:
-    """Return whether an output has the shape of class scores, ``(N, classes)``."""
-    return output.dim() == 2 and output.shape[1] > 1

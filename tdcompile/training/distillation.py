@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.plan import RankPlan
-from tdcompile.data.metrics import classified
+from tdcompile.data.class_scores import classified
 from tdcompile.data.task import Batch, Samples
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
