@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tdcompile.core.pipeline import Pipeline
     from tdcompile.data.task import Batch, Samples, Task, Tensors
     from tdcompile.errors import TdcompileError
+    from tdcompile.frontend.load_network import load_weights
     from tdcompile.frontend.tracing import trace
     from tdcompile.ir.program import Program, sites
     from tdcompile.ir.target import Budget, Target
@@ -33,6 +34,7 @@ _HOMES = {
     "ir.program": ("Program", "sites"),
     "ir.target": ("Budget", "Target"),
     "data.task": ("Batch", "Samples", "Task", "Tensors"),
+    "frontend.load_network": ("load_weights",),
     "frontend.tracing": ("trace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -55,6 +57,7 @@ __all__ = [
     "TunePass",
     "compile",
     "load",
+    "load_weights",
     "sites",
     "study",
     "trace",

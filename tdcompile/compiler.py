@@ -29,6 +29,7 @@ from tdcompile.data.task import Task
 from tdcompile.errors import InputError
 from tdcompile.frontend.half_precision import samples_cast_like
 from tdcompile.frontend.tracing import check_is_network, trace
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.modules import evaluating
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Budget
@@ -112,6 +113,7 @@ def compile(  # the field's word, as in torch.compile
     workspace: str | Path | None = None,
     resume: bool = False,
     watch: Hook | None = None,
+    notes: Sequence[Diagnostic] = (),
     **options: Unpack[CompileOptions],
 ) -> Compiled:
     """Compile a network: trace, choose decompositions and ranks, factorise, tune, export, verify, measure.
@@ -127,6 +129,7 @@ def compile(  # the field's word, as in torch.compile
         resume: continue from the state in the workspace, if there is one. It must belong to the same compilation; only
             the gates, ``eval`` and ``jobs`` may differ.
         watch: a hook that observes every pass.
+        notes: messages about the network for the report, such as those that ``load_weights`` returns.
         **options: fields of ``Recipe``: ``budget={"latency": 0.5}``, ``target="cpu"``, ``tune="epochs=5"``, ...; a
             ``Budget``, a ``Pipeline`` and a ``RankPlan`` (that of another ``Compiled``) are also accepted.
 
@@ -139,11 +142,14 @@ def compile(  # the field's word, as in torch.compile
     start = time.perf_counter()
     chosen = resolve(recipe, options)
     if not isinstance(recipe, Recipe) and (lost := [name for name in ("weights", "input") if getattr(chosen, name)]):
-        raise InputError(f"'{lost[0]}' is an option of the command: pass the network and its example inputs instead")
+        raise InputError(
+            f"'{lost[0]}' is an option of the command: pass the network and its example inputs instead"
+            + ("; tdcompile.load_weights(network, FILE) loads a file" if "weights" in lost else "")
+        )
     pipeline = chosen.steps()
     check_is_network(module)
     with evaluating(module):  # a network that cannot be copied is traced itself
-        program = prepare(module, inputs, chosen.data if data is None else data, chosen)
+        program = prepare(module, inputs, chosen.data if data is None else data, chosen, notes)
         pipeline.check(program.facts, planned=True)
         check_training_samples(pipeline, program.task)
         check_test_labels(chosen.max_drop, program.task)
@@ -249,8 +255,11 @@ def prepare(
     inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
     data: Task | Given,
     recipe: Recipe,
+    notes: Sequence[Diagnostic] = (),
 ) -> Program:
     """Trace a network and check data, labels, patterns and plan of a recipe against it.
+
+    ``notes`` are messages about the network, which its history then begins with.
 
     Raises:
         InputError: wrong inputs, weights with NaN, a pattern that matches no layer, a plan for another network.
@@ -269,7 +278,9 @@ def prepare(
     program = program.with_(keep_dense=matched_layers(program, recipe.keep_dense))
     check_sample_inputs(program)
     check_labels(program)
-    return adopt(program, recipe.plan) if recipe.plan else program
+    if recipe.plan:
+        program = adopt(program, recipe.plan)
+    return program.with_(history=(*notes, *program.history))
 
 
 def _stamp(program: Program) -> str:

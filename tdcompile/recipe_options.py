@@ -32,7 +32,10 @@ class RecipeOptions(BaseModel):
     source: str | None = Field(
         default=None, description="file.py:callable, package.module:callable, or a registered model"
     )
-    weights: str | None = Field(default=None, description="safetensors file, or a state dict; never run as code")
+    weights: str | None = Field(
+        default=None,
+        description="safetensors file, checkpoint, index of shards or folder; FILE#key chooses; never run as code",
+    )
     input: tuple[str, ...] = Field(default=(), description="Example input, e.g. 1x3x224x224 or ids=1x64:int64")
     dynamic_batch: bool = Field(default=True, description="Leave the batch dimension open")
     dynamic: tuple[str, ...] = Field(default=(), description="Leave another axis open, e.g. ids:1 or ids:1=time")

@@ -79,7 +79,7 @@ def make_plan(recipe: Recipe, out: Path | None, *, as_json: bool, quiet: bool) -
     _check_file(out)
     steps = _up_to_the_plan(recipe.steps(), planned=recipe.plan is not None)
     job = load_job(recipe)
-    program = prepare(job.module, job.inputs, job.task, recipe)
+    program = prepare(job.module, job.inputs, job.task, recipe, job.notes)
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder, watching(quiet=quiet) as watch:
         program = steps.run(program.with_(workspace=Path(folder)), [watch] if watch else [])
     made = program.facts[RankPlan]
@@ -129,6 +129,7 @@ def _compile(recipe: Recipe, out: Path, output: Output) -> Answer:
                 job.inputs,
                 data=job.task,
                 recipe=recipe,
+                notes=job.notes,
                 workspace=workspace,
                 resume=output.resume,
                 watch=watch,

@@ -24,6 +24,7 @@ from tdcompile.core.spec import split
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError
 from tdcompile.frontend.load_network import load_source, load_weights
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Facts
 from tdcompile.ir.target import Budget, Cost
 from tdcompile.recipes import Recipe, load_recipe
@@ -33,11 +34,16 @@ log = logging.getLogger("tdcompile")
 
 @dataclass(frozen=True)
 class Job:
-    """The network, inputs and data of a recipe."""
+    """The network, inputs and data of a recipe.
+
+    Attributes:
+        notes: where the weights were found in their file.
+    """
 
     module: nn.Module
     inputs: tuple[Tensor, ...] | dict[str, Tensor]
     task: Task
+    notes: tuple[Diagnostic, ...] = ()
 
 
 def recipe_of(given: Mapping[str, Any]) -> Recipe:
@@ -70,18 +76,25 @@ def source_of(recipe: Recipe) -> str:
 
 
 def load_module(recipe: Recipe) -> nn.Module:
-    """Load the network with its weights.
+    """Load the network with its weights, and log where they were found.
 
     Raises:
         InputError: the source is missing, or the source or the weights cannot be used.
     """
+    module, notes = _module_and_notes(recipe)
+    for note in notes:
+        log.warning("%s", note.text)
+    return module
+
+
+def _module_and_notes(recipe: Recipe) -> tuple[nn.Module, tuple[Diagnostic, ...]]:
     torch.manual_seed(recipe.seed)  # the user's callable may draw random weights: a seed gives one network
     module, _ = load_source(source_of(recipe))
     if recipe.weights is not None:
-        load_weights(module, Path(recipe.weights))
-    elif any(parameter.is_meta for parameter in module.parameters()):
+        return module, load_weights(module, recipe.weights)
+    if any(parameter.is_meta for parameter in module.parameters()):
         raise InputError(f"'{recipe.source}' makes a network on the meta device, without weights: give --weights")
-    return module
+    return module, ()
 
 
 def load_network(recipe: Recipe) -> tuple[nn.Module, tuple[Tensor, ...] | dict[str, Tensor]]:
@@ -101,11 +114,12 @@ def load_job(recipe: Recipe) -> Job:
         InputError: one of them cannot be used, or the data does not fit the first input.
         UnavailableError: a package that reads the data is missing.
     """
-    module, inputs = load_network(recipe)
+    module, notes = _module_and_notes(recipe)
+    inputs = draw_arguments(recipe.input, module, recipe.seed)
     if recipe.weights is None and ":" not in str(recipe.source):
         log.warning("%s has random weights: give --weights", recipe.source)
     first = next(iter(inputs.values() if isinstance(inputs, dict) else inputs))
-    return Job(module, inputs, recipe.task(recipe.data, first))
+    return Job(module, inputs, recipe.task(recipe.data, first), notes)
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tdcompile.studies.experiment import COMPRESSIONS, METHODS, Grid, run
 from tdcompile.studies.findings import Cell, Failure, level_name, notes, tables
 from tdcompile.studies.ledger import NAME
 from tdcompile.support.formatting import percent
+
+log = logging.getLogger("tdcompile")
 
 
 def grid_of(recipe: Recipe, methods: str | None, compressions: str | None, layers: tuple[str, ...], seeds: int) -> Grid:
@@ -71,6 +74,8 @@ def run_study(recipe: Recipe, grid: Grid, output: Output, *, ray: bool) -> Answe
 
 def _subject(recipe: Recipe) -> Subject:
     job = load_job(recipe)
+    for note in job.notes:
+        log.warning("%s", note.text)
     return Subject(job.module, job.inputs, job.task, recipe.frontend)
 
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from tdcompile.core.network import Network
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
+from tdcompile.frontend.state_dict_search import Expected, Found, find_state_dict, tied_names, top_level_keys
+from tdcompile.frontend.weights_file import read_weights, split_reference
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.modules import not_finite
+from tdcompile.support.formatting import join_first
 from tdcompile.support.user_code import call_user_function, load_callable, names_file
 
 __all__ = ["check_weights", "load_callable", "load_source", "load_weights"]
-
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")  # that DataParallel and torch.compile add to every name
-# First bytes of a safetensors header, a pickle, and a zip archive, which torch.save writes.
-_SAFETENSORS_START, _PICKLE_START, _ZIP_START = b"{", b"\x80", b"PK"
-_UNREADABLE = "it is no PyTorch or safetensors file, or cut off"
-_MAX_NAMES = 4  # names that a message lists of each kind
 
 
 def load_source(source: str) -> tuple[nn.Module, Network | None]:
@@ -49,40 +41,65 @@ def load_source(source: str) -> tuple[nn.Module, Network | None]:
     return module.eval(), None
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, reference: str | Path) -> tuple[Diagnostic, ...]:
     """Load a complete checkpoint into the module; no code in the file is executed.
 
+    The weights may lie under a key of the file, such as ``state_dict``, and all names may have a common prefix.
+
+    Args:
+        module: the network; its parameters are changed.
+        reference: a safetensors or PyTorch file, the index of a sharded checkpoint, the folder of either, or
+            ``FILE#key`` to choose the weights under a key: ``w.pth#model_ema``, ``w.ckpt#state_dict.teacher``.
+
+    Returns:
+        Messages that say where the weights were found and what was left out.
+
     Raises:
-        InputError: the file cannot be read, needs code, does not fit the network, or holds NaN or Inf.
+        InputError: the file cannot be read, needs code, does not fit the network, holds several weights that fit, or
+            holds NaN or Inf.
     """
-    weights = _unwrap_state_dict(_read_file(path), set(module.state_dict()), path)
-    own = module.state_dict()
+    path, key = split_reference(reference)
+    held = read_weights(path)
+    found = find_state_dict(held, Expected.by(module), str(path), key)
+    _load_state_dict(module, found, path, top_level_keys(held))
+    check_weights(module, str(path))
+    return tuple(_messages(found, path))
+
+
+def _load_state_dict(module: nn.Module, found: Found, path: Path, keys: str) -> None:
+    """Load a state dict.
+
+    Raises:
+        InputError: it does not fit the network; the message lists the file's ``keys`` if there are any.
+    """
+    weights, own = found.weights, module.state_dict()
+    read = f" as read {place}" if (place := found.described()) else ""
+    misfit, known = f"'{path}'{read} does not fit the network", f"; the file's keys are {keys}" if keys else ""
     shapes = [
         f"{name} is {tuple(value.shape)} in the file, {tuple(own[name].shape)} in the network"
         for name, value in weights.items()
         if name in own and value.shape != own[name].shape
     ]
     if shapes:
-        raise InputError(f"'{path}' does not fit the network: {_join_first(shapes, '; ')}")
-    tied = _tied_names(module)
+        raise InputError(f"{misfit}: {join_first(shapes, '; ')}{known}")
+    tied = tied_names(module)
     _check_tied_weights(weights, tied, path)
     loaded = _assign_weights(module, weights)
     shared = {name for names in tied if not names.isdisjoint(weights) for name in names}
     missing = [name for name in loaded.missing_keys if name not in shared]
     if missing or loaded.unexpected_keys:
         parts = [("lacks", missing), ("has in excess", loaded.unexpected_keys)]
-        said = "; it ".join(f"{verb} {_join_first(names, ', ')}" for verb, names in parts if names)
-        raise InputError(f"'{path}' does not fit the network: it {said}")
-    check_weights(module, str(path))
+        said = "; it ".join(f"{verb} {join_first(names, ', ')}" for verb, names in parts if names)
+        raise InputError(f"{misfit}: it {said}{known}")
 
 
-def _tied_names(module: nn.Module) -> list[set[str]]:
-    """Return the names of all parameters and buffers, grouped by tensor."""
-    names: dict[int, set[str]] = {}
-    parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    for name, tensor in (*parameters, *buffers):
-        names.setdefault(id(tensor), set()).add(name)
-    return list(names.values())
+def _messages(found: Found, path: Path) -> Iterable[Diagnostic]:
+    if place := found.described():
+        yield Diagnostic("info", DiagnosticCode.WEIGHTS, f"the weights of '{path}' are read {place}")
+    if found.beside:
+        names = join_first(found.beside, ", ")
+        text = f"'{path}' holds tensors beside the weights, which are left out: {names}"
+        yield Diagnostic("warning", DiagnosticCode.WEIGHTS, text)
 
 
 def _check_tied_weights(weights: Mapping[str, Tensor], tied: Iterable[set[str]], path: Path) -> None:
@@ -140,68 +157,3 @@ def check_weights(module: nn.Module, where: str) -> None:
     found = not_finite(module)
     if found is not None:
         raise InputError(f"{where}: the tensor '{found[0]}' holds {found[1]} values that are NaN or Inf")
-
-
-def _read_file(path: Path) -> object:
-    if path.is_dir():
-        raise InputError(f"'{path}' is a folder; a file of weights is needed, .pt or .safetensors")
-    if not path.is_file():
-        raise InputError(f"there is no weights file '{path}'")
-    try:
-        head = _head(path)
-        if path.suffix == ".safetensors" or head[8:] == _SAFETENSORS_START:
-            return safetensors.torch.load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on unusual files; the errors below say it in one sentence
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except safetensors.SafetensorError as error:
-        raise InputError(f"'{path}' cannot be read as weights: it is no safetensors file, or cut off") from error
-    except pickle.UnpicklingError as error:
-        needs = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if needs is None and head.startswith(_PICKLE_START):
-            raise InputError(
-                f"'{path}' is a pickle that torch.save has not written: save the state_dict() with it or as safetensors"
-            ) from error
-        if needs is None and head.startswith(_ZIP_START):
-            raise InputError(f"'{path}' is not a state dict that can be read without running code") from error
-        if needs is None:
-            raise InputError(f"'{path}' cannot be read as weights: {_UNREADABLE}") from error
-        raise InputError(
-            f"'{path}' is a pickle that needs code to load ({needs[1]}), which is refused: "
-            "save the state_dict() alone, best as safetensors"
-        ) from error
-    except Exception as error:  # torch's reader raises anything on files of another kind
-        if "TorchScript" in str(error):
-            raise InputError(f"'{path}' is a TorchScript archive, which holds code; a state dict is needed") from error
-        if isinstance(error, PermissionError):
-            raise InputError(f"'{path}' cannot be read: {error.strerror}") from error
-        raise InputError(f"'{path}' cannot be read as weights: {_UNREADABLE}") from error
-
-
-def _head(path: Path) -> bytes:
-    """Return the first nine bytes; a safetensors file has a length in eight of them, followed by JSON."""
-    with path.open("rb") as file:
-        return file.read(9)
-
-
-def _unwrap_state_dict(held: object, own: set[str], path: Path) -> Mapping[str, Tensor]:
-    while isinstance(held, Mapping):
-        inner = next((held[key] for key in _WRAPPERS if isinstance(held.get(key), Mapping)), None)
-        if inner is None:
-            break
-        held = inner
-    if not isinstance(held, Mapping) or not held or not all(isinstance(value, Tensor) for value in held.values()):
-        raise InputError(f"'{path}' holds no state dict: a mapping from names to tensors, alone or under 'state_dict'")
-    weights: dict[str, Any] = {str(name): value for name, value in held.items()}
-    while prefix := next((p for p in _PREFIXES if _all_start(weights, p) and not _all_start(own, p)), ""):
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
-
-
-def _all_start(names: Iterable[str], prefix: str) -> bool:
-    return all(name.startswith(prefix) for name in names)
-
-
-def _join_first(names: list[str], between: str) -> str:
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return between.join(names[:_MAX_NAMES]) + more

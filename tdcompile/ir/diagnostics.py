@@ -58,6 +58,7 @@ class ReasonCode(_Code):
 class DiagnosticCode(_Code):
     """Codes of diagnostics: messages about the network or about what a pass did not do."""
 
+    WEIGHTS = "weights", "where the weights were found in their file, and what was left out"
     NOT_TRACED = "not_traced", "a module could not be traced; it is called as it is, and its layers are still rewritten"
     UNTRIED = "untried", "a size of the inputs takes too much memory to compare the graph with the network"
     PADDING = "padding", "torch's fused attention kernels give 0 for padding, and the compiled model does not"

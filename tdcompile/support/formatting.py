@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def change(before: str, after: str) -> str:
@@ -37,6 +38,12 @@ def percent(share: float | None) -> str:
 def times(ratio: float | None) -> str:
     """Format 2.41 as ``2.41×``; None is a dash."""
     return "–" if ratio is None else f"{ratio:.2f}×"
+
+
+def join_first(names: Sequence[str], between: str, most: int = 4) -> str:
+    """Join the first texts, and count the others: ``a, b, c, d and 2 more``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 def _three(number: float) -> str:
