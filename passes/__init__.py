@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the registry fin
     from tdcompile.passes.analyze.baseline import MeasureBaseline
     from tdcompile.passes.analyze.calibrate import Calibrate
     from tdcompile.passes.analyze.choose import Choose
+    from tdcompile.passes.analyze.export_dense import ExportDense
     from tdcompile.passes.analyze.propose import Propose
     from tdcompile.passes.analyze.rehearse import Rehearse
     from tdcompile.passes.analyze.rene import Rene
@@ -33,6 +34,7 @@ __all__ = [
     "Choose",
     "DetachDense",
     "DropDead",
+    "ExportDense",
     "Factorize",
     "Finetune",
     "FoldBatchnorm",

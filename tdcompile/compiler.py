@@ -22,8 +22,10 @@ from tdcompile.artifact.summary import Run, summarise
 from tdcompile.backend.export_and_measure import measure
 from tdcompile.backend.session import open_probe
 from tdcompile.core.hooks import Hook, RunRecord, StepTimer
+from tdcompile.core.passes import Pass
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan
+from tdcompile.core.registry import make
 from tdcompile.data.loading import Given
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError
@@ -45,6 +47,8 @@ from tdcompile.recipes import CompileOptions, Recipe, load_recipe, not_replaced
 from tdcompile.training.distributed import from_first, is_first, no_gpu
 from tdcompile.training.hooks import AccuracyBeforeTraining, DeleteTrainingState, FirstProcessDecides
 from tdcompile.training.run_state import key_of
+
+EXPORT_FIRST = "export-dense"  # before the passes of every pipeline: a network that has no ONNX form is refused at once
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,8 @@ class _Compilation:
         """Run the passes in all processes; export, verify and measure in the first."""
         workspace = self.folder if self.checkpoint is None else self.checkpoint.folder
         record = RunRecord({"trace": time.perf_counter() - self.start})
-        program = self.pipeline.run(program.with_(workspace=workspace), self._hooks(record, resume, watch))
+        passes = Pipeline((make(Pass, EXPORT_FIRST), *self.pipeline.steps))
+        program = passes.run(program.with_(workspace=workspace), self._hooks(record, resume, watch))
         modules = [program.graph]
 
         def export_and_measure() -> tuple[Report, Path]:

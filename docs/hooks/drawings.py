@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from tdcompile.compiler import EXPORT_FIRST
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import AnalysisPass, Pass, RewritePass, TunePass
-from tdcompile.core.registry import find
+from tdcompile.core.registry import find, make
 from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.recipes import Recipe
 
@@ -42,7 +43,8 @@ def draw_pipeline() -> str:
     steps = [_step(step, step.name in usual) for step in Recipe(tune="epochs=1").steps().steps]
     ends = Box("export", ("verify, measure",)), Box("report", ("and folder",))
     legend = [Box("analysis", style="analysis"), Box("rewrite", style="rewrite"), Box("tune", style="tune")]
-    rows = _rows([Box("trace", ("Program",)), *steps, *ends])
+    first = _step(make(Pass, EXPORT_FIRST), usual=True)
+    rows = _rows([Box("trace", ("Program",)), first, *steps, *ends])
     key = "".join(_legend(box, 110 * place) for place, box in enumerate([*legend, Box("if asked", style="optional")]))
     return _figure(key + _grid(rows, top=34), IN_A_ROW, 34 + _high(len(rows)), "The default pipeline")
 

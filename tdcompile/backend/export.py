@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from tdcompile.errors import InputError, TdcompileError, first_line
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.dynamic_shapes import BATCH, Axis, batch_of, limits, shares_batch
 from tdcompile.ir.modules import evaluating, separate_attention
 from tdcompile.support.quiet import captured_output
@@ -35,7 +37,8 @@ class Exported:
 
     Attributes:
         bytes: size of the file and of its external data, if any.
-        notes: deviations from the usual export, one sentence each.
+        simplified: whether the model is the result of onnxsim.
+        notes: deviations from the usual export.
     """
 
     path: Path
@@ -44,7 +47,8 @@ class Exported:
     nodes: int
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    simplified: bool = False
+    notes: tuple[Diagnostic, ...] = ()
 
 
 def export_onnx(
@@ -72,7 +76,7 @@ def export_onnx(
         dynamic_batch: make the batch axis dynamic, under the name ``batch``.
         axes: further dynamic axes, under their names.
         input_names: names of the graph's inputs; default the arguments of ``forward``.
-        simplify: run onnxsim on the exported model.
+        simplify: run onnxsim on the exported model; its result is used only if it is valid.
         metadata: entries of the model's ``metadata_props``.
 
     Raises:
@@ -102,26 +106,36 @@ def export_onnx(
 
 
 def rewrite_metadata(
-    model: Path, path: Path, metadata: Mapping[str, str], notes: Sequence[str] = ()
-) -> Exported | None:
-    """Write a model of ``export_onnx`` with other metadata; return None if its weights are external data.
+    model: Path, path: Path, metadata: Mapping[str, str], notes: Sequence[Diagnostic] = (), *, simplified: bool = True
+) -> Exported:
+    """Write a model of ``export_onnx`` with other metadata; external data is copied under its own name.
 
     Args:
         model: the exported file; it may be the same as ``path``.
         path: the file to write.
         metadata: entries of ``metadata_props``.
         notes: copied into the result.
+        simplified: copied into the result.
     """
     proto = onnx.load(model, load_external_data=False)
-    if any(weight.external_data for weight in proto.graph.initializer):
-        return None
     del proto.metadata_props[:]
     helper.set_model_props(proto, dict(sorted(metadata.items())))
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         draft.write_bytes(proto.SerializeToString(deterministic=True))
+        external = _external_files(proto)
+        for name in external if path.parent.resolve() != model.parent.resolve() else ():
+            shutil.copyfile(model.parent / name, Path(folder) / name)
+            os.replace(Path(folder) / name, path.parent / name)
         os.replace(draft, path)
-    return _exported(proto, path, path.stat().st_size, notes)
+    size = sum((path.parent / name).stat().st_size for name in (path.name, *external))
+    return _exported(proto, path, size, notes, simplified=simplified)
+
+
+def _external_files(proto: onnx.ModelProto) -> list[str]:
+    """Return the names of the files beside a model that hold its external data."""
+    entries = (entry for weight in proto.graph.initializer for entry in weight.external_data)
+    return sorted({entry.value for entry in entries if entry.key == "location"})
 
 
 def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[Mapping[int, str]]) -> ir.Model:
@@ -243,39 +257,48 @@ def _module_of(node: ir.Node) -> str:
 
 
 def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
-    taken = [*graph.inputs, *graph.initializers.values(), *(v for node in graph.all_nodes() for v in node.outputs)]
-    for other in taken:
+    values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph.all_nodes() for v in node.outputs)]
+    for other in values:
         if other.name == name and other is not value:
-            other.name = f"{name}_inner"
+            other.name = _free(f"{name}_inner", {str(v.name) for v in values})
     value.name = name
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """Return the name, with the first number behind it that makes it new if it is taken."""
+    numbered = (f"{name}_{number}" for number in range(1, len(taken) + 1))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def _write(model: ir.Model, draft: Path, path: Path, simplify: bool) -> Exported:
     """Write and check a draft in its own temporary folder, then move its files to their final place."""
-    notes: list[str] = []
+    notes: list[Diagnostic] = []
+    simplified = False
     if sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value) > (
         LARGEST_SINGLE_FILE
     ):
-        notes.append("the weights are over 2 GB: they are external data, and the model is not simplified")
+        notes.append(_not_simplified("the weights are over 2 GB: they are external data"))
         ir.save(model, draft, external_data=f"{path.name}.data")
         proto = onnx.load(draft, load_external_data=False)
         _check(str(draft))
     else:
         proto = ir.to_proto(model)
-        if simplify:
-            proto, refused = _simplify(proto)
-            notes += refused
-        _keep_zero_padding(proto.graph)
-        _check(proto)
+        simple = _simplify(proto) if simplify else None
+        if isinstance(simple, Diagnostic):
+            notes.append(simple)
+        simplified = isinstance(simple, onnx.ModelProto)
+        proto = simple if isinstance(simple, onnx.ModelProto) else _completed(proto)
         draft.write_bytes(proto.SerializeToString(deterministic=True))
     written = sorted(draft.parent.iterdir(), key=lambda file: file.name == path.name)  # the model itself comes last
     size = sum(file.stat().st_size for file in written)
     for file in written:
         os.replace(file, path.parent / file.name)
-    return _exported(proto, path, size, notes)
+    return _exported(proto, path, size, notes, simplified=simplified)
 
 
-def _exported(proto: onnx.ModelProto, path: Path, size: int, notes: Sequence[str]) -> Exported:
+def _exported(
+    proto: onnx.ModelProto, path: Path, size: int, notes: Sequence[Diagnostic], *, simplified: bool
+) -> Exported:
     return Exported(
         path=path,
         bytes=size,
@@ -283,8 +306,35 @@ def _exported(proto: onnx.ModelProto, path: Path, size: int, notes: Sequence[str
         nodes=len(proto.graph.node),
         input_names=tuple(value.name for value in proto.graph.input),
         output_names=tuple(value.name for value in proto.graph.output),
+        simplified=simplified,
         notes=tuple(notes),
     )
+
+
+def _completed(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Make the last changes to a model, in place, and check it.
+
+    Raises:
+        TdcompileError: the model is not valid ONNX.
+    """
+    _keep_zero_padding(proto.graph)
+    unique_node_names(proto.graph)
+    _check(proto)
+    return proto
+
+
+def unique_node_names(graph: onnx.GraphProto) -> None:
+    """Number the nodes whose name an earlier node of the graph has; onnxruntime refuses two of one name."""
+    seen: set[str] = set()
+    taken = {node.name for node in graph.node}
+    for node in graph.node:
+        if node.name and node.name in seen:
+            node.name = _free(node.name, taken)
+            taken.add(node.name)
+        seen.add(node.name)
+        for attribute in node.attribute:
+            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                unique_node_names(inner)
 
 
 def _check(model: onnx.ModelProto | str) -> None:
@@ -294,23 +344,25 @@ def _check(model: onnx.ModelProto | str) -> None:
         raise TdcompileError(f"the exported model is not valid ONNX: {first_line(error)}") from error
 
 
-def _simplify(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
-    """Return the simplified model, or the model and a note if onnxsim fails or changes inputs or outputs."""
+def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto | Diagnostic:
+    """Return the simplified model, completed; or why there is none: onnxsim fails, or its result is not usable."""
     import onnxsim  # slow to import, and optional
 
     with captured_output():
         try:
             simple, right = onnxsim.simplify(proto)
-            onnx.checker.check_model(simple)
+            if not right or _interface(simple) != _interface(proto):
+                return _not_simplified("onnxsim changed the model's inputs or outputs")
+            del simple.metadata_props[:]  # a log that onnxsim writes
+            simple.metadata_props.extend(proto.metadata_props)
+            _name_merged_nodes(simple.graph, proto.graph)
+            return _completed(simple)
         except Exception as error:  # noqa: BLE001  # simplification is optional: on any failure the model is kept
-            first = first_line(error)
-            return proto, [f"onnxsim failed ({first}): the model is not simplified"]
-    if not right or _interface(simple) != _interface(proto):
-        return proto, ["onnxsim changed the model's inputs or outputs: the model is not simplified"]
-    del simple.metadata_props[:]  # a log that onnxsim writes
-    simple.metadata_props.extend(proto.metadata_props)
-    _name_merged_nodes(simple.graph, proto.graph)
-    return simple, []
+            return _not_simplified(f"onnxsim failed ({first_line(error)})")
+
+
+def _not_simplified(why: str) -> Diagnostic:
+    return Diagnostic("warning", DiagnosticCode.NOT_SIMPLIFIED, f"{why}, and the model is not simplified")
 
 
 def _name_merged_nodes(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
@@ -353,7 +405,9 @@ def _keep_zero_padding(graph: onnx.GraphProto) -> None:
         else:
             kind = np.dtype(np.float32)
         name = f"{pad.output[0]}_least"
-        graph.initializer.append(numpy_helper.from_array(np.array(np.finfo(kind).tiny, kind), name))
+        if name not in stored:  # two pools may read one pad
+            stored[name] = numpy_helper.from_array(np.array(np.finfo(kind).tiny, kind), name)
+            graph.initializer.append(stored[name])
         del pad.input[2:3]
         pad.input.insert(2, name)
 

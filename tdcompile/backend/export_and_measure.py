@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from tdcompile.backend.export import Exported, export_onnx, rewrite_metadata
+from tdcompile.backend.export import Exported, rewrite_metadata
 from tdcompile.backend.lowering import lower, timing_inputs
-from tdcompile.backend.parity import Parity, check_parity
+from tdcompile.backend.parity import Parity
 from tdcompile.backend.profile import layer_seconds
 from tdcompile.backend.session import Timing, time_models
+from tdcompile.backend.verified_export import DenseModel, export_verified
 from tdcompile.core.plan import RankPlan
 from tdcompile.data.metrics import accuracy
 from tdcompile.ir.layer import Layer
-from tdcompile.ir.measurements import Baseline
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program, Site, parameters_of, sites_of
 
@@ -76,26 +76,12 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
     plan = program.facts.get(RankPlan)
     names = list(plan.choices) if plan else []
     stamps = [{**stamp, "model": role} for role in ("dense", "compiled")]
-
-    def export(graph: fx.GraphModule, name: str, metadata: Mapping[str, str]) -> Exported:
-        return export_onnx(
-            graph,
-            program.inputs,
-            folder / name,
-            dynamic_batch=program.dynamic_batch,
-            axes=program.axes,
-            metadata=metadata,
-        )
-
-    exports = [
-        _known(program, folder / "dense.onnx", stamps[0]) or export(dense_graph, "dense.onnx", stamps[0]),
-        export(compiled_graph, "model.onnx", stamps[1]),
+    verified = [
+        _known(program, folder / "dense.onnx", stamps[0])
+        or export_verified(program, dense_graph, folder / "dense.onnx", stamps[0]),
+        export_verified(program, compiled_graph, folder / "model.onnx", stamps[1]),
     ]
-    paths, inputs = [exported.path for exported in exports], timing_inputs(program)
-    parities = [
-        check_parity(path, graph, program.inputs, program.target, axes=program.axes, seed=program.seed)
-        for path, graph in zip(paths, (dense_graph, compiled_graph), strict=True)
-    ]
+    paths, inputs = [exported.path for exported, _ in verified], timing_inputs(program)
     timings = time_models(paths, inputs, program.target, seconds=seconds)
     task = program.task
     dense_parts = _parts(sites_of(dense_graph, program.inputs))
@@ -112,8 +98,8 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
             layer_seconds=layer_seconds(exported.path, names, inputs, program.target) if names else {},
             accuracy=accuracy(graph, task.test, task.evaluate),
         )
-        for graph, layers, exported, parity, timing in zip(
-            (dense_graph, compiled_graph), (dense_parts, parts), exports, parities, timings, strict=True
+        for graph, layers, (exported, parity), timing in zip(
+            (dense_graph, compiled_graph), (dense_parts, parts), verified, timings, strict=True
         )
     ]
     return Outcome(networks[0], networks[1], _approximation(dense_graph, compiled_graph, program))
@@ -140,12 +126,12 @@ def _compiled_parts(program: Program, graph: fx.GraphModule, before: Mapping[str
     return {**known, **found}
 
 
-def _known(program: Program, path: Path, stamp: Mapping[str, str]) -> Exported | None:
-    """Return the dense model of ``baseline`` with the metadata of this compilation; None without a baseline."""
-    baseline = program.facts.get(Baseline)
-    if baseline is None or baseline.dynamic_batch != program.dynamic_batch or not baseline.model.is_file():
+def _known(program: Program, path: Path, stamp: Mapping[str, str]) -> tuple[Exported, Parity] | None:
+    """Return the dense model that was exported first, with the metadata of this compilation; None without one."""
+    known = program.facts.get(DenseModel)
+    if known is None or not known.model.is_file():
         return None
-    return rewrite_metadata(baseline.model, path, stamp, baseline.notes)
+    return rewrite_metadata(known.model, path, stamp, known.notes, simplified=known.simplified), known.parity
 
 
 @torch.no_grad()

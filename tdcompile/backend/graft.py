@@ -12,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from tdcompile.backend.export import unique_node_names
 from tdcompile.backend.onnx_nodes import layer_node, noise_weight, pads
 from tdcompile.ir.layer import Layer
 
@@ -65,6 +66,7 @@ def graft_layers(model: Path, grafts: Mapping[str, Graft], path: Path) -> bool:
     used = {value for node in nodes for value in node.input}
     del proto.graph.node[:], proto.graph.initializer[:]
     proto.graph.node.extend(nodes)
+    unique_node_names(proto.graph)
     proto.graph.initializer.extend(weight for name, weight in stored.items() if name in used)
     path.write_bytes(proto.SerializeToString())
     return True

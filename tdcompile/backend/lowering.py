@@ -34,9 +34,21 @@ def export_lowered(
     simplify: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
-    """Lower a graph of the program and export it with the program's example inputs."""
+    """Lower a graph of the program and export it: see ``export_graph``."""
+    return export_graph(program, lower(program, graph), path, simplify=simplify, metadata=metadata)
+
+
+def export_graph(
+    program: Program,
+    graph: fx.GraphModule,
+    path: Path,
+    *,
+    simplify: bool = True,
+    metadata: Mapping[str, str] | None = None,
+) -> Exported:
+    """Export a graph that is lowered already, with the program's example inputs and dynamic axes."""
     return export_onnx(
-        lower(program, graph),
+        graph,
         program.inputs,
         path,
         dynamic_batch=program.dynamic_batch,

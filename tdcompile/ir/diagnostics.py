@@ -72,6 +72,7 @@ class DiagnosticCode(_Code):
     NO_ADAPTERS = "no_adapters", "no layer has an adapter"
     IN_PLACE = "in_place", "the network changes values in place, so `refit` cannot follow them layer by layer"
     NOT_REFITTED = "not_refitted", "`refit` cannot fit the layer by one regression"
+    NOT_SIMPLIFIED = "not_simplified", "the exported model is not simplified by onnxsim"
     OUTPUT_LEFT_OUT = "output_left_out", "an output of the network has no part in the training loss"
 
 

@@ -36,14 +36,10 @@ class Baseline(Fact):
     Attributes:
         model: the ONNX file.
         seconds: median time of a run of ``target.batch`` samples.
-        dynamic_batch: whether its batch dimension is open.
-        notes: messages of the export, for example that the model was not simplified.
     """
 
     model: Path
     seconds: float
-    dynamic_batch: bool = True
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

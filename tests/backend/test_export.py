@@ -10,12 +10,14 @@ import onnx
 import onnxsim
 import pytest
 import torch
+from onnx import helper
 from torch import Tensor, fx, nn
 
 import tdcompile.backend.export
-from tdcompile.backend.export import export_onnx, rewrite_metadata
+from tdcompile.backend.export import export_onnx, rewrite_metadata, unique_node_names
 from tdcompile.backend.session import infer, open_session
 from tdcompile.errors import InputError, TdcompileError
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.target import Target
 
 
@@ -183,11 +185,23 @@ def _renames(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
     return changed, True
 
 
-@pytest.mark.parametrize(("broken", "says"), [(_fails, "a rule broke"), (_renames, "inputs or outputs")])
+def _invalid(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    changed.graph.node[0].op_type = "NoSuchOperator"
+    return changed, True
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [(_fails, "a rule broke"), (_renames, "inputs or outputs"), (_invalid, "NoSuchOperator")],
+)
 def test_a_model_that_onnxsim_takes_wrong_is_kept_as_it_is(broken, says, tmp_path, monkeypatch):
     monkeypatch.setattr(onnxsim, "simplify", broken)
     done = export_onnx(nn.Linear(3, 2), (torch.randn(2, 3),), tmp_path / "m.onnx")
-    assert says in done.notes[0]
+    assert says in done.notes[0].text
+    assert done.notes[0].code == DiagnosticCode.NOT_SIMPLIFIED
+    assert not done.simplified
     assert run(done.path, torch.randn(5, 3))[0].shape == (5, 2)
 
 
@@ -197,7 +211,7 @@ def test_large_weights_stand_beside_the_model(tmp_path, monkeypatch):
     done = export_onnx(layer, (torch.randn(2, 64),), tmp_path / "m.onnx", metadata={"a": "1"})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert done.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
-    assert "external data" in done.notes[0]
+    assert "external data" in done.notes[0].text
     x = torch.randn(3, 64)
     np.testing.assert_allclose(run(done.path, x)[0], layer(x).detach(), atol=1e-5)
 
@@ -219,8 +233,9 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_model_is_stamped_anew_without_another_export(tmp_path):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval()
     first = export_onnx(network, [torch.randn(2, 3, 5, 5)], tmp_path / "a.onnx", metadata={"model": "draft"})
-    again = rewrite_metadata(tmp_path / "a.onnx", tmp_path / "b.onnx", {"model": "dense", "by": "us"}, ["a note"])
-    assert again == dataclasses.replace(first, path=tmp_path / "b.onnx", bytes=again.bytes, notes=("a note",))
+    note = Diagnostic("warning", "code", "a note")
+    again = rewrite_metadata(tmp_path / "a.onnx", tmp_path / "b.onnx", {"model": "dense", "by": "us"}, [note])
+    assert again == dataclasses.replace(first, path=tmp_path / "b.onnx", bytes=again.bytes, notes=(note,))
     one, other = onnx.load(tmp_path / "a.onnx"), onnx.load(tmp_path / "b.onnx")
     assert {entry.key: entry.value for entry in other.metadata_props} == {"model": "dense", "by": "us"}
     assert one.graph == other.graph
@@ -231,8 +246,57 @@ def test_a_model_is_stamped_anew_without_another_export(tmp_path):
     assert fresh.bytes == again.bytes
 
 
-def test_a_model_whose_weights_stand_beside_it_is_not_stamped(tmp_path):
-    export_onnx(torch.nn.Linear(9, 9).eval(), [torch.randn(2, 9)], tmp_path / "a.onnx")
-    onnx.save(onnx.load(tmp_path / "a.onnx"), tmp_path / "b.onnx", save_as_external_data=True, size_threshold=0)
-    assert rewrite_metadata(tmp_path / "b.onnx", tmp_path / "c.onnx", {}) is None
-    assert not (tmp_path / "c.onnx").exists()
+@pytest.mark.parametrize("folder", ["same", "other"])
+def test_a_model_whose_weights_stand_beside_it_is_stamped_with_them(tmp_path, monkeypatch, folder):
+    monkeypatch.setattr(tdcompile.backend.export, "LARGEST_SINGLE_FILE", 1024)
+    layer = nn.Linear(64, 64)
+    first = export_onnx(layer, [torch.randn(2, 64)], tmp_path / "same" / "m.onnx", metadata={"a": "1"})
+    (tmp_path / folder).mkdir(exist_ok=True)
+    again = rewrite_metadata(first.path, tmp_path / folder / "m.onnx", {"a": "2"}, simplified=False)
+    assert again.bytes == first.bytes
+    assert sorted(file.name for file in again.path.parent.iterdir()) == ["m.onnx", "m.onnx.data"]
+    x = torch.randn(3, 64)
+    np.testing.assert_allclose(run(again.path, x)[0], layer(x).detach(), atol=1e-5)
+
+
+def test_a_node_that_a_rewrite_names_like_another_is_numbered(tmp_path, monkeypatch):
+    simplify = onnxsim.simplify
+
+    def alike(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
+        simple, right = simplify(proto)
+        for node in simple.graph.node:
+            node.name = "block/relu"
+        return simple, right
+
+    monkeypatch.setattr(onnxsim, "simplify", alike)
+    module = nn.Sequential(nn.ReLU(), nn.Tanh(), nn.Sigmoid()).eval()
+    done = export_onnx(module, (torch.randn(2, 3),), tmp_path / "m.onnx")
+    assert [node.name for node in onnx.load(done.path).graph.node] == ["block/relu", "block/relu_1", "block/relu_2"]
+    assert done.simplified
+    x = torch.randn(5, 3)
+    np.testing.assert_allclose(run(done.path, x)[0], module(x), atol=1e-6)
+
+
+def test_names_in_subgraphs_are_numbered_too_and_others_stay():
+    def graph(*nodes: onnx.NodeProto) -> onnx.GraphProto:
+        return helper.make_graph(nodes, "g", [], [])
+
+    inner = graph(helper.make_node("Relu", ["a"], ["b"], name="n"), helper.make_node("Relu", ["b"], ["c"], name="n"))
+    branch = helper.make_node("If", ["p"], ["d"], name="n_1", then_branch=inner, else_branch=graph())
+    outer = graph(*(helper.make_node("Relu", ["x"], ["y"], name=name) for name in ("n", "", "", "n")), branch)
+    unique_node_names(outer)
+    assert [node.name for node in outer.node] == ["n", "", "", "n_2", "n_1"]
+    then = next(a.g for a in outer.node[-1].attribute if a.name == "then_branch")
+    assert [node.name for node in then.node] == ["n", "n_1"]
+
+
+def test_two_pools_may_read_one_padded_value(tmp_path):
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            padded = nn.functional.pad(x, (1, 1, 1, 1))
+            return nn.functional.max_pool2d(padded, 2), nn.functional.max_pool2d(padded, 3)
+
+    x = -torch.rand(2, 1, 6, 6) - 1
+    done = export_onnx(Twice(), (x,), tmp_path / "m.onnx")
+    for got, expected in zip(run(done.path, x), Twice()(x), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6)

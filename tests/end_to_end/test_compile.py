@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tdcompile
 from tdcompile.artifact.checkpoint import Checkpoint
+from tdcompile.backend import verified_export
 from tdcompile.compiler import Compiled
 from tdcompile.core.hooks import Hook
 from tdcompile.data.task import Tensors
-from tdcompile.errors import BudgetError, InputError
+from tdcompile.errors import BudgetError, InputError, TdcompileError
 from tdcompile.training.run_state import Tuning
 from tdcompile.training.trainer import Trainer
 
@@ -159,6 +160,38 @@ def test_a_disk_that_is_full_after_the_last_epoch_does_not_cost_the_training(tmp
     assert not (whole.folder / "finetune").exists()  # nor where nobody gave a workspace
 
 
+class Eigen(nn.Module):
+    """Has layers to replace, and an operator without an ONNX form."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return torch.linalg.eigvals(self.head(x)[:, :, None] * torch.ones(16)).abs()
+
+
+def test_a_network_without_an_onnx_form_is_refused_before_the_passes():
+    steps = Steps()
+    with pytest.raises(TdcompileError, match=r"linalg_eig.*has no ONNX form"):
+        tdcompile.compile(Eigen().eval(), torch.randn(2, 16), budget={"macs": 0.6}, watch=steps)
+    assert steps.names == []
+
+
+def test_the_dense_network_is_exported_and_verified_once(monkeypatch):
+    exported, checked = [], []
+    export, check = torch.onnx.export, verified_export.check_parity
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: exported.append(1) or export(*a, **k))
+    monkeypatch.setattr(verified_export, "check_parity", lambda *a, **k: checked.append(a[0].name) or check(*a, **k))
+    made = tdcompile.compile(nn.Sequential(nn.Linear(16, 16)).eval(), torch.randn(2, 16), budget={"macs": 0.6})
+    assert len(exported) == 2
+    assert checked == ["dense.onnx", "model.onnx"]
+    assert [entry.value for entry in onnx.load(made.folder / "dense.onnx").metadata_props if entry.key == "model"] == [
+        "dense"
+    ]
+    assert made.report.dense_parity.cases == 5
+
+
 def test_the_state_of_another_compilation_is_refused_and_stays(tmp_path):
     options = {"budget": {"macs": 0.6}, "workspace": tmp_path, "data": (points(), points(seed=1))}
     with pytest.raises(KeyboardInterrupt):
@@ -298,7 +331,7 @@ def test_a_plan_and_a_pipeline_are_taken_as_they_are():
 def test_the_state_of_a_plan_that_was_edited_since_is_not_taken(tmp_path):
     plan, work = tmp_path / "plan.json", tmp_path / "work"
     for ranks, first, stop, ends in (
-        ([8, 6], ["calibrate"], "recalibrate", KeyboardInterrupt),
+        ([8, 6], ["export-dense"], "recalibrate", KeyboardInterrupt),
         ([4, 4], [], "recalibrate", InputError),
         ([8, 6], ["recalibrate"], "fold-batchnorm", KeyboardInterrupt),
     ):
@@ -468,7 +501,7 @@ def test_each_published_system_ends_in_a_verified_model(name, steps, form):
     """From plain weights, as their authors do: nothing calibrates or refits."""
     watch = Steps()
     made = tdcompile.compile(network(), X, data=(points(), points(seed=1)), recipe=name, tune="epochs=1", watch=watch)
-    assert watch.names == [*steps, "fold-batchnorm", "drop-dead"]
+    assert watch.names == ["export-dense", *steps, "fold-batchnorm", "drop-dead"]
     chosen = {layer.decomposition for layer in made.report.layers} - {"dense"}
     assert chosen
     assert chosen <= form
