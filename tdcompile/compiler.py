@@ -31,6 +31,7 @@ from tdcompile.data.task import Task
 from tdcompile.errors import InputError
 from tdcompile.frontend.half_precision import samples_cast_like
 from tdcompile.frontend.tracing import check_is_network, trace
+from tdcompile.frontend.wrappers import unwrapped
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.modules import evaluating
 from tdcompile.ir.program import Program
@@ -159,7 +160,7 @@ def compile(  # the field's word, as in torch.compile
         check_test_labels(chosen.max_drop, program.task)
         folder = Path(tempfile.mkdtemp(prefix="tdcompile-"))
         try:
-            source = chosen.source or type(module).__name__
+            source = chosen.source or type(unwrapped(module)).__name__
             state = None if workspace is None else Checkpoint(Path(workspace), _key(program, chosen))
             compiled = _Compilation(chosen, pipeline, source, folder, state, start).run(program, resume, watch)
         except BaseException:

@@ -36,7 +36,9 @@ class RecipeOptions(BaseModel):
         default=None,
         description="safetensors file, checkpoint, index of shards or folder; FILE#key chooses; never run as code",
     )
-    input: tuple[str, ...] = Field(default=(), description="Example input, e.g. 1x3x224x224 or ids=1x64:int64")
+    input: tuple[str, ...] = Field(
+        default=(), description="Example input, e.g. 1x3x224x224, ids=1x64:int64 or batch.image=1x3x8x8"
+    )
     dynamic_batch: bool = Field(default=True, description="Leave the batch dimension open")
     dynamic: tuple[str, ...] = Field(default=(), description="Leave another axis open, e.g. ids:1 or ids:1=time")
     frontend: Frontend = Field(default="auto", description="How the network is traced: auto, fx or export")

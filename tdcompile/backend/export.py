@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from tdcompile.errors import InputError, TdcompileError, first_line
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
-from tdcompile.ir.dynamic_shapes import BATCH, Axis, batch_of, limits, shares_batch
+from tdcompile.ir.dynamic_shapes import BATCH, Axis, batch_of, limits, shares_batch, symbolic_lengths
 from tdcompile.ir.modules import evaluating, separate_attention
 from tdcompile.support.quiet import captured_output
 
@@ -140,7 +140,7 @@ def _external_files(proto: onnx.ModelProto) -> list[str]:
 
 def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[Mapping[int, str]]) -> ir.Model:
     shapes = tuple(dict(each) or None for each in opened) if any(opened) else None
-    with evaluating(module), torch.no_grad(), separate_attention(), captured_output() as said:
+    with evaluating(module), torch.no_grad(), separate_attention(), symbolic_lengths(), captured_output() as said:
         try:
             program = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=shapes, verbose=False)
         except Exception as error:  # noqa: BLE001  # the exporter and the network raise anything

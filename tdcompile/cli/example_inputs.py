@@ -1,4 +1,4 @@
-"""Example inputs from ``--input [NAME=]1x3x224x224[:dtype]``, or from the inputs that an ONNX model declares."""
+"""Example inputs from ``--input [NAME[.KEY]=]1x3x224x224[:dtype]``, or from the inputs that an ONNX model declares."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
 from torch import Tensor, nn
 
 from tdcompile.errors import InputError, nearest
+from tdcompile.frontend.wrappers import unwrapped
 
-_FORM = re.compile(r"^(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?$")
+_FORM = re.compile(r"^(?:(?P<name>[A-Za-z_]\w*(?:\.\w+)*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?$")
 _TYPES = {
     str(kind).removeprefix("torch."): kind
     for kind in (
@@ -26,7 +28,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Example:
-    """One input: its shape, its type, and the argument of ``forward`` if it is named."""
+    """One input: its shape, its type, and, if it is named, the argument of ``forward`` and the keys inside it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
@@ -40,7 +42,7 @@ class Example:
 
 
 def parse_example(text: str) -> Example:
-    """Read ``[NAME=]1x3x224x224[:dtype]``.
+    """Read ``[NAME[.KEY]=]1x3x224x224[:dtype]``.
 
     Raises:
         InputError: the text is malformed, or has an axis of length 0 or an unknown type.
@@ -71,11 +73,14 @@ def draw_inputs(texts: Sequence[str], arguments: Sequence[str], seed: int) -> tu
     return tuple(example.draw(generator) for example in _ordered(_parsed(texts), arguments))
 
 
-def draw_arguments(texts: Sequence[str], module: nn.Module, seed: int) -> tuple[Tensor, ...] | dict[str, Tensor]:
+def draw_arguments(texts: Sequence[str], module: nn.Module, seed: int) -> tuple[Tensor, ...] | dict[str, Any]:
     """Draw random inputs for a network, in the order of its arguments, or by name if they are named.
 
+    A name such as ``batch.image`` is the entry 'image' of the dict 'batch', and ``x.0`` the first item of the list 'x'.
+
     Raises:
-        InputError: there are no inputs, one is malformed, only some are named, or ``forward`` has no such argument.
+        InputError: there are no inputs, one is malformed, only some are named, ``forward`` has no such argument, or the
+            items of a list are not counted from 0.
     """
     examples = _parsed(texts)
     named = [example for example in examples if example.name is not None]
@@ -86,14 +91,39 @@ def draw_arguments(texts: Sequence[str], module: nn.Module, seed: int) -> tuple[
     if not named:
         return tuple(drawn)
     names = [str(example.name) for example in examples]
-    parameters = inspect.signature(module.forward).parameters
+    parameters = inspect.signature(unwrapped(module).forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in names:
-        if name not in parameters and not takes_any:
-            raise InputError(f"the network takes no input '{name}': {nearest(name, parameters)}")
+        argument = name.partition(".")[0]
+        if argument not in parameters and not takes_any:
+            entry = next((f"; an entry of a dict or list is NAME.KEY, e.g. {p}.{argument}" for p in parameters), "")
+            raise InputError(f"the network takes no input '{argument}': {nearest(argument, parameters)}{entry}")
         if names.count(name) > 1:
             raise InputError(f"the input '{name}' is given twice")
-    return dict(zip(names, drawn, strict=True))
+        outer = next((other for other in names if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise InputError(f"the input '{outer}' is given as a tensor, and '{name}' as an entry of it: give one")
+    tree: dict[str, Any] = {}
+    for name, value in zip(names, drawn, strict=True):
+        *path, key = name.split(".")
+        holder = tree
+        for step in path:
+            holder = holder.setdefault(step, {})
+        holder[key] = value
+    return {name: _with_lists(value, name) for name, value in tree.items()}
+
+
+def _with_lists(value: Any, name: str) -> Any:
+    """Return nested inputs with a list in place of each dict whose keys are numbers."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _with_lists(held, f"{name}.{key}") for key, held in value.items()}
+    if not any(key.isdecimal() for key in inner):
+        return inner
+    wanted = [str(place) for place in range(len(inner))]
+    if sorted(inner) != sorted(wanted):
+        raise InputError(f"the items of '{name}' are {', '.join(inner)}; expected {', '.join(wanted)}")
+    return [inner[key] for key in wanted]
 
 
 def model_inputs(model: Path, batch: int, seed: int, texts: Sequence[str] = ()) -> tuple[Tensor, ...]:

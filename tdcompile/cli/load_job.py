@@ -24,8 +24,10 @@ from tdcompile.core.spec import split
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError
 from tdcompile.frontend.load_network import load_source, load_weights
+from tdcompile.frontend.wrappers import unwrapped
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Facts
+from tdcompile.ir.modules import tensors_in
 from tdcompile.ir.target import Budget, Cost
 from tdcompile.recipes import Recipe, load_recipe
 
@@ -41,7 +43,7 @@ class Job:
     """
 
     module: nn.Module
-    inputs: tuple[Tensor, ...] | dict[str, Tensor]
+    inputs: tuple[Tensor, ...] | dict[str, Any]
     task: Task
     notes: tuple[Diagnostic, ...] = ()
 
@@ -91,13 +93,13 @@ def _module_and_notes(recipe: Recipe) -> tuple[nn.Module, tuple[Diagnostic, ...]
     torch.manual_seed(recipe.seed)  # the user's callable may draw random weights: a seed gives one network
     module, _ = load_source(source_of(recipe))
     if recipe.weights is not None:
-        return module, load_weights(module, recipe.weights)
+        return module, load_weights(unwrapped(module), recipe.weights)
     if any(parameter.is_meta for parameter in module.parameters()):
         raise InputError(f"'{recipe.source}' makes a network on the meta device, without weights: give --weights")
     return module, ()
 
 
-def load_network(recipe: Recipe) -> tuple[nn.Module, tuple[Tensor, ...] | dict[str, Tensor]]:
+def load_network(recipe: Recipe) -> tuple[nn.Module, tuple[Tensor, ...] | dict[str, Any]]:
     """Load the network and draw example inputs, in the order of its arguments or by name.
 
     Raises:
@@ -118,7 +120,7 @@ def load_job(recipe: Recipe) -> Job:
     inputs = draw_arguments(recipe.input, module, recipe.seed)
     if recipe.weights is None and ":" not in str(recipe.source):
         log.warning("%s has random weights: give --weights", recipe.source)
-    first = next(iter(inputs.values() if isinstance(inputs, dict) else inputs))
+    first = next(tensors_in(inputs))
     return Job(module, inputs, recipe.task(recipe.data, first), notes)
 
 

@@ -6,6 +6,9 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from types import CellType, FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +98,9 @@ def record_cases(
             f"the network gives different outputs for equal inputs in eval mode: {why}, and a compiled model, which "
             "keeps nothing from one call for the next, cannot be checked against it; turn that off where it is built"
         )
+    other = call.with_tensors(_other_values(call.tensors))
+    with suppress(Exception):  # inputs that the network rejects show nothing
+        cases.append(Case("on other values", other, run_network(module, other)))
     held = {
         f"{path}.{key}" if path else key for path, part in module.named_modules() for key in _tensor_attributes(part)
     }
@@ -116,10 +122,14 @@ def _tensor_attributes(part: nn.Module) -> list[str]:
 
 def _outputs_after_other_inputs(module: nn.Module, call: Call) -> list[Tensor]:
     """Return the outputs on the example of a network whose first call had other inputs of the same shape."""
-    other = [2 * x.flip(0) if x.is_floating_point() and x.dim() else x for x in call.tensors]
     with suppress(Exception):  # inputs that the network rejects change nothing
-        run_network(module, call.with_tensors(other))
+        run_network(module, call.with_tensors(_other_values(call.tensors)))
     return run_network(module, call)
+
+
+def _other_values(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return inputs with other values: entries of the first axis in reverse, numbers doubled."""
+    return [x if not x.dim() else (2 * x if x.is_floating_point() else x).flip(0) for x in tensors]
 
 
 def _changed_names(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
@@ -179,9 +189,41 @@ def isolated_copy(module: nn.Module, share: bool = True) -> nn.Module:
     loose = (v for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor))
     shared |= {id(v): v.detach() for v in loose if not v.is_leaf}
     try:
-        return copy.deepcopy(module, shared)
+        copied = copy.deepcopy(module, shared)
     except Exception:  # noqa: BLE001  # a network may hold anything
         return module
+    for part in copied.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            hooks.update({key: _rebound(hook, shared) for key, hook in hooks.items()})
+        own_functions = {key: value for key, value in vars(part).items() if isinstance(value, FunctionType)}
+        vars(part).update({key: _rebound(value, shared) for key, value in own_functions.items()})
+    return copied
+
+
+def _rebound(value: Any, copies: dict[int, Any]) -> Any:
+    """Return a value that a function of the network holds, with copies in place of what was copied.
+
+    ``copy.deepcopy`` takes a function as it is, and a hook would write to the network it was defined in.
+    """
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, partial):
+        keywords = {key: _rebound(held, copies) for key, held in value.keywords.items()}
+        return partial(_rebound(value.func, copies), *(_rebound(held, copies) for held in value.args), **keywords)
+    if isinstance(value, dict | list | set):
+        return copy.deepcopy(value, copies)
+    if not isinstance(value, FunctionType) or not (value.__closure__ or value.__defaults__):
+        return value
+    cells = tuple(CellType() for _ in value.__closure__ or ())
+    made = FunctionType(value.__code__, value.__globals__, value.__name__, closure=cells)
+    copies[id(value)] = made  # first: a function may hold itself
+    for cell, old in zip(cells, value.__closure__ or (), strict=True):
+        with suppress(ValueError):  # an empty cell
+            cell.cell_contents = _rebound(old.cell_contents, copies)
+    made.__defaults__ = tuple(_rebound(held, copies) for held in value.__defaults__ or ()) or None
+    made.__kwdefaults__ = value.__kwdefaults__
+    made.__dict__.update(value.__dict__)
+    return made
 
 
 def _mutable_tensors(module: nn.Module) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from tdcompile.errors import FixedAxisError, UntraceableError
 from tdcompile.frontend.guards import guard_violations
 from tdcompile.frontend.signature import Call
-from tdcompile.ir.dynamic_shapes import BATCH, Axis, shares_batch
+from tdcompile.ir.dynamic_shapes import BATCH, Axis, shares_batch, symbolic_lengths
 from tdcompile.support.quiet import captured_output
 
 
@@ -57,7 +57,7 @@ def trace_with_export(
     nested = shapes.dynamic_shapes(module, args, kwargs) if any(opened) else None  # type: ignore[no-untyped-call]
     export = partial(torch.export.export, module, args, kwargs, dynamic_shapes=nested, strict=False)
     try:
-        with captured_output(), torch.no_grad():
+        with captured_output(), torch.no_grad(), symbolic_lengths():
             try:
                 program = export()
             except GuardOnDataDependentSymNode as error:

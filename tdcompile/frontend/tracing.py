@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from tdcompile.errors import FixedAxisError, InputError
+from tdcompile.frontend.autocast import without_autocast
 from tdcompile.frontend.equivalence import (
     Case,
     isolated_copy,
@@ -23,9 +24,10 @@ from tdcompile.frontend.half_precision import half_dtypes, inputs_to_single_prec
 from tdcompile.frontend.parametrizations import without_parametrizations
 from tdcompile.frontend.select import Frontend, FrontendSelector, Traced, describe_sizes
 from tdcompile.frontend.signature import Call
+from tdcompile.frontend.wrappers import unwrapped, without_compiled_parts, wrappers_of
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.dynamic_shapes import Axis, batch_of, open_axes, shares_batch
-from tdcompile.ir.modules import evaluating, keep_separate, not_finite, parent_of, separate_attention
+from tdcompile.ir.modules import evaluating, keep_separate, not_finite, outputs_of, parent_of, separate_attention
 from tdcompile.ir.program import Program, sites_of
 
 # Text of the warning about padding masks.
@@ -66,6 +68,7 @@ def trace(
             cannot be traced by the requested front end.
     """
     check_is_network(module)
+    wrappers, module = wrappers_of(module), unwrapped(module)
     call = Call.of(module, inputs)
     call = call.with_tensors([x.detach().clone() for x in call.tensors])  # a network may change its inputs in place
     if dynamic_batch and any(b and len(x) == 1 for x, b in zip(call.tensors, shares_batch(call.tensors), strict=True)):
@@ -73,10 +76,10 @@ def trace(
     axes = open_axes(dynamic, call.names, call.tensors)
     _check_weights(module)
     # without the fused attention kernels, which bypass the layers
-    with evaluating(module), separate_attention(), restoring_state(module):
+    with evaluating(module), separate_attention(), restoring_state(module), without_autocast() as regions:
         own = isolated_copy(module)  # a call may change the network's state
         if own is not module:
-            keep_separate(own)
+            keep_separate(without_compiled_parts(own))
         plain = without_parametrizations(own)
         single = to_single_precision(plain)
         if single is plain:
@@ -89,6 +92,7 @@ def trace(
         if changed:
             _copy_buffers(traced.graph, {id(b) for name, b in single.named_buffers() if name in changed})
         history = [
+            *_wrapper_notes(wrappers, regions),
             *_tracing_notes(traced, changed, half_dtypes(module) if single is not plain else ""),
             *(
                 [Diagnostic("warning", DiagnosticCode.PADDING, _PADDING)]
@@ -97,6 +101,8 @@ def trace(
             ),
             *_untouched_weights(traced.graph, call.tensors),
         ]
+    if regions and traced.leaves:
+        _check_without_regions(traced, cases[0])
     return Program(
         graph=traced.graph,
         inputs=call.tensors,
@@ -141,6 +147,31 @@ def _record_cases(
             "the network runs and a copy of it does not, so that it cannot be traced: a hook or a function of its own "
             f"holds on to the original; it says: {error}"
         ) from error
+
+
+def _wrapper_notes(wrappers: Sequence[str], regions: set[str]) -> list[Diagnostic]:
+    told = []
+    if wrappers:
+        reason = f"the network inside {', in '.join(reversed(wrappers))} is compiled, under the names it has there"
+        told.append(Diagnostic("info", DiagnosticCode.WRAPPED, reason))
+    if regions:
+        reason = f"its autocast regions ({', '.join(sorted(regions))}) are compiled in float32"
+        told.append(Diagnostic("info", DiagnosticCode.HALF_PRECISION, reason))
+    return told
+
+
+def _check_without_regions(traced: Traced, case: Case) -> None:
+    """Require that modules which are called as they are have no autocast region: later passes would run it.
+
+    Raises:
+        InputError: they have one.
+    """
+    if output_difference(case.outputs, outputs_of(traced.graph, case.call.tensors)) is not None:
+        name = next(iter(traced.leaves)) or "the network"
+        raise InputError(
+            f"symbolic tracing stops inside '{name}', which has an autocast region and cannot be compiled in float32: "
+            "switch autocast off where the network is built"
+        )
 
 
 def _tracing_notes(traced: Traced, changed: Sequence[str], half: str) -> list[Diagnostic]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -105,6 +108,21 @@ def resized(inputs: Sequence[Tensor], axes: Sequence[Axis], more: int) -> tuple[
         x = made[axis.input]
         made[axis.input] = torch.cat([x, x.narrow(axis.axis, 0, min(more, x.shape[axis.axis]))], axis.axis)
     return tuple(made)
+
+
+@contextmanager
+def symbolic_lengths() -> Iterator[None]:
+    """Let ``len(tensor)`` return the symbol of an open axis inside the context; Python would make it a number."""
+    plain = builtins.len
+
+    def length(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, Tensor) and value.dim() else plain(value)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = plain
 
 
 # torch sets larger upper bounds itself, so that sizes fit into integers; they are not limits of the network.

@@ -464,15 +464,75 @@ class Holding(nn.Module):
         return y + self.features["y"] if self.hooked else y
 
 
-def test_a_network_that_has_run_is_copied_and_one_that_a_hook_holds_is_told():
+def test_a_network_that_has_run_is_copied_and_its_hooks_write_to_the_copy():
     module, x = Holding(hooked=False).eval(), torch.randn(2, 4)
     last = module(x)
     program = tdcompile.trace(module, x)
     assert module.calls == 1
     assert module.last is last
     assert_same(module, program, x)
-    with pytest.raises(InputError, match="holds on to the original"):
-        tdcompile.trace(Holding(hooked=True).eval(), x)
+    hooked = Holding(hooked=True).eval()
+    program = tdcompile.trace(hooked, x)
+    assert hooked.features == {}
+    assert program.frontend == "export"
+    assert_same(hooked, program, torch.randn(5, 4))
+
+
+class Stale(nn.Module):
+    """It reads what a hook kept, before the hooked layer runs: from the call before."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.kept = nn.Linear(4, 4), []
+        self.fc.register_forward_hook(lambda part, given, y: self.kept.append(y))
+
+    def forward(self, x):
+        before = self.kept[-1] if self.kept else x
+        return self.fc(x) + before
+
+
+class LostCopy(nn.Module):
+    """Its forward calls a module that a copy of it does not hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def __deepcopy__(self, memo):
+        made = LostCopy()
+        made.fc = None
+        return made
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_features_of_an_earlier_call_are_never_taken_for_those_of_this_one(dynamic_batch):
+    with pytest.raises(InputError, match=r"different outputs for equal inputs|not at a batch of 3"):
+        tdcompile.trace(Stale().eval(), torch.randn(2, 4), dynamic_batch=dynamic_batch)
+
+
+def test_a_network_that_runs_where_its_copy_does_not_is_told():
+    with pytest.raises(InputError, match="the network runs and a copy of it does not"):
+        tdcompile.trace(LostCopy().eval(), torch.randn(2, 4))
+
+
+class Queries(nn.Module):
+    """It counts its batch by ``len``, which Python makes a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.query = nn.Linear(4, 4), nn.Parameter(torch.randn(1, 3, 4))
+
+    def forward(self, x):
+        return self.fc(x).unsqueeze(1) + self.query.repeat(len(x), 1, 1)
+
+
+def test_a_batch_counted_by_len_stays_open():
+    program = tdcompile.trace(Queries().eval(), torch.randn(2, 4))
+    assert program.graph(torch.randn(7, 4)).shape == (7, 3, 4)
+    assert len(torch.zeros(3)) == 3  # the builtin is back
 
 
 class Unsteady(nn.Module):
