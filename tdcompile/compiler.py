@@ -32,7 +32,7 @@ from tdcompile.errors import InputError
 from tdcompile.frontend.half_precision import samples_cast_like
 from tdcompile.frontend.tracing import check_is_network, trace
 from tdcompile.frontend.wrappers import unwrapped
-from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.modules import evaluating
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Budget
@@ -278,6 +278,7 @@ def prepare(
         module, inputs, frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch, dynamic=recipe.dynamic
     )
     task = recipe.task(data, program.inputs[0])
+    told = [note for samples in (task.train, task.test) if samples is not None for note in samples.notes]
     train, test = (samples_cast_like(samples, program.inputs) for samples in (task.train, task.test))
     task = replace(task, train=train, test=test)
     program = program.with_(task=task, target=target, budget=budget, seed=recipe.seed)
@@ -286,7 +287,8 @@ def prepare(
     check_labels(program)
     if recipe.plan:
         program = adopt(program, recipe.plan)
-    return program.with_(history=(*notes, *program.history))
+    read = [Diagnostic("warning" if note.warning else "info", DiagnosticCode.DATA, note.text) for note in told]
+    return program.with_(history=(*notes, *read, *program.history))
 
 
 def _stamp(program: Program) -> str:

@@ -6,12 +6,15 @@ import pickle
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tdcompile.data.images import to_tensor
+from tdcompile.data.labels import Labels
 from tdcompile.data.network_input import NetworkInput
 from tdcompile.data.readers import ArrayReader
 from tdcompile.data.samples import Split
@@ -29,6 +32,8 @@ def read_digits(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split, 
     """
     bunch = import_optional("sklearn.datasets").load_digits()
     x, y = to_tensor(bunch.images, "digits") / 16, to_tensor(bunch.target, "digits")  # pixels are 0 to 16
+    if wanted.integer:
+        x = (x * 255).round().to(torch.uint8)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     rank = torch.zeros_like(y)  # the place of each sample within its class
     for label in range(int(y.max()) + 1):
@@ -37,7 +42,7 @@ def read_digits(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split, 
     test = rank[order] % 5 == 4
 
     def part(name: str, chosen: Tensor) -> Split:  # no other arrays are resized
-        return Split.checked(f"{name} of 'digits'", ArrayReader(x[chosen], wanted.shape, stretch=True), y[chosen])
+        return Split.checked(f"{name} of 'digits'", ArrayReader(x[chosen], wanted, stretch=True), y[chosen])
 
     return part("train", order[~test]), part("test", order[test])
 
@@ -55,41 +60,44 @@ def read_npz(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split, Spl
     if "x" not in held:
         raise InputError(f"npz: '{path}' has no array 'x': {nearest('x', held)}")
     train, test = f"train of 'npz:{path}'", f"test of 'npz:{path}'"
-    x, y = held["x"], held.get("y")
+    x, y = to_tensor(held["x"], f"npz: 'x' in '{path}'"), held.get("y")
     if "x_test" in held:
-        return array_split(train, x, y, wanted), array_split(test, held["x_test"], held.get("y_test"), wanted)
+        x_test = to_tensor(held["x_test"], f"npz: 'x_test' in '{path}'")
+        return array_split(train, x, y, wanted), array_split(test, x_test, held.get("y_test"), wanted)
     if x.ndim == 0:
         raise InputError(f"npz: 'x' in '{path}' is a single number, not an array of samples")
     if len(x) < 2:
         count = "1 sample" if len(x) else "0 samples"
         raise InputError(f"npz: '{path}' holds {count}; two at least are needed to hold one out")
-    if y is not None and len(y) != len(x):
-        raise InputError(f"npz: '{path}' has {len(x)} samples but {len(y)} labels")
+    labels = None if y is None else Labels.of(y, f"'npz:{path}'")
+    if labels is not None and len(labels) != len(x):
+        raise InputError(f"npz: '{path}' has {len(x)} samples but {len(labels)} labels")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     held_out = max(1, len(x) // _TENTH)
-    return array_split(train, x, y, wanted, order[held_out:]), array_split(test, x, y, wanted, order[:held_out])
+    kept, out = order[held_out:], order[:held_out]
+    return array_split(train, x, labels, wanted, kept), array_split(test, x, labels, wanted, out)
 
 
-def array_split(name: str, x: Tensor, y: Tensor | None, wanted: NetworkInput, chosen: Tensor | None = None) -> Split:
+def array_split(name: str, x: Tensor, y: object | None, wanted: NetworkInput, chosen: Tensor | None = None) -> Split:
     """Make a split of arrays.
 
     Args:
         name: what messages call the split.
         x: samples ``(N, ...)``.
-        y: class numbers ``(N,)``, or None.
-        chosen: indices of the samples to keep; None keeps all.
+        y: class numbers or texts ``(N,)``, ``Labels``, or None.
+        chosen: indices of the samples to keep; None keeps all. ``y`` are then ``Labels`` or None.
 
     Raises:
         InputError: the arrays do not fit the input or each other.
     """
     if chosen is not None:
-        x, y = x[chosen], None if y is None else y[chosen]
+        x, y = x[chosen], y[chosen] if isinstance(y, Labels) else None
     if x.ndim == 0:
         raise InputError(f"{name} is a single number, not an array of samples")
-    return Split.checked(name, ArrayReader(x, wanted.shape, dtype=wanted.dtype), y)
+    return Split.checked(name, ArrayReader(x, wanted), y)
 
 
-def _archive(path: Path) -> dict[str, Tensor]:
+def _archive(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with path.open("rb") as file:
             if file.read(len(_NPY)) == _NPY:
@@ -98,7 +106,7 @@ def _archive(path: Path) -> dict[str, Tensor]:
                 raise InputError(f"npz: '{path}' is cut off or no npz")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
-                return {key: to_tensor(archive[key], f"npz: '{key}' in '{path}'") for key in archive.files}
+                return {key: archive[key] for key in archive.files}
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"npz: '{path}' cannot be read: {error or type(error).__name__}") from error
     except (ValueError, AttributeError, TypeError, pickle.PickleError) as error:

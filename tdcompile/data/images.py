@@ -32,14 +32,20 @@ class Normalisation:
     std: tuple[float, ...] = ()
 
     @classmethod
-    def parse(cls, text: str, shape: Shape) -> Self:
+    def parse(cls, text: str, shape: Shape, dtype: torch.dtype | None = None) -> Self:
         """Read ``none``, ``imagenet`` or ``m,m,m/s,s,s`` for an input of this shape (without the batch).
 
         Raises:
-            InputError: the text has another form, or another count than the input has channels.
+            InputError: the text has another form, or another count than the input has channels, or the input is of
+                integers.
         """
         if text == "none":
             return cls()
+        if takes_integers(dtype):
+            raise InputError(
+                f"--normalize '{text}' makes floats, and the network's input is {_word(dtype)}: leave it out, because "
+                "the network takes the integers as they are"
+            )
         mean, std = _NAMED.get(text) or _numbers(text)
         channels = shape[0] if len(shape) == 3 else 1
         if len(mean) != channels or len(std) != channels:
@@ -59,11 +65,17 @@ class Normalisation:
         return (x - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)
 
 
+def takes_integers(dtype: torch.dtype | None) -> bool:
+    """Return whether an input of this dtype takes integers or booleans; an unknown one does not."""
+    return dtype is not None and not dtype.is_floating_point and not dtype.is_complex
+
+
 def to_input(x: Tensor, shape: Shape, *, stretch: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """Convert raw samples ``(n, ...)`` to the network's input ``(n, *shape)``.
 
     uint8 is scaled to [0, 1]. Images (three axes) are converted to channels first and to the input's channels. Other
-    integers stay integers, because they may be tokens, unless ``dtype`` is floating.
+    integers stay integers, because they may be tokens, unless ``dtype`` is floating. If ``dtype`` is of integers, uint8
+    keeps its values, 0 to 255, and floats are cast only if they are integers.
 
     Args:
         x: the samples.
@@ -77,16 +89,54 @@ def to_input(x: Tensor, shape: Shape, *, stretch: bool = False, dtype: torch.dty
     found = tuple(x.shape[1:])
     if found != shape and (len(shape) != 3 or len(found) not in (2, 3)):
         raise InputError(f"samples of shape {found} do not fit the input {shape}")
+    if dtype is not None and takes_integers(dtype):
+        kind = x.dtype
+        fitted = x if found == shape else _fitted(x, shape, stretch)
+        # Grey values and sizes between pixels are not whole; only those of integers may be rounded.
+        return cast_exactly(
+            fitted.round() if fitted.is_floating_point() and not kind.is_floating_point else fitted, dtype
+        )
     if x.dtype is torch.uint8:
         x = x.float() / 255
     elif x.is_floating_point() or x.dtype is torch.bool:
         x = x.float()
     elif x.is_complex() or len(shape) == 3:
-        raise InputError(f"samples of type {str(x.dtype).removeprefix('torch.')}: images are uint8 or float")
+        raise InputError(f"samples of type {_word(x.dtype)}: images are uint8 or float")
     elif dtype is not None and dtype.is_floating_point:
         x = x.float()
-    if found == shape:
+    return x if found == shape else _fitted(x, shape, stretch)
+
+
+def cast_exactly(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast to a dtype of integers, or booleans.
+
+    Raises:
+        InputError: a value would change.
+    """
+    if x.dtype is dtype:
         return x
+    wide = x.double()
+    low, high = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    kept = (wide >= low) & (wide < high + 1) & (wide == wide.round())
+    if not kept.all():
+        value = wide[~kept][0].item()
+        raise InputError(
+            f"the samples are {_word(x.dtype)} with values such as {value:.4g}, and the network's input is "
+            f"{_word(dtype)}: give integers in its range (images as uint8)"
+        )
+    return x.to(dtype)
+
+
+def _word(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fitted(x: Tensor, shape: Shape, stretch: bool) -> Tensor:
+    """Return images ``(n, ...)`` in the input's layout, channels and size.
+
+    Raises:
+        InputError: they cannot be fitted to the input.
+    """
     x = _coloured(_channels_first(x, shape), shape)
     if x.shape[2:] != shape[1:]:
         if not stretch:
@@ -95,7 +145,7 @@ def to_input(x: Tensor, shape: Shape, *, stretch: bool = False, dtype: torch.dty
                 f"the images are {have}, the input is {want}: give --input 1x{shape[0]}x{have} (example inputs of that "
                 f"size in Python), or resize the images to {want}"
             )
-        x = nn.functional.interpolate(x, size=shape[1:], mode="bilinear", align_corners=False, antialias=True)
+        x = nn.functional.interpolate(x.float(), size=shape[1:], mode="bilinear", align_corners=False, antialias=True)
     return x
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 from tdcompile.data.arrays import array_split, read_digits, read_npz
 from tdcompile.data.image_folders import read_image_folder
 from tdcompile.data.images import Normalisation, Shape, to_tensor
+from tdcompile.data.labels import described, renumbered
+from tdcompile.data.loaders import read_loader
 from tdcompile.data.network_input import NetworkInput
 from tdcompile.data.readers import DatasetReader
 from tdcompile.data.samples import Loaded, Split
 from tdcompile.data.tables import read_hub, read_parquet
-from tdcompile.data.task import Samples
+from tdcompile.data.task import Note, Samples
 from tdcompile.errors import InputError, nearest
 from tdcompile.support.user_code import call_user_function, names_file, names_module
 
@@ -58,12 +60,12 @@ def load_data(
         UnavailableError: a package or the hub is missing.
     """
     shape = tuple(input_shape)
-    normalisation = Normalisation.parse(normalize, shape)
+    normalisation = Normalisation.parse(normalize, shape, dtype)
     read, argument = _resolve(spec)
     train, test = read(argument, NetworkInput(shape, dtype), seed)
-    classes = max(part.classes or 0 for part in (train, test) if part is not None)
-    made = _finish(train, classes, normalisation, shape)
-    return made, None if test is None else _finish(test, classes, normalisation, shape)
+    made = _finished((train, test), normalisation, shape)
+    assert made[0] is not None  # readers return training samples
+    return made[0], made[1]
 
 
 def given(
@@ -77,11 +79,11 @@ def given(
 
     Args:
         data: a text for ``load_data``, training samples, or a pair (training, test). Samples are ``Samples``, a
-            map-style torch ``Dataset``, a ``DataLoader`` (its data set is read, not its batches), an array ``x``
-            ``(N, ...)``, or arrays ``(x, y)``. Class numbers ``y`` have the shape ``(N,)``.
+            map-style torch ``Dataset``, a ``DataLoader`` (read by index, with its ``collate_fn`` and sampler), an array
+            ``x`` ``(N, ...)``, or arrays ``(x, y)``. Class numbers or texts ``y`` have the shape ``(N,)``.
         input_shape: shape of the network's input, without the batch.
         normalize: ``none``, ``imagenet`` or ``m,m,m/s,s,s``; ``Samples`` allow only ``none``.
-        seed: seeds the hold-out split if the data of a text has no test set.
+        seed: seeds the hold-out split if the data of a text has no test set, and the draw of a loader's sampler.
         dtype: target input dtype; integer data is cast if it is floating. None leaves integers as they are.
 
     Raises:
@@ -96,13 +98,11 @@ def given(
         return load_data(data, input_shape, normalize, seed, dtype)
     shape = tuple(input_shape)
     named = zip(_halves(data), ("the data", "the test data"), strict=True)
-    parts = [None if part is None else _part(part, what, NetworkInput(shape, dtype)) for part, what in named]
+    wanted = NetworkInput(shape, dtype)
+    parts = [None if part is None else _part(part, what, wanted, seed) for part, what in named]
     if not any(isinstance(part, Split) for part in parts) and normalize == "none":
         return parts[0], parts[1]  # type: ignore[return-value]  # Samples
-    classes = max((part.classes or 0 for part in parts if part is not None), default=0)
-    normalisation = Normalisation.parse(normalize, shape)
-    made = [None if part is None else _finish(part, classes, normalisation, shape) for part in parts]
-    return made[0], made[1]
+    return _finished((parts[0], parts[1]), Normalisation.parse(normalize, shape, dtype), shape)
 
 
 def kinds() -> dict[str, str]:
@@ -123,6 +123,41 @@ def _resolve(spec: str) -> tuple[_Read, str]:
     raise InputError(f"unknown kind of data '{name}': {nearest(name, _KINDS)}, or {_CALLABLE.form}")
 
 
+def _numbered_alike(train: Part | None, test: Part | None) -> tuple[Part | None, Part | None]:
+    """Return both with the class numbers of the training samples if their labels are text, and tell the classes.
+
+    Raises:
+        InputError: a label is no class of the training samples, or only one of the two has text.
+    """
+    if not isinstance(train, Split) or train.labels is None:
+        return train, _classes_told(test)
+    if not isinstance(test, Split) or test.labels is None:
+        return _classes_told(train), test
+    if bool(train.names) != bool(test.names):
+        text, number = (train, test) if train.names else (test, train)
+        raise InputError(f"the labels of {text.name} are text, and those of {number.name} are numbers")
+    if train.names != test.names:
+        numbers = renumbered(test.labels, test.names, train.names, test.name)
+        test = replace(test, labels=numbers, names=train.names)
+    return _classes_told(train), test
+
+
+def _classes_told(part: Part | None) -> Part | None:
+    if not isinstance(part, Split) or not part.names:
+        return part
+    text = f"the labels of {part.name} are text; their sorted values are the classes: {described(part.names)}"
+    return replace(part, notes=(*part.notes, Note(text)))
+
+
+def _finished(
+    parts: tuple[Part | None, Part | None], normalisation: Normalisation, shape: Shape
+) -> tuple[Samples | None, Samples | None]:
+    train, test = _numbered_alike(*parts)
+    classes = max((part.classes or 0 for part in (train, test) if part is not None), default=0)
+    made = [None if part is None else _finish(part, classes, normalisation, shape) for part in (train, test)]
+    return made[0], made[1]
+
+
 def _finish(part: Part, classes: int, normalisation: Normalisation, shape: Shape) -> Samples:
     if isinstance(part, Split):
         made: Samples = Loaded(part, classes, normalisation)
@@ -139,11 +174,11 @@ def _finish(part: Part, classes: int, normalisation: Normalisation, shape: Shape
 
 
 def _parquet(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split, Split | None]:
-    return read_parquet(argument, wanted.shape)
+    return read_parquet(argument, wanted)
 
 
 def _hub(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split, Split | None]:
-    return read_hub(argument, wanted.shape)
+    return read_hub(argument, wanted)
 
 
 def _callable(spec: str, wanted: NetworkInput, seed: int) -> tuple[Part, Part | None]:
@@ -155,9 +190,8 @@ def _callable(spec: str, wanted: NetworkInput, seed: int) -> tuple[Part, Part | 
             "or arrays (x, y)"
         )
     train, test = _halves(made)
-    return _part(train, f"train of '{spec}'", wanted), None if test is None else _part(
-        test, f"test of '{spec}'", wanted
-    )
+    samples = _part(train, f"train of '{spec}'", wanted, seed)
+    return samples, None if test is None else _part(test, f"test of '{spec}'", wanted, seed)
 
 
 def _halves(made: Any) -> tuple[Any, Any]:
@@ -167,25 +201,23 @@ def _halves(made: Any) -> tuple[Any, Any]:
     return made, None
 
 
-def _part(made: object, name: str, wanted: NetworkInput) -> Part:
+def _part(made: object, name: str, wanted: NetworkInput, seed: int) -> Part:
     if isinstance(made, Samples):
         return made
-    if isinstance(made, DataLoader):
-        return _part(made.dataset, name, wanted)
-    if isinstance(made, Dataset):
+    if isinstance(made, DataLoader | Dataset):
         try:
-            reader = DatasetReader(made, wanted.shape, wanted.dtype)
+            if isinstance(made, DataLoader):
+                return read_loader(made, name, wanted, seed)
+            reader = DatasetReader(made, wanted)
             labels = reader.labels()
         except InputError as error:
-            raise InputError(f"{name}: {error}") from error
+            raise InputError(str(error) if name in str(error) else f"{name}: {error}") from error
         return Split.checked(name, reader, labels)
     if isinstance(made, Tensor | np.ndarray):
         made = (made,)
     if isinstance(made, tuple | list) and len(made) in (1, 2):
         x, y = (*made, None)[:2]
-        return array_split(
-            name, to_tensor(x, name), None if y is None else to_tensor(y, f"the labels of {name}"), wanted
-        )
+        return array_split(name, to_tensor(x, name), y, wanted)
     raise InputError(
         f"{name} is a {type(made).__name__}; Samples, a torch Dataset or DataLoader, or a pair of arrays (x, y) is "
         "needed"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tdcompile.data.images import Shape
+from tdcompile.data.images import Shape, takes_integers
 
 
 @dataclass(frozen=True)
@@ -20,3 +20,8 @@ class NetworkInput:
 
     shape: Shape
     dtype: torch.dtype | None = None
+
+    @property
+    def integer(self) -> bool:
+        """Whether the input takes integers, for example the bytes of an image."""
+        return takes_integers(self.dtype)

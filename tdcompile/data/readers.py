@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-from tdcompile.data.images import Shape, decode, to_input, to_tensor
+from tdcompile.data.images import decode, to_input, to_tensor
+from tdcompile.data.network_input import NetworkInput
 from tdcompile.errors import InputError, TdcompileError
 
 # Limit on the decoded images kept in memory for one split, in bytes (all of CIFAR-10 is 184 MB). Decoding again costs
@@ -32,8 +33,8 @@ class Reader(Protocol):
 class ArrayReader:
     """Reads samples of one array ``(n, ...)``; see ``to_input`` for the conversion."""
 
-    def __init__(self, x: Tensor, shape: Shape, *, stretch: bool = False, dtype: torch.dtype | None = None) -> None:
-        self._x, self._shape, self._stretch, self._dtype = x, shape, stretch, dtype
+    def __init__(self, x: Tensor, wanted: NetworkInput, *, stretch: bool = False) -> None:
+        self._x, self._wanted, self._stretch = x, wanted, stretch
 
     def __len__(self) -> int:
         return len(self._x)
@@ -41,7 +42,7 @@ class ArrayReader:
     def read(self, indices: Sequence[int]) -> Tensor:
         """Return the samples at these indices, ``(n, *shape)``."""
         rows = self._x[torch.as_tensor(indices)]
-        return to_input(rows, self._shape, stretch=self._stretch, dtype=self._dtype)
+        return to_input(rows, self._wanted.shape, stretch=self._stretch, dtype=self._wanted.dtype)
 
 
 class EncodedReader:
@@ -50,13 +51,13 @@ class EncodedReader:
     Args:
         count: number of images.
         fetch: returns the encoded image at an index, or the path of its file.
-        shape: shape of the network's input, without the batch.
+        wanted: the network's input.
     """
 
-    def __init__(self, count: int, fetch: Callable[[int], bytes | Path], shape: Shape) -> None:
-        self._count, self._fetch, self._shape = count, fetch, shape
-        kept = count if count * int(np.prod(shape)) <= _KEEP else 0
-        self._pixels: NDArray[np.uint8] = np.empty((kept, *shape), np.uint8)  # takes no memory until written
+    def __init__(self, count: int, fetch: Callable[[int], bytes | Path], wanted: NetworkInput) -> None:
+        self._count, self._fetch, self._wanted = count, fetch, wanted
+        kept = count if count * int(np.prod(wanted.shape)) <= _KEEP else 0
+        self._pixels: NDArray[np.uint8] = np.empty((kept, *wanted.shape), np.uint8)  # takes no memory until written
         self._known: NDArray[np.bool_] = np.zeros(kept, np.bool_)
 
     def __len__(self) -> int:
@@ -66,16 +67,19 @@ class EncodedReader:
         """Return the samples at these indices, ``(n, *shape)``."""
         places = np.asarray(indices)
         if not len(self._known):
-            return to_input(torch.from_numpy(np.stack([self._decode(int(i)) for i in places])), self._shape)
+            return self._to_input(np.stack([self._decode(int(i)) for i in places]))
         for i in places[~self._known[places]]:
             self._pixels[i] = self._decode(int(i))
             self._known[i] = True
-        return to_input(torch.from_numpy(self._pixels[places]), self._shape)
+        return self._to_input(self._pixels[places])
+
+    def _to_input(self, pixels: NDArray[np.uint8]) -> Tensor:
+        return to_input(torch.from_numpy(pixels), self._wanted.shape, dtype=self._wanted.dtype)
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
         image = self._fetch(index)
         try:
-            return decode(image, self._shape)
+            return decode(image, self._wanted.shape)
         except InputError as error:
             place = f" ('{image}')" if isinstance(image, Path) else ""
             raise InputError(f"sample {index}{place}: {error}") from error
@@ -84,10 +88,15 @@ class EncodedReader:
 class DatasetReader:
     """Reads a user's map-style torch data set with items ``x`` or ``(x, y)``."""
 
-    def __init__(self, dataset: Dataset[Any], shape: Shape, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dataset: Dataset[Any], wanted: NetworkInput) -> None:
+        if isinstance(dataset, IterableDataset):
+            raise InputError(
+                f"the data set {type(dataset).__name__} is a stream (IterableDataset); a map-style one, which is read "
+                "by index, is needed"
+            )
         if not hasattr(dataset, "__len__"):
             raise InputError(f"the data set {type(dataset).__name__} has no length; a map-style one is needed")
-        self._dataset, self._shape, self._dtype, self._count = dataset, shape, dtype, len(dataset)
+        self._dataset, self._wanted, self._count = dataset, wanted, len(dataset)
 
     def __len__(self) -> int:
         return self._count
@@ -95,24 +104,30 @@ class DatasetReader:
     def read(self, indices: Sequence[int]) -> Tensor:
         """Return the samples at these indices, ``(n, *shape)``."""
         rows = [to_tensor(self._item(int(i))[0], f"sample {i}")[None] for i in indices]
-        return torch.cat([to_input(row, self._shape, dtype=self._dtype) for row in rows])
+        return torch.cat([to_input(row, self._wanted.shape, dtype=self._wanted.dtype) for row in rows])
 
     def labels(self) -> Sequence[object] | None:
         """Return all labels: ``targets`` of the data set if no transform changes them, else those of every item."""
         if not self._count or len(self._item(0)) == 1:
             return None
-        targets = getattr(self._dataset, "targets", None)
-        if targets is not None and getattr(self._dataset, "target_transform", None) is None:
-            return list(targets)
-        return [self._item(i)[1] for i in range(self._count)]
+        targets = self._targets()
+        return [self._item(i)[1] for i in range(self._count)] if targets is None else targets
 
-    def _item(self, index: int) -> tuple[object, ...]:
+    def _targets(self) -> list[Any] | None:
+        """Return the ``targets`` of the data set, if it has them and no transform changes them."""
+        targets = getattr(self._dataset, "targets", None)
+        return None if targets is None or getattr(self._dataset, "target_transform", None) is not None else [*targets]
+
+    def _raw(self, index: int) -> Any:
         try:
-            item = self._dataset[index]
+            return self._dataset[index]
         except TdcompileError:
             raise
         except Exception as error:
             raise InputError(f"sample {index} cannot be read: {type(error).__name__}: {error}") from error
+
+    def _item(self, index: int) -> tuple[object, ...]:
+        item = self._raw(index)
         if isinstance(item, Mapping):
             keys = ", ".join(map(str, item))
             raise InputError(f"sample {index} is a {type(item).__name__} of {keys}; items are x or (x, y)")

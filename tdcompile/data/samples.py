@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tdcompile.data.images import Normalisation, to_tensor
+from tdcompile.data.images import Normalisation
+from tdcompile.data.labels import Labels
 from tdcompile.data.readers import Reader
-from tdcompile.data.task import Batch, Samples
+from tdcompile.data.task import Batch, Note, Samples, one_class
 from tdcompile.errors import InputError
 
 
@@ -21,15 +22,25 @@ class Split:
     Attributes:
         name: what messages call the split.
         labels: class numbers ``(n,)``, or None.
+        names: the text of each class, if the labels were text.
+        notes: messages for the report.
     """
 
     name: str
     reader: Reader
     labels: Tensor | None
+    names: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @classmethod
-    def checked(cls, name: str, reader: Reader, labels: object | None) -> Split:
+    def checked(cls, name: str, reader: Reader, labels: object | None, notes: tuple[Note, ...] = ()) -> Split:
         """Make a split and check that it holds samples and that its labels are class numbers.
+
+        Args:
+            name: what messages call the split.
+            reader: reads the samples.
+            labels: class numbers, texts, ``Labels``, or None.
+            notes: messages for the report.
 
         Raises:
             InputError: the split is empty, or its labels have another count, are not integers, or are negative.
@@ -37,22 +48,21 @@ class Split:
         if len(reader) == 0:
             raise InputError(f"{name} holds no samples")
         if labels is None:
-            return cls(name, reader, None)
-        classes = to_tensor(labels, f"the labels of {name}")
-        if classes.is_floating_point() or classes.dtype is torch.bool:
-            raise InputError(f"the labels of {name} are {classes.dtype}; class numbers, integers from 0, are needed")
+            return cls(name, reader, None, (), notes)
+        made = labels if isinstance(labels, Labels) else Labels.of(labels, name)
+        classes = made.numbers
         if classes.numel() != len(reader) or classes.shape[0] != len(reader):
             raise InputError(f"{name} has {len(reader)} samples but labels of shape {tuple(classes.shape)}")
         classes = classes.reshape(-1).long()
         if int(classes.min()) < 0:
             place = int((classes < 0).nonzero()[0])
             raise InputError(f"the label of sample {place} of {name} is {int(classes[place])}; classes count from 0")
-        return cls(name, reader, classes)
+        return cls(name, reader, classes, made.names, notes)
 
     @property
     def classes(self) -> int:
         """The largest label plus one; 0 without labels."""
-        return 0 if self.labels is None else int(self.labels.max()) + 1
+        return 0 if self.labels is None else max(int(self.labels.max()) + 1, len(self.names))
 
 
 class Loaded(Samples):
@@ -92,3 +102,9 @@ class Loaded(Samples):
     def classes(self) -> int | None:
         """Number of classes over train and test; None without labels."""
         return self._classes
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """What the reader tells, and a caution if all samples are of one class."""
+        labels, name = self._split.labels, self._split.name
+        return (*self._split.notes, *(() if labels is None else one_class(labels, name)))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tdcompile.data.images import Shape
+from tdcompile.data.network_input import NetworkInput
 from tdcompile.data.readers import EncodedReader
 from tdcompile.data.samples import Split
+from tdcompile.data.task import Note
 from tdcompile.errors import InputError, UnavailableError, nearest
 from tdcompile.support.optional_import import import_optional
 
@@ -23,7 +25,7 @@ _IMAGES = ("image", "img", "picture", "pixels")
 _LABELS = ("label", "labels", "fine_label", "target", "class", "y")
 
 
-def read_parquet(folder: str, shape: Shape) -> tuple[Split, Split | None]:
+def read_parquet(folder: str, wanted: NetworkInput) -> tuple[Split, Split | None]:
     """Read ``train*.parquet`` and ``test*.parquet`` (or ``validation*``, ``val*``); several files are one table.
 
     Raises:
@@ -39,10 +41,10 @@ def read_parquet(folder: str, shape: Shape) -> tuple[Split, Split | None]:
         held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
         raise InputError(f"parquet: there is no train*.parquet in '{root}', which holds {held}")
     test = next((files for name in HELD_OUT if (files := sorted(root.glob(f"{name}*.parquet")))), None)
-    return _parquet(train, shape), _parquet(test, shape) if test else None
+    return _parquet(train, wanted), _parquet(test, wanted) if test else None
 
 
-def read_hub(name: str, shape: Shape) -> tuple[Split, Split | None]:
+def read_hub(name: str, wanted: NetworkInput) -> tuple[Split, Split | None]:
     """Read a data set of the hub, ``NAME`` or ``NAME:CONFIGURATION``.
 
     Raises:
@@ -60,23 +62,34 @@ def read_hub(name: str, shape: Shape) -> tuple[Split, Split | None]:
         raise UnavailableError(f"hub: '{name}' cannot be fetched: {type(error).__name__}: {error}") from error
     if "train" not in splits:
         raise InputError(f"hub: '{name}' has no split 'train': {nearest('train', splits)}")
-    held_out = [_split(splits[key], f"{key} of 'hub:{name}'", shape) for key in HELD_OUT if _judges(splits.get(key))]
-    return _split(splits["train"], f"train of 'hub:{name}'", shape), next(iter(held_out), None)
+    held_out = [_split(splits[key], f"{key} of 'hub:{name}'", wanted) for key in HELD_OUT if _judges(splits.get(key))]
+    return _split(splits["train"], f"train of 'hub:{name}'", wanted), next(iter(held_out), None)
 
 
-def read_image_files(name: str, files: Sequence[Path], labels: Sequence[int], shape: Shape) -> Split:
-    """Read image files with a class number each.
+def read_image_files(
+    name: str,
+    files: Sequence[Path],
+    labels: Sequence[int] | None,
+    wanted: NetworkInput,
+    notes: tuple[Note, ...] = (),
+) -> Split:
+    """Read image files.
 
     Args:
         name: what messages call the split.
+        labels: a class number for each file, or None.
+        notes: messages for the report.
     """
     datasets = import_optional("datasets")
-    columns = {"image": [str(path) for path in files], "label": list(labels)}
-    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
-    return _split(datasets.Dataset.from_dict(columns, features=features), name, shape)
+    columns: dict[str, Any] = {"image": [str(path) for path in files]}
+    features = {"image": datasets.Image(decode=False)}
+    if labels is not None:
+        columns["label"], features["label"] = list(labels), datasets.Value("int64")
+    split = _split(datasets.Dataset.from_dict(columns, features=datasets.Features(features)), name, wanted)
+    return replace(split, notes=notes)
 
 
-def _parquet(files: Sequence[Path], shape: Shape) -> Split:
+def _parquet(files: Sequence[Path], wanted: NetworkInput) -> Split:
     datasets = import_optional("datasets")
     name = f"'{files[0]}'" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     try:
@@ -87,7 +100,7 @@ def _parquet(files: Sequence[Path], shape: Shape) -> Split:
             raise InputError(f"{name} holds no samples") from error
         cause = error.__cause__ or error
         raise InputError(f"{name} cannot be read as parquet: {cause}") from error
-    return _split(table, name, shape, files[0].parent)
+    return _split(table, name, wanted, files[0].parent)
 
 
 @contextmanager
@@ -108,11 +121,12 @@ def _judges(table: Any) -> bool:
     """Return whether a split can be the test split: some sets keep test labels secret and write -1 there."""
     if table is None:
         return False
-    label = _label_column(table, "the test split")
-    return label is None or len(table) == 0 or max(table[label][:]) >= 0
+    label = _label_column(table, "the test split")[0]
+    values = [] if label is None else table[label][:]
+    return not any(isinstance(value, int) for value in values) or max(values) >= 0
 
 
-def _split(table: Any, name: str, shape: Shape, folder: Path = Path()) -> Split:
+def _split(table: Any, name: str, wanted: NetworkInput, folder: Path = Path()) -> Split:
     """Make a split of a ``datasets.Dataset``.
 
     Args:
@@ -123,11 +137,11 @@ def _split(table: Any, name: str, shape: Shape, folder: Path = Path()) -> Split:
     if image is None:
         kinds = ", ".join(f"{key}: {getattr(kind, 'dtype', kind)}" for key, kind in table.features.items())
         raise InputError(f"{name} has no column of images ({{bytes, path}} or binary), only {kinds}")
-    label, labels = _label_column(table, name), None
+    (label, notes), labels = _label_column(table, name), None
     if label is not None:
         if missing := table.data.column(label).null_count:
             raise InputError(f"{name}: {missing} values of the column '{label}' are missing")
-        labels = np.asarray(table[label][:], dtype=np.int64)
+        labels = np.asarray(table[label][:], dtype=object if _is_text(table.features[label]) else np.int64)
     encoded = table.select_columns([image])
     if isinstance(table.features[image], datasets.Image):
         encoded = encoded.cast_column(image, datasets.Image(decode=False))
@@ -135,7 +149,7 @@ def _split(table: Any, name: str, shape: Shape, folder: Path = Path()) -> Split:
     def fetch(index: int) -> bytes | Path:
         return _encoded(encoded[index][image], index, folder)
 
-    return Split.checked(name, EncodedReader(len(table), fetch, shape), labels)
+    return Split.checked(name, EncodedReader(len(table), fetch, wanted), labels, notes)
 
 
 def _encoded(value: Any, index: int, folder: Path) -> bytes | Path:
@@ -154,12 +168,39 @@ def _is_image(kind: Any, datasets: Any) -> bool:
     return isinstance(kind, datasets.Image) or getattr(kind, "dtype", None) in ("binary", "large_binary")
 
 
-def _label_column(table: Any, name: str) -> str | None:
-    """Return the column of class numbers: a ``ClassLabel`` if there is one, else a column of integers."""
+def _label_column(table: Any, name: str) -> tuple[str | None, tuple[Note, ...]]:
+    """Return the column of labels, and what a user may not expect of the choice.
+
+    It is a ``ClassLabel`` if there is one, else a column of integers or text with a usual name, else one of integers.
+
+    Raises:
+        InputError: several columns may be meant, or a column with a usual name holds neither integers nor text.
+    """
     datasets = import_optional("datasets")
-    named = {key for key, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
-    whole = {key for key, kind in table.features.items() if str(getattr(kind, "dtype", "")).startswith(("int", "uint"))}
-    return _pick(named or whole, _LABELS, "labels", name)
+    kinds = {key: kind for key, kind in table.features.items() if not _is_image(kind, datasets)}
+    known = {key for key, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
+    if known:
+        return _pick(known, _LABELS, "labels", name), ()
+    whole = {key for key, kind in kinds.items() if str(getattr(kind, "dtype", "")).startswith(("int", "uint"))}
+    named = [key for key in _LABELS if key in kinds]
+    usable = [key for key in named if key in whole or _is_text(kinds[key])]
+    if usable:
+        return usable[0], ()
+    if named:
+        kind = getattr(kinds[named[0]], "dtype", kinds[named[0]])
+        raise InputError(
+            f"{name}: the column '{named[0]}' holds {kind}, and labels are integers from 0 or text: convert the "
+            "column, or remove it to go on without labels"
+        )
+    label, others = _pick(whole, _LABELS, "labels", name), ", ".join(kinds)
+    if label is not None:
+        return label, (Note(f"{name}: the labels are read from the column '{label}'"),)
+    none = f"{name}: there are no labels, because none of the columns {others} is named {_LABELS[0]} or holds integers"
+    return None, (Note(none, warning=True),) if kinds else ()
+
+
+def _is_text(kind: Any) -> bool:
+    return getattr(kind, "dtype", None) in ("string", "large_string")
 
 
 def _pick(found: set[str], names: Sequence[str], what: str, where: str) -> str | None:

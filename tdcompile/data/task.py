@@ -30,6 +30,13 @@ class Batch(NamedTuple):
         return Batch(tuple(x.to(device) for x in self.inputs), None if self.labels is None else self.labels.to(device))
 
 
+class Note(NamedTuple):
+    """A message about samples, for the report; a warning if the result may differ from what the user expects."""
+
+    text: str
+    warning: bool = False
+
+
 class Samples(Dataset[Batch], ABC):
     """Samples that are read a batch at a time; also a map-style data set for ``DataLoader``."""
 
@@ -44,6 +51,11 @@ class Samples(Dataset[Batch], ABC):
     @abstractmethod
     def classes(self) -> int | None:
         """Number of classes; None without labels."""
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """Messages for the report, such as how text became class numbers; none by default."""
+        return ()
 
     def __getitem__(self, index: int) -> Batch:
         return self.batch([index])
@@ -89,6 +101,10 @@ class _Subset(Samples):
     def classes(self) -> int | None:
         return self._whole.classes
 
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        return self._whole.notes
+
 
 class Tensors(Samples):
     """Samples held in memory, for networks of any number of inputs.
@@ -133,6 +149,11 @@ class Tensors(Samples):
         """Number of classes; None without labels."""
         return self._classes
 
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """A caution if all samples are of one class."""
+        return () if self.labels is None else one_class(self.labels, "the samples given")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -159,6 +180,13 @@ class Task:
                 raise InputError(
                     f"Task({name}=...) is a {type(given).__name__}; give Samples: Tensors(x, y) makes them from tensors"
                 )
+
+
+def one_class(labels: Tensor, name: str) -> tuple[Note, ...]:
+    """Return a caution if several samples are all of one class."""
+    if len(labels) < 2 or bool((labels != labels[0]).any()):
+        return ()
+    return (Note(f"all {len(labels)} samples of {name} are of class {int(labels[0])}", warning=True),)
 
 
 def _digest(batch: Batch) -> str:

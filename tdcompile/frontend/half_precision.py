@@ -9,7 +9,9 @@ from itertools import chain, zip_longest
 import torch
 from torch import Tensor, nn
 
+from tdcompile.data.images import cast_exactly, takes_integers
 from tdcompile.data.task import Batch, Samples
+from tdcompile.errors import InputError
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -43,7 +45,11 @@ def inputs_to_single_precision(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...
 
 
 def samples_cast_like(samples: Samples | None, examples: tuple[Tensor, ...]) -> Samples | None:
-    """Return samples cast to the example inputs' dtypes: files may hold fp16 or fp64, layers accept only theirs."""
+    """Return samples cast to the example inputs' dtypes: files may hold fp16 or fp64, layers accept only theirs.
+
+    Reading a sample raises ``InputError`` if it has integers where the network takes floats, or values that an integer
+    input cannot hold.
+    """
     return None if samples is None else _CastSamples(samples, examples)
 
 
@@ -57,16 +63,25 @@ class _CastSamples(Samples):
     def batch(self, indices: Sequence[int]) -> Batch:
         inputs, labels = self._whole.batch(indices)
         pairs = zip_longest(inputs, self._kinds[: len(inputs)])
-        return Batch(tuple(_cast(x, kind) for x, kind in pairs), labels)
+        return Batch(tuple(_cast(x, kind, place) for place, (x, kind) in enumerate(pairs)), labels)
 
     @property
     def classes(self) -> int | None:
         return self._whole.classes
 
 
-def _cast(x: Tensor, kind: torch.dtype | None) -> Tensor:
-    both = kind is not None and x.is_floating_point() and kind.is_floating_point
-    return x.to(kind) if both else x
+def _cast(x: Tensor, kind: torch.dtype | None, place: int) -> Tensor:
+    if kind is None or x.dtype is kind:
+        return x
+    if takes_integers(kind):
+        try:
+            return cast_exactly(x, kind)
+        except InputError as error:
+            raise InputError(f"input {place} of a sample: {error}") from error
+    if x.is_floating_point() and kind.is_floating_point:
+        return x.to(kind)
+    have, want = (str(dtype).removeprefix("torch.") for dtype in (x.dtype, kind))
+    raise InputError(f"input {place} of a sample is {have}, and the network's input is {want}: convert the samples")
 
 
 def half_dtypes(module: nn.Module) -> str:

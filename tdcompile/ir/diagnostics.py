@@ -68,6 +68,7 @@ class DiagnosticCode(_Code):
     NO_LAYER = "no_layer", "a weight belongs to no convolution or linear layer"
     QUANTISED = "quantised", "a layer is quantised already"
     CAUTION = "caution", "a decomposition reports a numerical problem in the factors of a layer"
+    DATA = "data", "how samples or labels were read, or what about them limits the result"
     NO_DATA = "no_data", "the pass needs training samples, and there are none"
     NO_BATCHNORM = "no_batchnorm", "the network has no batch norm with running statistics"
     NO_ADAPTERS = "no_adapters", "no layer has an adapter"

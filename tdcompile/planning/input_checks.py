@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Sequence
 
 from tdcompile.core.pipeline import Pipeline
-from tdcompile.data.task import Task
+from tdcompile.data.task import Samples, Task
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.modules import outputs_of
@@ -56,16 +56,34 @@ def check_labels(program: Program) -> None:
     """Require a score in the network's output for every class of the labels.
 
     Raises:
-        InputError: the labels have more classes than the network.
+        InputError: the labels have more classes than the network, or those of the first samples are no class numbers.
     """
+    for samples, what in ((program.task.train, "training"), (program.task.test, "test")):
+        if samples is not None and len(samples):
+            _check_first_labels(samples, what)
     classes = max((s.classes or 0 for s in (program.task.train, program.task.test) if s is not None), default=0)
     if not classes:
         return
     scores = outputs_of(program.graph, program.inputs)[0]
-    if scores.dim() != 2 or classes > scores.shape[1]:
+    if scores.dim() != 2 or max(classes, 2) > scores.shape[1]:
         shape = "x".join(map(str, scores.shape))
         raise InputError(
             f"the labels go up to {classes - 1}, and the network's output is {shape}: expected a score for each class"
+        )
+
+
+def _check_first_labels(samples: Samples, what: str) -> None:
+    """Check labels of samples that users make themselves; those that this package reads are checked already."""
+    labels, classes = next(samples.batches(limit=8)).labels, samples.classes
+    if (labels is None) != (classes is None):
+        has, lacks = ("no labels", f"{classes} classes") if labels is None else ("labels", "no number of 'classes'")
+        raise InputError(f"the {what} samples have {has}, and {lacks}")
+    if labels is None or classes is None:
+        return
+    if labels.dim() != 1 or labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise InputError(
+            f"the labels of the {what} samples are {labels.dtype} of shape {tuple(labels.shape)} from "
+            f"{labels.min().item()} to {labels.max().item()}: class numbers (N,) from 0 to {classes - 1} are needed"
         )
 
 

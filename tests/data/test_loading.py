@@ -527,7 +527,7 @@ def test_a_callable_may_return_arrays_data_sets_or_samples(users: str, monkeypat
     [
         ("fails", "^train of '.*own_data.py:fails': sample 0 cannot be read: ZeroDivisionError"),
         ("triple", "^train of .*: sample 0 has 3 members"),
-        ("stream", "^train of '.*:stream': the data set Stream has no length"),
+        ("stream", "^train of '.*:stream': the data set Stream is a stream"),
         ("named", r"^test of '.*:named': sample 0 is a dict of image, label; items are x or \(x, y\)"),
         ("small", "^train of .*: the images are 4x5, the input is 8x8"),
         ("shrunk", "^train of .*: the images are 6x8, the input is 8x8"),
