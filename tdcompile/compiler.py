@@ -37,6 +37,7 @@ from tdcompile.ir.modules import evaluating
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Budget
 from tdcompile.planning.input_checks import (
+    check_class_names,
     check_labels,
     check_sample_inputs,
     check_test_labels,
@@ -219,7 +220,10 @@ class _Compilation:
     def _export_and_measure(self, program: Program, record: RunRecord) -> tuple[Report, fx.GraphModule]:
         """Return the report, and the compiled network with batch norm folded."""
         began = time.perf_counter()
-        stamp = {"producer": f"tdcompile {version('tdcompile')}", "source": self.source, "plan": _stamp(program)}
+        names = self.recipe.class_names()
+        labels = {"labels": json.dumps(names, ensure_ascii=False)} if names else {}
+        own = {"producer": f"tdcompile {version('tdcompile')}", "source": self.source, "plan": _stamp(program)}
+        stamp = {**self.recipe.metadata, **labels, **own}
         outcome = measure(program, self.folder, stamp=stamp)
         run = Run(
             self.source,
@@ -229,6 +233,8 @@ class _Compilation:
             outcome.compiled.accuracy if record.before_tuning is None else record.before_tuning,
             max_drop=self.recipe.max_drop,
             min_speedup=self.recipe.min_speedup,
+            metadata=self.recipe.metadata,
+            labels=names,
         )
         return summarise(program, outcome, run), outcome.compiled.module
 
@@ -273,7 +279,8 @@ def prepare(
     """
     target = recipe.device()
     budget = recipe.shares()
-    open_probe(target)  # before any work
+    form, names = recipe.onnx(), recipe.class_names()
+    open_probe(target, form)  # before any work
     program = trace(
         module, inputs, frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch, dynamic=recipe.dynamic
     )
@@ -281,10 +288,11 @@ def prepare(
     told = [note for samples in (task.train, task.test) if samples is not None for note in samples.notes]
     train, test = (samples_cast_like(samples, program.inputs) for samples in (task.train, task.test))
     task = replace(task, train=train, test=test)
-    program = program.with_(task=task, target=target, budget=budget, seed=recipe.seed)
+    program = program.with_(task=task, target=target, budget=budget, seed=recipe.seed, onnx=form)
     program = program.with_(keep_dense=matched_layers(program, recipe.keep_dense))
     check_sample_inputs(program)
     check_labels(program)
+    check_class_names(program, names)
     if recipe.plan:
         program = adopt(program, recipe.plan)
     read = [Diagnostic("warning" if note.warning else "info", DiagnosticCode.DATA, note.text) for note in told]

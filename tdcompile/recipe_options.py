@@ -12,10 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tdcompile.core.spec import split
+from tdcompile.errors import InputError
 from tdcompile.ir.target import Budget, Device
 from tdcompile.support.options import Count
 
 Frontend = Literal["auto", "fx", "export"]
+
+METADATA = ("producer", "source", "plan", "model", "labels")  # keys of the models' metadata that tdcompile writes
 
 _Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # the range of torch.manual_seed
@@ -41,6 +44,20 @@ class RecipeOptions(BaseModel):
     )
     dynamic_batch: bool = Field(default=True, description="Leave the batch dimension open")
     dynamic: tuple[str, ...] = Field(default=(), description="Leave another axis open, e.g. ids:1 or ids:1=time")
+    opset: Annotated[int, Field(ge=7)] | None = Field(
+        default=None, description="Opset of the ONNX models; default the exporter's"
+    )
+    ir: Annotated[int, Field(ge=4)] | None = Field(
+        default=None, description="IR version of the ONNX models; default the exporter's"
+    )
+    output_names: tuple[str, ...] = Field(
+        default=(),
+        description="Names of the ONNX outputs in order; default the keys of a dict, or output, output_0, ...",
+    )
+    metadata: Mapping[str, str] = Field(default={}, description="Entry of the ONNX metadata, e.g. version=3")
+    labels: str | tuple[str, ...] | None = Field(
+        default=None, description="File of class names, one a line, for the ONNX metadata"
+    )
     frontend: Frontend = Field(default="auto", description="How the network is traced: auto, fx or export")
     data: str | None = Field(
         default=None, description="digits, parquet:DIR, imagefolder:DIR, npz:FILE, hub:NAME or file.py:callable"
@@ -84,7 +101,28 @@ class RecipeOptions(BaseModel):
         budget_of(value)
         return value
 
-    @field_validator("decompose", "dynamic", "keep_dense", mode="before")
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _read_metadata(cls, value: Any) -> Any:
+        texts = (value,) if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple):
+            return value
+        pairs = [str(text).partition("=") for text in texts]
+        if wrong := [text for text, (key, equals, _) in zip(texts, pairs, strict=True) if not (equals and key.strip())]:
+            raise InputError(f"the metadata '{wrong[0]}' must have the form KEY=VALUE, e.g. version=3")
+        keys = [key.strip() for key, _, _ in pairs]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise InputError(f"the metadata '{twice[0]}' is given twice")
+        return dict(zip(keys, (text for _, _, text in pairs), strict=True))
+
+    @field_validator("metadata")
+    @classmethod
+    def _check_metadata(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+        if taken := [key for key in METADATA if key in value]:
+            raise InputError(f"the metadata '{taken[0]}' is written by tdcompile: give another key")
+        return value
+
+    @field_validator("decompose", "dynamic", "keep_dense", "output_names", mode="before")
     @classmethod
     def _read_list(cls, value: Any) -> Any:
         return tuple(split(value)) if isinstance(value, str) else value

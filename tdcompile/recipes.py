@@ -18,9 +18,11 @@ from tdcompile.core.plan import RankPlan
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find, get, only
 from tdcompile.core.spec import Spec, parse_options, parse_spec, parse_specs
+from tdcompile.data.class_names import read_class_names
 from tdcompile.data.loading import Given, given
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError, nearest
+from tdcompile.ir.onnx_format import OnnxFormat
 from tdcompile.ir.target import UNLIMITED, Budget, Device, Target
 from tdcompile.recipe_options import Frontend, RecipeOptions, budget_of
 
@@ -30,7 +32,10 @@ _PIPELINE = (*_PLANNING, "tune", "plan")  # the options that decide a pipeline
 _OF_STEPS = ("decompose", "importance", "ranks")  # the options that a pipeline in text form states itself
 _PASSED_ON = ("grain", "jobs")  # the options that are passed on to every pass that has them
 # Options that change no result of a pass, or that the program itself holds: the network, its inputs, a given plan.
-_WITHOUT_EFFECT = {"source", "weights", "input", "plan", "max_drop", "min_speedup", "eval", "jobs"}
+_WITHOUT_EFFECT = {
+    *("source", "weights", "input", "plan"),
+    *("max_drop", "min_speedup", "eval", "jobs", "metadata", "labels"),
+}
 
 
 class CompileOptions(TypedDict, total=False):
@@ -39,6 +44,11 @@ class CompileOptions(TypedDict, total=False):
     source: str | None
     dynamic_batch: bool
     dynamic: str | Sequence[str]
+    opset: int | None
+    ir: int | None
+    output_names: str | Sequence[str]
+    metadata: Mapping[str, str]
+    labels: str | Path | Sequence[str] | None
     frontend: Frontend
     normalize: str
     calibrate: int
@@ -80,6 +90,22 @@ class Recipe(RecipeOptions):
     def device(self) -> Target:
         """Return the target."""
         return Target(device=self.target, threads=self.threads, grain=self.grain)
+
+    def onnx(self) -> OnnxFormat:
+        """Return the versions and output names of the ONNX models.
+
+        Raises:
+            InputError: an output name is empty or given twice.
+        """
+        return OnnxFormat(self.opset, self.ir, self.output_names)
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the class names, read from their file if ``labels`` names one.
+
+        Raises:
+            InputError: the file cannot be used.
+        """
+        return read_class_names(Path(self.labels)) if isinstance(self.labels, str) else self.labels or ()
 
     def task(self, data: Task | Given, first: Tensor) -> Task:
         """Make a task of data, for a network whose first input is ``first``; return a ``Task`` unchanged.

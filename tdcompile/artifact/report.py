@@ -126,6 +126,19 @@ class Tuned(_Part):
     seconds: float
 
 
+class Onnx(_Part):
+    """The compiled ONNX model as its consumers see it."""
+
+    opset: int
+    ir: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    metadata: dict[str, str] = {}
+    """The entries that the user gave."""
+    labels: tuple[str, ...] = ()
+    """Class names."""
+
+
 class Report(_Part):
     """Every figure of one compilation."""
 
@@ -160,6 +173,7 @@ class Report(_Part):
     """Of each pass, and ``total``."""
     peak_memory_mb: float
     environment: dict[str, str]
+    onnx: Onnx | None = None
     notes: tuple[str, ...] = ()
     """What did not go the usual way, a sentence each."""
 

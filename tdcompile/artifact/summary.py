@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tdcompile.artifact.report import (
@@ -15,6 +15,7 @@ from tdcompile.artifact.report import (
     Gate,
     Iteration,
     LayerRow,
+    Onnx,
     Ratio,
     Report,
     Tuned,
@@ -45,6 +46,8 @@ class Run:
         source: the source of the network, or the name of its class.
         max_drop: gate: largest allowed loss of accuracy, in points.
         min_speedup: gate: smallest allowed ratio of dense to compiled latency.
+        metadata: the user's entries of the models' metadata.
+        labels: class names.
     """
 
     source: str
@@ -54,6 +57,8 @@ class Run:
     before_tuning: float | None
     max_drop: float | None = None
     min_speedup: float | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
 
 def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
@@ -104,6 +109,14 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
         seconds={**run.seconds, "total": run.total},
         peak_memory_mb=peak_memory_mb(),
         environment=environment(program.target),
+        onnx=Onnx(
+            opset=compiled.exported.opset,
+            ir=compiled.exported.ir,
+            inputs=compiled.exported.input_names,
+            outputs=compiled.exported.output_names,
+            metadata=dict(run.metadata),
+            labels=run.labels,
+        ),
         notes=tuple(_notes(program, outcome)),
     )
 

@@ -13,21 +13,29 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import onnx_ir as ir
 import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from tdcompile.errors import InputError, TdcompileError, first_line
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.dynamic_shapes import BATCH, Axis, batch_of, limits, shares_batch, symbolic_lengths
 from tdcompile.ir.modules import evaluating, separate_attention
+from tdcompile.ir.onnx_format import OnnxFormat
 from tdcompile.support.quiet import captured_output
 
 # A protobuf message is limited to 2 GiB; 64 MiB of it are left for the graph beside the weights.
 LARGEST_SINGLE_FILE = 2**31 - 2**26
 _OPERATOR = re.compile(r"OpOverload\(op='(?P<name>[^']+)'")
 _SOURCE_LINE = re.compile(r"(?P<place>[\w./-]+\.py:\d+)")
+LOWEST_EXPORTED = 18  # the lowest opset that torch exports; models are converted to lower ones
+# What onnx's converter says about an operator without a lower version.
+_NO_ADAPTER = re.compile(r"No Adapter From Version \$?(?P<opset>\d+) for (?P<operator>\w+)")
+_NO_OPERATOR = re.compile(r"No Previous Version of (?P<operator>\w+) exists")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -44,6 +52,7 @@ class Exported:
     path: Path
     bytes: int
     opset: int
+    ir: int
     nodes: int
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
@@ -59,14 +68,16 @@ def export_onnx(
     dynamic_batch: bool = True,
     axes: Sequence[Axis] = (),
     input_names: Sequence[str] | None = None,
+    form: OnnxFormat | None = None,
     simplify: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Export a network in eval mode and write the file atomically.
 
-    Nodes are named ``<module>/<operator>``, so that a profile can be summed by layer. The outputs are named ``output``,
-    or ``output_0``, ``output_1``, ... in the order of ``modules.tensors_in``. Weights over 2 GB go to ``<name>.data``
-    beside the file.
+    Nodes are named ``<module>/<operator>``, so that a profile can be summed by layer. The outputs of a network that
+    returns a dict or a dataclass are named by its keys, with ``_`` between those of a nesting. Other outputs are named
+    ``output``, or ``output_0``, ``output_1``, ... in the order of ``modules.tensors_in``. Weights over 2 GB go to
+    ``<name>.data`` beside the file.
 
     Args:
         module: the network; its train or eval mode is restored.
@@ -76,11 +87,13 @@ def export_onnx(
         dynamic_batch: make the batch axis dynamic, under the name ``batch``.
         axes: further dynamic axes, under their names.
         input_names: names of the graph's inputs; default the arguments of ``forward``.
+        form: versions of the model and names of its outputs.
         simplify: run onnxsim on the exported model; its result is used only if it is valid.
         metadata: entries of the model's ``metadata_props``.
 
     Raises:
-        InputError: no input has a batch axis, the network fixes an axis, or the names do not fit the inputs.
+        InputError: no input has a batch axis, the network fixes an axis, the names do not fit the inputs or outputs, or
+            the network needs a later opset.
         TdcompileError: torch cannot export the network, or the model is not valid ONNX.
     """
     if not inputs or (dynamic_batch and not any(x.dim() for x in inputs)):
@@ -96,13 +109,17 @@ def export_onnx(
         opened[axis.input][axis.axis] = axis.name
     # torch treats a size of 1 as a constant
     one = any(0 in open_ and len(x) == 1 for x, open_ in zip(inputs, opened, strict=True))
-    model = _capture(module, batch_of(inputs, 2) if one else tuple(inputs), opened)
+    form = form or OnnxFormat()
+    model, keys = _capture(module, batch_of(inputs, 2) if one else tuple(inputs), opened, form.opset)
     _check_open(model.graph, opened)
+    model.ir_version = form.ir or model.ir_version
     _normalize_names(model, input_names or _argument_names(module, len(inputs)))
+    for value, name in zip(model.graph.outputs, _names_of_outputs(model.graph, form.output_names, keys), strict=True):
+        _rename(model.graph, value, name)
     model.metadata_props.update(sorted((metadata or {}).items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        return _write(model, Path(folder) / path.name, path, simplify)
+        return _write(model, Path(folder) / path.name, path, simplify=simplify, opset=form.opset)
 
 
 def rewrite_metadata(
@@ -138,11 +155,17 @@ def _external_files(proto: onnx.ModelProto) -> list[str]:
     return sorted({entry.value for entry in entries if entry.key == "location"})
 
 
-def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[Mapping[int, str]]) -> ir.Model:
+def _capture(
+    module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[Mapping[int, str]], opset: int | None
+) -> tuple[ir.Model, list[str]]:
+    """Return the exported model, of ``LOWEST_EXPORTED`` if a lower opset is asked for, and the keys of its outputs."""
     shapes = tuple(dict(each) or None for each in opened) if any(opened) else None
+    version = None if opset is None else max(opset, LOWEST_EXPORTED)
     with evaluating(module), torch.no_grad(), separate_attention(), symbolic_lengths(), captured_output() as said:
         try:
-            program = torch.onnx.export(module, examples, dynamo=True, dynamic_shapes=shapes, verbose=False)
+            program = torch.onnx.export(
+                module, examples, dynamo=True, dynamic_shapes=shapes, verbose=False, opset_version=version
+            )
         except Exception as error:  # noqa: BLE001  # the exporter and the network raise anything
             cause = _root(error)
             cause.add_note(said.getvalue())
@@ -154,6 +177,8 @@ def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[M
             kind = InputError if "data-dependent" in str(cause) else TdcompileError
             raise kind(f"torch cannot export the network to ONNX: {_explain_failure(cause, module)}") from cause
     assert program is not None  # torch.onnx.export returns one under dynamo=True
+    if version is not None and program.model.opset_imports[""] != version:
+        raise InputError(f"torch {torch.__version__} does not export opset {opset}: give a lower --opset")
     if program.exported_program is not None:
         found = limits(program.exported_program, opened)
         least, largest = found.get(BATCH, (1, None))
@@ -162,7 +187,21 @@ def _capture(module: nn.Module, examples: tuple[Tensor, ...], opened: Sequence[M
                 f"the network does something else where its batch is {largest + 1 if largest else least - 1}, so the "
                 "batch axis cannot stay open: pass dynamic_batch=False (--no-dynamic-batch)"
             )
-    return program.model
+    return program.model, _output_keys(program.exported_program)
+
+
+def _output_keys(program: ExportedProgram | None) -> list[str]:
+    """Return a name for each output of a network that returns a dict or a dataclass, from its keys; else nothing."""
+    spec = program.call_spec.out_spec if program is not None else None
+    if spec is None or spec.is_leaf() or spec.type in (tuple, list):
+        return []
+    paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten([0] * spec.num_leaves, spec))[0]]
+    return ["_".join(re.sub(r"\W", "_", _step_name(step)) for step in path) for path in paths]
+
+
+def _step_name(step: object) -> str:
+    """Return the key, field or position of one step of a pytree's path."""
+    return str(next((getattr(step, name) for name in ("key", "name", "idx") if hasattr(step, name)), step))
 
 
 def _explain_failure(cause: BaseException, module: nn.Module) -> str:
@@ -228,7 +267,7 @@ def _check_open(graph: ir.Graph, opened: Sequence[Mapping[int, str]]) -> None:
 
 
 def _normalize_names(model: ir.Model, input_names: Sequence[str] | None) -> None:
-    """Name nodes by module and outputs by position; remove file names and versions of the exporting machine."""
+    """Name nodes by module and inputs as given; remove file names and versions of the exporting machine."""
     graph = model.graph
     for node in graph.all_nodes():
         module = _module_of(node)
@@ -244,10 +283,33 @@ def _normalize_names(model: ir.Model, input_names: Sequence[str] | None) -> None
     model.metadata_props.clear()
     for value, name in zip(graph.inputs, input_names or (), strict=bool(input_names)):
         _rename(graph, value, name)
-    # callers rely on the outputs' names: an input called ``output`` is renamed
-    count = len(graph.outputs)
-    for place, value in enumerate(graph.outputs):
-        _rename(graph, value, "output" if count == 1 else f"output_{place}")
+
+
+def _names_of_outputs(graph: ir.Graph, given: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Return the names that the user gave, else the keys, else positions.
+
+    Callers rely on the names ``output`` and ``output_0``, so an input of that name is renamed. A key gives way.
+
+    Raises:
+        InputError: there are more or fewer given names than outputs, or one is the name of an input.
+    """
+    inputs, count = {str(value.name) for value in graph.inputs}, len(graph.outputs)
+    if given and len(given) != count:
+        known = ", ".join(_names_of_outputs(graph, (), keys))
+        raise InputError(
+            f"{len(given)} output names are given ({', '.join(given)}) for {count} outputs ({known}): "
+            "give one name for each"
+        )
+    if taken := [name for name in given if name in inputs]:
+        raise InputError(f"the output name '{taken[0]}' is the name of an input: give another")
+    if given:
+        return list(given)
+    if len(keys) != count:
+        return ["output"] if count == 1 else [f"output_{place}" for place in range(count)]
+    names: list[str] = []
+    for key in keys:
+        names.append(_free(f"{key}_output" if key in inputs else key, {*inputs, *names}))
+    return names
 
 
 def _module_of(node: ir.Node) -> str:
@@ -270,19 +332,29 @@ def _free(name: str, taken: Collection[str]) -> str:
     return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
-def _write(model: ir.Model, draft: Path, path: Path, simplify: bool) -> Exported:
-    """Write and check a draft in its own temporary folder, then move its files to their final place."""
+def _write(model: ir.Model, draft: Path, path: Path, *, simplify: bool, opset: int | None) -> Exported:
+    """Write and check a draft in its own temporary folder, then move its files to their final place.
+
+    Raises:
+        InputError: the model cannot be converted to the opset.
+        TdcompileError: the model is not valid ONNX.
+    """
+    convert = opset is not None and opset < LOWEST_EXPORTED
     notes: list[Diagnostic] = []
     simplified = False
     if sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value) > (
         LARGEST_SINGLE_FILE
     ):
+        if convert:
+            raise InputError(
+                f"a model of over 2 GB cannot be converted to opset {opset}: give {LOWEST_EXPORTED} or later"
+            )
         notes.append(_not_simplified("the weights are over 2 GB: they are external data"))
         ir.save(model, draft, external_data=f"{path.name}.data")
         proto = onnx.load(draft, load_external_data=False)
         _check(str(draft))
     else:
-        proto = ir.to_proto(model)
+        proto = ir.to_proto(model) if not convert else _converted(ir.to_proto(model), int(opset or 0))
         simple = _simplify(proto) if simplify else None
         if isinstance(simple, Diagnostic):
             notes.append(simple)
@@ -296,6 +368,55 @@ def _write(model: ir.Model, draft: Path, path: Path, simplify: bool) -> Exported
     return _exported(proto, path, size, notes, simplified=simplified)
 
 
+def _converted(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Return the model in a lower opset.
+
+    Raises:
+        InputError: an operator needs a later opset.
+    """
+    with captured_output():
+        try:
+            lower = onnx.version_converter.convert_version(proto, opset)
+            _drop_unknown_defaults(lower.graph, opset)
+            onnx.checker.check_model(lower)
+            return lower
+        except Exception as error:  # the converter raises RuntimeError, or what protobuf raises
+            raise InputError(f"the model cannot be converted to opset {opset}: {_why_not_lower(str(error))}") from error
+
+
+def _drop_unknown_defaults(graph: onnx.GraphProto, opset: int) -> None:
+    """Remove attributes that the opset's operators lack, where their value is the default of the operators exported.
+
+    onnx's converter (seen in 1.23) leaves them: ``noop_with_empty_axes`` of ReduceMean below opset 18.
+    """
+    for node in graph.node:
+        if node.domain or not onnx.defs.has(node.op_type, max_inclusive_version=opset):
+            continue
+        known = onnx.defs.get_schema(node.op_type, opset).attributes
+        later = onnx.defs.get_schema(node.op_type, LOWEST_EXPORTED).attributes
+        kept = [
+            a for a in node.attribute if a.name in known or a.name not in later or not _is_default(a, later[a.name])
+        ]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+
+
+def _is_default(attribute: onnx.AttributeProto, declared: onnx.defs.OpSchema.Attribute) -> bool:
+    default = declared.default_value
+    return bool(default.name) and helper.get_attribute_value(attribute) == helper.get_attribute_value(default)
+
+
+def _why_not_lower(said: str) -> str:
+    """Return the operator that needs a later opset, and the opset to give, from the message of onnx's converter."""
+    known = _NO_ADAPTER.search(said)
+    if known is not None:
+        return f"the operator {known['operator']} needs opset {known['opset']} or later: give --opset {known['opset']}"
+    unknown = _NO_OPERATOR.search(said)
+    if unknown is not None:
+        return f"it has no operator {unknown['operator']}: give a higher --opset"
+    return f"{next(iter(said.splitlines()), '')}: give a higher --opset"
+
+
 def _exported(
     proto: onnx.ModelProto, path: Path, size: int, notes: Sequence[Diagnostic], *, simplified: bool
 ) -> Exported:
@@ -303,6 +424,7 @@ def _exported(
         path=path,
         bytes=size,
         opset=next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
+        ir=proto.ir_version,
         nodes=len(proto.graph.node),
         input_names=tuple(value.name for value in proto.graph.input),
         output_names=tuple(value.name for value in proto.graph.output),

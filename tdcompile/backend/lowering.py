@@ -53,6 +53,7 @@ def export_graph(
         path,
         dynamic_batch=program.dynamic_batch,
         axes=program.axes,
+        form=program.onnx,
         simplify=simplify,
         metadata=metadata,
     )

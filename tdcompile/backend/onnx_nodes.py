@@ -66,14 +66,14 @@ def noise_weight(layer: Layer) -> NDArray[np.float32]:
     return np.resize(piece, stored_shape(layer))
 
 
-def probe_model() -> bytes:
+def probe_model(opset: int = OPSET, ir: int = IR_VERSION) -> bytes:
     """Return the smallest model, one ReLU: a session on it proves that a provider loads."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", values[:1], values[1:])
-    model: bytes = make_model(graph).SerializeToString()
+    model: bytes = make_model(graph, opset, ir).SerializeToString()
     return model
 
 
-def make_model(graph: onnx.GraphProto) -> onnx.ModelProto:
+def make_model(graph: onnx.GraphProto, opset: int = OPSET, ir: int = IR_VERSION) -> onnx.ModelProto:
     """Return a model around a graph."""
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir)

@@ -22,8 +22,9 @@ from tdcompile.backend.environment import distributions
 # torch comes first: it loads the CUDA libraries, and on Windows it cannot be imported after onnxruntime's own
 import onnxruntime as ort
 
-from tdcompile.backend.onnx_nodes import probe_model
+from tdcompile.backend.onnx_nodes import IR_VERSION, OPSET, probe_model
 from tdcompile.errors import InputError, UnavailableError, first_line
+from tdcompile.ir.onnx_format import OnnxFormat
 from tdcompile.ir.target import Target
 
 Model = Path | bytes
@@ -100,13 +101,20 @@ def open_session(
     return session
 
 
-def open_probe(target: Target) -> ort.InferenceSession:
-    """Open a session on the smallest model, which proves that the target's provider loads.
+def open_probe(target: Target, form: OnnxFormat | None = None) -> ort.InferenceSession:
+    """Open a session on the smallest model, which proves that the target's provider and the model's versions load.
 
     Raises:
+        InputError: onnxruntime does not load models of these versions.
         UnavailableError: two onnxruntimes are installed, or the provider did not load.
     """
-    return open_session(probe_model(), target)
+    form = form or OnnxFormat()
+    if not str(form):
+        return open_session(probe_model(), target)
+    try:
+        return open_session(probe_model(form.opset or OPSET, form.ir or IR_VERSION), target)
+    except InputError as error:
+        raise InputError(f"onnxruntime {ort.__version__} does not load models of {form}: give lower numbers") from error
 
 
 def _providers(target: Target, tf32: bool) -> list[str | tuple[str, dict[str, str]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +155,7 @@ def _check(recipe: Recipe) -> None:
     for text in recipe.decompose:
         if text != "auto":
             make(Decomposition, text)
+    recipe.onnx(), recipe.class_names()
     pipeline = recipe.steps()
     pipeline.check(Facts(RankPlan({}, Cost(), Cost())) if recipe.plan else None, planned=True)
     if pipeline.trainer and recipe.source and recipe.data is None:
@@ -166,5 +168,9 @@ def _frozen(value: Any) -> Any:
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{{ {', '.join(f'{key} = {_toml(item)}' for key, item in value.items())} }}"
+        return f"{{ {', '.join(f'{_toml_key(key)} = {_toml(item)}' for key, item in value.items())} }}"
     return json.dumps(value, ensure_ascii=False)  # JSON and TOML write texts, numbers, booleans and lists alike
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)

@@ -57,6 +57,13 @@ DynamicBatch = Annotated[
     _recipe_option("dynamic_batch", "--dynamic-batch/--no-dynamic-batch", panel=_NETWORK, note="default dynamic-batch"),
 ]
 Dynamic = Annotated[list[str] | None, _recipe_option("dynamic", panel=_NETWORK, metavar="NAME:AXIS", note="repeatable")]
+Opset = Annotated[int | None, _recipe_option("opset", panel=_TARGET, metavar="N")]
+Ir = Annotated[int | None, _recipe_option("ir", panel=_TARGET, metavar="N")]
+OutputNames = Annotated[str | None, _recipe_option("output_names", panel=_TARGET, metavar="NAME,...")]
+Metadata = Annotated[
+    list[str] | None, _recipe_option("metadata", panel=_TARGET, metavar="KEY=VALUE", note="repeatable")
+]
+Labels = Annotated[str | None, _recipe_option("labels", panel=_TARGET, metavar="FILE")]
 Frontend = Annotated[str | None, _recipe_option("frontend", panel=_NETWORK, metavar="NAME")]
 Data = Annotated[str | None, _recipe_option("data", panel=_DATA, metavar="SPEC")]
 Normalize = Annotated[str | None, _recipe_option("normalize", panel=_DATA)]

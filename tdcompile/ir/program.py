@@ -20,6 +20,7 @@ from tdcompile.ir.facts import Aspect, Fact, Facts
 from tdcompile.ir.graph_edits import attribute
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.modules import called_differently, input_of, separate_attention
+from tdcompile.ir.onnx_format import OnnxFormat
 from tdcompile.ir.target import Budget, Target
 
 
@@ -95,6 +96,7 @@ class Program:
         frontend: the tracer that made the graph, ``fx`` or ``export``.
         dynamic_batch: whether the exported model takes any batch size; otherwise only that of ``inputs``.
         axes: other axes that the exported model takes at any size.
+        onnx: versions of the exported models and names of their outputs.
         workspace: a folder in which a pass may keep state to resume from; None if nothing is kept.
     """
 
@@ -111,6 +113,7 @@ class Program:
     frontend: Literal["fx", "export"] = "fx"
     dynamic_batch: bool = True
     axes: tuple[Axis, ...] = ()
+    onnx: OnnxFormat = field(default_factory=OnnxFormat)
     workspace: Path | None = None
 
     def generator(self, purpose: str) -> torch.Generator:

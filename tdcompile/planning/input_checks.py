@@ -52,6 +52,19 @@ def check_sample_inputs(program: Program) -> None:
                 )
 
 
+def check_class_names(program: Program, names: Sequence[str]) -> None:
+    """Require an output with as many scores as class names, along its second or last axis; two may share one score.
+
+    Raises:
+        InputError: no output has that many scores.
+    """
+    shapes = [tuple(y.shape) for y in outputs_of(program.graph, program.inputs)] if names else []
+    scores = {size for shape in shapes if len(shape) > 1 for size in (shape[1], shape[-1])}
+    if names and len(names) not in scores | ({2} if 1 in scores else set()):
+        told = ", ".join("×".join(map(str, shape)) for shape in shapes)
+        raise InputError(f"{len(names)} class names are given as labels, and the network's output is {told}")
+
+
 def check_labels(program: Program) -> None:
     """Require a score in the network's output for every class of the labels.
 

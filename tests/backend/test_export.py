@@ -18,6 +18,8 @@ from tdcompile.backend.export import export_onnx, rewrite_metadata, unique_node_
 from tdcompile.backend.session import infer, open_session
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
+from tdcompile.ir.modules import register_trees
+from tdcompile.ir.onnx_format import OnnxFormat
 from tdcompile.ir.target import Target
 
 
@@ -134,14 +136,106 @@ def test_a_fixed_batch_when_asked_for(tmp_path):
 
 def test_several_inputs_and_nested_outputs(tmp_path):
     inputs = (torch.randn(2, 3), torch.randn(3))
-    done = export_onnx(Several(), inputs, tmp_path / "m.onnx", input_names=("output_0", "rows"))
-    assert done.input_names == ("output_0_inner", "rows")  # an output's name is a promise, an input's gives way
-    assert done.output_names == ("output_0", "output_1", "output_2")
+    done = export_onnx(Several(), inputs, tmp_path / "m.onnx")
+    assert done.input_names == ("x", "table")
+    assert done.output_names == ("sum", "pair_0", "pair_1")
     x = torch.randn(4, 3)
     total, double, same = run(done.path, x, inputs[1])
     np.testing.assert_allclose(total, x + inputs[1])
     np.testing.assert_allclose(double, x * 2)
     np.testing.assert_allclose(same, x)
+
+
+class Answers(nn.Module):
+    """Returns what it is told to make of its input."""
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> object:
+        return self.answer(x)
+
+
+@dataclasses.dataclass
+class Found:
+    boxes: Tensor
+    scores: Tensor
+
+
+@pytest.mark.parametrize(
+    ("answer", "names"),
+    [
+        (lambda x: x + 1, ("output",)),
+        (lambda x: (x + 1, x + 2), ("output_0", "output_1")),
+        (lambda x: ({"a": x + 1}, x + 2), ("output_0", "output_1")),
+        (lambda x: {"logits": x + 1}, ("logits",)),
+        (lambda x: {"x": x + 1, "y z": x + 2}, ("x_output", "y_z")),
+        (lambda x: {"a": {"b": x + 1}, "a_b": x + 2}, ("a_b", "a_b_1")),
+        (lambda x: Found(x + 1, x + 2), ("boxes", "scores")),
+    ],
+)
+def test_outputs_are_named_by_the_keys_that_the_network_returns(answer, names, tmp_path):
+    register_trees(Found(torch.zeros(1), torch.zeros(1)))
+    done = export_onnx(Answers(answer), (torch.randn(2, 3),), tmp_path / "m.onnx")
+    assert done.output_names == names
+    assert done.input_names == ("x",)
+
+
+def test_an_input_gives_way_to_the_usual_name_of_an_output(tmp_path):
+    done = export_onnx(Answers(lambda x: x + 1), (torch.randn(2, 3),), tmp_path / "m.onnx", input_names=("output",))
+    assert (done.input_names, done.output_names) == (("output_inner",), ("output",))
+
+
+def test_given_output_names_are_taken(tmp_path):
+    form = OnnxFormat(output_names=("sum", "add", "twice"))
+    inputs = (torch.randn(2, 3), torch.randn(3))
+    done = export_onnx(Several(), inputs, tmp_path / "m.onnx", form=form)
+    assert done.output_names == ("sum", "add", "twice")
+    np.testing.assert_allclose(run(done.path, *inputs)[1], inputs[0] * 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("a", "b"), r"2 output names are given \(a, b\) for 3 outputs \(sum, pair_0, pair_1\)"),
+        (("a", "b", "table"), "'table' is the name of an input"),
+        (("a", "b", "a"), "'a' is given twice"),
+        (("a", "b", ""), "empty"),
+    ],
+)
+def test_output_names_that_do_not_fit_are_refused(names, says, tmp_path):
+    inputs = (torch.randn(2, 3), torch.randn(3))
+    with pytest.raises(InputError, match=says):
+        export_onnx(Several(), inputs, tmp_path / "m.onnx", form=OnnxFormat(output_names=names))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("opset", "version"), [(17, 8), (18, 9), (21, 10), (None, None)])
+def test_the_opset_and_the_ir_version_that_are_asked_for_are_written(net, written, tmp_path, opset, version):
+    form = OnnxFormat(opset=opset, ir=version)
+    done = export_onnx(net, (torch.randn(2, 3, 8, 8),), tmp_path / "m.onnx", form=form)
+    model = onnx.load(done.path)
+    assert (done.opset, done.ir) == (opset or written[0].opset, version or written[0].ir)
+    assert (model.opset_import[0].version, model.ir_version) == (done.opset, done.ir)
+    assert [node.name for node in model.graph.node][:2] == ["block.0/conv2d", "block.1/relu"]
+    x = torch.randn(3, 3, 8, 8)
+    np.testing.assert_allclose(run(done.path, x)[0], net.eval()(x).detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "opset", "says"),
+    [
+        (nn.LayerNorm(3), 16, "cannot be converted to opset 16: .*LayerNormalization"),
+        (nn.ReLU(), 999, "does not export opset 999"),
+    ],
+)
+def test_an_opset_that_an_operator_or_the_exporter_lacks_is_refused(module, opset, says, tmp_path, capfd):
+    with pytest.raises(InputError, match=says) as caught:
+        export_onnx(module, (torch.randn(2, 3),), tmp_path / "m.onnx", form=OnnxFormat(opset=opset))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import tdcompile.backend.session
 from tdcompile.backend.environment import distributions, environment, peak_memory_mb
 from tdcompile.backend.profile import node_seconds
-from tdcompile.backend.session import Timing, infer, open_session, time_models
+from tdcompile.backend.session import Timing, infer, open_probe, open_session, time_models
 from tdcompile.errors import InputError, UnavailableError
+from tdcompile.ir.onnx_format import OnnxFormat
 from tdcompile.ir.target import Target
 
 CPU = Target()
@@ -228,3 +229,10 @@ def test_cuda_is_timed_and_profiled(model):
     (timing,) = time_models([model], inputs, Target("cuda"), seconds=0.1)
     assert timing.median > 0
     assert "two/conv" in node_seconds(model, inputs, Target("cuda"), runs=3)
+
+
+@pytest.mark.parametrize(("form", "told"), [(OnnxFormat(opset=999), "opset 999"), (OnnxFormat(ir=99), "IR version 99")])
+def test_versions_that_onnxruntime_does_not_load_are_refused(form, told):
+    with pytest.raises(InputError, match=f"does not load models of {told}"):
+        open_probe(Target(), form)
+    open_probe(Target(), OnnxFormat(opset=13, ir=7))

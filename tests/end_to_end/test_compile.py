@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tdcompile
 from tdcompile.artifact.checkpoint import Checkpoint
+from tdcompile.artifact.report import render_html
 from tdcompile.backend import verified_export
 from tdcompile.compiler import Compiled
 from tdcompile.core.hooks import Hook
@@ -190,6 +191,50 @@ def test_the_dense_network_is_exported_and_verified_once(monkeypatch):
         "dense"
     ]
     assert made.report.dense_parity.cases == 5
+
+
+def test_what_a_consumer_needs_is_in_the_models_and_in_the_report(tmp_path):
+    options = {
+        "opset": 17,
+        "ir": 8,
+        "output_names": "scores",
+        "metadata": {"version": "3"},
+        "labels": ["day", "nacht ü"],
+    }
+    report = (made := tdcompile.compile(network(), X, budget={"macs": 0.6}, **options)).report
+    for name in ("dense.onnx", "model.onnx"):
+        model = onnx.load(made.folder / name)
+        known = {entry.key: entry.value for entry in model.metadata_props}
+        assert known.keys() == {"producer", "source", "plan", "model", "version", "labels"}
+        assert (known["version"], json.loads(known["labels"])) == ("3", ["day", "nacht ü"])
+        assert (model.opset_import[0].version, model.ir_version) == (17, 8)
+        assert [value.name for value in model.graph.output] == ["scores"]
+    told = report.onnx
+    assert (told.opset, told.ir, told.outputs, told.metadata, told.labels) == (
+        *(17, 8, ("scores",), {"version": "3"}),
+        ("day", "nacht ü"),
+    )
+    assert "nacht ü" in render_html(report)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"labels": ["a", "b", "c"]}, r"3 class names are given as labels, and the network's output is \d×2"),
+        ({"labels": "none.txt"}, "none.txt cannot be read"),
+        ({"metadata": {"plan": "mine"}}, "'plan' is written by tdcompile"),
+        ({"metadata": ("version",)}, "must have the form KEY=VALUE"),
+        ({"opset": 999}, "does not load models of opset 999"),
+        ({"opset": 3}, "'opset' cannot be 3"),
+        ({"output_names": "a,b"}, "2 output names are given"),
+        ({"output_names": "a,a"}, "'a' is given twice"),
+    ],
+)
+def test_what_no_model_can_hold_is_refused_before_the_passes(options, told):
+    steps = Steps()
+    with pytest.raises(InputError, match=told):
+        tdcompile.compile(network(), X, budget={"macs": 0.6}, watch=steps, **options)
+    assert steps.names == []
 
 
 def test_the_state_of_another_compilation_is_refused_and_stays(tmp_path):
