@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tdcompile.core.network import Network
 from tdcompile.ir.saved_classes import saved_as
+from tdcompile.support.options import Count
 
 
 @saved_as("cifar-resnet/shortcut", "tdcompile.models.cifar_resnet:Shortcut")
@@ -75,7 +76,7 @@ class _Family(Network):
 
     depth: ClassVar[int]
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 32, 32),)
-    num_classes: int = 10
+    num_classes: Count = 10
 
     def build(self) -> nn.Module:
         """Return the network in eval mode, randomly initialised."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from tdcompile.core.network import Network
+from tdcompile.support.options import Count
 
 # The widths of each stage's 3×3 convolutions, at 16×16 and at 8×8; a 2×2 max pool ends a stage.
 STAGES = ((64, 64, 128, 128, 128, 128), (128, 128))
@@ -22,7 +23,7 @@ class DigitsNet(Network):
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((1, 16, 16),)
     checkpoint: ClassVar[str | None] = "digits_net.safetensors"
     data: ClassVar[str | None] = "digits"
-    num_classes: int = 10
+    num_classes: Count = 10
 
     def build(self) -> nn.Module:
         """Return the network in eval mode, randomly initialised."""

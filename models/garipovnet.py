@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import nn
 
 from tdcompile.core.network import Network
+from tdcompile.support.options import Count
 
 # Widths of the six convolutions, and the numbers of those before a 3×3 max pool of stride 2.
 WIDTHS = (64, 64, 128, 128, 128, 128)
@@ -26,7 +27,7 @@ class GaripovNet(Network):
 
     name: ClassVar[str] = "garipovnet"
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 32, 32),)
-    num_classes: int = 10
+    num_classes: Count = 10
 
     def build(self) -> nn.Module:
         """Return the network in eval mode, randomly initialised."""

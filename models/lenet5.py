@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from tdcompile.core.network import Network
+from tdcompile.support.options import Count
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class LeNet5(Network):
 
     name: ClassVar[str] = "lenet5"
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((1, 28, 28),)
-    num_classes: int = 10
+    num_classes: Count = 10
 
     def build(self) -> nn.Module:
         """Return the network in eval mode, randomly initialised."""

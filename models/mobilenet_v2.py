@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tdcompile.core.network import Network
 from tdcompile.ir.saved_classes import saved_as
+from tdcompile.support.options import Count
 
 STEM, HEAD = 32, 1280
 # Table 2 of the paper: expansion, width, blocks, stride of the first block.
@@ -59,7 +60,7 @@ class MobileNetV2(Network):
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 224, 224),)
     # First stage with the paper's stride; above 0, the stem and earlier stages have stride 1.
     halving: ClassVar[int] = 0
-    num_classes: int = 1000
+    num_classes: Count = 1000
 
     def build(self) -> nn.Module:
         """Return the network in eval mode, randomly initialised."""
@@ -88,4 +89,4 @@ class MobileNetV2Cifar(MobileNetV2):
     name: ClassVar[str] = "mobilenet_v2_cifar"
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 32, 32),)
     halving: ClassVar[int] = 2
-    num_classes: int = 10
+    num_classes: Count = 10

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tdcompile.core.network import Network
 from tdcompile.ir.saved_classes import saved_as
+from tdcompile.support.options import Count
 
 
 @saved_as("resnet/basic-block", "tdcompile.models.resnet:BasicBlock")
@@ -108,7 +109,7 @@ class _Family(Network):
     blocks: ClassVar[tuple[int, ...]]
     small: ClassVar[bool] = False
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 224, 224),)
-    num_classes: int = 1000
+    num_classes: Count = 1000
 
     def build(self) -> nn.Module:
         """Return the network in eval mode, randomly initialised."""
@@ -131,7 +132,7 @@ class ResNet18Cifar(ResNet18):
     name: ClassVar[str] = "resnet18_cifar"
     small: ClassVar[bool] = True
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 32, 32),)
-    num_classes: int = 10
+    num_classes: Count = 10
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from tdcompile.core.network import Network
+from tdcompile.support.options import Count
 
 # Configuration D of the paper: widths of each stage's convolutions. A 2×2 max pool ends a stage.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -44,7 +45,7 @@ class VGG16(Network):
 
     name: ClassVar[str] = "vgg16"
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 224, 224),)
-    num_classes: int = 1000
+    num_classes: Count = 1000
 
     def build(self) -> nn.Module:
         """Return the network in eval mode, randomly initialised."""
@@ -67,7 +68,7 @@ class VGG16Cifar(Network):
 
     name: ClassVar[str] = "vgg16_cifar"
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 32, 32),)
-    num_classes: int = 10
+    num_classes: Count = 10
 
     def build(self) -> nn.Module:
         """Return the network in eval mode, randomly initialised."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tdcompile.core.network import Network
 from tdcompile.ir.saved_classes import saved_as
+from tdcompile.support.options import Count
 
 IMAGE, PATCH = 224, 16
 EPSILON = 1e-6  # of the layer norms, as in DeiT; PyTorch's default is 1e-5
@@ -111,7 +112,7 @@ class ViTTiny(Network):
 
     name: ClassVar[str] = "vit_tiny"
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, IMAGE, IMAGE),)
-    num_classes: int = 1000
+    num_classes: Count = 1000
 
     def build(self) -> nn.Module:
         """Return the network in eval mode, randomly initialised."""

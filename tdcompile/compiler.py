@@ -23,7 +23,7 @@ from tdcompile.backend.export_and_measure import measure
 from tdcompile.backend.session import open_probe
 from tdcompile.core.hooks import Hook, RunRecord, StepTimer
 from tdcompile.core.passes import Pass
-from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.pipeline import Pipeline, check_hooks
 from tdcompile.core.plan import RankPlan
 from tdcompile.core.registry import make
 from tdcompile.data.loading import Given
@@ -146,6 +146,10 @@ def compile(  # the field's word, as in torch.compile
         UnavailableError: the target's execution provider does not load.
     """
     start = time.perf_counter()
+    if watch is not None:
+        check_hooks([watch])
+    if resume and workspace is None:
+        raise InputError("resume=True has no effect without a workspace, the folder that keeps the state of a run")
     chosen = resolve(recipe, options)
     if not isinstance(recipe, Recipe) and (lost := [name for name in ("weights", "input") if getattr(chosen, name)]):
         raise InputError(
@@ -257,9 +261,32 @@ def _plain(value: Any) -> Any:
         return value.shares
     if isinstance(value, RankPlan):
         return value.to_json()
-    if isinstance(value, Path | Pipeline):
+    if isinstance(value, Pipeline):
+        return _text_of(value)
+    if isinstance(value, Path):
         return str(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _text_of(pipeline: Pipeline) -> str:
+    """Return the text form of a pipeline.
+
+    Raises:
+        InputError: the pipeline is empty, or its text reads back to another pipeline.
+    """
+    if not pipeline.steps:
+        raise InputError("the pipeline has no passes")
+    for step in pipeline.steps:
+        try:
+            alike = Pipeline.parse(str(step.spec())).steps == (step,)
+        except InputError:
+            alike = False
+        if not alike:
+            raise InputError(
+                f"the pass {step!r} has no text form that reads back: its class needs a name of its own, and its "
+                "options texts without commas and braces (lists without '+'); or run the pipeline by Pipeline.run"
+            )
+    return str(pipeline)
 
 
 def prepare(
@@ -293,7 +320,7 @@ def prepare(
     check_sample_inputs(program)
     check_labels(program)
     check_class_names(program, names)
-    if recipe.plan:
+    if recipe.plan is not None:
         program = adopt(program, recipe.plan)
     read = [Diagnostic("warning" if note.warning else "info", DiagnosticCode.DATA, note.text) for note in told]
     return program.with_(history=(*notes, *read, *program.history))

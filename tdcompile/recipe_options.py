@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from tdcompile.core.spec import split
 from tdcompile.errors import InputError
 from tdcompile.ir.target import Budget, Device
-from tdcompile.support.options import Count
+from tdcompile.support.options import Count, Workers
 
 Frontend = Literal["auto", "fx", "export"]
 
@@ -66,7 +66,7 @@ class RecipeOptions(BaseModel):
     calibrate: Count = Field(default=1024, description="Training samples that calibration reads")
     eval: Count | None = Field(default=None, description="Test samples of the final accuracy; default all")
     target: Device = Field(default="cpu", description="cpu or cuda")
-    threads: Count = Field(default=1, description="Threads of onnxruntime")
+    threads: Workers = Field(default=1, description="Threads of onnxruntime")
     grain: Count | None = Field(default=None, description="Ranks are multiples of this number")
     budget: Mapping[str, float] = Field(
         default={"latency": 0.5},
@@ -87,13 +87,27 @@ class RecipeOptions(BaseModel):
         default=None,
         description="Passes to run instead of those that the options describe; budget, gates and keep-dense apply",
     )
-    jobs: Count = Field(default=1, description="Layers, or cells of a study, processed in parallel")
+    jobs: Workers = Field(default=1, description="Layers, or cells of a study, processed in parallel")
     seed: _Seed = Field(default=0, description="Seed of every random draw")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false as a number or a text; pydantic would read them as 1 and 0."""
+        name = str(info.field_name)
+        if isinstance(value, bool) and cls.model_fields[name].annotation is not bool:
+            raise InputError(f"the option '{name}' cannot be {value!r}: it is not true or false")
+        return value
 
     @field_validator("budget", mode="before")
     @classmethod
     def _read_budget(cls, value: Any) -> Any:
-        return Budget.parse([value]).shares if isinstance(value, str) else value
+        if isinstance(value, str):
+            return Budget.parse([value]).shares
+        for name, share in value.items() if isinstance(value, Mapping) else ():
+            if isinstance(share, bool):
+                raise InputError(f"budget {name}={share!r} must be a share in (0, 1]")
+        return value
 
     @field_validator("budget")
     @classmethod
@@ -122,10 +136,19 @@ class RecipeOptions(BaseModel):
             raise InputError(f"the metadata '{taken[0]}' is written by tdcompile: give another key")
         return value
 
-    @field_validator("decompose", "dynamic", "keep_dense", "output_names", mode="before")
+    @field_validator("input", "decompose", "dynamic", "keep_dense", "output_names", mode="before")
     @classmethod
     def _read_list(cls, value: Any) -> Any:
         return tuple(split(value)) if isinstance(value, str) else value
+
+    @field_validator("decompose")
+    @classmethod
+    def _check_decompose(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise InputError("the option 'decompose' is empty: name decompositions, or 'auto' for all")
+        if others := [name for name in value if name != "auto"] if "auto" in value else []:
+            raise InputError(f"'auto' considers all decompositions: '{others[0]}' has no effect beside it")
+        return value
 
 
 def budget_of(shares: Mapping[str, float]) -> Budget:

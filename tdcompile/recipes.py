@@ -38,6 +38,10 @@ _WITHOUT_EFFECT = {
 }
 
 
+# pydantic's words for values, and the words of a recipe.
+_WORDS = {"a valid tuple": "a list", "a valid dictionary": "a table"}
+
+
 class CompileOptions(TypedDict, total=False):
     """The keyword options of ``tdcompile.compile``, as fields of ``Recipe``; objects may replace their text forms."""
 
@@ -221,7 +225,7 @@ def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
     Raises:
         InputError: there is no such recipe, an option is unknown, or a value does not fit.
     """
-    return _recipe({**not_replaced(_read(name) if name else {}, overrides), **overrides})
+    return _recipe({**not_replaced({} if name is None else _read(name), overrides), **overrides})
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:
@@ -236,13 +240,16 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         where, why = ".".join(map(str, first["loc"])), first["msg"].replace("Input should be", "it should be")
+        for found, plain in _WORDS.items():
+            why = why.replace(found, plain)
         form = ", e.g. { macs = 0.5 }" if where == "budget" else ""
         raise InputError(f"the option '{where}' cannot be {first.get('input')!r}: {why}{form}") from error
 
 
 def not_replaced(known: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a recipe that overrides leave in force: a pipeline or a plan replaces what decides it."""
-    replaced = (*(_PIPELINE if overrides.get("pipeline") else ()), *(_PLANNING if overrides.get("plan") else ()))
+    given = {name for name in ("pipeline", "plan") if overrides.get(name) is not None}
+    replaced = (*(_PIPELINE if "pipeline" in given else ()), *(_PLANNING if "plan" in given else ()))
     return {key: value for key, value in known.items() if key not in replaced}
 
 

@@ -158,6 +158,12 @@ def test_flags_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -
         ("budget = 0.5", r"'budget' cannot be 0.5: .*e.g. \{ macs = 0.5 \}"),
         ("budget = { macs = 1.5 }", "macs=1.5 must be a share in \\(0, 1\\]"),
         ("max-drop = nan", "'max_drop' cannot be nan: it should be a finite number"),
+        ("threads = true", "'threads' cannot be True: it is not true or false"),
+        ("budget = { macs = true }", "budget macs=True must be a share"),
+        ("jobs = 5000", "'jobs' cannot be 5000: it should be less than or equal to 1024"),
+        ("keep-dense = 3", "'keep_dense' cannot be 3: it should be a list"),
+        ("decompose = []", "'decompose' is empty"),
+        ("decompose = ['auto', 'cp{correct=none}']", "'cp{correct=none}' has no effect beside it"),
         ("ranks = 'knapsak'", "did you mean 'knapsack'"),
         ("pipeline = 'score{by=fischer}'", "did you mean 'fisher'"),
         ("\udcff = 1", "is not UTF-8"),
@@ -178,10 +184,18 @@ def test_a_mistake_in_an_override_is_not_the_files(tmp_path: Path) -> None:
 
 def test_texts_stand_for_budgets_and_lists_as_in_flags(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('budget = "macs=0.5,params=0.4"\nkeep_dense = "c1"\ndecompose = "svd,tucker2{sweeps=1}"\n')
+    file.write_text(
+        'input = "1x1x8x8"\nbudget = "macs=0.5,params=0.4"\nkeep_dense = "c1"\ndecompose = "svd,tucker2{sweeps=1}"\n'
+    )
     recipe = load_recipe(str(file), {})
     assert (recipe.budget, recipe.keep_dense) == ({"macs": 0.5, "params": 0.4}, ("c1",))
-    assert recipe.decompose == ("svd", "tucker2{sweeps=1}")
+    assert (recipe.decompose, recipe.input) == (("svd", "tucker2{sweeps=1}"), ("1x1x8x8",))
+
+
+def test_an_empty_name_is_no_recipe() -> None:
+    with pytest.raises(InputError, match="there is no recipe ''"):
+        load_recipe("", {})
+    assert load_recipe(None, {}) == Recipe()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from tdcompile.core.passes import AnalysisPass
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.measurements import Baseline
 from tdcompile.ir.program import Program
+from tdcompile.support.options import NonNegative
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MeasureBaseline(AnalysisPass):
 
     name: ClassVar[str] = "baseline"
     gives: ClassVar[tuple[type[Fact], ...]] = (Baseline,)
-    seconds: float = 1.0
+    seconds: NonNegative = 1.0
 
     def analyze(self, program: Program) -> Baseline:
         """Return the dense model and its median latency.

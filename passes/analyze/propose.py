@@ -24,7 +24,7 @@ from tdcompile.ir.target import Cost, total
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import gram
 from tdcompile.planning.pricing import over_calls, price
-from tdcompile.support.options import Count
+from tdcompile.support.options import Count, Workers
 from tdcompile.support.process_pool import parallel_map
 from tdcompile.support.progress import report_progress
 
@@ -65,7 +65,7 @@ class Propose(AnalysisPass):
     cost: Annotated[str, registered(CostModel)] = "analytic"
     timer: Annotated[str, registered(CostModel)] = "measured"
     spectra: bool = False
-    jobs: Count = 1
+    jobs: Workers = 1
 
     def analyze(self, program: Program) -> Candidates:
         """Price all candidates, then compute the errors of those worth their price.

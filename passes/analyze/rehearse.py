@@ -30,6 +30,7 @@ from tdcompile.ir.graph_edits import copy_graph, replace_module
 from tdcompile.ir.measurements import Baseline, Rehearsal, Round
 from tdcompile.ir.program import Program, sites
 from tdcompile.planning.plan_file import HAND
+from tdcompile.support.options import Count, NonNegative, Share
 from tdcompile.support.progress import report_progress
 
 _FARTHEST = 2.0  # largest correction of a price, as a factor or its inverse
@@ -57,11 +58,11 @@ class Rehearse(AnalysisPass):
     name: ClassVar[str] = "rehearse"
     needs: ClassVar[tuple[type[Fact], ...]] = (Baseline, Candidates, Importances, RankPlan)
     gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan, Rehearsal)
-    rounds: int = 8
-    over: float = 0.01
-    tolerance: float = 0.02
-    seconds: float = 1.5
-    aim: float = 0.995
+    rounds: Count = 8
+    over: NonNegative = 0.01
+    tolerance: NonNegative = 0.02
+    seconds: NonNegative = 1.5
+    aim: Share = 0.995
 
     def analyze(self, program: Program) -> tuple[RankPlan, Rehearsal]:
         """Return the accepted plan with its measured latency, and the figures of each round."""

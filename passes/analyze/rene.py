@@ -24,7 +24,7 @@ from tdcompile.ir.facts import Fact
 from tdcompile.ir.program import Program, Site, kept_dense, sites
 from tdcompile.passes.analyze._rene_ranks import WHOLE, SingleRanks
 from tdcompile.passes.analyze._rene_relaxation import Interval, Relaxed, intervals, rank_loss
-from tdcompile.support.options import Count
+from tdcompile.support.options import Count, NonNegative, Positive
 from tdcompile.support.progress import report_progress
 
 _CLIP = 5.0  # without it a search over CP diverges
@@ -72,16 +72,16 @@ class Rene(AnalysisPass):
     mode: Literal["recon", "data"] = "recon"
     step: Count = 10
     factor: Annotated[int, Field(ge=2)] = 10
-    reach: float = 1.0
+    reach: Positive = 1.0
     steps: Count = 100
     warmup: Annotated[int, Field(ge=0)] = 20
     alternate: bool = True
-    lr_weights: float = 1e-3
-    lr_coefficients: float | None = None
-    gamma: float = 0.4
-    beta: float = 0.8
-    single: float = 1.0
-    tolerance: float = 1e-3
+    lr_weights: NonNegative = 1e-3
+    lr_coefficients: NonNegative | None = None
+    gamma: NonNegative = 0.4
+    beta: NonNegative = 0.8
+    single: NonNegative = 1.0
+    tolerance: NonNegative = 1e-3
     budget: bool = True
     samples: Count = 1024
     batch: Count = 64

@@ -12,6 +12,7 @@ from tdcompile.backend.layer_timing import CostCache, measure_layers
 from tdcompile.core.cost_model import CostModel
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.target import Cost, Target
+from tdcompile.support.options import Count
 
 # Channel counts at which layers are measured: powers of two and their midpoints, which most networks use.
 LADDER = tuple(sorted({2**n for n in range(13)} | {3 * 2**n for n in range(11)}))
@@ -31,7 +32,7 @@ class Measured(CostModel):
 
     name: ClassVar[str] = "measured"
     default_timer: ClassVar[bool] = True
-    runs: int = 9
+    runs: Count = 9
 
     def prepare(self, layers: Sequence[Layer], target: Target) -> None:
         """Measure together all grid points that these layers need and the cache lacks."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition, Kernel
@@ -41,7 +42,7 @@ class Tucker2(Decomposition):
     kernels: ClassVar[Kernel] = Kernel.SEVERAL_TAPS
     transposed: ClassVar[bool] = True
     modes: ClassVar[tuple[str, ...]] = ("out", "in")
-    sweeps: int = 3
+    sweeps: Annotated[int, Field(ge=0)] = 3
 
     def exact_ranks(self, layer: Layer) -> Ranks:
         """Return the ranks of the two unfoldings, min(T, CK) and min(C, TK)."""

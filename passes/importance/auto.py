@@ -29,7 +29,7 @@ class Auto(Importance):
     name: ClassVar[str] = "auto"
     samples: Count = 128
     batch: Count = 8
-    largest: int = 2048
+    largest: Count = 2048
 
     def score(self, program: Program) -> Mapping[str, float]:
         """See ``Importance.score``. A layer without a Taylor score gets the mean.

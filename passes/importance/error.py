@@ -14,7 +14,7 @@ from tdcompile.ir.program import Program, sites
 from tdcompile.passes.importance._divergence import drawn
 from tdcompile.passes.importance._trial import FORMS, trials
 from tdcompile.planning.approximation_error import feature_errors, weight_errors
-from tdcompile.support.options import Count
+from tdcompile.support.options import Count, Share
 from tdcompile.support.progress import report_progress
 
 
@@ -39,7 +39,7 @@ class Error(Importance):
     name: ClassVar[str] = "error"
     of: Literal["weights", "features"] = "weights"
     scaling: Literal["absolute", "relative", "scaled"] = "relative"
-    share: float = 0.5
+    share: Share = 0.5
     samples: Count = 256
     forms: tuple[str, ...] = FORMS
 

@@ -16,7 +16,7 @@ from tdcompile.errors import InputError
 from tdcompile.ir.program import Program, sites
 from tdcompile.passes.importance._divergence import answers, divergence, drawn
 from tdcompile.passes.importance._trial import FORMS, trials
-from tdcompile.support.options import Count
+from tdcompile.support.options import Count, Share
 from tdcompile.support.progress import report_progress
 
 log = logging.getLogger("tdcompile")
@@ -34,7 +34,7 @@ class Probe(Importance):
     """
 
     name: ClassVar[str] = "probe"
-    share: float = 0.5
+    share: Share = 0.5
     measure: Literal["kl", "accuracy"] = "kl"
     samples: Count = 512
     forms: tuple[str, ...] = FORMS

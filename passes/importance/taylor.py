@@ -16,7 +16,7 @@ from tdcompile.ir.program import Program, sites
 from tdcompile.passes.importance._divergence import drawn
 from tdcompile.passes.importance._gradients import GradientMeter, backward_passes
 from tdcompile.passes.importance._trial import FORMS, Trial, trials
-from tdcompile.support.options import Count
+from tdcompile.support.options import Count, Share
 from tdcompile.support.progress import report_progress
 
 
@@ -42,12 +42,12 @@ class Taylor(Importance):
     """
 
     name: ClassVar[str] = "taylor"
-    share: float = 0.5
+    share: Share = 0.5
     order: Annotated[int, Field(ge=1, le=2)] = 2
     samples: Count | None = None
     batch: Count = 32
     forms: tuple[str, ...] = FORMS
-    largest: int | None = None
+    largest: Count | None = None
 
     def score(self, program: Program) -> Mapping[str, float]:
         """See ``Importance.score``."""

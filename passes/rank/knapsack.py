@@ -19,7 +19,7 @@ from tdcompile.core.registry import make
 from tdcompile.errors import InputError
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import LOSSES, limits_of, load, settle
-from tdcompile.support.options import NonNegative, Positive
+from tdcompile.support.options import NonNegative, PositiveOrInf
 from tdcompile.support.quiet import native_output_to_stderr
 
 log = logging.getLogger("tdcompile")
@@ -50,7 +50,7 @@ class Knapsack(RankSelector):
     name: ClassVar[str] = "knapsack"
     loss: Literal["noise", "squared", "linear"] = "noise"
     mip_rel_gap: NonNegative = 1e-4
-    time_limit: Positive = 30.0
+    time_limit: PositiveOrInf = 30.0
 
     def select(self, candidates: Candidates, importances: Mapping[str, float], budget: Budget) -> RankPlan:
         """See ``RankSelector.select``."""

@@ -19,7 +19,7 @@ from tdcompile.ir.measurements import input_covariance
 from tdcompile.ir.program import Change, Program, kept_dense, sites
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.planning.plan_file import check, estimated
-from tdcompile.support.options import Count
+from tdcompile.support.options import Workers
 from tdcompile.support.process_pool import parallel_map
 from tdcompile.support.progress import report_progress
 
@@ -34,7 +34,7 @@ class Factorize(RewritePass):
 
     name: ClassVar[str] = "factorize"
     needs: ClassVar[tuple[type[Fact], ...]] = (RankPlan,)
-    jobs: Count = 1
+    jobs: Workers = 1
 
     def run(self, program: Program) -> Program:
         """Run the rewrite; a plan by hand first gets the errors of the layers' outputs."""

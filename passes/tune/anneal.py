@@ -22,7 +22,7 @@ from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Cost
 from tdcompile.planning.allocation import gainful
 from tdcompile.planning.pricing import Prices
-from tdcompile.support.options import Count, NonNegative, Positive
+from tdcompile.support.options import Count, NonNegative, Positive, PositiveOrInf
 from tdcompile.training.adapters import Parallel, energy_ranks, parallel_layers
 from tdcompile.training.augment import AugmentOption, resolve_augment
 from tdcompile.training.distillation import Distillation, excluded_output, output_energies
@@ -59,7 +59,7 @@ class Anneal(TunePass):
     batch: Count = 128
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.7
     selections: Count = 5
-    clip: Positive = 5.0
+    clip: PositiveOrInf = 5.0
     temperature: Positive = 4.0
     labels: Annotated[float, Field(ge=0, le=1)] = 0.1
     others: NonNegative = 1.0

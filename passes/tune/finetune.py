@@ -21,7 +21,7 @@ from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.program import Change, Program, sites_of
-from tdcompile.support.options import Count, NonNegative, Part, Positive
+from tdcompile.support.options import Count, NonNegative, Part, Positive, PositiveOrInf
 from tdcompile.training.augment import AugmentOption, resolve_augment
 from tdcompile.training.distillation import Distillation, LayerwiseLoss, excluded_output, output_energies
 from tdcompile.training.mixed_precision import Precision
@@ -82,7 +82,7 @@ class Finetune(TunePass):
     batch: Count = 128
     momentum: Part = 0.9
     warmup: Part = 0.05
-    clip: Positive = 5.0
+    clip: PositiveOrInf = 5.0
     temperature: Positive = 4.0
     labels: Annotated[float, Field(ge=0, le=1)] = 0.1
     others: NonNegative = 1.0

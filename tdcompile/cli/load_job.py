@@ -157,7 +157,7 @@ def _check(recipe: Recipe) -> None:
             make(Decomposition, text)
     recipe.onnx(), recipe.class_names()
     pipeline = recipe.steps()
-    pipeline.check(Facts(RankPlan({}, Cost(), Cost())) if recipe.plan else None, planned=True)
+    pipeline.check(Facts(RankPlan({}, Cost(), Cost())) if recipe.plan is not None else None, planned=True)
     if pipeline.trainer and recipe.source and recipe.data is None:
         raise InputError(f"'{pipeline.trainer}' trains, but there are no training samples: give --data")
 

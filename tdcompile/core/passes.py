@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,6 +83,8 @@ class AnalysisPass(Pass):
             TdcompileError: the types of the facts differ from ``gives``.
         """
         given = self.analyze(program)
+        if not isinstance(given, Fact | Iterable):
+            raise TdcompileError(f"'analyze' of the pass '{self.name}' must return facts, not {type(given).__name__}")
         facts = [given] if isinstance(given, Fact) else list(given)
         _keep_promise(self, facts)
         return program.with_(facts=program.facts.having(*facts))
@@ -110,7 +112,7 @@ class RewritePass(Pass):
             RuntimeError: the graph is malformed.
             TdcompileError: the shapes of the outputs changed.
         """
-        rewritten = self.rewrite(copy_graph(program.graph), program)
+        rewritten = _rewritten(self, self.rewrite(copy_graph(program.graph), program))
         return _settle(self, program, rewritten)
 
 
@@ -131,14 +133,32 @@ class TunePass(Pass):
             TdcompileError: the topology changed.
         """
         before = [(node.op, str(node.target)) for node in program.graph.graph.nodes]
-        tuned = self.tune(copy_weights(program.graph), program)
+        tuned = _rewritten(self, self.tune(copy_weights(program.graph), program))
         if [(node.op, str(node.target)) for node in tuned.graph.graph.nodes] != before:
             raise TdcompileError(f"the tune pass '{self.name}' changed the topology; only a RewritePass may")
         return _settle(self, program, tuned)
 
 
+def _rewritten(step: Pass, made: object) -> Rewritten:
+    """Require the result of a rewrite or tune pass.
+
+    Raises:
+        TdcompileError: it is no ``Rewritten`` with a graph.
+    """
+    if not isinstance(made, Rewritten) or not isinstance(made.graph, fx.GraphModule):
+        held = f" of {type(made.graph).__name__}" if isinstance(made, Rewritten) else ""
+        raise TdcompileError(
+            f"the pass '{step.name}' must return a Rewritten of a graph; it returned {type(made).__name__}{held}"
+        )
+    return made
+
+
 def _settle(step: Pass, program: Program, made: Rewritten) -> Program:
-    """Check the result of a rewrite or tune pass, and return the program with it."""
+    """Check the result of a rewrite or tune pass, and return the program with it.
+
+    Raises:
+        TdcompileError: the shapes of the outputs changed, or the facts differ from ``gives``.
+    """
     made.graph.graph.lint()
     made.graph.recompile()
     made.graph.eval()

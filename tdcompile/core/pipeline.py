@@ -12,7 +12,7 @@ from tdcompile.core.passes import Pass
 from tdcompile.core.plan import RankPlan
 from tdcompile.core.registry import find, make, only
 from tdcompile.core.spec import Spec, parse_options, parse_specs
-from tdcompile.errors import InputError, during
+from tdcompile.errors import InputError, TdcompileError, during
 from tdcompile.ir.facts import Facts
 from tdcompile.ir.modules import separate_attention
 from tdcompile.ir.program import Program
@@ -99,17 +99,19 @@ class Pipeline:
             hooks: surround and observe the steps; the first is the outermost.
 
         Raises:
-            InputError: see ``check``.
+            InputError: see ``check``; or a hook is not a ``Hook`` object.
+            TdcompileError: a pass or a hook does not return a program.
         """
+        check_hooks(hooks)
         self.check(program.facts)
         done = 0
         for hook in hooks:
-            program, done = hook.begin(program, self.steps, done)
+            program, done = _begun(hook, program, self.steps, done)
         for position in range(done, len(self.steps)):
             step = self.steps[position]
             work: Work = partial(self._run_step, position, program, hooks)
             for hook in reversed(hooks):
-                work = partial(hook.around, step, position, program, work)
+                work = partial(_surrounded, hook, step, position, program, work)
             program = work()
         return program
 
@@ -127,13 +129,60 @@ class Pipeline:
         start = time.perf_counter()
         try:
             with separate_attention(), keep_freed_memory(), during(f"in the pass '{step.name}'"):
-                program = step.run(program)
+                program = _program(step.run(program), f"'run' of the pass '{step.name}'")
         finally:
             progress.reset(token)
         seconds = time.perf_counter() - start
         for hook in hooks:
             hook.finished(step, program, seconds)
         return program
+
+
+def check_hooks(hooks: object) -> None:
+    """Require a list of ``Hook`` objects.
+
+    Raises:
+        InputError: it is none; the message names the wrong member.
+    """
+    if not isinstance(hooks, Sequence) or isinstance(hooks, str):
+        raise InputError(f"hooks are a list of Hook objects, not {hooks!r}")
+    for hook in hooks:
+        if isinstance(hook, type) and issubclass(hook, Hook):
+            raise InputError(f"{hook.__name__} is a class of hooks: give the object {hook.__name__}()")
+        if not isinstance(hook, Hook):
+            raise InputError(f"a hook is an object of a subclass of tdcompile.Hook, not {hook!r}")
+
+
+def _begun(hook: Hook, program: Program, steps: Sequence[Pass], done: int) -> tuple[Program, int]:
+    """Call ``begin``.
+
+    Raises:
+        TdcompileError: it does not return a program and a number of steps.
+    """
+    match hook.begin(program, steps, done):
+        case (Program() as begun, int(place)) if 0 <= place <= len(steps):
+            return begun, place
+        case other:
+            raise TdcompileError(
+                f"'begin' of the hook {type(hook).__name__} must return the program and the number of steps done, "
+                f"from 0 to {len(steps)}; it returned {type(other).__name__}"
+            )
+
+
+def _surrounded(hook: Hook, step: Pass, position: int, program: Program, work: Work) -> Program:
+    """Call ``around``."""
+    return _program(hook.around(step, position, program, work), f"'around' of the hook {type(hook).__name__}")
+
+
+def _program(made: object, source: str) -> Program:
+    """Require a program.
+
+    Raises:
+        TdcompileError: it is something else, as a rule because a ``return`` is missing.
+    """
+    if not isinstance(made, Program):
+        raise TdcompileError(f"{source} must return a Program; it returned {type(made).__name__}")
+    return made
 
 
 def _step(step: object) -> Pass:

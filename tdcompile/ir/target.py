@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict
 
 from tdcompile.errors import InputError, nearest
-from tdcompile.support.options import Count, Options, Share
+from tdcompile.support.options import Count, Options, Share, Workers
 
 Device = Literal["cpu", "cuda"]
 Floats = Literal["fp32", "fp16"]
@@ -29,7 +29,7 @@ class Target(Options):
     """
 
     device: Device = "cpu"
-    threads: Count = 1
+    threads: Workers = 1
     grain: Count | None = None
     precision: Floats = "fp32"
     batch: Count = 1

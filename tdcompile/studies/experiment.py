@@ -30,7 +30,7 @@ from tdcompile.studies.crew import Outcomes, Work, in_turn, over_processes, over
 from tdcompile.studies.findings import Cell, Failure, Findings, Omission
 from tdcompile.studies.ledger import Ledger
 from tdcompile.studies.page import render_html
-from tdcompile.support.options import Count, Options
+from tdcompile.support.options import MOST_WORKERS, Count, Options
 
 METHODS = ("cp4", "tucker2", "tt")
 COMPRESSIONS = (0.5, 0.75, 0.9)
@@ -176,8 +176,10 @@ def run(
         InputError: an argument cannot be used.
         UnavailableError: Ray is not installed, or the device is missing.
     """
-    if jobs < 1:
-        raise InputError(f"jobs={jobs} must be a whole number of at least 1")
+    if type(jobs) is not int or not 1 <= jobs <= MOST_WORKERS:
+        raise InputError(f"jobs={jobs!r} must be a whole number in [1, {MOST_WORKERS}]")
+    if resume and out is None:
+        raise InputError("resume=True has no effect without out, the folder that keeps the cells of a study")
     ledger = Ledger(Path(out) if out is not None else None, resume=resume)
     target = target or Target()
     make_bench: Load = partial(_bench, load, grid.tune, target)

@@ -18,8 +18,12 @@ from pydantic.fields import FieldInfo
 from tdcompile.errors import InputError, did_you_mean
 
 Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+# Threads or processes. More than any machine has cores is a typing error, which would bring the machine to a halt.
+MOST_WORKERS = 1024
+Workers = Annotated[int, Field(ge=1, le=MOST_WORKERS)]
+Positive = Annotated[float, Field(title="a finite number", gt=0, allow_inf_nan=False)]
+PositiveOrInf = Annotated[float, Field(gt=0)]  # a limit: inf sets none
+NonNegative = Annotated[float, Field(title="a finite number", ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(title="a share", gt=0, le=1)]
 Part = Annotated[float, Field(title="a share", ge=0, lt=1)]
 
@@ -74,7 +78,8 @@ def check_option(owner: type[Options], name: str, value: object) -> Any:
         InputError: it does not convert, or is out of range.
     """
     try:
-        return _adapter(owner, name).validate_python(value)
+        # Strictly, True is not a number; otherwise pydantic reads it as 1.
+        return _adapter(owner, name).validate_python(value, strict=True if isinstance(value, bool) else None)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":  # raised by a validator that the field declares

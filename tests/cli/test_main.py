@@ -558,7 +558,7 @@ def test_a_source_that_is_none_is_refused(tdc: Any, home: Path, source: str, sai
         (["--pipeline", "calibrat,propose"], "did you mean 'calibrate'?"),
         (["--pipeline", "factorize"], "needs RankPlan"),
         (["--tune", "epoch=3"], "did you mean 'epochs'?"),
-        (["--tune", "epochs=0"], "epochs=0 must be a number above 0"),
+        (["--tune", "epochs=0"], "epochs=0 must be a finite number above 0"),
         (["--tune", "epochs=1"], "give --data"),
         (["--recipe", "quarte"], "did you mean 'quarter'?"),
         (["--recipe", "missing.toml"], "missing.toml"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -109,6 +109,52 @@ class Dangle(RewritePass):
         return Rewritten(graph)
 
 
+class Forgetful(AnalysisPass):
+    """Returns nothing."""
+
+    def analyze(self, program: Program) -> Fact | Sequence[Fact]:
+        return None  # type: ignore[return-value]
+
+
+class Bare(RewritePass):
+    """Returns the graph alone."""
+
+    def rewrite(self, graph: fx.GraphModule, program: Program) -> Rewritten:
+        return graph  # type: ignore[return-value]
+
+
+class Lost(TunePass):
+    """Returns a result without its graph."""
+
+    def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
+        return Rewritten(None)  # type: ignore[arg-type]
+
+
+class Mute(Pass):
+    """Returns no program."""
+
+    def run(self, program: Program) -> Program:
+        return None  # type: ignore[return-value]
+
+
+class Swallow(Hook):
+    """Forgets to return what the step returned."""
+
+    def around(self, step: Pass, position: int, program: Program, work: Work) -> Program:
+        work()
+        return None  # type: ignore[return-value]
+
+
+class Nowhere(Hook):
+    """Begins with what it is told to."""
+
+    def __init__(self, begun: object) -> None:
+        self._begun = begun
+
+    def begin(self, program: Program, steps: Sequence[Pass], done: int) -> tuple[Program, int]:
+        return self._begun  # type: ignore[return-value]
+
+
 def test_facts_are_one_of_a_type_and_fall_with_what_they_were_read_from() -> None:
     facts = Facts(Count(1)).having(Count(2), Shape())
     assert len(facts) == 2
@@ -139,7 +185,13 @@ def test_a_tune_pass_works_on_a_copy_and_drops_what_it_made_untrue(program: Prog
 
 @pytest.mark.parametrize(
     ("step", "said"),
-    [(Sneak(), "changed the topology"), (Halve(), "changed the shapes of the outputs from .*3.* to .*2")],
+    [
+        (Sneak(), "changed the topology"),
+        (Halve(), "changed the shapes of the outputs from .*3.* to .*2"),
+        (Forgetful(), "'analyze' of the pass '' must return facts, not NoneType"),
+        (Bare(), "must return a Rewritten of a graph; it returned GraphModule"),
+        (Lost(), "must return a Rewritten of a graph; it returned Rewritten of NoneType"),
+    ],
 )
 def test_a_pass_is_held_to_its_contract(program: Program, step: Pass, said: str) -> None:
     with pytest.raises(TdcompileError, match=said):
@@ -217,6 +269,38 @@ def test_the_first_hook_is_the_outermost_and_a_hook_can_replace_a_step(program: 
     told.clear()
     assert Pipeline((Learn(),)).run(program, [Told("a"), Instead(), Told("b")]) is program
     assert told == ["a before 0", "a after 0"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "said"),
+    [
+        (Swallow(), "'around' of the hook Swallow must return a Program; it returned NoneType"),
+        (
+            Nowhere(None),
+            "'begin' of the hook Nowhere must return the program and the number of steps done, from 0 to 1",
+        ),
+        (Nowhere((None, 0)), "'begin' of the hook Nowhere"),
+    ],
+)
+def test_a_hook_or_a_pass_without_a_program_is_named(program: Program, hook: Hook, said: str) -> None:
+    with pytest.raises(TdcompileError, match=said):
+        Pipeline((Learn(),)).run(program, [hook])
+    with pytest.raises(TdcompileError, match="must return a Program; it returned NoneType"):
+        Pipeline((Mute(),)).run(program)
+    assert Pipeline((Learn(),)).run(program, [Nowhere((program, 1))]) is program
+
+
+@pytest.mark.parametrize(
+    ("hooks", "said"),
+    [
+        ([Hook], "Hook is a class of hooks: give the object Hook()"),
+        ([print], "a hook is an object of a subclass of tdcompile.Hook, not <built-in function print>"),
+        (Hook(), "hooks are a list of Hook objects"),
+    ],
+)
+def test_what_is_no_hook_is_refused_before_any_step(program: Program, hooks: Any, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        Pipeline((Learn(),)).run(program, hooks)
 
 
 def test_the_timer_sums_the_passes_of_one_name(program: Program) -> None:

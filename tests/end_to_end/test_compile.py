@@ -1,6 +1,8 @@
 """``compile`` as its users meet it: budgets, reports, reproducibility, resume, plans and refusals."""
 
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx
 import pytest
@@ -14,8 +16,11 @@ from tdcompile.artifact.report import render_html
 from tdcompile.backend import verified_export
 from tdcompile.compiler import Compiled
 from tdcompile.core.hooks import Hook
+from tdcompile.core.passes import AnalysisPass
+from tdcompile.core.pipeline import Pipeline
 from tdcompile.data.task import Tensors
 from tdcompile.errors import BudgetError, InputError, TdcompileError
+from tdcompile.passes import Calibrate, Choose, Factorize, Propose, Score
 from tdcompile.training.run_state import Tuning
 from tdcompile.training.trainer import Trainer
 
@@ -57,6 +62,24 @@ class Steps(Hook):
     def started(self, step, position, of):
         if step.name == self.stop:
             raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class Named(AnalysisPass):
+    """Finds nothing; has a text option."""
+
+    name: ClassVar[str] = "named-by-test"
+    text: str = ""
+
+    def analyze(self, program):
+        return []
+
+
+class Unnamed(AnalysisPass):
+    """Finds nothing; the registry does not know it."""
+
+    def analyze(self, program):
+        return []
 
 
 @pytest.fixture(scope="module")
@@ -526,6 +549,30 @@ def test_a_fixed_batch_is_exported_verified_and_timed():
     assert [axis.dim_value for axis in given.type.tensor_type.shape.dim] == list(X.shape)
     assert made.report.compiled.latency_ms > 0
     assert made.report.parity.cases == 3  # draws, all at the one batch
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"resume": True}, "resume=True has no effect without a workspace"),
+        ({"watch": print}, "a hook is an object of a subclass of tdcompile.Hook"),
+        ({"watch": Hook}, "Hook is a class of hooks"),
+        ({"pipeline": Pipeline([])}, "the pipeline has no passes"),
+        ({"pipeline": Pipeline([Calibrate(), Named(text="a,b")])}, r"the pass Named\(text='a,b'\) has no text form"),
+        ({"pipeline": Pipeline([Unnamed()])}, r"the pass Unnamed\(\) has no text form"),
+        ({"plan": ""}, "the plan . cannot be read"),
+        ({"seed": True}, "'seed' cannot be True"),
+    ],
+)
+def test_arguments_without_effect_or_of_the_wrong_type_are_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        tdcompile.compile(network(), X, **options)
+
+
+def test_a_pass_with_a_text_option_goes_through_compile():
+    steps = [Calibrate(), Score(), Propose(), Choose(), Factorize(), Named(text="a b")]
+    report = tdcompile.compile(network(), X, pipeline=Pipeline(steps), budget={"macs": 0.6}).report
+    assert report.pipeline.endswith("factorize,named-by-test{text=a b}")
 
 
 def test_an_unknown_option_names_the_nearest():

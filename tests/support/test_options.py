@@ -10,7 +10,7 @@ import pytest
 from pydantic import AfterValidator, Field
 
 from tdcompile.errors import InputError
-from tdcompile.support.options import Count, NonNegative, Options, Part, Positive, Share, describe
+from tdcompile.support.options import Count, NonNegative, Options, Part, Positive, Share, Workers, describe
 
 
 def even(number: int) -> int:
@@ -29,6 +29,7 @@ class Every(Options):
     inner: Annotated[float, Field(gt=0, lt=1)] = 0.5
     few: Annotated[int, Field(le=4)] = 2
     half: Annotated[int, AfterValidator(even)] = 2
+    workers: Workers = 1
     flag: bool = False
     mode: Literal["slow", "fast"] = "slow"
     many: tuple[Count, ...] = ()
@@ -43,14 +44,17 @@ class Every(Options):
     [
         ("count", 0, "a whole number of at least 1"),
         ("count", 1.5, "a whole number of at least 1"),
-        ("rate", 0.0, "a number above 0 or none"),
-        ("rate", math.nan, "a number above 0 or none"),
-        ("weight", -0.1, "a number of at least 0"),
+        ("rate", 0.0, "a finite number above 0 or none"),
+        ("rate", math.nan, "a finite number above 0 or none"),
+        ("weight", -0.1, "a finite number of at least 0"),
         ("share", 0.0, "a share in (0, 1]"),
         ("share", 1.1, "a share in (0, 1]"),
         ("part", 1.0, "a share in [0, 1)"),
         ("inner", 1.0, "a number in (0, 1)"),
         ("few", 5, "a whole number of at most 4"),
+        ("workers", 5000, "a whole number in [1, 1024]"),
+        ("count", True, "a whole number of at least 1"),
+        ("rate", True, "a finite number above 0 or none"),
         ("flag", "perhaps", "true or false"),
         ("mode", "medium", "one of slow, fast"),
         ("mode", "fsat", "one of slow, fast: did you mean 'fast'?"),
@@ -58,7 +62,7 @@ class Every(Options):
     ],
 )
 def test_an_error_names_the_option_the_value_and_the_range(name: str, value: object, allowed: str) -> None:
-    shown = "2+0" if name == "many" else value
+    shown = {"(2, 0)": "2+0", "True": "true"}.get(str(value), value)
     with pytest.raises(InputError) as failure:
         Every(**{name: value})  # type: ignore[arg-type]
     assert str(failure.value) == f"every: {name}={shown} must be {allowed}"

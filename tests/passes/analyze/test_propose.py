@@ -117,9 +117,15 @@ def test_errors_that_cannot_be_are_told_with_the_form_and_the_layer(
     assert not isinstance(raised.value, InputError)
 
 
-@pytest.mark.parametrize("text", ["propose{grain=-1}", "propose{grain=0}", "propose{jobs=0}"])
-def test_a_grain_or_a_number_of_jobs_below_one_is_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["propose{grain=-1}", "propose{grain=0}"])
+def test_a_grain_below_one_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="must be a whole number of at least 1"):
+        Pipeline.parse(text)
+
+
+@pytest.mark.parametrize("text", ["propose{jobs=0}", "propose{jobs=5000}", "factorize{jobs=5000}"])
+def test_a_number_of_jobs_that_no_machine_has_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"must be a whole number in \[1, 1024\]"):
         Pipeline.parse(text)
 
 
