@@ -151,7 +151,9 @@ def compile(  # the field's word, as in torch.compile
     if resume and workspace is None:
         raise InputError("resume=True has no effect without a workspace, the folder that keeps the state of a run")
     chosen = resolve(recipe, options)
-    if not isinstance(recipe, Recipe) and (lost := [name for name in ("weights", "input") if getattr(chosen, name)]):
+    if not isinstance(recipe, Recipe) and (
+        lost := [name for name in ("weights", "input", "example") if getattr(chosen, name)]
+    ):
         raise InputError(
             f"'{lost[0]}' is an option of the command: pass the network and its example inputs instead"
             + ("; tdcompile.load_weights(network, FILE) loads a file" if "weights" in lost else "")

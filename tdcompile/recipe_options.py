@@ -42,6 +42,9 @@ class RecipeOptions(BaseModel):
     input: tuple[str, ...] = Field(
         default=(), description="Example input, e.g. 1x3x224x224, ids=1x64:int64 or batch.image=1x3x8x8"
     )
+    example: str | None = Field(
+        default=None, description="File of real example inputs: .pt of torch.save, or .npz; --input then must agree"
+    )
     dynamic_batch: bool = Field(default=True, description="Leave the batch dimension open")
     dynamic: tuple[str, ...] = Field(default=(), description="Leave another axis open, e.g. ids:1 or ids:1=time")
     opset: Annotated[int, Field(ge=7)] | None = Field(

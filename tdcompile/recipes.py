@@ -33,7 +33,7 @@ _OF_STEPS = ("decompose", "importance", "ranks")  # the options that a pipeline 
 _PASSED_ON = ("grain", "jobs")  # the options that are passed on to every pass that has them
 # Options that change no result of a pass, or that the program itself holds: the network, its inputs, a given plan.
 _WITHOUT_EFFECT = {
-    *("source", "weights", "input", "plan"),
+    *("source", "weights", "input", "example", "plan"),
     *("max_drop", "min_speedup", "eval", "jobs", "metadata", "labels"),
 }
 

@@ -32,7 +32,7 @@ ERRORS = {  # by line
 
 def test_the_options_of_compile_are_the_fields_of_a_recipe_but_for_what_it_is_given_itself() -> None:
     hints = typing.get_type_hints(CompileOptions)
-    assert hints.keys() == Recipe.model_fields.keys() - {"weights", "input", "data"}
+    assert hints.keys() == Recipe.model_fields.keys() - {"weights", "input", "example", "data"}
     for name, kind in hints.items():
         default = Recipe.model_fields[name].default
         if isinstance(default, str | int | None):

@@ -237,7 +237,7 @@ def _notes(program: Program, outcome: Outcome) -> Iterator[str]:
     """Yield messages from the history and the exports that no row contains."""
     yield from history_notes(program.history, sites_of(program.dense, program.inputs))
     for network, role in ((outcome.dense, "dense"), (outcome.compiled, "compiled")):
-        yield from (f"{role} model: {note.text}" for note in network.exported.notes)
+        yield from (f"{role} model: {n.text}" for n in (*network.exported.notes, *network.parity.notes))
 
 
 def history_notes(history: Iterable[Change | Diagnostic], layers: Container[str]) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tdcompile.backend.session import infer, open_session
-from tdcompile.errors import InputError, ParityError
+from tdcompile.errors import InputError, ParityError, first_line
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.dynamic_shapes import Axis, resized
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.target import Target
@@ -46,13 +48,15 @@ class Parity:
     Attributes:
         max_abs: the largest difference of any output value.
         max_rel: the largest difference of an output, divided by the reference's largest value of that output.
-        cases: ``(batch, seed, max_abs)`` for each run.
+        cases: ``(batch, seed, max_abs)`` for each run; the seed is None for the example inputs themselves.
+        notes: differences where a mask leaves nothing of a row, which is not held against the model.
     """
 
     provider: str
     max_abs: float
     max_rel: float
-    cases: tuple[tuple[int, int, float], ...]
+    cases: tuple[tuple[int, int | None, float], ...]
+    notes: tuple[Diagnostic, ...] = ()
 
 
 def check_parity(
@@ -67,11 +71,13 @@ def check_parity(
     rtol: float | None = None,
     atol: float | None = None,
     seed: int = 0,
+    values: Sequence[Tensor | None] = (),
 ) -> Parity:
-    """Compare a model with the PyTorch network it came from, on random inputs distributed like the example inputs.
+    """Compare a model with the PyTorch network it came from, on the example inputs and on random ones like them.
 
-    A model with a fixed batch is run at that batch only. The first batch size is run with every seed, the others with
-    one. Dynamic axes are run at their length in the example and at the longer lengths of ``AXIS_GROWTH``.
+    Rows of masks that mask everything, or nothing, are tried too; a difference there becomes a note. A model with a
+    fixed batch is run at that batch only. The first batch size is run with every seed, the others with one. Dynamic
+    axes are run at their length in the example and at the longer lengths of ``AXIS_GROWTH``.
 
     Args:
         model: the ONNX file.
@@ -84,6 +90,7 @@ def check_parity(
         rtol: a difference up to ``atol + rtol * max|reference|`` is allowed; default ``TOLERANCE``.
         atol: see ``rtol``.
         seed: seed of the first draw.
+        values: for each input, the values to draw from if it is an integer; default those of the example.
 
     Raises:
         ParityError: outputs differ in number, shape or value, or are not finite.
@@ -97,12 +104,22 @@ def check_parity(
 
     judge = _Comparison(f"{model.name} and the PyTorch network", session, target, rtol, atol)
     plan = _plan_runs(session, batches, seeds, seed, AXIS_GROWTH if axes else (0,))
+    judge = replace(judge, values=tuple(values))
     try:
-        return judge.run(refer, inputs, plan, axes)
+        found = judge.run(refer, inputs, plan, axes)
+        batch, most, relative = judge.as_given(refer, inputs)
+        return replace(
+            found,
+            max_abs=max(found.max_abs, most),
+            max_rel=max(found.max_rel, relative),
+            cases=(*found.cases, (batch, None, most)),
+            notes=tuple(judge.masked(refer, inputs, seed)),
+        )
     except ParityError as error:
         as_written = replace(judge, session=open_session(model, target, tf32=False, optimised=False))
         try:
             as_written.run(refer, inputs, plan, axes)
+            as_written.as_given(refer, inputs)
         except ParityError:
             raise error from None
         raise ParityError(
@@ -171,6 +188,66 @@ class _Comparison:
     target: Target
     rtol: float | None
     atol: float | None
+    values: tuple[Tensor | None, ...] = ()
+
+    def as_given(
+        self, refer: Callable[[Sequence[Tensor]], Outputs], inputs: Sequence[Tensor]
+    ) -> tuple[int, float, float]:
+        """Compare on the example inputs; return their batch and the largest difference, absolute and relative."""
+        where = "on the example inputs"
+        most, relative = self._compare(infer(self.session, inputs), refer(inputs), where)
+        return next((len(x) for x in inputs if x.dim()), 1), most, relative
+
+    def masked(
+        self, refer: Callable[[Sequence[Tensor]], Outputs], inputs: Sequence[Tensor], seed: int
+    ) -> Iterator[Diagnostic]:
+        """Yield what differs where the first sample of a mask, one after another, has one value everywhere."""
+        wanted = self.session.get_inputs()
+        batch = 2 if any(value.shape and not isinstance(value.shape[0], int) for value in wanted) else None
+        drawn = self._drawn(inputs, batch, torch.Generator().manual_seed(seed))
+        for place, value in enumerate(wanted):
+            for fill in _mask_fills(inputs[place]):
+                special = [x.clone() for x in drawn]
+                special[place][0] = fill
+                said = self._difference(special, refer)
+                if said:
+                    text = f"where a whole row of the mask '{value.name}' is {fill}, {said}"
+                    yield Diagnostic("warning", DiagnosticCode.MASKED_ROW, text)
+
+    def _difference(self, drawn: Sequence[Tensor], refer: Callable[[Sequence[Tensor]], Outputs]) -> str:
+        """Return how the model and the network differ on these inputs; empty if they agree, NaN included."""
+        try:
+            expected = refer(drawn)
+        except Exception as error:  # noqa: BLE001  # a network may refuse such a mask by any error
+            return f"the network does not run ({first_line(error)}); what the model gives there is not checked"
+        try:
+            got = infer(self.session, drawn)
+        except InputError as error:
+            return f"the model does not run, and the network does: {first_line(error)}"
+        for value, left, right in zip(self.session.get_outputs(), got, expected, strict=True):
+            a, b = left.astype(np.float64), right.astype(np.float64)
+            if a.shape != b.shape:
+                return f"the model gives '{value.name}' in the shape {a.shape}, and the network in {b.shape}"
+            if (np.isfinite(a) != np.isfinite(b)).any():
+                which = "model" if np.isfinite(b).all() else "network"
+                return f"'{value.name}' of the {which} is not finite, unlike that of the other"
+            a, b = a[np.isfinite(a)], b[np.isfinite(b)]
+            most, scale = float(np.abs(a - b).max(initial=0.0)), float(np.abs(b).max(initial=0.0))
+            if most > self._allowed(scale):
+                return f"'{value.name}' of the model and of the network differ by {most:.3g} on a scale of {scale:.3g}"
+        return ""
+
+    def _drawn(self, inputs: Sequence[Tensor], batch: int | None, generator: torch.Generator) -> list[Tensor]:
+        """Draw inputs, of this batch where the model leaves the batch open."""
+        pools = self.values or (None,) * len(inputs)
+        return [
+            _draw(x, batch if value.shape and not isinstance(value.shape[0], int) else None, generator, pool)
+            for x, value, pool in zip(inputs, self.session.get_inputs(), pools, strict=True)
+        ]
+
+    def _allowed(self, scale: float) -> float:
+        rtol, atol = TOLERANCE[self.target.precision]
+        return (atol if self.atol is None else self.atol) + (rtol if self.rtol is None else self.rtol) * scale
 
     def run(
         self,
@@ -184,11 +261,7 @@ class _Comparison:
             raise InputError(f"the model takes {len(wanted)} inputs, and {len(inputs)} example inputs are given")
         cases, worst = [], 0.0
         for batch, seed, more in plan:
-            generator = torch.Generator().manual_seed(seed)
-            drawn = [
-                _draw(x, batch if value.shape and not isinstance(value.shape[0], int) else None, generator)
-                for x, value in zip(resized(inputs, axes, more), wanted, strict=True)
-            ]
+            drawn = self._drawn(resized(inputs, axes, more), batch, torch.Generator().manual_seed(seed))
             where = f"at batch {batch}, seed {seed}" + (f", open axes longer by {more}" if more else "")
             most, relative = self._compare(infer(self.session, drawn), refer(drawn), where)
             cases.append((batch, seed, most))
@@ -220,8 +293,7 @@ class _Comparison:
         left[infinite] = right[infinite] = 0.0
         difference = np.abs(left - right)
         most, scale = float(difference.max()), float(np.abs(right).max())
-        rtol, atol = TOLERANCE[self.target.precision]
-        allowed = (atol if self.atol is None else self.atol) + (rtol if self.rtol is None else self.rtol) * scale
+        allowed = self._allowed(scale)
         if most > allowed:
             place = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
             raise ParityError(
@@ -231,10 +303,20 @@ class _Comparison:
         return most, most / scale if scale else 0.0
 
 
-def _draw(example: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:
+def _mask_fills(example: Tensor) -> tuple[bool | float, ...]:
+    """Return the values that a mask may have everywhere: False and True, or minus infinity; nothing for others."""
+    if example.dim() < 2 or not example.numel():
+        return ()
+    if example.dtype == torch.bool:
+        return (False, True)
+    return (-math.inf,) if example.is_floating_point() and bool(example.isneginf().any()) else ()
+
+
+def _draw(example: Tensor, batch: int | None, generator: torch.Generator, pool: Tensor | None = None) -> Tensor:
     """Draw values like the example's: normal with its mean and deviation, or picked from its values if not floating.
 
-    For a mask, which is boolean or holds infinity, whole rows are picked: a row that masks everything has no result.
+    Integers are picked from ``pool`` if it is given. For a mask, which is boolean or holds infinity, whole rows are
+    picked: a row that masks everything has no result.
     """
     shape = example.shape if batch is None else (batch, *example.shape[1:])
     values = example.detach().cpu().flatten()
@@ -242,6 +324,7 @@ def _draw(example: Tensor, batch: int | None, generator: torch.Generator) -> Ten
         rows = values.reshape(-1, shape[-1])
         return rows[torch.randint(len(rows), shape[:-1], generator=generator)]
     if not example.is_floating_point():
+        values = values if pool is None else pool.to(example.dtype).cpu().flatten()
         return values[torch.randint(len(values), shape, generator=generator)]
     values = values.double()
     deviation = float(values.std()) if len(values) > 1 else 0.0

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from tdcompile.backend.export import Exported
 from tdcompile.backend.lowering import export_graph
@@ -15,6 +16,8 @@ from tdcompile.errors import InputError, ParityError, first_line
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.program import Program
+
+_SAMPLES = 256  # samples of the data whose integers the comparison draws from
 
 
 @dataclass(frozen=True)
@@ -64,4 +67,18 @@ def export_verified(
 
 
 def _parity(program: Program, graph: fx.GraphModule, model: Path) -> Parity:
-    return check_parity(model, graph, program.inputs, program.target, axes=program.axes, seed=program.seed)
+    values = _data_values(program)
+    return check_parity(
+        model, graph, program.inputs, program.target, axes=program.axes, seed=program.seed, values=values
+    )
+
+
+def _data_values(program: Program) -> list[Tensor | None]:
+    """Return the values of each integer input in the data; None for other inputs, nothing without data."""
+    samples = program.task.test or program.task.train
+    if samples is None or not len(samples):
+        return []
+    given = next(samples.batches(_SAMPLES, limit=_SAMPLES)).inputs
+    whole = [x.numel() > 0 and not x.is_floating_point() and x.dtype is not torch.bool for x in given]
+    known = [not x.is_floating_point() and x.dtype is not torch.bool for x in program.inputs]
+    return [x if a and b else None for x, a, b in zip(given, whole, known, strict=True)]

@@ -40,11 +40,13 @@ def validate_model(
     network = not (other.suffix == ".onnx" or other.is_dir())
     recipe = recipe_of({**flags, "source": against if network else None})
     target, seed = recipe.device(), recipe.seed
+    if recipe.example is not None and not network:
+        raise InputError("--example holds the arguments of a network: give its SOURCE as --against, or leave it out")
     how: dict[str, Any] = {**tolerances, "seed": seed}
     if other.suffix == ".onnx":
         inputs = model_inputs(model, TRACED, seed, recipe.input) if recipe.input else None
         parity = compare_models(model, other, target, inputs=inputs, **how)
-    elif network and recipe.input:
+    elif network and (recipe.input or recipe.example):
         program = trace(
             *load_network(recipe),
             frontend=recipe.frontend,
@@ -63,8 +65,9 @@ def validate_model(
     for heading in ("batch", "seed", "largest difference"):
         table.add_column(heading, justify="right")
     for batch, draw, most in parity.cases:
-        table.add_row(str(batch), str(draw), f"{most:.3g}")
-    return Answer((table, f"they agree: max_abs {parity.max_abs:.3g}, max_rel {parity.max_rel:.3g}"))
+        table.add_row(str(batch), "example" if draw is None else str(draw), f"{most:.3g}")
+    notes = [note.text for note in parity.notes]
+    return Answer((table, *notes, f"they agree: max_abs {parity.max_abs:.3g}, max_rel {parity.max_rel:.3g}"))
 
 
 def bench_models(models: Sequence[Path], recipe: Recipe, batch: int | None, seconds: float, *, as_json: bool) -> Answer:

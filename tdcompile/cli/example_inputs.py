@@ -1,4 +1,4 @@
-"""Example inputs from ``--input [NAME[.KEY]=]1x3x224x224[:dtype]``, or from the inputs that an ONNX model declares."""
+"""Example inputs from ``--input``, in the form of ``parse_example``, or from the inputs that an ONNX model declares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from tdcompile.errors import InputError, nearest
 from tdcompile.frontend.wrappers import unwrapped
 
-_FORM = re.compile(r"^(?:(?P<name>[A-Za-z_]\w*(?:\.\w+)*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?$")
+_FORM = re.compile(
+    r"^(?:(?P<name>[A-Za-z_]\w*(?:\.\w+)*)=)?(?P<shape>\d+(?:x\d+)*)"
+    r"(?::(?P<dtype>\w+)(?:\[(?P<low>-?\d+),\s*(?P<high>-?\d+)\))?)?$"
+)
 _TYPES = {
     str(kind).removeprefix("torch."): kind
     for kind in (
@@ -28,34 +31,101 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Example:
-    """One input: its shape, its type, and, if it is named, the argument of ``forward`` and the keys inside it."""
+    """One input.
+
+    Attributes:
+        name: the argument of ``forward`` and the keys inside it, if it is named.
+        range: the values that an integer may have, from the first up to and without the second.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     name: str | None = None
+    range: tuple[int, int] | None = None
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Draw normal values, or zeros and ones for integers: these are valid as index, token and mask."""
+        """Draw normal values, or integers: of the range, its ends among them, else zeros and ones.
+
+        Zeros and ones are valid as index, token and mask.
+        """
         if self.dtype.is_floating_point:
             return torch.randn(self.shape, generator=generator).to(self.dtype)
+        if self.range is not None:
+            drawn = torch.randint(*self.range, self.shape, generator=generator)
+            flat = drawn.view(-1)
+            flat[0], flat[-1] = self.range[0], self.range[1] - 1
+            return drawn.to(self.dtype)
         return torch.randint(0, 2, self.shape, generator=generator).to(self.dtype)
+
+    def check_values(self, values: Tensor, where: str) -> None:
+        """Check values of this input against its range.
+
+        Raises:
+            InputError: a value is out of the range.
+        """
+        if self.range is None or not values.numel() or values.is_floating_point():
+            return
+        low, high = self.range
+        for value in (int(values.min()), int(values.max())):
+            if not low <= value < high:
+                what = f"the input '{self.name}'" if self.name else "an input"
+                raise InputError(f"{where}: {what} has the value {value}, out of its range [{low},{high})")
 
 
 def parse_example(text: str) -> Example:
-    """Read ``[NAME[.KEY]=]1x3x224x224[:dtype]``.
+    """Read ``[NAME[.KEY]=]1x3x224x224[:dtype]``, or ``ids=1x64:int64[0,30522)`` with a range of integers.
 
     Raises:
-        InputError: the text is malformed, or has an axis of length 0 or an unknown type.
+        InputError: the text is malformed, or has an axis of length 0, an unknown type or a range that the type lacks.
     """
     match = _FORM.match(text.strip())
     if match is None:
-        raise InputError(f"the input '{text}' must have the form [NAME=]1x3x224x224[:dtype], e.g. ids=1x64:int64")
+        raise InputError(
+            f"the input '{text}' must have the form [NAME=]1x3x224x224[:dtype], "
+            "e.g. ids=1x64:int64, or ids=1x64:int64[0,30522) with a range of values"
+        )
     shape = tuple(int(size) for size in match["shape"].split("x"))
     if 0 in shape:
         raise InputError(f"the input '{text}' has an axis of length 0; each is at least 1")
     if match["dtype"] and match["dtype"] not in _TYPES:
         raise InputError(f"the input '{text}' has an unknown type: {nearest(match['dtype'], _TYPES)}")
-    return Example(shape, _TYPES[match["dtype"] or "float32"], match["name"])
+    dtype = _TYPES[match["dtype"] or "float32"]
+    return Example(shape, dtype, match["name"], _range(text, match, dtype) if match["low"] else None)
+
+
+def _range(text: str, match: re.Match[str], dtype: torch.dtype) -> tuple[int, int]:
+    """Return the range of an input.
+
+    Raises:
+        InputError: it is empty, or the type does not hold its values.
+    """
+    low, high = int(match["low"]), int(match["high"])
+    if dtype.is_floating_point or dtype is torch.bool:
+        raise InputError(f"the input '{text}' has a range, and is no integer: leave the range out")
+    if low >= high:
+        raise InputError(f"the range of the input '{text}' is empty: write [LOW,HIGH) with LOW below HIGH")
+    limits = torch.iinfo(dtype)
+    if low < limits.min or high - 1 > limits.max or high > torch.iinfo(torch.int64).max:
+        raise InputError(f"the range of the input '{text}' exceeds its type, which holds {limits.min} to {limits.max}")
+    return low, high
+
+
+def check_data_ranges(texts: Sequence[str], names: Sequence[str], inputs: Sequence[Tensor]) -> None:
+    """Check samples of the data against the ranges of ``--input``.
+
+    Args:
+        texts: the inputs, as in ``--input``.
+        names: the names of the network's input tensors, in order.
+        inputs: a batch of samples.
+
+    Raises:
+        InputError: a value is out of the range of its input.
+    """
+    for place, example in enumerate(map(parse_example, texts)):
+        name = (example.name or "").replace(".", "_")
+        position = list(names).index(name) if name in names else place
+        if position < len(inputs):
+            example.check_values(inputs[position], "the data")
 
 
 def draw_inputs(texts: Sequence[str], arguments: Sequence[str], seed: int) -> tuple[Tensor, ...]:
@@ -153,7 +223,7 @@ def model_inputs(model: Path, batch: int, seed: int, texts: Sequence[str] = ()) 
 
 def _parsed(texts: Sequence[str]) -> list[Example]:
     if not texts:
-        raise InputError("the network's input is not known: give --input, e.g. --input 1x3x224x224")
+        raise InputError("the network's input is not known: give --input, e.g. --input 1x3x224x224, or --example FILE")
     return [parse_example(text) for text in texts]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tdcompile.cli.console import Answer
 from tdcompile.cli.options import (
     DynamicBatch,
+    ExampleFile,
     Frontend,
     Input,
     Json,
@@ -22,6 +23,7 @@ def analyze(
     source: Source = None,
     weights: Weights = None,
     input: Input = None,
+    example: ExampleFile = None,
     frontend: Frontend = None,
     dynamic_batch: DynamicBatch = None,
     seed: Seed = None,

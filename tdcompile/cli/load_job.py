@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tdcompile.cli.example_inputs import draw_arguments, parse_example
+from tdcompile.cli.example_file import check_agreement, read_example
+from tdcompile.cli.example_inputs import check_data_ranges, draw_arguments, parse_example
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.importance import Importance
 from tdcompile.core.network import Network
@@ -25,6 +26,7 @@ from tdcompile.core.spec import split
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError
 from tdcompile.frontend.load_network import load_source, load_weights
+from tdcompile.frontend.signature import Call
 from tdcompile.frontend.wrappers import unwrapped
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Facts
@@ -32,6 +34,7 @@ from tdcompile.ir.modules import tensors_in
 from tdcompile.ir.target import Budget, Cost
 from tdcompile.recipes import Recipe, load_recipe
 
+_CHECKED = 256  # samples of the data that are compared with the ranges of inputs
 log = logging.getLogger("tdcompile")
 
 
@@ -44,7 +47,7 @@ class Job:
     """
 
     module: nn.Module
-    inputs: tuple[Tensor, ...] | dict[str, Any]
+    inputs: tuple[Any, ...] | dict[str, Any]
     task: Task
     notes: tuple[Diagnostic, ...] = ()
 
@@ -100,14 +103,28 @@ def _module_and_notes(recipe: Recipe) -> tuple[nn.Module, tuple[Diagnostic, ...]
     return module, ()
 
 
-def load_network(recipe: Recipe) -> tuple[nn.Module, tuple[Tensor, ...] | dict[str, Any]]:
-    """Load the network and draw example inputs, in the order of its arguments or by name.
+def load_network(recipe: Recipe) -> tuple[nn.Module, tuple[Any, ...] | dict[str, Any]]:
+    """Load the network and its example inputs, in the order of its arguments or by name.
 
     Raises:
         InputError: the source is missing, or the source, the weights or the inputs cannot be used.
     """
     module = load_module(recipe)
-    return module, draw_arguments(recipe.input, module, recipe.seed)
+    return module, example_inputs(recipe, module)
+
+
+def example_inputs(recipe: Recipe, module: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
+    """Return the inputs in the example file, checked against ``input``; without a file draw them.
+
+    Raises:
+        InputError: the file cannot be used, or the inputs do not fit the network or each other.
+    """
+    if recipe.example is None:
+        return draw_arguments(recipe.input, module, recipe.seed)
+    path = Path(recipe.example)
+    held = read_example(path)
+    check_agreement(recipe.input, held, module, path)
+    return held
 
 
 def load_job(recipe: Recipe) -> Job:
@@ -118,11 +135,15 @@ def load_job(recipe: Recipe) -> Job:
         UnavailableError: a package that reads the data is missing.
     """
     module, notes = _module_and_notes(recipe)
-    inputs = draw_arguments(recipe.input, module, recipe.seed)
+    inputs = example_inputs(recipe, module)
     if recipe.weights is None and ":" not in str(recipe.source):
         log.warning("%s has random weights: give --weights", recipe.source)
-    first = next(tensors_in(inputs))
-    return Job(module, inputs, recipe.task(recipe.data, first), notes)
+    task = recipe.task(recipe.data, next(tensors_in(inputs)))
+    samples = task.train or task.test
+    if samples is not None and len(samples) and any("[" in text for text in recipe.input):
+        names = Call.of(unwrapped(module), inputs).names
+        check_data_ranges(recipe.input, names, next(samples.batches(_CHECKED)).inputs)
+    return Job(module, inputs, task, notes)
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -136,7 +157,7 @@ def _completed(recipe: Recipe) -> Recipe:
     if recipe.source is None or ":" in recipe.source or "/" in recipe.source or recipe.source.endswith(".py"):
         return recipe
     network, known = make(Network, recipe.source), dict[str, Any]()
-    if not recipe.input:
+    if not recipe.input and recipe.example is None:
         known["input"] = tuple("x".join(map(str, (1, *shape))) for shape in network.input_shapes)
     if recipe.weights is None and network.checkpoint is not None and not network.spec().options:
         known["weights"] = str(Path(inspect.getfile(type(network))).with_name(network.checkpoint))

@@ -52,6 +52,7 @@ Source = Annotated[
 ]
 Weights = Annotated[str | None, _recipe_option("weights", panel=_NETWORK, metavar="FILE")]
 Input = Annotated[list[str] | None, _recipe_option("input", panel=_NETWORK, metavar="SPEC", note="repeatable")]
+ExampleFile = Annotated[str | None, _recipe_option("example", panel=_NETWORK, metavar="FILE")]
 DynamicBatch = Annotated[
     bool | None,
     _recipe_option("dynamic_batch", "--dynamic-batch/--no-dynamic-batch", panel=_NETWORK, note="default dynamic-batch"),

@@ -15,9 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from tdcompile.backend import parity as validate
+from tdcompile.backend.export import export_onnx
 from tdcompile.backend.parity import _draw, check_parity, compare_models
 from tdcompile.backend.session import open_session
 from tdcompile.errors import InputError, ParityError
+from tdcompile.ir.diagnostics import DiagnosticCode
 from tdcompile.ir.target import Target
 
 CPU = Target()
@@ -66,7 +68,7 @@ def test_a_right_model_passes_at_every_batch_size(model):
     assert parity.provider == "CPUExecutionProvider"
     assert parity.max_abs < 1e-5
     assert 0 <= parity.max_rel < 1e-5
-    assert [case[:2] for case in parity.cases] == [(1, 0), (1, 1), (1, 2), (2, 0), (5, 0)]
+    assert [case[:2] for case in parity.cases] == [(1, 0), (1, 1), (1, 2), (2, 0), (5, 0), (2, None)]
     assert parity.max_abs == max(case[2] for case in parity.cases)
 
 
@@ -247,6 +249,53 @@ def test_rows_of_a_mask_are_drawn_whole(mask):
     assert drawn.shape == (40, 5)
     rows = {tuple(row) for row in mask.tolist()}
     assert {tuple(row) for row in drawn.tolist()} == rows
+
+
+class Masked(nn.Module):
+    """A mean over what a mask keeps: 0 where it keeps nothing."""
+
+    def __init__(self, empty: float = 0.0) -> None:
+        super().__init__()
+        self.empty = empty
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        count = keep.sum(1, keepdim=True)
+        return torch.where(count > 0, (x * keep).sum(1, keepdim=True) / count.clamp(min=1), self.empty)
+
+
+@pytest.mark.parametrize(
+    ("empty", "told"),
+    [
+        (0.0, []),
+        (
+            0.25,
+            ["where a whole row of the mask 'keep' is False, 'output' of the model and of the network differ by 0.25"],
+        ),
+        (math.nan, ["where a whole row of the mask 'keep' is False, 'output' of the network is not finite"]),
+    ],
+)
+def test_a_difference_where_a_mask_leaves_nothing_of_a_row_is_a_note(tmp_path, empty, told):
+    inputs = (torch.randn(2, 5), torch.arange(5).expand(2, 5) > 2)
+    path = export_onnx(Masked(), inputs, tmp_path / "m.onnx").path
+    parity = check_parity(path, Masked(empty), inputs, CPU)
+    assert parity.max_abs < 1e-5
+    assert len(parity.notes) == len(told)
+    for note, start in zip(parity.notes, told, strict=True):
+        assert note.text.startswith(start)
+        assert note.code == DiagnosticCode.MASKED_ROW
+
+
+def test_integers_are_drawn_from_the_values_of_the_data(tmp_path):
+    class Rows(nn.Module):
+        def forward(self, rows: Tensor) -> Tensor:
+            table = torch.arange(12.0).reshape(4, 3)
+            table[3] += 1  # only the data hold the row
+            return table[rows]
+
+    path, example = gather(tmp_path / "m.onnx", ["batch", 6]), [torch.tensor([[2, 1, 0, 1, 0, 1]])]
+    assert check_parity(path, Rows(), example, CPU).max_abs == 0.0
+    with pytest.raises(ParityError, match="differ"):
+        check_parity(path, Rows(), example, CPU, values=[torch.tensor([[3, 2], [1, 3]])])
 
 
 @pytest.mark.parametrize("as_written", [0.0, 0.25])

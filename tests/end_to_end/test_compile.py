@@ -213,7 +213,7 @@ def test_the_dense_network_is_exported_and_verified_once(monkeypatch):
     assert [entry.value for entry in onnx.load(made.folder / "dense.onnx").metadata_props if entry.key == "model"] == [
         "dense"
     ]
-    assert made.report.dense_parity.cases == 5
+    assert made.report.dense_parity.cases == 6
 
 
 def test_what_a_consumer_needs_is_in_the_models_and_in_the_report(tmp_path):
@@ -548,7 +548,7 @@ def test_a_fixed_batch_is_exported_verified_and_timed():
     (given,) = onnx.load(made.onnx).graph.input
     assert [axis.dim_value for axis in given.type.tensor_type.shape.dim] == list(X.shape)
     assert made.report.compiled.latency_ms > 0
-    assert made.report.parity.cases == 3  # draws, all at the one batch
+    assert made.report.parity.cases == 4  # three draws and the example, all at the one batch
 
 
 @pytest.mark.parametrize(
