@@ -6,7 +6,9 @@ import inspect
 import os
 import re
 import shutil
+import sysconfig
 import tempfile
+import traceback
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ LOWEST_EXPORTED = 18  # the lowest opset that torch exports; models are converte
 # What onnx's converter says about an operator without a lower version.
 _NO_ADAPTER = re.compile(r"No Adapter From Version \$?(?P<opset>\d+) for (?P<operator>\w+)")
 _NO_OPERATOR = re.compile(r"No Previous Version of (?P<operator>\w+) exists")
+_HERE = str(Path(__file__).resolve().parents[1])  # this package
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -174,7 +177,7 @@ def _capture(
                     "the network fixes its batch size, so the batch axis cannot stay open: pass dynamic_batch=False "
                     f"(--no-dynamic-batch); torch says: {str(cause).strip().splitlines()[-1].lstrip('- ')}"
                 ) from cause
-            kind = InputError if "data-dependent" in str(cause) else TdcompileError
+            kind = InputError if "data-dependent" in str(cause) or _users_line(cause) else TdcompileError
             raise kind(f"torch cannot export the network to ONNX: {_explain_failure(cause, module)}") from cause
     assert program is not None  # torch.onnx.export returns one under dynamo=True
     if version is not None and program.model.opset_imports[""] != version:
@@ -221,11 +224,22 @@ def _explain_failure(cause: BaseException, module: nn.Module) -> str:
     if "data-dependent" in said:
         places = [match["place"] for match in _SOURCE_LINE.finditer(said)]
         own = [place for place in places if not place.startswith(("_export", "torch/", "fx/", "utils/"))]
-        where = f" at {own[0]}" if own else ""
+        line = _users_line(cause)
+        where = f" at {own[0]}" if own else f" in {line}" if line else ""
         return (
             f"what it does depends on the values of its inputs{where}, and an ONNX graph is the same for all: {first}"
         )
-    return first
+    line = _users_line(cause)
+    return f"torch does not trace {line}; it says: {first}" if line else first
+
+
+def _users_line(error: BaseException) -> str:
+    """Return the innermost line of the network's own code in a traceback, with its place; empty without one."""
+    installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(torch.__file__).parent), _HERE)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(("<", *installed)):
+            return f"'{frame.line}' at {Path(frame.filename).name}:{frame.lineno}"
+    return ""
 
 
 def _module_using(module: nn.Module, operator: str) -> str:

@@ -254,6 +254,19 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(module, error, says
     assert capfd.readouterr() == ("", "")
 
 
+class Packed(nn.Module):
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0]
+
+
+def test_a_network_that_torch_does_not_trace_is_refused_with_the_line_of_its_code(tmp_path):
+    inputs = (torch.randn(2, 9, 6), torch.tensor([9, 4]))
+    with pytest.raises(InputError, match=r"'.*pad_packed_sequence.*' at test_export\.py:\d+") as caught:
+        export_onnx(Packed(), inputs, tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("inputs", "names", "says"),
     [
