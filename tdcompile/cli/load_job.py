@@ -97,7 +97,7 @@ def _module_and_notes(recipe: Recipe) -> tuple[nn.Module, tuple[Diagnostic, ...]
     torch.manual_seed(recipe.seed)  # the user's callable may draw random weights: a seed gives one network
     module, _ = load_source(source_of(recipe))
     if recipe.weights is not None:
-        return module, load_weights(unwrapped(module), recipe.weights)
+        return module, load_weights(module, recipe.weights)
     if any(parameter.is_meta for parameter in module.parameters()):
         raise InputError(f"'{recipe.source}' makes a network on the meta device, without weights: give --weights")
     return module, ()

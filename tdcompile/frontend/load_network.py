@@ -14,6 +14,7 @@ from tdcompile.core.registry import make
 from tdcompile.errors import InputError
 from tdcompile.frontend.state_dict_search import Expected, Found, find_state_dict, tied_names, top_level_keys
 from tdcompile.frontend.weights_file import read_weights, split_reference
+from tdcompile.frontend.wrappers import unwrapped
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.modules import not_finite
 from tdcompile.support.formatting import join_first
@@ -47,7 +48,7 @@ def load_weights(module: nn.Module, reference: str | Path) -> tuple[Diagnostic, 
     The weights may lie under a key of the file, such as ``state_dict``, and all names may have a common prefix.
 
     Args:
-        module: the network; its parameters are changed.
+        module: the network, also in a wrapper such as ``DataParallel``; its parameters are changed.
         reference: a safetensors or PyTorch file, the index of a sharded checkpoint, the folder of either, or
             ``FILE#key`` to choose the weights under a key: ``w.pth#model_ema``, ``w.ckpt#state_dict.teacher``.
 
@@ -58,6 +59,7 @@ def load_weights(module: nn.Module, reference: str | Path) -> tuple[Diagnostic, 
         InputError: the file cannot be read, needs code, does not fit the network, holds several weights that fit, or
             holds NaN or Inf.
     """
+    module = unwrapped(module)  # names in files have the prefix of a wrapper or not
     path, key = split_reference(reference)
     held = read_weights(path)
     found = find_state_dict(held, Expected.by(module), str(path), key)

@@ -156,6 +156,13 @@ def test_a_file_name_may_have_the_sign(tmp_path: Path) -> None:
     assert load(f"{save(tmp_path, {'a': state(), 'b': state(2.0)}, 'run#4.pth')}#b")[0] == 2.0
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "model.module."])
+def test_a_network_in_a_wrapper_is_filled(tmp_path: Path, prefix: str) -> None:
+    module = nn.DataParallel(network())
+    load_weights(module, save(tmp_path, behind(prefix, state(0.5))))
+    assert module.module["stem"].weight.detach().unique().tolist() == [0.5]
+
+
 def test_a_chance_likeness_is_no_prefix(tmp_path: Path) -> None:
     weights = {name.replace("stem", "first").replace("norm", "second"): value for name, value in state().items()}
     said = refusal(save(tmp_path, {**weights, "other.head.weight": torch.zeros(2, 4)}))
