@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +88,7 @@ class Checkpoint:
                     "patches": {name: m.samples for name, m in fact.covariances.items()},
                 }
             else:
-                facts[type(fact).__name__] = _plain(fact)
+                facts[_tag(type(fact))] = _plain(fact)
         if program.graph is not program.dense:
             save_weights(program.graph, draft / "graph.safetensors", {})
         history = _HISTORY.dump_python(program.history, mode="json")
@@ -227,5 +227,17 @@ def _fact(name: str, value: dict[str, Any], folder: Path) -> Fact:
             tensors[layer][name] = tensor
         covariances = {layer: from_tensors(tensors[layer], count) for layer, count in value["patches"].items()}
         return Calibration(covariances, value["skipped"], value["samples"])
-    kinds = {kind.__name__: kind for kind in Fact.__subclasses__()}
-    return fact_from_plain(kinds[name], value)
+    return fact_from_plain({_tag(kind): kind for kind in _kinds(Fact)}[name], value)
+
+
+def _kinds(kind: type[Fact]) -> Iterator[type[Fact]]:
+    """Yield the classes of facts; a class that is defined again, as in a notebook, comes last."""
+    for child in kind.__subclasses__():
+        yield child
+        yield from _kinds(child)
+
+
+def _tag(kind: type[Fact]) -> str:
+    """Return the name of a fact in a state; facts of plug-ins may have the name of another's fact."""
+    own = kind.__module__.partition(".")[0] == "tdcompile"
+    return kind.__name__ if own else f"{kind.__module__}:{kind.__qualname__}"

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan
 from tdcompile.errors import BudgetError, InputError, UnwrittenError
 from tdcompile.recipes import Recipe
+from tdcompile.support.folder_lock import only_writer
 from tdcompile.support.formatting import count, milliseconds, percent
 from tdcompile.training.distributed import from_first, is_first, no_gpu
 
@@ -117,6 +119,12 @@ def workspace_of(out: Path) -> Path:
 
 def _compile(recipe: Recipe, out: Path, output: Output) -> Answer:
     check_out(out)
+    with only_writer(out) if is_first() else nullcontext():
+        return _compile_alone(recipe, out, output)
+
+
+def _compile_alone(recipe: Recipe, out: Path, output: Output) -> Answer:
+    """Compile while no other process writes to the output folder."""
     workspace = workspace_of(out.absolute())
     fresh = not workspace.exists()
     if output.resume and not (workspace / "state").exists():

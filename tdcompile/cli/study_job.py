@@ -17,6 +17,7 @@ from tdcompile.studies.cell import Subject
 from tdcompile.studies.experiment import COMPRESSIONS, METHODS, Grid, run
 from tdcompile.studies.findings import Cell, Failure, level_name, notes, tables
 from tdcompile.studies.ledger import NAME
+from tdcompile.support.folder_lock import only_writer
 from tdcompile.support.formatting import percent
 
 log = logging.getLogger("tdcompile")
@@ -52,17 +53,18 @@ def run_study(recipe: Recipe, grid: Grid, output: Output, *, ray: bool) -> Answe
     source = source_of(recipe)
     out = output.out or Path("out") / f"{name_of(source)}-study"
     try:
-        findings = run(
-            partial(_subject, recipe),
-            grid,
-            source=source,
-            target=recipe.device(),
-            out=out,
-            jobs=recipe.jobs,
-            ray=ray,
-            resume=output.resume,
-            told=None if output.quiet else _told,
-        )
+        with only_writer(out):
+            findings = run(
+                partial(_subject, recipe),
+                grid,
+                source=source,
+                target=recipe.device(),
+                out=out,
+                jobs=recipe.jobs,
+                ray=ray,
+                resume=output.resume,
+                told=None if output.quiet else _told,
+            )
     except (Exception, KeyboardInterrupt) as error:
         if was_interrupted(error):
             raise KeyboardInterrupt(_how_to_go_on(out, output)) from error

@@ -16,10 +16,10 @@ from tdcompile.artifact.checkpoint import Checkpoint, SaveCheckpoint
 from tdcompile.core.hooks import Hook, RunRecord, StepTimer
 from tdcompile.core.passes import Pass
 from tdcompile.core.pipeline import Pipeline
-from tdcompile.core.plan import RankPlan
+from tdcompile.core.plan import Importances, RankPlan
 from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.ir.facts import Fact
+from tdcompile.ir.facts import Fact, Facts
 from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program
@@ -195,6 +195,35 @@ def test_a_fact_that_has_no_text_form_is_named(programs: tuple[Program, Program]
         TdcompileError, match="the fact Weights cannot be saved between passes: let it hold only numbers"
     ):
         Checkpoint(tmp_path, KEY).save(program, 1, {}, None)
+
+
+class Plugin:
+    """Holds a fact with the name of one of tdcompile's."""
+
+    @dataclass(frozen=True)
+    class Importances(Fact):
+        """A fact of a plug-in."""
+
+        value: int = 0
+
+
+@dataclass(frozen=True)
+class Finer(Plugin.Importances):
+    """A fact that extends another one."""
+
+    more: int = 0
+
+
+def test_facts_of_one_name_and_facts_that_extend_others_come_back(
+    programs: tuple[Program, Program], tmp_path: Path
+) -> None:
+    before = programs[0].with_(facts=Facts(Importances({"0": 0.5}), Plugin.Importances(2), Finer(3, 4)))
+    Checkpoint(tmp_path, KEY).save(before, 1, {}, None)
+    restored = Checkpoint(tmp_path, KEY).restore(programs[0])
+    assert restored is not None
+    facts = restored.program.facts
+    assert (facts[Plugin.Importances], facts[Finer]) == (Plugin.Importances(2), Finer(3, 4))
+    assert facts[Importances].scores == {"0": 0.5}
 
 
 class Interrupt(Hook):

@@ -33,6 +33,7 @@ from tdcompile.core.pipeline import Pipeline
 from tdcompile.errors import InputError
 from tdcompile.ir.program import Program
 from tdcompile.recipes import Recipe, load_recipe
+from tdcompile.support.folder_lock import only_writer
 from tdcompile.training.run_state import Tuning
 from tdcompile.training.trainer import Trainer
 
@@ -290,6 +291,16 @@ def test_resuming_another_command_leaves_the_state_for_the_right_one(
     ran = tdc(*command, "--resume", "--max-drop", "100", "--jobs", "2", "--eval", "2", "--json")
     assert ran.code == 0, ran.err
     assert [gate["name"] for gate in json.loads(ran.out)["gates"]] == ["macs", "max-drop"]
+
+
+@pytest.mark.parametrize("command", ["compile", "study"])
+def test_two_processes_do_not_write_to_one_folder(tdc: Any, home: Path, command: str) -> None:
+    arguments = [command, "net.py:build", *SMALL, "--data", "npz:good.npz", "-o", "made", "-q"]
+    with only_writer(home / "made"):
+        ran = tdc(*[part for part in arguments if command == "compile" or part not in SMALL[2:]])
+    assert (ran.code, ran.out) == (2, "")
+    assert "another process is writing made: wait for its end, or give another -o" in ran.sentence
+    assert not [path.name for path in home.iterdir() if "made" in path.name]
 
 
 def test_an_interruption_that_a_library_turned_into_an_error_is_still_one(
