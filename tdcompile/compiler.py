@@ -311,7 +311,12 @@ def prepare(
     form, names = recipe.onnx(), recipe.class_names()
     open_probe(target, form)  # before any work
     program = trace(
-        module, inputs, frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch, dynamic=recipe.dynamic
+        module,
+        inputs,
+        frontend=recipe.frontend,
+        dynamic_batch=recipe.dynamic_batch,
+        dynamic=recipe.dynamic,
+        batch_axis=recipe.batch_axis,
     )
     task = recipe.task(data, program.inputs[0])
     told = [note for samples in (task.train, task.test) if samples is not None for note in samples.notes]

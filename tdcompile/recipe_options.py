@@ -46,7 +46,10 @@ class RecipeOptions(BaseModel):
         default=None, description="File of real example inputs: .pt of torch.save, or .npz; --input then must agree"
     )
     dynamic_batch: bool = Field(default=True, description="Leave the batch dimension open")
-    dynamic: tuple[str, ...] = Field(default=(), description="Leave another axis open, e.g. ids:1 or ids:1=time")
+    batch_axis: tuple[str, ...] = Field(
+        default=(), description="Axis of the samples in an input, e.g. state=1 or table=none"
+    )
+    dynamic: tuple[str, ...] = Field(default=(), description="Leave another axis open, e.g. ids:1, ids:1=time or x:2%8")
     opset: Annotated[int, Field(ge=7)] | None = Field(
         default=None, description="Opset of the ONNX models; default the exporter's"
     )
@@ -139,7 +142,7 @@ class RecipeOptions(BaseModel):
             raise InputError(f"the metadata '{taken[0]}' is written by tdcompile: give another key")
         return value
 
-    @field_validator("input", "decompose", "dynamic", "keep_dense", "output_names", mode="before")
+    @field_validator("input", "decompose", "batch_axis", "dynamic", "keep_dense", "output_names", mode="before")
     @classmethod
     def _read_list(cls, value: Any) -> Any:
         return tuple(split(value)) if isinstance(value, str) else value

@@ -47,6 +47,7 @@ class CompileOptions(TypedDict, total=False):
 
     source: str | None
     dynamic_batch: bool
+    batch_axis: str | Sequence[str]
     dynamic: str | Sequence[str]
     opset: int | None
     ir: int | None

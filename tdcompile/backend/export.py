@@ -25,7 +25,16 @@ from torch.utils import _pytree as pytree
 
 from tdcompile.errors import InputError, TdcompileError, first_line
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
-from tdcompile.ir.dynamic_shapes import BATCH, Axis, batch_of, limits, shares_batch, symbolic_lengths
+from tdcompile.ir.dynamic_shapes import (
+    BATCH,
+    Axis,
+    BatchAxes,
+    batch_of,
+    batch_size,
+    default_batch_axes,
+    limits,
+    symbolic_lengths,
+)
 from tdcompile.ir.modules import evaluating, separate_attention
 from tdcompile.ir.onnx_format import OnnxFormat
 from tdcompile.support.quiet import captured_output
@@ -69,6 +78,7 @@ def export_onnx(
     path: Path,
     *,
     dynamic_batch: bool = True,
+    batch_axes: BatchAxes | None = None,
     axes: Sequence[Axis] = (),
     input_names: Sequence[str] | None = None,
     form: OnnxFormat | None = None,
@@ -88,6 +98,7 @@ def export_onnx(
             as that of the first input has a batch axis.
         path: the file to write; its folder is created if needed.
         dynamic_batch: make the batch axis dynamic, under the name ``batch``.
+        batch_axes: axis of the samples in each input; by default the first where it is as long as the first input's.
         axes: further dynamic axes, under their names.
         input_names: names of the graph's inputs; default the arguments of ``forward``.
         form: versions of the model and names of its outputs.
@@ -99,21 +110,22 @@ def export_onnx(
             the network needs a later opset.
         TdcompileError: torch cannot export the network, or the model is not valid ONNX.
     """
-    if not inputs or (dynamic_batch and not any(x.dim() for x in inputs)):
+    samples = default_batch_axes(inputs) if batch_axes is None else batch_axes
+    if not inputs or (dynamic_batch and all(axis is None for axis in samples)):
         raise InputError("the example inputs have no batch axis to leave open: give tensors (N, ...)")
     if input_names is not None and len(input_names) != len(inputs):
         raise InputError(f"{len(input_names)} input names are given for {len(inputs)} inputs: {', '.join(input_names)}")
     if input_names is not None and len(set(input_names)) < len(input_names):
         raise InputError(f"an input name is given twice: {', '.join(input_names)}")
     opened: list[dict[int, str]] = [{} for _ in inputs]
-    for place, batched in enumerate(shares_batch(inputs)):
-        opened[place] |= {0: BATCH} if batched and dynamic_batch else {}
+    for place, along in enumerate(samples):
+        opened[place] |= {along: BATCH} if along is not None and dynamic_batch else {}
     for axis in axes:
         opened[axis.input][axis.axis] = axis.name
     # torch treats a size of 1 as a constant
-    one = any(0 in open_ and len(x) == 1 for x, open_ in zip(inputs, opened, strict=True))
+    one = dynamic_batch and batch_size(inputs, samples) == 1
     form = form or OnnxFormat()
-    model, keys = _capture(module, batch_of(inputs, 2) if one else tuple(inputs), opened, form.opset)
+    model, keys = _capture(module, batch_of(inputs, 2, samples) if one else tuple(inputs), opened, form.opset)
     _check_open(model.graph, opened)
     model.ir_version = form.ir or model.ir_version
     _normalize_names(model, input_names or _argument_names(module, len(inputs)))

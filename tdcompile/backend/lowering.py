@@ -52,6 +52,7 @@ def export_graph(
         program.inputs,
         path,
         dynamic_batch=program.dynamic_batch,
+        batch_axes=program.batch_axes,
         axes=program.axes,
         form=program.onnx,
         simplify=simplify,
@@ -61,4 +62,4 @@ def export_graph(
 
 def timing_inputs(program: Program) -> list[Tensor]:
     """Return example inputs of ``target.batch`` samples, or the program's own if its batch is fixed."""
-    return list(batch_of(program.inputs, program.target.batch) if program.dynamic_batch else program.inputs)
+    return list(batch_of(program.inputs, program.target.batch, program.batch_axes))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tdcompile.backend.session import infer, open_session
 from tdcompile.errors import InputError, ParityError, first_line
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
-from tdcompile.ir.dynamic_shapes import Axis, resized
+from tdcompile.ir.dynamic_shapes import Axis, BatchAxes, batch_size, resized
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.target import Target
 
@@ -66,6 +66,7 @@ def check_parity(
     target: Target,
     *,
     axes: Sequence[Axis] = (),
+    batch_axes: BatchAxes | None = None,
     batches: Sequence[int] = (1, 2, 5),
     seeds: int = 3,
     rtol: float | None = None,
@@ -77,13 +78,15 @@ def check_parity(
 
     Rows of masks that mask everything, or nothing, are tried too; a difference there becomes a note. A model with a
     fixed batch is run at that batch only. The first batch size is run with every seed, the others with one. Dynamic
-    axes are run at their length in the example and at the longer lengths of ``AXIS_GROWTH``.
+    axes are run at their length in the example and longer by the numbers of steps in ``AXIS_GROWTH``, all together;
+    axes that may grow alone do so, too.
 
     Args:
         model: the ONNX file.
         reference: the network, run in eval mode on its own device.
         inputs: example inputs, in the order of ``forward``.
         axes: dynamic axes other than the batch axis.
+        batch_axes: dynamic batch axis of each input, or None; by default the first where the model leaves it open.
         target: provider to run on; TF32 is off.
         batches: batch sizes to try.
         seeds: number of random draws.
@@ -103,10 +106,13 @@ def check_parity(
         return [output.cpu().numpy() for output in outputs_of(reference, [x.to(device) for x in drawn])]
 
     judge = _Comparison(f"{model.name} and the PyTorch network", session, target, rtol, atol)
-    plan = _plan_runs(session, batches, seeds, seed, AXIS_GROWTH if axes else (0,))
-    judge = replace(judge, values=tuple(values))
+    samples = tuple(_open_first_axes(session) if batch_axes is None else batch_axes)
+    judge = replace(judge, values=tuple(values), samples=samples)
+    if batch_size(inputs, samples) is None:  # the runs are then named by the length of the first input
+        batches = [next((len(x) for x in inputs if x.dim()), 1)]
+    plan = [*_plan_runs(batches, seeds, seed), *_longer_runs(batches[-1], seed, axes)]
     try:
-        found = judge.run(refer, inputs, plan, axes)
+        found = judge.run(refer, inputs, plan)
         batch, most, relative = judge.as_given(refer, inputs)
         return replace(
             found,
@@ -118,7 +124,7 @@ def check_parity(
     except ParityError as error:
         as_written = replace(judge, session=open_session(model, target, tf32=False, optimised=False))
         try:
-            as_written.run(refer, inputs, plan, axes)
+            as_written.run(refer, inputs, plan)
             as_written.as_given(refer, inputs)
         except ParityError:
             raise error from None
@@ -163,20 +169,49 @@ def compare_models(
         raise InputError(
             f"{a.name} and {b.name} are not interchangeable: {_describe(session)} against {_describe(other)}"
         )
-    judge = _Comparison(f"{a.name} and {b.name}", session, target, rtol, atol)
+    samples = tuple(_open_first_axes(session))
+    judge = _Comparison(f"{a.name} and {b.name}", session, target, rtol, atol, samples=samples)
     examples = inputs or [_example(value) for value in session.get_inputs()]
-    return judge.run(lambda drawn: infer(other, drawn), examples, _plan_runs(session, batches, seeds, seed))
+    plan = _plan_runs(_fixed_batch(session, batches), seeds, seed)
+    return judge.run(lambda drawn: infer(other, drawn), examples, plan)
 
 
-def _plan_runs(
-    session: ort.InferenceSession, batches: Sequence[int], seeds: int, seed: int, longer: Sequence[int] = (0,)
-) -> list[tuple[int, int, int]]:
-    """Return ``(batch, seed, growth)`` for each run; growth is the size added to dynamic axes."""
+@dataclass(frozen=True)
+class _Run:
+    """One comparison: the batch, the seed of the inputs, and the axes that are longer, by a number of their steps."""
+
+    batch: int
+    seed: int
+    axes: Sequence[Axis] = ()
+    more: int = 0
+
+    def __str__(self) -> str:
+        names = ", ".join(dict.fromkeys(axis.name for axis in self.axes))
+        longer = f", open axes ({names}) longer by {self.more} steps" if self.axes else ""
+        return f"at batch {self.batch}, seed {self.seed}{longer}"
+
+
+def _open_first_axes(session: ort.InferenceSession) -> list[int | None]:
+    shapes = [value.shape for value in session.get_inputs()]
+    return [0 if shape and not isinstance(shape[0], int) else None for shape in shapes]
+
+
+def _fixed_batch(session: ort.InferenceSession, batches: Sequence[int]) -> Sequence[int]:
+    """Return the batch size of the model alone if it is fixed, otherwise the given ones."""
     sizes = [value.shape[0] for value in session.get_inputs() if value.shape]
-    if sizes and all(isinstance(size, int) for size in sizes):
-        batches = sizes[:1]
-    plan = [(batches[0], seed + draw, 0) for draw in range(seeds)] + [(batch, seed, 0) for batch in batches[1:]]
-    return plan + [(batches[-1], seed, more) for more in longer if more]
+    return sizes[:1] if sizes and all(isinstance(size, int) for size in sizes) else batches
+
+
+def _plan_runs(batches: Sequence[int], seeds: int, seed: int) -> list[_Run]:
+    return [_Run(batches[0], seed + draw) for draw in range(seeds)] + [_Run(batch, seed) for batch in batches[1:]]
+
+
+def _longer_runs(batch: int, seed: int, axes: Sequence[Axis]) -> list[_Run]:
+    """Return runs with all dynamic axes longer, and with each that may grow alone, if there are several names."""
+    together = [_Run(batch, seed, axes, more) for more in AXIS_GROWTH if more and axes]
+    names = dict.fromkeys(axis.name for axis in axes)
+    alone = [[axis for axis in axes if axis.name == name and axis.alone] for name in (names if len(names) > 1 else ())]
+    return together + [_Run(batch, seed, own, max(AXIS_GROWTH)) for own in alone if own]
 
 
 @dataclass(frozen=True)
@@ -189,6 +224,7 @@ class _Comparison:
     rtol: float | None
     atol: float | None
     values: tuple[Tensor | None, ...] = ()
+    samples: tuple[int | None, ...] = ()
 
     def as_given(
         self, refer: Callable[[Sequence[Tensor]], Outputs], inputs: Sequence[Tensor]
@@ -203,8 +239,7 @@ class _Comparison:
     ) -> Iterator[Diagnostic]:
         """Yield what differs where the first sample of a mask, one after another, has one value everywhere."""
         wanted = self.session.get_inputs()
-        batch = 2 if any(value.shape and not isinstance(value.shape[0], int) for value in wanted) else None
-        drawn = self._drawn(inputs, batch, torch.Generator().manual_seed(seed))
+        drawn = self._drawn(inputs, 2, torch.Generator().manual_seed(seed))
         for place, value in enumerate(wanted):
             for fill in _mask_fills(inputs[place]):
                 special = [x.clone() for x in drawn]
@@ -237,12 +272,12 @@ class _Comparison:
                 return f"'{value.name}' of the model and of the network differ by {most:.3g} on a scale of {scale:.3g}"
         return ""
 
-    def _drawn(self, inputs: Sequence[Tensor], batch: int | None, generator: torch.Generator) -> list[Tensor]:
-        """Draw inputs, of this batch where the model leaves the batch open."""
+    def _drawn(self, inputs: Sequence[Tensor], batch: int, generator: torch.Generator) -> list[Tensor]:
+        """Draw inputs, of this batch along the batch axes."""
         pools = self.values or (None,) * len(inputs)
         return [
-            _draw(x, batch if value.shape and not isinstance(value.shape[0], int) else None, generator, pool)
-            for x, value, pool in zip(inputs, self.session.get_inputs(), pools, strict=True)
+            _draw(x, None if along is None else batch, generator, pool, along or 0)
+            for x, pool, along in zip(inputs, pools, self.samples, strict=True)
         ]
 
     def _allowed(self, scale: float) -> float:
@@ -253,18 +288,17 @@ class _Comparison:
         self,
         refer: Callable[[Sequence[Tensor]], Outputs],
         inputs: Sequence[Tensor],
-        plan: Sequence[tuple[int, int, int]],
-        axes: Sequence[Axis] = (),
+        plan: Sequence[_Run],
     ) -> Parity:
         wanted = self.session.get_inputs()
         if len(wanted) != len(inputs):
             raise InputError(f"the model takes {len(wanted)} inputs, and {len(inputs)} example inputs are given")
         cases, worst = [], 0.0
-        for batch, seed, more in plan:
-            drawn = self._drawn(resized(inputs, axes, more), batch, torch.Generator().manual_seed(seed))
-            where = f"at batch {batch}, seed {seed}" + (f", open axes longer by {more}" if more else "")
-            most, relative = self._compare(infer(self.session, drawn), refer(drawn), where)
-            cases.append((batch, seed, most))
+        for case in plan:
+            generator = torch.Generator().manual_seed(case.seed)
+            drawn = self._drawn(resized(inputs, case.axes, case.more), case.batch, generator)
+            most, relative = self._compare(infer(self.session, drawn), refer(drawn), str(case))
+            cases.append((case.batch, case.seed, most))
             worst = max(worst, relative)
         return Parity(self.session.get_providers()[0], max(case[2] for case in cases), worst, tuple(cases))
 
@@ -312,15 +346,22 @@ def _mask_fills(example: Tensor) -> tuple[bool | float, ...]:
     return (-math.inf,) if example.is_floating_point() and bool(example.isneginf().any()) else ()
 
 
-def _draw(example: Tensor, batch: int | None, generator: torch.Generator, pool: Tensor | None = None) -> Tensor:
+def _draw(
+    example: Tensor, batch: int | None, generator: torch.Generator, pool: Tensor | None = None, along: int = 0
+) -> Tensor:
     """Draw values like the example's: normal with its mean and deviation, or picked from its values if not floating.
 
     Integers are picked from ``pool`` if it is given. For a mask, which is boolean or holds infinity, whole rows are
     picked: a row that masks everything has no result.
     """
-    shape = example.shape if batch is None else (batch, *example.shape[1:])
+    shape = tuple(batch if batch and axis == along else size for axis, size in enumerate(example.shape))
     values = example.detach().cpu().flatten()
-    if example.dim() > 1 and len(values) and (example.dtype == torch.bool or bool(values.isinf().any())):
+    if (
+        example.dim() > 1
+        and shape[-1] == example.shape[-1]
+        and len(values)
+        and (example.dtype == torch.bool or bool(values.isinf().any()))
+    ):
         rows = values.reshape(-1, shape[-1])
         return rows[torch.randint(len(rows), shape[:-1], generator=generator)]
     if not example.is_floating_point():

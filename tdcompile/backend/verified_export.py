@@ -67,9 +67,15 @@ def export_verified(
 
 
 def _parity(program: Program, graph: fx.GraphModule, model: Path) -> Parity:
-    values = _data_values(program)
     return check_parity(
-        model, graph, program.inputs, program.target, axes=program.axes, seed=program.seed, values=values
+        model,
+        graph,
+        program.inputs,
+        program.target,
+        axes=program.axes,
+        batch_axes=program.batch_axes,
+        seed=program.seed,
+        values=_data_values(program),
     )
 
 

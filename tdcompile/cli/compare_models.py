@@ -52,8 +52,11 @@ def validate_model(
             frontend=recipe.frontend,
             dynamic_batch=recipe.dynamic_batch,
             dynamic=recipe.dynamic,
+            batch_axis=recipe.batch_axis,
         )
-        parity = check_parity(model, program.graph, program.inputs, target, axes=program.axes, **how)
+        parity = check_parity(
+            model, program.graph, program.inputs, target, axes=program.axes, batch_axes=program.batch_axes, **how
+        )
     else:
         inputs = model_inputs(model, TRACED, seed, recipe.input)
         parity = check_parity(

@@ -6,6 +6,7 @@ import typer
 
 from tdcompile.cli.console import Answer
 from tdcompile.cli.options import (
+    BatchAxis,
     Budget,
     Calibrate,
     Data,
@@ -55,6 +56,7 @@ def compile_network(
     example: ExampleFile = None,
     frontend: Frontend = None,
     dynamic_batch: DynamicBatch = None,
+    batch_axis: BatchAxis = None,
     dynamic: Dynamic = None,
     data: Data = None,
     normalize: Normalize = None,
@@ -126,6 +128,7 @@ def plan(
     example: ExampleFile = None,
     frontend: Frontend = None,
     dynamic_batch: DynamicBatch = None,
+    batch_axis: BatchAxis = None,
     dynamic: Dynamic = None,
     data: Data = None,
     normalize: Normalize = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tdcompile.cli.console import Answer
 from tdcompile.cli.options import (
+    BatchAxis,
     DynamicBatch,
     ExampleFile,
     Frontend,
@@ -26,6 +27,7 @@ def analyze(
     example: ExampleFile = None,
     frontend: Frontend = None,
     dynamic_batch: DynamicBatch = None,
+    batch_axis: BatchAxis = None,
     seed: Seed = None,
     json: Json = False,
     verbose: Verbose = False,

@@ -57,7 +57,12 @@ class LayerAnatomy:
 
 def analyze_network(recipe: Recipe, *, as_json: bool, quiet: bool) -> Answer:
     """Trace a network, and show a table of its layers."""
-    program = trace(*load_network(recipe), frontend=recipe.frontend, dynamic_batch=recipe.dynamic_batch)
+    program = trace(
+        *load_network(recipe),
+        frontend=recipe.frontend,
+        dynamic_batch=recipe.dynamic_batch,
+        batch_axis=recipe.batch_axis,
+    )
     layers = anatomy(program)
     if as_json:
         return Answer((json.dumps([dataclasses.asdict(layer) for layer in layers], indent=1),))

@@ -57,6 +57,9 @@ DynamicBatch = Annotated[
     bool | None,
     _recipe_option("dynamic_batch", "--dynamic-batch/--no-dynamic-batch", panel=_NETWORK, note="default dynamic-batch"),
 ]
+BatchAxis = Annotated[
+    list[str] | None, _recipe_option("batch_axis", panel=_NETWORK, metavar="NAME=AXIS", note="repeatable")
+]
 Dynamic = Annotated[list[str] | None, _recipe_option("dynamic", panel=_NETWORK, metavar="NAME:AXIS", note="repeatable")]
 Opset = Annotated[int | None, _recipe_option("opset", panel=_TARGET, metavar="N")]
 Ir = Annotated[int | None, _recipe_option("ir", panel=_TARGET, metavar="N")]

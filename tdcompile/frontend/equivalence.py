@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from tdcompile.errors import FixedAxisError, InputError, first_line
 from tdcompile.frontend.signature import Call
-from tdcompile.ir.dynamic_shapes import Axis, as_long, batch_of, resized, shares_batch
+from tdcompile.ir.dynamic_shapes import Axis, BatchAxes, as_long, batch_of, batch_size, resized, steps_of
 from tdcompile.ir.modules import register_trees, tensors_in
 
 # Allowed difference of a graph's outputs, relative to the network's largest output. Equal operators in equal order
@@ -42,9 +42,7 @@ class Case:
     outputs: list[Tensor]
 
 
-def record_cases(
-    module: nn.Module, call: Call, axes: Sequence[Axis], dynamic_batch: bool
-) -> tuple[list[Case], list[str]]:
+def record_cases(module: nn.Module, call: Call, axes: Sequence[Axis], batch: BatchAxes) -> tuple[list[Case], list[str]]:
     """Run the network on the example inputs and on inputs with longer dynamic axes, and record the outputs.
 
     Returns:
@@ -61,17 +59,23 @@ def record_cases(
     except InputError:
         raise
     except Exception as error:  # whatever the network's own code raises
-        raise InputError(
-            f"the network does not run on an input of {describe_shapes(call)}: {first_line(error)}"
-        ) from error
+        raise InputError(f"the network does not run on an input of {call.given}: {first_line(error)}") from error
     first = _state_snapshot(module)
     others, longer = [], resized(call.tensors, axes, 1)
-    if dynamic_batch and any(shares_batch(call.tensors)):
-        size = next(len(x) for x, batched in zip(call.tensors, shares_batch(call.tensors), strict=True) if batched)
-        others.append((f"at a batch of {size + 1}", batch_of(call.tensors, size + 1), "--no-dynamic-batch"))
+    size = batch_size(call.tensors, batch)
+    if size is not None:
+        others.append((f"at a batch of {size + 1}", batch_of(call.tensors, size + 1, batch), "--no-dynamic-batch"))
     if axes:
-        names = ", ".join(dict.fromkeys(axis.name for axis in axes))
-        others.append((f"with {names} one longer", longer, "no --dynamic for it"))
+        steps = {axis.name: "one" if axis.step == 1 else str(axis.step) for axis in axes}
+        said = " and ".join(
+            f"{', '.join(name for name, own in steps.items() if own == step)} {step}"
+            for step in dict.fromkeys(steps.values())
+        )
+        others.append((f"with {said} longer", longer, "no --dynamic for it"))
+    free = dict.fromkeys(axis.name for axis in axes if axis.alone)
+    for name in free if len(steps_of(axes)) > 1 else ():
+        own = [axis for axis in axes if axis.name == name]
+        others.append((f"with {name} alone longer", resized(call.tensors, own, 2), "no --dynamic for it"))
     if call.tensors[0].is_meta:
         return cases, []
     for what, tensors, instead in others:
@@ -81,7 +85,7 @@ def record_cases(
         except Exception as error:
             missing = _axes_to_open_too(module, call, axes) if tensors is longer else ""
             raise FixedAxisError(
-                f"the network runs on an input of {describe_shapes(call)} and not {what}, so that axis cannot stay open"
+                f"the network runs on an input of {call.given} and not {what}, so that axis cannot stay open"
                 + (f" by itself: open {missing} too" if missing else f": give {instead}")
                 + f"; it says: {first_line(error)}"
             ) from error
@@ -242,11 +246,6 @@ def restoring_state(module: nn.Module) -> Iterator[None]:
             for tensor, value in kept:
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
-
-
-def describe_shapes(call: Call) -> str:
-    """Return the inputs' shapes and dtypes as text."""
-    return ", ".join(f"{'x'.join(map(str, x.shape))}:{str(x.dtype).removeprefix('torch.')}" for x in call.tensors)
 
 
 def _state_snapshot(module: nn.Module) -> Mapping[str, object]:

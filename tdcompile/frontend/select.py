@@ -16,7 +16,7 @@ from tdcompile.frontend.guards import Sizes
 from tdcompile.frontend.modularize import modularize
 from tdcompile.frontend.signature import Call
 from tdcompile.frontend.torch_export import trace_with_export
-from tdcompile.ir.dynamic_shapes import BATCH, Axis, batch_of, shares_batch, sized
+from tdcompile.ir.dynamic_shapes import BATCH, Axis, batch_of, batch_size, sized
 from tdcompile.ir.modules import tensors_in
 from tdcompile.ir.program import sites_of
 
@@ -54,13 +54,14 @@ class FrontendSelector:
     """Tries the front ends on one network.
 
     Attributes:
+        batch: the dynamic batch axis of each input, or None.
         cases: the network's recorded outputs, which every graph must reproduce.
     """
 
     module: nn.Module
     call: Call
     axes: tuple[Axis, ...]
-    dynamic_batch: bool
+    batch: tuple[int | None, ...]
     cases: Sequence[Case]
 
     def choose(self, frontend: Frontend) -> Traced:
@@ -113,20 +114,16 @@ class FrontendSelector:
         """
         call = Call.of(graph, self.call.tensors)
         try:
-            path, violations = trace_with_export(
-                isolated_copy(graph), call, dynamic_batch=self.dynamic_batch, axes=self.axes
-            )
+            path, violations = trace_with_export(isolated_copy(graph), call, batch=self.batch, axes=self.axes)
         except (UntraceableError, FixedAxisError):  # the export to ONNX will fail too
             return []
-        longer = {axis.name: self.call.tensors[axis.input].shape[axis.axis] + 1 for axis in self.axes}
-        batch = next((len(x) for x, b in zip(self.call.tensors, shares_batch(self.call.tensors), strict=True) if b), 0)
-        violations += [[{BATCH: batch + 1}]] if self.dynamic_batch and batch else []
+        longer = {axis.name: self.call.tensors[axis.input].shape[axis.axis] + axis.step for axis in self.axes}
+        size = batch_size(self.call.tensors, self.batch)
+        violations += [[{BATCH: size + 1}]] if size is not None else []
         return self._at_other_sizes(path, [*violations, *([[longer]] if longer else [])])
 
     def _export(self) -> Traced:
-        graph, violations = trace_with_export(
-            isolated_copy(self.module), self.call, dynamic_batch=self.dynamic_batch, axes=self.axes
-        )
+        graph, violations = trace_with_export(isolated_copy(self.module), self.call, batch=self.batch, axes=self.axes)
         traced = self._checked(Traced(graph, {}, "export"))
         return replace(traced, untried=self._at_other_sizes(graph, violations))
 
@@ -145,12 +142,12 @@ class FrontendSelector:
         """
         if self.call.tensors[0].is_meta:
             return []
-        batched = self.dynamic_batch and any(shares_batch(self.call.tensors))
+        batched = batch_size(self.call.tensors, self.batch) is not None
         known: dict[frozenset[tuple[str, int]], bool | None] = {}
         untried: list[Sizes] = []
         for choices in (*violations, *([{BATCH: size}] for size in _EXTRA_BATCHES if batched)):
             too_large: list[Sizes] = []
-            for sizes in choices:
+            for sizes in filter(self._in_steps, choices):
                 if not self._affordable(sizes):
                     too_large.append(sizes)
                     continue
@@ -160,8 +157,7 @@ class FrontendSelector:
                 if known[key]:
                     raise FixedAxisError(
                         f"the network does something else where {describe_sizes(sizes)} than where it is as in the "
-                        "example, so that axis cannot stay open: give "
-                        + ("--no-dynamic-batch" if list(sizes) == [BATCH] else "no --dynamic for it")
+                        f"example, so that axis cannot stay open: give {self._instead(sizes)}"
                     )
                 if known[key] is False:
                     break
@@ -169,12 +165,30 @@ class FrontendSelector:
                 untried += too_large[:1]
         return untried
 
+    def _instead(self, sizes: Sizes) -> str:
+        """Return what to give where the network does something else at these sizes."""
+        if list(sizes) == [BATCH]:
+            return "--no-dynamic-batch"
+        lengths = {axis.name: self.call.tensors[axis.input].shape[axis.axis] for axis in self.axes}
+        changed = next((name for name in sizes if name in lengths), "")
+        alike = [name for name, length in lengths.items() if changed and length == lengths[changed]]
+        one = f", or one label for {' and '.join(alike)} if they are to be equal" if len(alike) > 1 else ""
+        return f"no --dynamic for it{one}"
+
+    def _in_steps(self, sizes: Sizes) -> bool:
+        """Return whether the model is to take these sizes: they differ from the example's by whole steps."""
+        return all(
+            (sizes[axis.name] - self.call.tensors[axis.input].shape[axis.axis]) % axis.step == 0
+            for axis in self.axes
+            if axis.name in sizes
+        )
+
     def _affordable(self, sizes: Sizes) -> bool:
         """Return whether inputs of these sizes are small enough to run, relative to the example."""
         most = 0
         growth = 1.0
-        for place, (x, batched) in enumerate(zip(self.call.tensors, shares_batch(self.call.tensors), strict=True)):
-            times = sizes.get(BATCH, len(x)) / max(len(x), 1) if batched else 1.0
+        for place, (x, along) in enumerate(zip(self.call.tensors, self.batch, strict=True)):
+            times = 1.0 if along is None else sizes.get(BATCH, x.shape[along]) / max(x.shape[along], 1)
             for axis in self.axes:
                 if axis.input == place:
                     times *= sizes.get(axis.name, x.shape[axis.axis]) / x.shape[axis.axis]
@@ -187,7 +201,7 @@ class FrontendSelector:
         tensors = self.call.tensors
         for name, size in sizes.items():
             own = [axis for axis in self.axes if axis.name == name]
-            tensors = batch_of(tensors, size) if name == BATCH else sized(tensors, own, size)
+            tensors = batch_of(tensors, size, self.batch) if name == BATCH else sized(tensors, own, size)
         return self.call.with_tensors(tensors)
 
     def _differs(self, graph: fx.GraphModule, call: Call) -> bool | None:

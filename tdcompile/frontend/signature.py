@@ -22,10 +22,12 @@ class Call:
     Attributes:
         tensors: all tensors in the arguments, in the order of ``forward``'s signature and of their nesting.
         names: name of each tensor: its argument, followed by the path inside it if nested.
+        given: shapes and dtypes of the tensors that the user gave, as text.
     """
 
     tensors: tuple[Tensor, ...]
     names: tuple[str, ...]
+    given: str
     _signature: inspect.Signature
     _leaves: tuple[Any, ...]
     _spec: pytree.TreeSpec
@@ -61,7 +63,7 @@ class Call:
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         if not tensors:
             raise InputError("the inputs hold no tensor: give at least one, (N, ...)")
-        return cls(tensors, tuple(names), signature, leaves, spec)
+        return cls(tensors, tuple(names), describe_shapes(tensors), signature, leaves, spec)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Call:
         """Return the call with other tensors."""
@@ -115,6 +117,11 @@ class Call:
         return any(
             not isinstance(value, Tensor) for value in self.arguments(self.tensors).values() if _contains_tensor(value)
         )
+
+
+def describe_shapes(tensors: Sequence[Tensor]) -> str:
+    """Return shapes and dtypes as text."""
+    return ", ".join(f"{'x'.join(map(str, x.shape))}:{str(x.dtype).removeprefix('torch.')}" for x in tensors)
 
 
 def _check_names(signature: inspect.Signature, named: Mapping[str, Any]) -> None:

@@ -16,12 +16,12 @@ from torch.utils import _pytree as pytree
 from tdcompile.errors import FixedAxisError, UntraceableError
 from tdcompile.frontend.guards import guard_violations
 from tdcompile.frontend.signature import Call
-from tdcompile.ir.dynamic_shapes import BATCH, Axis, shares_batch, symbolic_lengths
+from tdcompile.ir.dynamic_shapes import BATCH, Axis, BatchAxes, default_batch_axes, symbolic_lengths
 from tdcompile.support.quiet import captured_output
 
 
 def trace_with_export(
-    module: nn.Module, call: Call, *, dynamic_batch: bool = True, axes: Sequence[Axis] = ()
+    module: nn.Module, call: Call, *, batch: BatchAxes | None = None, axes: Sequence[Axis] = ()
 ) -> tuple[fx.GraphModule, list[list[dict[str, int]]]]:
     """Return the network's ATen graph, over the network's tensors, with the call's tensors in order as inputs.
 
@@ -30,19 +30,21 @@ def trace_with_export(
     Args:
         module: a network in eval mode.
         call: the example inputs.
-        dynamic_batch: make the batch axis dynamic.
+        batch: the dynamic batch axis of each tensor, or None; by default the first axis.
         axes: further dynamic axes.
 
     Raises:
         UntraceableError: ``torch.export`` cannot pass through the network; the message says where.
         FixedAxisError: the network fixes an axis that is to be dynamic.
     """
-    opened: list[dict[int, str]] = [{} for _ in call.tensors]
-    for place, batched in enumerate(shares_batch(call.tensors)):
-        if batched and dynamic_batch:
-            opened[place][0] = "the batch axis"
+    samples = default_batch_axes(call.tensors) if batch is None else batch
+    names: list[dict[int, str]] = [{} if along is None else {along: BATCH} for along in samples]
     for axis in axes:
-        opened[axis.input][axis.axis] = f"the axis '{axis.name}'"
+        names[axis.input][axis.axis] = axis.name
+    opened = [
+        {axis: "the batch axis" if name == BATCH else f"the axis '{name}'" for axis, name in each.items()}
+        for each in names
+    ]
     if call.tensors_in_kwargs and any(opened):
         given = ", ".join(call.tensors_in_kwargs)
         raise UntraceableError(
@@ -71,9 +73,6 @@ def trace_with_export(
     held = program.module(check_guards=False)
     assert isinstance(held, fx.GraphModule)  # ``module`` returns one
     _check_open_axes(held, call, opened)
-    names: list[dict[int, str]] = [{0: BATCH} if 0 in open_ and dynamic_batch else {} for open_ in opened]
-    for axis in axes:
-        names[axis.input][axis.axis] = axis.name
     sizes = {name: x.shape[axis] for x, each in zip(call.tensors, names, strict=True) for axis, name in each.items()}
     graph = _with_tensor_inputs(held, call, program.call_spec.out_spec)
     return fx.GraphModule(held, graph), guard_violations(program, names, sizes)

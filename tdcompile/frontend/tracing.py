@@ -21,12 +21,13 @@ from tdcompile.frontend.equivalence import (
     run_network,
 )
 from tdcompile.frontend.half_precision import half_dtypes, inputs_to_single_precision, to_single_precision
+from tdcompile.frontend.open_axes import find_batch_axes, prober, settle_axes
 from tdcompile.frontend.parametrizations import without_parametrizations
 from tdcompile.frontend.select import Frontend, FrontendSelector, Traced, describe_sizes
 from tdcompile.frontend.signature import Call
 from tdcompile.frontend.wrappers import unwrapped, without_compiled_parts, wrappers_of
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
-from tdcompile.ir.dynamic_shapes import Axis, batch_of, open_axes, shares_batch
+from tdcompile.ir.dynamic_shapes import Axis, batch_of, batch_size, open_axes, read_batch_axes
 from tdcompile.ir.modules import evaluating, keep_separate, not_finite, outputs_of, parent_of, separate_attention
 from tdcompile.ir.program import Program, sites_of
 
@@ -45,6 +46,7 @@ def trace(
     frontend: Frontend = "auto",
     dynamic_batch: bool = True,
     dynamic: Sequence[str] = (),
+    batch_axis: Sequence[str] = (),
 ) -> Program:
     """Trace a network.
 
@@ -61,7 +63,10 @@ def trace(
         inputs: example inputs: a tensor, the arguments in order, or a mapping by name; tensors may be nested.
         frontend: ``fx`` or ``export`` to force one.
         dynamic_batch: make the batch axis dynamic; a batch of 1 is then doubled, since tracing treats 1 as a constant.
-        dynamic: further dynamic axes, ``NAME:AXIS`` or ``NAME:AXIS=LABEL``.
+        dynamic: further dynamic axes, ``NAME:AXIS``, ``NAME:AXIS=LABEL`` or ``NAME:AXIS%STEP``. Axes of one label have
+            one size. If the network does not run at sizes in between, the step is found.
+        batch_axis: axis of the samples in an input, ``NAME=AXIS`` or ``NAME=none``. By default it is the first axis of
+            the inputs that are as long as the first one, or what is found if the network does not run along that.
 
     Raises:
         InputError: the network does not run on the inputs, holds NaN or Inf, fixes an axis that is to be dynamic, or
@@ -71,9 +76,12 @@ def trace(
     wrappers, module = wrappers_of(module), unwrapped(module)
     call = Call.of(module, inputs)
     call = call.with_tensors([x.detach().clone() for x in call.tensors])  # a network may change its inputs in place
-    if dynamic_batch and any(b and len(x) == 1 for x, b in zip(call.tensors, shares_batch(call.tensors), strict=True)):
-        call = call.with_tensors(batch_of(call.tensors, 2))
-    axes = open_axes(dynamic, call.names, call.tensors)
+    if batch_axis and not dynamic_batch:
+        raise InputError("a batch axis is given, and the batch is fixed: leave out --batch-axis or --no-dynamic-batch")
+    batch: tuple[int | None, ...] = (None,) * len(call.tensors)
+    if dynamic_batch:
+        batch = read_batch_axes(batch_axis, call.names, call.tensors)
+    axes = open_axes(dynamic, call.names, call.tensors, batch)
     _check_weights(module)
     # without the fused attention kernels, which bypass the layers
     with evaluating(module), separate_attention(), restoring_state(module), without_autocast() as regions:
@@ -82,16 +90,20 @@ def trace(
             keep_separate(without_compiled_parts(own))
         plain = without_parametrizations(own)
         single = to_single_precision(plain)
+        half = call
+        if single is not plain:
+            call = call.with_tensors(inputs_to_single_precision(call.tensors))
+        call, batch, axes, settled = _settled(single, call, (batch, axes), fixed=bool(batch_axis))
         if single is plain:
-            cases, changed = _record_cases(own, module, call, axes, dynamic_batch)
+            cases, changed = _record_cases(own, module, call, axes, batch)
         else:
-            cases, changed = _record_cases_in_fp32(own, single, call, axes, dynamic_batch)
-            call = cases[0].call
-        traced = FrontendSelector(single, call, axes, dynamic_batch, cases).choose(frontend)
+            cases, changed = _record_cases_in_fp32(own, single, (half, call), axes, batch)
+        traced = FrontendSelector(single, call, axes, batch, cases).choose(frontend)
         traced.graph.eval()
         if changed:
             _copy_buffers(traced.graph, {id(b) for name, b in single.named_buffers() if name in changed})
         history = [
+            *settled,
             *_wrapper_notes(wrappers, regions),
             *_tracing_notes(traced, changed, half_dtypes(module) if single is not plain else ""),
             *(
@@ -111,7 +123,30 @@ def trace(
         frontend=traced.frontend,
         dynamic_batch=dynamic_batch,
         axes=axes,
+        samples_along=batch if dynamic_batch else (),
     )
+
+
+def _settled(
+    module: nn.Module, call: Call, given: tuple[tuple[int | None, ...], tuple[Axis, ...]], *, fixed: bool
+) -> tuple[Call, tuple[int | None, ...], tuple[Axis, ...], list[Diagnostic]]:
+    """Return the call with a batch of at least 2, the batch axes, the open axes, and what to tell about them.
+
+    Args:
+        module: the network.
+        call: the example inputs.
+        given: the batch axes and the open axes, by default or as the user gives them.
+        fixed: the batch axes are those of the user.
+    """
+    batch, axes = given
+    runs, notes = prober(module, call), list[Diagnostic]()
+    if runs is not None:
+        batch, notes = find_batch_axes(module, call, batch, runs, search=not fixed)
+        axes, told = settle_axes(call, axes, runs)
+        notes += told
+    if batch_size(call.tensors, batch) == 1:
+        call = call.with_tensors(batch_of(call.tensors, 2, batch))
+    return call, batch, axes, notes
 
 
 def check_is_network(module: object) -> None:
@@ -127,7 +162,7 @@ def check_is_network(module: object) -> None:
 
 
 def _record_cases(
-    own: nn.Module, module: nn.Module, call: Call, axes: tuple[Axis, ...], dynamic_batch: bool
+    own: nn.Module, module: nn.Module, call: Call, axes: tuple[Axis, ...], batch: tuple[int | None, ...]
 ) -> tuple[list[Case], list[str]]:
     """Record the outputs of a copy of a network.
 
@@ -135,7 +170,7 @@ def _record_cases(
         InputError: the copy or the network does not run, or outputs differ between calls on equal inputs.
     """
     try:
-        return record_cases(own, call, axes, dynamic_batch)
+        return record_cases(own, call, axes, batch)
     except InputError as error:
         if error.__cause__ is None or isinstance(error, FixedAxisError) or own is module:
             raise
@@ -203,17 +238,18 @@ def _tracing_notes(traced: Traced, changed: Sequence[str], half: str) -> list[Di
 
 
 def _record_cases_in_fp32(
-    own: nn.Module, single: nn.Module, call: Call, axes: tuple[Axis, ...], dynamic_batch: bool
+    own: nn.Module, single: nn.Module, calls: tuple[Call, Call], axes: tuple[Axis, ...], batch: tuple[int | None, ...]
 ) -> tuple[list[Case], list[str]]:
-    """Record the outputs of a half-precision network in float32.
+    """Record the outputs of a half-precision network in float32; ``calls`` are those in half precision and in float32.
 
     Raises:
         InputError: it does not run in float32.
     """
+    half, call = calls
     try:
-        return record_cases(single, call.with_tensors(inputs_to_single_precision(call.tensors)), axes, dynamic_batch)
+        return record_cases(single, call, axes, batch)
     except InputError as error:
-        record_cases(own, call, axes, dynamic_batch)  # raises if it does not run at all
+        record_cases(own, half, axes, batch)  # raises if it does not run at all
         raise InputError(
             f"its weights are {half_dtypes(own)}, it is compiled in float32, and its own code casts tensors to "
             f"another dtype: build it in float32; it says: {error}"

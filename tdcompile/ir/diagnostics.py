@@ -63,6 +63,7 @@ class DiagnosticCode(_Code):
     UNTRIED = "untried", "a size of the inputs takes too much memory to compare the graph with the network"
     PADDING = "padding", "torch's fused attention kernels give 0 for padding, and the compiled model does not"
     HALF_PRECISION = "half_precision", "weights or an autocast region are half precision and are compiled in float32"
+    OPEN_AXES = "open_axes", "what was found about the open axes by running the network at other sizes"
     WRAPPED = "wrapped", "the network is compiled without the wrapper around it"
     STATE = "state", "the network changes its buffers at each call, and the compiled model does not"
     NO_LAYER = "no_layer", "a weight belongs to no convolution or linear layer"

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError, first_line
 from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
-from tdcompile.ir.dynamic_shapes import Axis
+from tdcompile.ir.dynamic_shapes import Axis, default_batch_axes
 from tdcompile.ir.facts import Aspect, Fact, Facts
 from tdcompile.ir.graph_edits import attribute
 from tdcompile.ir.layer import Layer
@@ -96,6 +96,8 @@ class Program:
         frontend: the tracer that made the graph, ``fx`` or ``export``.
         dynamic_batch: whether the exported model takes any batch size; otherwise only that of ``inputs``.
         axes: other axes that the exported model takes at any size.
+        samples_along: axis of the samples in each input; empty if it is the first where that is as long as the first
+            input's. See ``batch_axes``.
         onnx: versions of the exported models and names of their outputs.
         workspace: a folder in which a pass may keep state to resume from; None if nothing is kept.
     """
@@ -113,8 +115,16 @@ class Program:
     frontend: Literal["fx", "export"] = "fx"
     dynamic_batch: bool = True
     axes: tuple[Axis, ...] = ()
+    samples_along: tuple[int | None, ...] = ()
     onnx: OnnxFormat = field(default_factory=OnnxFormat)
     workspace: Path | None = None
+
+    @property
+    def batch_axes(self) -> tuple[int | None, ...]:
+        """The dynamic batch axis of each input; None for an input without one, and for all if the batch is fixed."""
+        if not self.dynamic_batch:
+            return (None,) * len(self.inputs)
+        return self.samples_along or default_batch_axes(self.inputs)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a generator seeded by the seed and the purpose: draws of one pass do not change those of another."""

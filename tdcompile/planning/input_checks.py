@@ -38,11 +38,18 @@ def check_test_labels(max_drop: float | None, task: Task) -> None:
 
 
 def check_sample_inputs(program: Program) -> None:
-    """Require that samples have as many inputs as the network.
+    """Require that samples have as many inputs as the network, and the batch along their first axis.
 
     Raises:
-        InputError: a sample has fewer or more.
+        InputError: a sample has fewer or more, or the network takes batches of an input along another axis.
     """
+    sampled = any(samples is not None and len(samples) for samples in (program.task.train, program.task.test))
+    other = next((axis for axis in program.samples_along if axis), None)
+    if sampled and other is not None:
+        raise InputError(
+            f"a batch of the data lies along axis 0, and the network takes an input with its batch along axis {other}: "
+            "wrap the network so that it takes the batch first"
+        )
     for samples, what in ((program.task.train, "training"), (program.task.test, "test")):
         if samples is not None and len(samples):
             count = len(next(samples.batches(1, limit=1)).inputs)

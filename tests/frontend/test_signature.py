@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tdcompile.errors import InputError
 from tdcompile.frontend.signature import Call
-from tdcompile.ir.dynamic_shapes import Axis, batch_of, open_axes, resized, shares_batch
+from tdcompile.ir.dynamic_shapes import Axis, batch_of, open_axes, read_batch_axes, resized, shares_batch
 
 
 class Takes(nn.Module):
@@ -88,10 +88,12 @@ def test_a_batch_of_any_size(sizes: list[int], size: int):
     assert [tuple(x.shape) for x in made] == [(size, n) for n in sizes]
 
 
-def test_axes_of_one_length_are_one_unless_they_are_named():
+def test_axes_of_one_length_are_two_unless_they_have_one_label():
     inputs = (torch.zeros(2, 7), torch.zeros(2, 7), torch.zeros(2, 5))
     axes = open_axes(["ids:1", "mask:1", "other:1"], ("ids", "mask", "other"), inputs)
-    assert axes == (Axis(0, 1, "ids_1"), Axis(1, 1, "ids_1"), Axis(2, 1, "other_1"))
+    assert axes == (Axis(0, 1, "ids_1"), Axis(1, 1, "mask_1"), Axis(2, 1, "other_1"))
+    axes = open_axes(["ids:1=t", "mask:1=t", "other:1"], ("ids", "mask", "other"), inputs)
+    assert axes == (Axis(0, 1, "t"), Axis(1, 1, "t"), Axis(2, 1, "other_1"))
     assert open_axes(["mask:1=time"], ("ids", "mask", "other"), inputs) == (Axis(1, 1, "time"),)
     assert [tuple(x.shape) for x in resized(inputs, axes, 3)] == [(2, 10), (2, 10), (2, 8)]
 
@@ -104,11 +106,48 @@ def test_axes_of_one_length_are_one_unless_they_are_named():
         ("ids:2", "'ids' is \\(2, 7\\)"),
         ("ids:0", "the batch axis"),
         ("one:1", "1 long"),
+        ("ids:1%4", "no multiple of 4"),
+        ("ids:1%0", "not of the form"),
+        ("ids:1=batch", "write --batch-axis"),
     ],
 )
 def test_an_axis_that_cannot_be_opened(text: str, said: str):
     with pytest.raises(InputError, match=said):
         open_axes([text], ("ids", "one"), (torch.zeros(2, 7), torch.zeros(2, 1)))
+
+
+def test_axes_of_one_label_have_one_length_and_one_step():
+    inputs = (torch.zeros(2, 6), torch.zeros(2, 8))
+    with pytest.raises(InputError, match="6 in steps of 1, 8 in steps of 1"):
+        open_axes(["a:1=t", "b:1=t"], ("a", "b"), inputs)
+    with pytest.raises(InputError, match="opened twice"):
+        open_axes(["a:1", "a:1=t"], ("a", "b"), inputs)
+
+
+def test_an_axis_is_opened_by_the_dotted_name_of_a_nested_input():
+    assert open_axes(["x.image:1"], ("x_image",), (torch.zeros(2, 7),)) == (Axis(0, 1, "x_image_1"),)
+
+
+def test_batch_axes_are_read_by_input():
+    names, inputs = ("x", "state", "table"), (torch.zeros(3, 7), torch.zeros(2, 3, 4), torch.zeros(5, 3))
+    assert read_batch_axes(["state=1"], names, inputs) == (0, 1, None)
+    assert read_batch_axes(["table=none"], names, inputs) == (0, None, None)
+    assert read_batch_axes(["x=none", "table=1"], names, inputs) == (None, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["state"], "not of the form NAME=AXIS"),
+        (["stat=1"], "did you mean 'state'"),
+        (["x=2"], "'x' is \\(3, 7\\)"),
+        (["x=0", "x=1"], "given twice"),
+        (["x=0", "state=0"], "'x' has 3, 'state' has 2"),
+    ],
+)
+def test_batch_axes_that_do_not_fit(texts: list[str], said: str):
+    with pytest.raises(InputError, match=said):
+        read_batch_axes(texts, ("x", "state"), (torch.zeros(3, 7), torch.zeros(2, 3, 4)))
 
 
 def test_a_mapping_may_be_of_any_kind():
