@@ -261,7 +261,7 @@ def _read(name: str) -> dict[str, Any]:
             raise InputError(f"there is no recipe '{name}': {nearest(name, shipped)}; a file ends in .toml")
         return dict(shipped[name])
     try:
-        document = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+        document = tomllib.loads(Path(name).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"the recipe {name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -72,7 +72,7 @@ def compile_network(recipe: Recipe, output: Output) -> Answer:
 
 def compile_demo(flags: Mapping[str, Any], output: Output) -> Answer:
     """Compile the network that ships with its weights."""
-    given = {"budget": ["latency=0.5"], "tune": "epochs=1", **{name: value for name, value in flags.items() if value}}
+    given = {"budget": ["latency=0.5"], "tune": "epochs=1", **{k: v for k, v in flags.items() if v not in (None, [])}}
     return _compile(recipe_of({**given, "source": "digits_net"}), output.out or Path("out/demo"), output)
 
 
@@ -118,6 +118,7 @@ def workspace_of(out: Path) -> Path:
 
 
 def _compile(recipe: Recipe, out: Path, output: Output) -> Answer:
+    out = out.resolve() if ".." in out.parts else out  # ``a/..`` exists only once ``a`` does
     check_out(out)
     with only_writer(out) if is_first() else nullcontext():
         return _compile_alone(recipe, out, output)

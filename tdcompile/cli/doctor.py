@@ -57,7 +57,7 @@ def doctor(
     Raises:
         InputError: there is no such target.
     """
-    target = target or "cpu"
+    target = "cpu" if target is None else target
     if target not in _DEVICES:
         raise InputError(f"there is no target '{target}': {nearest(target, _DEVICES)}")
     checks, about = examine(target), machine()

@@ -13,7 +13,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from tdcompile.errors import InputError, nearest
+from tdcompile.errors import InputError, first_line, nearest
 from tdcompile.frontend.wrappers import unwrapped
 
 _FORM = re.compile(
@@ -47,7 +47,17 @@ class Example:
         """Draw normal values, or integers: of the range, its ends among them, else zeros and ones.
 
         Zeros and ones are valid as index, token and mask.
+
+        Raises:
+            InputError: the input does not fit in memory.
         """
+        try:
+            return self._drawn(generator)
+        except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # torch's words for too large a size
+            shape = "x".join(map(str, self.shape))
+            raise InputError(f"the input {shape} cannot be made, its size is too large: {first_line(error)}") from error
+
+    def _drawn(self, generator: torch.Generator) -> Tensor:
         if self.dtype.is_floating_point:
             return torch.randn(self.shape, generator=generator).to(self.dtype)
         if self.range is not None:

@@ -33,8 +33,8 @@ def grid_of(recipe: Recipe, methods: str | None, compressions: str | None, layer
     if recipe.data is None:
         raise InputError("a study measures accuracy and averages over training samples: give --data")
     return Grid(
-        methods=tuple(split(methods)) if methods else METHODS,
-        compressions=_shares(compressions) if compressions else COMPRESSIONS,
+        methods=tuple(split(methods)) if methods is not None else METHODS,
+        compressions=_shares(compressions) if compressions is not None else COMPRESSIONS,
         layers=layers,
         seeds=seeds,
         seed=recipe.seed,

@@ -19,7 +19,7 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import make
 from tdcompile.core.serialization import fact_from_plain, fact_to_plain
 from tdcompile.core.spec import Spec
-from tdcompile.errors import InputError, nearest
+from tdcompile.errors import InputError, first_line, nearest
 from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.facts import Aspect, Fact
 from tdcompile.ir.layer import Layer, Ranks
@@ -236,18 +236,48 @@ class RankPlan(Fact):
             InputError: the text is not JSON, has another format or an unknown key, or names an unknown decomposition.
         """
         try:
-            document = json.loads(text)
+            document = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+            if not isinstance(document, dict) or not isinstance(document.get("layers"), dict):
+                raise InputError(_no_plan(source, "it has no table 'layers'"))
             _check_keys(document, _KEYS, source)
             if (written := document.pop("format", FORMAT)) != FORMAT:
                 raise InputError(f"{source} is a plan of format {written!r}: this version reads {FORMAT}")
             for name, entry in document["layers"].items():
+                if not isinstance(entry, Mapping):
+                    raise InputError(_no_plan(source, f"the layer '{name}' is no table: {entry!r}"))
                 _check_keys(entry, Candidate.__dataclass_fields__, f"{source}, layer '{name}',")
             return fact_from_plain(cls, document)
         except ValidationError as error:
             first = error.errors()[0]
             raise InputError(_no_plan(source, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(_no_plan(source, repr(error))) from error
+        except json.JSONDecodeError as error:
+            raise InputError(_no_plan(source, f"it is not JSON: {error}")) from error
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(_no_plan(source, first_line(error))) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON.
+
+    Raises:
+        ValueError: a key is given twice; Python would keep the last one.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"'{next(key for key in keys if keys.count(key) > 1)}' is given twice")
+    return made
+
+
+def _constant(text: str) -> float:
+    """Read ``Infinity``, which a solver without a bound leaves as its gap.
+
+    Raises:
+        ValueError: it is ``NaN``.
+    """
+    if text == "NaN":
+        raise ValueError("NaN is no figure of a plan")
+    return float(text)
 
 
 def _no_plan(source: str, why: str) -> str:

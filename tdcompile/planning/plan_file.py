@@ -87,7 +87,7 @@ def estimated(program: Program) -> Program:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the plan {path} cannot be read: {error}") from error
 

@@ -25,6 +25,7 @@ def only_writer(out: Path) -> Iterator[None]:
     made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # raises the reason; FileLock reports a place that cannot be written as held
         lock = FileLock(path)
         lock.acquire(timeout=0)
     except Timeout as error:

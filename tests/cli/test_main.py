@@ -293,6 +293,35 @@ def test_resuming_another_command_leaves_the_state_for_the_right_one(
     assert [gate["name"] for gate in json.loads(ran.out)["gates"]] == ["macs", "max-drop"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("compile", "net.py:build", *SMALL, "--recipe", ""), "there is no recipe ''"),
+        (("compile", "net.py:build", *SMALL, "--plan", ""), "the plan . cannot be read"),
+        (("demo", "--target", ""), "'target' cannot be ''"),
+        (("doctor", "--target", ""), "there is no target ''"),
+        (("study", "net.py:build", "--data", "npz:good.npz", "--methods", ""), "has an empty member"),
+        (("study", "net.py:build", "--data", "npz:good.npz", "--compressions", ""), "has an empty member"),
+        (("compile", "net.py:build", "--input", "1x3x99999999x99999999"), "its size is too large"),
+        (("compile", "net.py:build", "--input", f"1x{10**30}"), "its size is too large"),
+        (("compile", "net.py:build", *SMALL, "-o", "new/.."), "is not a tdcompile output folder"),
+    ],
+)
+def test_empty_and_oversized_arguments_are_refused_before_any_work(
+    tdc: Any, home: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    ran = tdc(*arguments)
+    assert (ran.code, ran.out) == (2, ""), ran.err
+    assert said in ran.sentence
+
+
+def test_files_that_begin_with_a_byte_order_mark_are_read(tdc: Any, home: Path) -> None:
+    (home / "r.toml").write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    assert load_recipe(str(home / "r.toml"), {}).seed == 3
+    (home / "plan.json").write_bytes(b'\xef\xbb\xbf{"layers": {"nope": {"decomposition": "svd", "ranks": [1]}}}')
+    assert "it has no layer 'nope'" in tdc("compile", "net.py:build", *SMALL[:2], "--plan", "plan.json").sentence
+
+
 @pytest.mark.parametrize("command", ["compile", "study"])
 def test_two_processes_do_not_write_to_one_folder(tdc: Any, home: Path, command: str) -> None:
     arguments = [command, "net.py:build", *SMALL, "--data", "npz:good.npz", "-o", "made", "-q"]

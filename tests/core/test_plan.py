@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -82,6 +83,12 @@ def test_a_plan_survives_its_text(plan: RankPlan) -> None:
     assert RankPlan.from_json(plan.to_json()) == plan
 
 
+def test_a_gap_without_a_bound_reads_back() -> None:
+    plan = RankPlan.from_json('{"layers": {}, "gap": Infinity}')
+    assert plan.gap == math.inf
+    assert RankPlan.from_json(plan.to_json()).gap == math.inf
+
+
 def test_a_plan_written_by_hand_needs_only_form_and_ranks() -> None:
     plan = RankPlan.from_json(json.dumps({"layers": {"conv": {"decomposition": "svd", "ranks": [4]}}}))
     assert plan.choices == {"conv": Candidate(SVD, (4,), 0.0, Cost())}
@@ -94,6 +101,9 @@ def test_a_plan_written_by_hand_needs_only_form_and_ranks() -> None:
         "[]",
         "{}",
         '{"layers": []}',
+        '{"layers": {"a": null}}',
+        '{"layers": {"a": {"decomposition": "svd", "ranks": [4], "error": NaN}}}',
+        "[" * 100_000,
         '{"layers": {"a": {}}}',
         '{"layers": {"a": {"decomposition": "svd", "ranks": ["x"]}}}',
         '{"layers": {"a": {"decomposition": "svd", "ranks": 3}}}',
@@ -111,6 +121,10 @@ def test_what_is_no_plan_is_refused_with_an_example(text: str) -> None:
     ("text", "said"),
     [
         ('{"format": 2, "layers": {}}', "mine is a plan of format 2: this version reads 1"),
+        ("[]", "mine is not a plan: it has no table 'layers'; expected"),
+        ('{"layers": {"a": [3]}}', "mine is not a plan: the layer 'a' is no table: [3]; expected"),
+        ('{"layers": {"a": {}, "a": {}}}', "mine is not a plan: 'a' is given twice; expected"),
+        ('{"layers": {}', "mine is not a plan: it is not JSON: Expecting ',' delimiter: line 1 column 14"),
         ('{"layers": {}, "resons": {}}', "mine has a key 'resons' that no plan has: did you mean 'reasons'"),
         (
             '{"layers": {"a": {"decomposition": "svd", "rank": [3]}}}',
