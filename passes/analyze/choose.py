@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from tdcompile.core.passes import AnalysisPass
-from tdcompile.core.plan import Candidates, Importances, RankPlan
+from tdcompile.core.plan import Candidate, Candidates, Importances, RankPlan, dense_of
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make, registered
-from tdcompile.errors import TdcompileError, during
+from tdcompile.errors import TdcompileError, during, nearest
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.program import Program
+from tdcompile.ir.target import Cost
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Choose(AnalysisPass):
 
         Raises:
             BudgetError: no plan meets the budget.
-            TdcompileError: the selector does not return a plan.
+            TdcompileError: the selector does not return a plan, or see ``_complete``.
         """
         candidates = program.facts[Candidates]
         selector = make(RankSelector, self.by)
@@ -42,4 +43,34 @@ class Choose(AnalysisPass):
             plan = selector.select(candidates, program.facts[Importances].scores, program.budget)
         if not isinstance(plan, RankPlan):
             raise TdcompileError(f"the rank selector {selector.told()} gave {type(plan).__name__}, expected a RankPlan")
+        plan = _complete(plan, selector.told(), candidates)
         return replace(plan, reasons={**plan.reasons, **candidates.reasons})
+
+
+def _complete(plan: RankPlan, told: str, candidates: Candidates) -> RankPlan:
+    """Return the plan with a choice for every layer, and with the costs that the selector left out.
+
+    Args:
+        plan: what the selector returned.
+        told: the selector, for messages.
+        candidates: the layers to choose for.
+
+    Raises:
+        TdcompileError: a layer is unknown, or a choice is not a candidate with whole numbers as ranks.
+    """
+    choices = plan.choices
+    if not isinstance(choices, Mapping):
+        raise TdcompileError(f"the rank selector {told} gave choices as {type(choices).__name__}, expected a mapping")
+    for name, choice in choices.items():
+        if name not in candidates.layers:
+            known = nearest(str(name), candidates.layers)
+            raise TdcompileError(f"the rank selector {told} chose for '{name}', which is no layer; {known}")
+        if not isinstance(choice, Candidate) or not all(type(rank) is int for rank in choice.ranks):
+            raise TdcompileError(
+                f"the rank selector {told} chose {choice!r} for '{name}': expected a Candidate whose ranks are int"
+            )
+    if missing := [name for name in candidates.layers if name not in choices]:
+        choices = {**choices, **{name: dense_of(candidates.layers[name]) for name in missing}}
+    predicted = candidates.cost(choices) if plan.predicted == Cost() else plan.predicted
+    dense = candidates.dense if plan.dense == Cost() else plan.dense
+    return replace(plan, choices=choices, predicted=predicted, dense=dense)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdcompile.core.cost_model import CostModel
-from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition, reading
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.core.plan import Candidate, Candidates, Spectrum
 from tdcompile.core.registry import find, make, registered
@@ -181,7 +181,8 @@ class Propose(AnalysisPass):
 
 def _errors(work: _Work) -> Sequence[float]:
     form, layer, weight, space, covariance = work
-    with during(f"in the decomposition {form.told()}, the errors of a layer {layer.weight_shape}"):
+    told = f"in the decomposition {form.told()}, the errors of a layer {layer.weight_shape}"
+    with during(told), reading(form, weight):
         return form.errors(layer, weight, space, covariance)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tdcompile.core.decomposition import Decomposition, relative_error
+from tdcompile.core.decomposition import Decomposition, reading, relative_error
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
 from tdcompile.ir.measurements import input_covariance
@@ -73,7 +73,9 @@ def trials(
 
 def _trial(site: Site, form: Decomposition, share: float, covariance: Covariance) -> Trial:
     ranks = ranks_for(form, site.layer, share)
-    factors = form.factorize(site.layer, site.weight, ranks, covariance)
+    read = site.weight
+    with reading(form, read):
+        factors = form.factorize(site.layer, read, ranks, covariance)
     weight = form.reconstruct(site.layer, factors)
     error = relative_error(site.weight, weight, covariance)
     if error < _TOLD and max(ranks) > 1:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
-from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition, reading
 from tdcompile.core.passes import RewritePass, Rewritten
 from tdcompile.core.plan import RankPlan
 from tdcompile.errors import InputError, during, nearest
@@ -82,5 +82,5 @@ class Factorize(RewritePass):
 
 def _factors(work: tuple[Decomposition, Layer, Tensor, Ranks, Covariance]) -> tuple[Tensor, ...]:
     form, layer, weight, ranks, covariance = work
-    with during(f"in the decomposition {form.told()} of a layer {layer.weight_shape}"):
+    with during(f"in the decomposition {form.told()} of a layer {layer.weight_shape}"), reading(form, weight):
         return form.factorize(layer, weight, ranks, covariance)

@@ -6,6 +6,7 @@ import enum
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar
 
@@ -203,6 +204,25 @@ class Decomposition(Plugin):
         """Return factors in the shapes of the blueprint and a dtype: the last step of most ``factorize``."""
         parts = self.blueprint(layer, ranks)
         return tuple(f.reshape(part.weight_shape).to(dtype) for f, part in zip(factors, parts, strict=True))
+
+
+@contextmanager
+def reading(form: Decomposition, weight: Tensor) -> Iterator[None]:
+    """Require that a decomposition only reads the weight that it is given in this context.
+
+    The weight is that of the user's network: a form that writes into it would damage the network, and the comparison
+    with it, without a word.
+
+    Raises:
+        TdcompileError: the weight was written into.
+    """
+    before = None if weight.is_inference() else weight._version
+    yield
+    if before is not None and weight._version != before:
+        raise TdcompileError(
+            f"the decomposition {form.told()} wrote into the weight of a layer: let it work on weight.clone(); "
+            "load the network again, for its weight has changed"
+        )
 
 
 def several_groups(layer: Layer, form: str) -> Reason:

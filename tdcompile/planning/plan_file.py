@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition, reading
 from tdcompile.core.plan import Candidate, RankPlan
 from tdcompile.core.registry import find, make
 from tdcompile.errors import InputError, nearest
@@ -80,7 +80,9 @@ def estimated(program: Program) -> Program:
     for name, choice in plan.choices.items():
         if not choice.is_dense and name in found and name in calibration.covariances:
             form, site = choice.decomposition, found[name]
-            (error,) = form.errors(site.layer, site.weight, [choice.ranks], calibration.covariances[name])
+            weight = site.weight
+            with reading(form, weight):
+                (error,) = form.errors(site.layer, weight, [choice.ranks], calibration.covariances[name])
             choices[name] = replace(choice, error=float(error))
     return program.with_(facts=program.facts.having(replace(plan, choices=choices)))
 
@@ -98,7 +100,9 @@ def _counted(site: Site, choice: Candidate, prices: Prices) -> Candidate:
     cost = prices.at(site.name, form, choice.ranks)
     if _same(cost, choice.cost):
         return choice
-    (error,) = form.errors(site.layer, site.weight, [choice.ranks], Identity.of(site.weight))
+    weight = site.weight
+    with reading(form, weight):
+        (error,) = form.errors(site.layer, weight, [choice.ranks], Identity.of(weight))
     return replace(choice, error=error, cost=cost, modes=form.modes)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tdcompile.core.decomposition import Decomposition
+from tdcompile.core.decomposition import Decomposition, reading
 from tdcompile.core.pipeline import fine_tuner
 from tdcompile.core.registry import make
 from tdcompile.data.metrics import accuracy
@@ -178,7 +178,8 @@ class Bench:
         if self._last is None or self._last.of != of:
             site, form, ranks = self.sites[point.layer], make(Decomposition, point.method), self.ranks(point)
             weight, bias = site.weight.cpu(), site.module.bias
-            factors = form.factorize(site.layer, weight, ranks, Identity.of(weight))
+            with reading(form, weight):
+                factors = form.factorize(site.layer, weight, ranks, Identity.of(weight))
             assert bias is None or isinstance(bias, Tensor)  # convolutions and linear layers have no other
             graph = copy_graph(self.program.graph)
             replace_module(graph, point.layer, form.build(site.layer, ranks, factors, bias).to(site.weight.device))

@@ -143,5 +143,5 @@ def test_the_reserve_of_lwiq_mends_a_small_layer_of_no_importance() -> None:
 
 @pytest.mark.parametrize("text", ["lwiq{error=0}", "lwiq{error=1}", "lwiq{power=-1}", "lwiq{reserve=1}"])
 def test_lwiq_options_out_of_range_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match=r"lwiq: .* must be a (number in|number of at least 0|share in)"):
+    with pytest.raises(InputError, match=r"lwiq: .* must be a (number in|finite number of at least 0|share in)"):
         make(RankSelector, text)
