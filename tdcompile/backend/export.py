@@ -48,6 +48,10 @@ LOWEST_EXPORTED = 18  # the lowest opset that torch exports; models are converte
 _NO_ADAPTER = re.compile(r"No Adapter From Version \$?(?P<opset>\d+) for (?P<operator>\w+)")
 _NO_OPERATOR = re.compile(r"No Previous Version of (?P<operator>\w+) exists")
 _HERE = str(Path(__file__).resolve().parents[1])  # this package
+_FIXED_AXIS = re.compile(r"\.shape\[(?P<axis>\d+)\]")
+_TORCH = Path(torch.__file__).parent
+# Functions on packed sequences, which have no ONNX form.
+_PACKED = ("pack_padded_sequence", "pad_packed_sequence", "pack_sequence", "unpack_sequence")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -185,10 +189,7 @@ def _capture(
             cause = _root(error)
             cause.add_note(said.getvalue())
             if "inferred a static shape" in str(cause) or "Constraints violated" in str(cause):
-                raise InputError(
-                    "the network fixes its batch size, so the batch axis cannot stay open: pass dynamic_batch=False "
-                    f"(--no-dynamic-batch); torch says: {str(cause).strip().splitlines()[-1].lstrip('- ')}"
-                ) from cause
+                raise InputError(_explain_fixed_axis(str(cause), opened)) from cause
             kind = InputError if "data-dependent" in str(cause) or _users_line(cause) else TdcompileError
             raise kind(f"torch cannot export the network to ONNX: {_explain_failure(cause, module)}") from cause
     assert program is not None  # torch.onnx.export returns one under dynamo=True
@@ -233,16 +234,33 @@ def _explain_failure(cause: BaseException, module: nn.Module) -> str:
             f"the operator '{name}'{where} has no ONNX form: take another implementation of that part where the "
             "network is built"
         )
+    line = _users_line(cause)
     if "data-dependent" in said:
         places = [match["place"] for match in _SOURCE_LINE.finditer(said)]
-        own = [place for place in places if not place.startswith(("_export", "torch/", "fx/", "utils/"))]
-        line = _users_line(cause)
-        where = f" at {own[0]}" if own else f" in {line}" if line else ""
+        own = [place for place in places if not (_TORCH / place).is_file() and not place.startswith("torch/")]
+        where = f" in {line}" if line else f" at {own[0]}" if own else ""
         return (
-            f"what it does depends on the values of its inputs{where}, and an ONNX graph is the same for all: {first}"
+            f"what it does depends on the values of its inputs{where}, and an ONNX graph is the same for all: compute "
+            "every case for all inputs and select the result by torch.where or by weights, for instance every expert "
+            "for every row"
         )
-    line = _users_line(cause)
+    if any(name in line for name in _PACKED):
+        return f"torch does not trace {line}: give the layer padded sequences, and mask the padding in its output"
     return f"torch does not trace {line}; it says: {first}" if line else first
+
+
+def _explain_fixed_axis(said: str, opened: Sequence[Mapping[int, str]]) -> str:
+    """Return which open axis the network fixes, from torch's message."""
+    last = said.strip().splitlines()[-1].lstrip("- ")
+    axes = {int(match["axis"]) for match in _FIXED_AXIS.finditer(last)}
+    names = {name for each in opened for axis, name in each.items() if axis in axes}
+    if names and BATCH not in names:
+        fixed = " or ".join(f"'{name}'" for name in sorted(names))
+        return f"the network fixes the open axis {fixed}: leave it out of dynamic (--dynamic); torch says: {last}"
+    return (
+        "the network fixes its batch size, so the batch axis cannot stay open: pass dynamic_batch=False "
+        f"(--no-dynamic-batch); torch says: {last}"
+    )
 
 
 def _users_line(error: BaseException) -> str:

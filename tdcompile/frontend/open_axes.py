@@ -8,6 +8,7 @@ from itertools import islice, product
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from tdcompile.errors import FixedAxisError, first_line
 from tdcompile.frontend.equivalence import isolated_copy, run_network
@@ -44,6 +45,80 @@ def prober(module: nn.Module, call: Call) -> Runs | None:
         return True
 
     return runs if runs(call.tensors) else None
+
+
+def entries_not_samples(call: Call, batch: BatchAxes, runs: Runs) -> list[Axis]:
+    """Return the first axes as open axes if they are no batch: the network runs with more entries and not with one.
+
+    The nodes of a graph are such entries; samples do not need each other.
+    """
+    size = batch_size(call.tensors, batch)
+    if size is None or size == 1 or runs(batch_of(call.tensors, 1, batch)):
+        return []
+    first = next(place for place, axis in enumerate(batch) if axis is not None)
+    name = f"{call.names[first]}_{batch[first]}"
+    found = [Axis(place, axis, name) for place, axis in enumerate(batch) if axis is not None]
+    return found if runs(resized(call.tensors, found, 1)) else []
+
+
+def check_recurrent_time(module: nn.Module, call: Call, batch: BatchAxes, axes: Sequence[Axis]) -> None:
+    """Require that no recurrent layer runs over an open axis: torch exports its steps for one length only.
+
+    Raises:
+        FixedAxisError: a layer does.
+    """
+    copied = isolated_copy(module, share=False)
+    if call.tensors[0].is_meta or not any(isinstance(part, nn.RNNBase) for part in copied.modules()):
+        return
+    plain = _recurrent_steps(copied, call, call.tensors)
+    size = batch_size(call.tensors, batch)
+    if size is not None:
+        found = _longer(plain, _recurrent_steps(copied, call, batch_of(call.tensors, size + 1, batch)))
+        if found:
+            raise FixedAxisError(
+                f"the recurrent layer '{found}' runs over the batch axis, {describe_batch_axes(batch, call.names)}, as "
+                "if it were time, and torch exports its steps for one length only: give --batch-axis NAME=AXIS for the "
+                "axis of the samples, or --no-dynamic-batch"
+            )
+    for name in dict.fromkeys(axis.name for axis in axes):
+        own = [axis for axis in axes if axis.name == name]
+        grown = own if own[0].alone else axes
+        found = _longer(plain, _recurrent_steps(copied, call, resized(call.tensors, grown, 4)))
+        if found:
+            raise FixedAxisError(
+                f"the recurrent layer '{found}' runs over the open axis '{name}', and torch exports its steps for one "
+                "length only: give no --dynamic for it, and pad to the length of the example"
+            )
+
+
+def _recurrent_steps(module: nn.Module, call: Call, tensors: Sequence[Tensor]) -> dict[str, int]:
+    """Return the number of steps of each recurrent layer, at its last call; nothing if the network does not run."""
+    steps: dict[str, int] = {}
+    hooks = []
+    for name, part in module.named_modules():
+        if isinstance(part, nn.RNNBase):
+
+            def record(part: nn.Module, given: tuple[Tensor | PackedSequence, ...], name: str = name) -> None:
+                x = given[0] if given else None
+                if isinstance(x, PackedSequence):
+                    steps[name] = len(x.batch_sizes)
+                elif isinstance(x, Tensor):
+                    steps[name] = x.shape[1 if part.batch_first and x.dim() == 3 else 0]
+
+            hooks.append(part.register_forward_pre_hook(record))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            run_network(module, call.with_tensors(tensors))
+    except Exception:  # noqa: BLE001  # the equivalence check tells what the network's own code raises
+        return {}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return steps
+
+
+def _longer(before: dict[str, int], after: dict[str, int]) -> str:
+    return next((name or "the network" for name, count in after.items() if before.get(name) not in (None, count)), "")
 
 
 def find_batch_axes(

@@ -21,7 +21,7 @@ from tdcompile.frontend.equivalence import (
     run_network,
 )
 from tdcompile.frontend.half_precision import half_dtypes, inputs_to_single_precision, to_single_precision
-from tdcompile.frontend.open_axes import find_batch_axes, prober, settle_axes
+from tdcompile.frontend.open_axes import check_recurrent_time, entries_not_samples, find_batch_axes, prober, settle_axes
 from tdcompile.frontend.parametrizations import without_parametrizations
 from tdcompile.frontend.select import Frontend, FrontendSelector, Traced, describe_sizes
 from tdcompile.frontend.signature import Call
@@ -121,7 +121,7 @@ def trace(
         dense=traced.graph,
         history=tuple(history),
         frontend=traced.frontend,
-        dynamic_batch=dynamic_batch,
+        dynamic_batch=dynamic_batch and any(axis is not None for axis in batch),
         axes=axes,
         samples_along=batch if dynamic_batch else (),
     )
@@ -142,10 +142,16 @@ def _settled(
     runs, notes = prober(module, call), list[Diagnostic]()
     if runs is not None:
         batch, notes = find_batch_axes(module, call, batch, runs, search=not fixed)
+        entries = [] if fixed else entries_not_samples(call, batch, runs)
+        if entries:
+            batch, axes = (None,) * len(batch), (*entries, *axes)
+            note = f"'{entries[0].name}' is open, and no batch: the network does not run with one entry along it"
+            notes = [Diagnostic("info", DiagnosticCode.OPEN_AXES, note)]
         axes, told = settle_axes(call, axes, runs)
         notes += told
     if batch_size(call.tensors, batch) == 1:
         call = call.with_tensors(batch_of(call.tensors, 2, batch))
+    check_recurrent_time(module, call, batch, axes)
     return call, batch, axes, notes
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from onnx import helper
 from torch import Tensor, fx, nn
 
 import tdcompile.backend.export
-from tdcompile.backend.export import export_onnx, rewrite_metadata, unique_node_names
+from tdcompile.backend.export import _explain_fixed_axis, export_onnx, rewrite_metadata, unique_node_names
 from tdcompile.backend.session import infer, open_session
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
@@ -243,7 +244,7 @@ def test_an_opset_that_an_operator_or_the_exporter_lacks_is_refused(module, opse
     [
         (FixedBatch(), InputError, "dynamic_batch=False"),
         (NoOperator(), TdcompileError, "aten.linalg_eig"),
-        (Branching(), TdcompileError, "data-dependent"),
+        (Branching(), TdcompileError, r"depends on the values of its inputs in .*test_export\.py:\d+.*torch\.where"),
     ],
 )
 def test_what_cannot_be_exported_says_why_and_leaves_nothing(module, error, says, tmp_path, capfd):
@@ -258,6 +259,15 @@ class Packed(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("axis", "said"), [(1, "fixes the open axis 'time'.*--dynamic"), (0, "fixes its batch size.*--no-dynamic-batch")]
+)
+def test_a_fixed_axis_is_named_by_the_users_name(axis, said):
+    opened = [{0: "batch", 1: "time"}]
+    text = f"Constraints violated\n- inferred a static shape of 10 for dimension inputs['x'].shape[{axis}]."
+    assert re.search(said, _explain_fixed_axis(text, opened))
 
 
 def test_a_network_that_torch_does_not_trace_is_refused_with_the_line_of_its_code(tmp_path):

@@ -141,6 +141,35 @@ def test_two_equal_axes_are_two_and_one_only_where_the_network_does_not_run_othe
     assert "does not run where 'h' alone is longer" in program.history[0].text
 
 
+def test_entries_that_need_each_other_are_no_batch() -> None:
+    inputs = {"x": torch.randn(7, 6), "edges": torch.randint(0, 7, (2, 9))}
+    program = tdcompile.trace(Graph().eval(), inputs)
+    assert not program.dynamic_batch
+    assert [(axis.name, axis.axis) for axis in program.axes] == [("x_0", 0)]
+    assert program.graph(torch.randn(9, 6), torch.randint(0, 9, (2, 9))).shape == (9, 5)
+    assert tdcompile.trace(nn.Linear(6, 5).eval(), torch.randn(7, 6)).batch_axes == (0,)
+
+
+class OverTime(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], batch_first: bool) -> None:
+        super().__init__()
+        self.inp, self.rnn = nn.Linear(4, 6), kind(6, 5, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(self.inp(x))[0]
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_time_is_refused_as_an_open_axis_with_the_reason(kind: type[nn.RNNBase]) -> None:
+    x = torch.randn(3, 7, 4)
+    with pytest.raises(InputError, match="recurrent layer 'rnn' runs over the open axis 'time'"):
+        tdcompile.trace(OverTime(kind, batch_first=True).eval(), x, dynamic=["x:1=time"])
+    assert tdcompile.trace(OverTime(kind, batch_first=True).eval(), x).batch_axes == (0,)
+    with pytest.raises(InputError, match="over the batch axis, axis 0 of 'x', as if it were time"):
+        tdcompile.trace(OverTime(kind, batch_first=False).eval(), x)
+    assert tdcompile.trace(OverTime(kind, batch_first=False).eval(), x, batch_axis=["x=1"]).batch_axes == (1,)
+
+
 def test_data_lies_along_the_first_axis() -> None:
     data = tdcompile.Tensors((torch.randn(4, 12), torch.randn(4, 2, 8)))
     with pytest.raises(InputError, match="along axis 1"):
