@@ -19,6 +19,7 @@ from tdcompile.artifact.checkpoint import Checkpoint, SaveCheckpoint
 from tdcompile.artifact.folder import check_out, save_weights, write_folder
 from tdcompile.artifact.report import Report, render_html
 from tdcompile.artifact.summary import Run, summarise
+from tdcompile.backend.evaluation import check_answers
 from tdcompile.backend.export_and_measure import measure
 from tdcompile.backend.session import open_probe
 from tdcompile.core.hooks import Hook, RunRecord, StepTimer
@@ -40,7 +41,7 @@ from tdcompile.planning.input_checks import (
     check_class_names,
     check_labels,
     check_sample_inputs,
-    check_test_labels,
+    check_samples_to_judge,
     check_training_samples,
     matched_layers,
 )
@@ -142,6 +143,7 @@ def compile(  # the field's word, as in torch.compile
     Raises:
         InputError: an argument cannot be used.
         BudgetError: no plan meets the budget.
+        RuinedError: without labels, the outputs differ from the dense network's by as much as those vary.
         ParityError: the outputs of an exported model differ from those of its PyTorch network.
         UnavailableError: the target's execution provider does not load.
     """
@@ -164,7 +166,7 @@ def compile(  # the field's word, as in torch.compile
         program = prepare(module, inputs, chosen.data if data is None else data, chosen, notes)
         pipeline.check(program.facts, planned=True)
         check_training_samples(pipeline, program.task)
-        check_test_labels(chosen.max_drop, program.task)
+        check_samples_to_judge(chosen.max_drop, program.task)
         folder = Path(tempfile.mkdtemp(prefix="tdcompile-"))
         try:
             source = chosen.source or type(unwrapped(module)).__name__
@@ -226,6 +228,8 @@ class _Compilation:
     def _export_and_measure(self, program: Program, record: RunRecord) -> tuple[Report, fx.GraphModule]:
         """Return the report, and the compiled network with batch norm folded."""
         began = time.perf_counter()
+        if self.recipe.max_drop is None:
+            check_answers(program)
         names = self.recipe.class_names()
         labels = {"labels": json.dumps(names, ensure_ascii=False)} if names else {}
         own = {"producer": f"tdcompile {version('tdcompile')}", "source": self.source, "plan": _stamp(program)}
@@ -321,8 +325,9 @@ def prepare(
     task = recipe.task(data, program.inputs[0])
     told = [note for samples in (task.train, task.test) if samples is not None for note in samples.notes]
     train, test = (samples_cast_like(samples, program.inputs) for samples in (task.train, task.test))
-    task = replace(task, train=train, test=test)
-    program = program.with_(task=task, target=target, budget=budget, seed=recipe.seed, onnx=form)
+    program = program.with_(seed=recipe.seed)
+    task = replace(task, train=train, test=test).holding_out(program.generator("held out"))
+    program = program.with_(task=task, target=target, budget=budget, onnx=form)
     program = program.with_(keep_dense=matched_layers(program, recipe.keep_dense))
     check_sample_inputs(program)
     check_labels(program)

@@ -44,6 +44,10 @@ class BudgetError(TdcompileError):
     exit_code: ClassVar[int] = 4
 
 
+class RuinedError(BudgetError):
+    """The compiled network's outputs say nothing about the dense network's; it is not exported."""
+
+
 class UnavailableError(TdcompileError):
     """The environment lacks an execution provider or a package."""
 

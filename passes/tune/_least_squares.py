@@ -14,22 +14,32 @@ class Sums:
 
     Attributes:
         affine: fit an intercept. False fits a linear map, and second moments are about the origin, not the means.
+        rows: number of rows.
+        count: sum of the rows' weights, equal to ``rows`` without weights.
     """
 
     affine: bool = True
-    count: int = 0
+    rows: int = 0
+    count: float = 0
     inner: Tensor = field(default_factory=lambda: torch.zeros(()))
     cross: Tensor = field(default_factory=lambda: torch.zeros(()))
     z: Tensor = field(default_factory=lambda: torch.zeros(()))
     t: Tensor = field(default_factory=lambda: torch.zeros(()))
     energy: float = 0.0
 
-    def add(self, z: Tensor, t: Tensor) -> None:
-        """Add rows of inputs z and targets t."""
-        self.count += len(z)
+    def add(self, z: Tensor, t: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows of inputs z and targets t; ``weights``, ``(n,)``, scale their squared errors."""
+        self.rows += len(z)
+        if weights is not None:
+            self.count += float(weights.sum())
+            self.z = self.z + (weights.double() @ z.double())
+            self.t = self.t + (weights.double() @ t.double())
+            z, t = z * weights.sqrt()[:, None], t * weights.sqrt()[:, None]
+        else:
+            self.count += len(z)
+            self.z, self.t = self.z + z.double().sum(0), self.t + t.double().sum(0)
         self.inner = self.inner + (z.T @ z).double()
         self.cross = self.cross + (t.T @ z).double()
-        self.z, self.t = self.z + z.double().sum(0), self.t + t.double().sum(0)
         self.energy += float(t.double().square().sum())
 
     @property

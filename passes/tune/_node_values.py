@@ -126,3 +126,21 @@ def follows(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:
         for a, b in zip(given, outputs_of(graph, inputs), strict=True)
         if b.numel()
     )
+
+
+def samples_in_memory(graph: fx.GraphModule, inputs: Sequence[Tensor], memory: int) -> int:
+    """Return how many samples a ``Stream`` of two networks holds in ``memory`` MB, at least 2.
+
+    Each network keeps about three of its largest tensors alive.
+    """
+    sizes: list[int] = [1]
+    hooks = [
+        m.register_forward_hook(lambda m, i, y: sizes.extend(t.numel() for t in tensors_in(y))) for m in graph.modules()
+    ]
+    try:
+        graph(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    largest = max(sizes) // len(inputs[0])
+    return max(2, int(memory * 1e6 / (4 * 6 * max(largest, 1))))

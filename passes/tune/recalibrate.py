@@ -17,10 +17,16 @@ from tdcompile.data.task import Samples
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Aspect
-from tdcompile.ir.graph_edits import copy_weights
+from tdcompile.ir.graph_edits import calls_of, copy_weights
 from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Change, Program
+from tdcompile.passes.tune._node_values import Stream, follows, samples_in_memory
 from tdcompile.support.progress import report_progress
+
+# Share of the samples that judge the new statistics, their largest number, and the samples in one batch of them.
+_JUDGE_SHARE, _JUDGES, _JUDGE_BATCH = 5, 256, 64
+# Approximate limit in MB for the values between layers while the statistics are judged.
+_MEMORY = 1000
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,14 @@ class Recalibrate(TunePass):
     ones: mean + (m − m_dense), variance · v / v_dense. A dense network keeps its statistics. While they are pooled,
     batch norm normalises by the current batch, so that wrong statistics of one layer do not reach the next.
 
+    A layer keeps its old statistics if the new ones bring its output no nearer to the dense network's on held-out
+    samples. The layers are judged in forward order, each behind the layers that were judged before.
+
     Attributes:
         samples: number of training samples to read.
         batch: samples in one forward pass; larger batches cost memory and did not raise accuracy in our measurements.
         relative: apply the change to the statistics from training; false sets the pooled statistics.
+        judge: keep new statistics only where they lower the error on held-out samples.
     """
 
     name: ClassVar[str] = "recalibrate"
@@ -43,6 +53,7 @@ class Recalibrate(TunePass):
     samples: Annotated[int, Field(ge=2)] = 2048
     batch: Annotated[int, Field(ge=2)] = 64
     relative: bool = True
+    judge: bool = True
 
     def tune(self, graph: fx.GraphModule, program: Program) -> Rewritten:
         """Set the running statistics of every batch-norm layer.
@@ -74,14 +85,20 @@ class Recalibrate(TunePass):
                     )
                 ],
             )
-        count = min(self.samples, len(train))
-        chosen = train.shuffled(program.generator(self.name)).subset(range(count))
+        judges = min(_JUDGES, len(train) // _JUDGE_SHARE) if self.judge else 0
+        count = min(self.samples, len(train) - judges)
+        order = train.shuffled(program.generator(self.name))
+        chosen, judging = order.subset(range(count)), order.subset(range(count, count + judges))
+        old = {name: _Statistics.of(module) for name, module in layers.items()}
         pools = self._pooled(graph, chosen)
         known = _norms(program.dense) if self.relative else {}
         before = self._pooled(copy_weights(program.dense), chosen) if known.keys() & layers.keys() else {}
         for name, module in layers.items():
             pools[name].settle(name, module, before.get(name), known.get(name))
-        return Rewritten(graph, [Change("", self.name, f"{len(layers)} batch-norm layers on {count} samples")])
+        undone = _undo_worse(graph, program, old, judging)
+        told = f"{len(layers)} batch-norm layers on {count} samples"
+        told += f"; {len(undone)} undone, because held-out error did not fall: {', '.join(undone)}" if undone else ""
+        return Rewritten(graph, [Change("", self.name, told)])
 
     def _pooled(self, graph: fx.GraphModule, samples: Samples) -> dict[str, _Pool]:
         """Return the pooled statistics of every batch-norm layer's input; overwrites the running statistics."""
@@ -103,6 +120,70 @@ class Recalibrate(TunePass):
                 hook.remove()
             graph.eval()
         return pools
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Running mean and variance of a layer."""
+
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, module: _BatchNorm) -> _Statistics:
+        assert module.running_mean is not None  # ``_norms`` skips layers without running statistics
+        assert module.running_var is not None
+        return cls(module.running_mean.clone(), module.running_var.clone())
+
+    def write(self, module: _BatchNorm) -> None:
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        module.running_mean.copy_(self.mean)
+        module.running_var.copy_(self.variance)
+
+
+@torch.no_grad()
+def _undo_worse(graph: fx.GraphModule, program: Program, old: Mapping[str, _Statistics], samples: Samples) -> list[str]:
+    """Give layers their old statistics where the new ones do not lower the held-out error; return their names.
+
+    A layer that is called more than once keeps the new statistics, as do all layers of a network that changes values
+    in a way that cannot be followed, and all layers if there are no held-out samples.
+    """
+    dense = program.dense.eval()
+    if not (len(samples) and follows(graph, program.inputs) and follows(dense, program.inputs)):
+        return []
+    layers = _norms(graph)
+    new = {name: _Statistics.of(module) for name, module in layers.items()}
+    for name, module in layers.items():
+        old[name].write(module)
+    count = min(len(samples), samples_in_memory(graph, program.inputs, _MEMORY))
+    batches = [batch.inputs for batch in samples.batches(_JUDGE_BATCH, limit=count)]
+    ours, theirs = Stream(graph, batches), Stream(dense, batches)
+    undone = []
+    nodes = {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}
+    for name in (name for name in nodes if name in layers):
+        calls, targets = calls_of(graph, name), calls_of(dense, name)
+        if len(calls) == len(targets) == 1:
+            before = _error(ours.values(calls[0]), theirs.values(targets[0]))
+            new[name].write(layers[name])
+            ours.changed(calls)
+            if _error(ours.values(calls[0]), theirs.values(targets[0])) < before:
+                continue
+            old[name].write(layers[name])
+            undone.append(name)
+        else:
+            new[name].write(layers[name])
+        ours.changed(calls)
+    return undone
+
+
+def _error(ours: Sequence[object], theirs: Sequence[object]) -> float:
+    """Return the sum of squared differences over all batches."""
+    return sum(
+        float((a - b).double().square().sum())
+        for a, b in zip(ours, theirs, strict=True)
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+    )
 
 
 class _Pool:

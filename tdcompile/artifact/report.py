@@ -57,6 +57,27 @@ class Agreement(_Part):
     cases: int
 
 
+class OutputAgreement(_Part):
+    """One output of the compiled network against the dense network's; null where a figure is not finite."""
+
+    relative_error: float | None
+    """Root of the squared differences over the squared deviations of the dense output from its mean over samples."""
+    cosine: float | None
+    """Mean over the samples of the cosine between both outputs."""
+    agreement: float | None = None
+    """Share of samples with the same top-1 class; null if the output is not class scores."""
+    divergence: float | None = None
+    """Mean KL divergence from the dense network's class probabilities, in nats."""
+
+
+class Quality(_Part):
+    """How much of the dense network's answers the compiled model keeps, in onnxruntime; no label is read."""
+
+    samples: int
+    source: Literal["test", "held-out training"]
+    outputs: tuple[OutputAgreement, ...]
+
+
 class Approximation(_Part):
     """The approximation error: the compiled PyTorch network against the dense one, on equal inputs; expected."""
 
@@ -164,6 +185,8 @@ class Report(_Part):
     predicted_latency_ms: float | None
     parity: Agreement
     dense_parity: Agreement | None = None
+    quality: Quality | None = None
+    """Null without samples."""
     approximation_error: Approximation | None = None
     layers: tuple[LayerRow, ...]
     iterations: tuple[Iteration, ...] = ()
@@ -224,6 +247,19 @@ def comparison(report: Report) -> list[tuple[str, str, str, str]]:
     if dense.accuracy is not None and compiled.accuracy is not None:
         drop = f"{(compiled.accuracy - dense.accuracy) * 100:+.2f} points"
         rows.append(("accuracy", percent(dense.accuracy), percent(compiled.accuracy), drop))
+    return rows + (_quality_rows(report.quality) if report.quality else [])
+
+
+def _quality_rows(quality: Quality) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for number, output in enumerate(quality.outputs, start=1):
+        of = f" of output {number}" if len(quality.outputs) > 1 else ""
+        if output.agreement is not None:
+            rows.append((f"top-1 agreement{of}", "", percent(output.agreement), ""))
+        error = "not finite" if output.relative_error is None else percent(output.relative_error)
+        rows.append((f"relative error{of}", "", error, ""))
+        if output.agreement is None and output.cosine is not None:
+            rows.append((f"cosine{of}", "", f"{output.cosine:.4f}", ""))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,15 @@ from tdcompile.artifact.report import (
     Iteration,
     LayerRow,
     Onnx,
+    OutputAgreement,
+    Quality,
     Ratio,
     Report,
     Tuned,
 )
 from tdcompile.artifact.report import Reason as ReportedReason
 from tdcompile.backend.environment import environment, peak_memory_mb
+from tdcompile.backend.evaluation import Evaluation
 from tdcompile.backend.export_and_measure import MeasuredNetwork, Outcome, Part, parts_of
 from tdcompile.backend.parity import Parity
 from tdcompile.core.plan import DENSE, Candidate, RankPlan
@@ -36,6 +40,10 @@ from tdcompile.training.run_state import Tuning
 LATENCY_TOLERANCE = 0.04
 # Allowed excess of counted figures, which are exact except for rounding.
 ROUNDING = 1e-3
+# Without --max-drop a compiled network may lose this many points of accuracy or, without labels, have this relative
+# error, before its answers count as changed. docs/concepts/quality.md has the measurements behind both.
+CHANGED_ACCURACY = 10.0
+CHANGED_ERROR = 0.5
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
         predicted_latency_ms=_predicted(plan, dense),
         parity=_agreement(compiled.parity),
         dense_parity=_agreement(dense.parity),
+        quality=_quality(outcome.evaluation, program),
         approximation_error=Approximation(max_abs=outcome.approximation[0], max_rel=outcome.approximation[1]),
         layers=tuple(_rows(program, plan, outcome)),
         iterations=tuple(
@@ -193,8 +202,10 @@ def _gates(program: Program, run: Run, outcome: Outcome) -> Iterator[Gate]:
             passed=speedup >= run.min_speedup,
             sentence=f"{speedup:.2f} times as fast as dense, {run.min_speedup:g} wanted",
         )
-    if run.max_drop is not None:
+    if dense.accuracy is not None:
         yield drop_gate(run.max_drop, dense.accuracy, compiled.accuracy)
+    elif outcome.evaluation is not None:
+        yield answers_gate(run.max_drop, outcome.evaluation)
 
 
 def budget_gates(program: Program, outcome: Outcome) -> Iterator[Gate]:
@@ -209,28 +220,93 @@ def budget_gates(program: Program, outcome: Outcome) -> Iterator[Gate]:
         yield Gate(name=name, limit=share, value=kept, passed=passed, sentence=sentence)
 
 
-def drop_gate(limit: float, dense: float | None, compiled: float | None) -> Gate:
-    """Return the gate on the loss of accuracy, in points; unknown accuracies do not pass."""
+def answers_gate(max_drop: float | None, evaluation: Evaluation) -> Gate:
+    """Return the gate on lost agreement with the dense network, where there are no labels.
+
+    Args:
+        max_drop: largest allowed loss of agreement of the class scores, in points; if no output is class scores,
+            largest allowed relative error, in percent. None bounds the relative error by ``CHANGED_ERROR``.
+        evaluation: both models on the same samples.
+    """
+    on = f"on {evaluation.samples} samples without labels"
+    error = _largest_error(evaluation)
+    lost = [100 * (1 - output.agreement) for output in evaluation.outputs if output.agreement is not None]
+    if max_drop is not None and lost:
+        sentence = f"top-1 agreement with the dense network drops by {max(lost):.2f} points {on}, {max_drop:g} allowed"
+        return Gate(
+            name="max-drop", limit=max_drop, value=max(lost), passed=max(lost) <= max_drop + 1e-9, sentence=sentence
+        )
+    name, limit = ("answers", CHANGED_ERROR) if max_drop is None else ("max-drop", max_drop / 100)
+    agreeing = f", top-1 agrees on {1 - max(lost) / 100:.1%}" if lost else ""
+    sentence = f"the outputs differ by {error:.1%} from the dense network's {on}{agreeing}; {limit:.1%} allowed"
+    value = error if math.isfinite(error) else None
+    return Gate(name=name, limit=limit, value=value, passed=error <= limit + 1e-9, sentence=sentence)
+
+
+def drop_gate(max_drop: float | None, dense: float | None, compiled: float | None) -> Gate:
+    """Return the gate on the loss of accuracy, in points; unknown accuracies do not pass.
+
+    Without ``max_drop`` the gate is ``answers``, with the limit ``CHANGED_ACCURACY``.
+    """
+    name, limit = ("answers", CHANGED_ACCURACY) if max_drop is None else ("max-drop", max_drop)
     if dense is None or compiled is None:
         sentence = f"accuracy may drop by {limit:g} points, and there are no labelled test samples to tell"
-        return Gate(name="max-drop", limit=limit, value=None, passed=False, sentence=sentence)
+        return Gate(name=name, limit=limit, value=None, passed=False, sentence=sentence)
     drop = (dense - compiled) * 100
     sentence = f"accuracy drops by {drop:.2f} points, {limit:g} allowed"
-    return Gate(name="max-drop", limit=limit, value=drop, passed=drop <= limit + 1e-9, sentence=sentence)
+    return Gate(name=name, limit=limit, value=drop, passed=drop <= limit + 1e-9, sentence=sentence)
 
 
 def _verdict(outcome: Outcome, ratio: Ratio, gates: Sequence[Gate]) -> str:
     missed = [gate.sentence for gate in gates if not gate.passed]
+    changed = any(gate.name == "answers" and not gate.passed for gate in gates)
     speed = ratio.latency or 1.0
     pace = f"{speed:.2f} times as fast" if speed >= 1.0 else f"{1 / speed:.2f} times as slow"
     pace += " as the dense network"
     accuracy = ""
     if outcome.dense.accuracy is not None and outcome.compiled.accuracy is not None:
         accuracy = f", accuracy {outcome.dense.accuracy:.2%} to {outcome.compiled.accuracy:.2%}"
-    head = f"{pace}, with {ratio.macs:.2f} times fewer MACs and {ratio.params:.2f} times fewer parameters{accuracy}"
+    elif outcome.evaluation is not None:
+        accuracy = f", {_kept(outcome.evaluation)}"
+    else:
+        accuracy = ", quality not measured, because there are no samples"
+    head = "the network's answers have changed: " if changed else ""
+    head += f"{pace}, with {ratio.macs:.2f} times fewer MACs and {ratio.params:.2f} times fewer parameters{accuracy}"
     if speed < 1.0 and "latency" not in {gate.name for gate in gates}:
         head += "; it was chosen without measuring time: --budget latency=SHARE keeps only what is faster"
     return f"{head}; not met: {'; '.join(missed)}" if missed else f"{head}; verified in onnxruntime"
+
+
+def _kept(evaluation: Evaluation) -> str:
+    """Return how far the outputs are from the dense network's, as a phrase."""
+    error = _largest_error(evaluation)
+    agreeing = [output.agreement for output in evaluation.outputs if output.agreement is not None]
+    kept = f"top-1 agreement {min(agreeing):.1%} and " if agreeing else ""
+    return f"{kept}relative error {error:.1%} on {evaluation.samples} samples without labels"
+
+
+def _largest_error(evaluation: Evaluation) -> float:
+    """Return the largest relative error of an output; infinite if an output holds NaN or Inf."""
+    errors = [output.relative_error for output in evaluation.outputs]
+    return max((error if math.isfinite(error) else math.inf for error in errors), default=0.0)
+
+
+def _quality(evaluation: Evaluation | None, program: Program) -> Quality | None:
+    if evaluation is None:
+        return None
+    outputs = tuple(
+        OutputAgreement(
+            relative_error=output.relative_error if math.isfinite(output.relative_error) else None,
+            cosine=output.cosine if math.isfinite(output.cosine) else None,
+            agreement=output.agreement,
+            divergence=output.divergence
+            if output.divergence is not None and math.isfinite(output.divergence)
+            else None,
+        )
+        for output in evaluation.outputs
+    )
+    tested = program.task.test is not None and len(program.task.test) > 0
+    return Quality(samples=evaluation.samples, source="test" if tested else "held-out training", outputs=outputs)
 
 
 def _notes(program: Program, outcome: Outcome) -> Iterator[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
+from tdcompile.backend.evaluation import Evaluation, evaluate
 from tdcompile.backend.export import Exported, rewrite_metadata
 from tdcompile.backend.lowering import lower, timing_inputs
 from tdcompile.backend.parity import Parity
@@ -17,7 +18,6 @@ from tdcompile.backend.profile import layer_seconds
 from tdcompile.backend.session import Timing, time_models
 from tdcompile.backend.verified_export import DenseModel, export_verified
 from tdcompile.core.plan import RankPlan
-from tdcompile.data.metrics import accuracy
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program, Site, parameters_of, sites_of
@@ -54,11 +54,17 @@ class MeasuredNetwork:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Both networks and how far apart their outputs are: the approximation error, relative to the largest output."""
+    """Both networks, and how far apart their outputs are.
+
+    Attributes:
+        approximation: largest difference of the outputs, and the same relative to the largest dense output.
+        evaluation: accuracy and agreement on test samples, else on samples held out of training; None without samples.
+    """
 
     dense: MeasuredNetwork
     compiled: MeasuredNetwork
     approximation: tuple[float, float]
+    evaluation: Evaluation | None = None
 
 
 def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds: float = 3.0) -> Outcome:
@@ -83,7 +89,8 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
     ]
     paths, inputs = [exported.path for exported, _ in verified], timing_inputs(program)
     timings = time_models(paths, inputs, program.target, seconds=seconds)
-    task = program.task
+    evaluation = _evaluation(program, *paths)
+    accuracies = (evaluation.dense_accuracy, evaluation.compiled_accuracy) if evaluation else (None, None)
     dense_parts = _parts(sites_of(dense_graph, program.inputs))
     parts = _compiled_parts(program, compiled_graph, dense_parts)
     networks = [
@@ -96,13 +103,23 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
             parity=parity,
             timing=timing,
             layer_seconds=layer_seconds(exported.path, names, inputs, program.target) if names else {},
-            accuracy=accuracy(graph, task.test, task.evaluate),
+            accuracy=accuracy,
         )
-        for graph, layers, (exported, parity), timing in zip(
-            (dense_graph, compiled_graph), (dense_parts, parts), verified, timings, strict=True
+        for graph, layers, (exported, parity), timing, accuracy in zip(
+            (dense_graph, compiled_graph), (dense_parts, parts), verified, timings, accuracies, strict=True
         )
     ]
-    return Outcome(networks[0], networks[1], _approximation(dense_graph, compiled_graph, program))
+    approximation = _approximation(dense_graph, compiled_graph, program)
+    return Outcome(networks[0], networks[1], approximation, evaluation)
+
+
+def _evaluation(program: Program, dense: Path, compiled: Path) -> Evaluation | None:
+    """Compare both models on the test samples, else on held-out training samples, whose labels say nothing."""
+    task = program.task
+    if task.test is not None and len(task.test):
+        return evaluate(dense, compiled, task.test, program, task.evaluate)
+    found = evaluate(dense, compiled, task.heldout, program)
+    return None if found is None else replace(found, dense_accuracy=None, compiled_accuracy=None)
 
 
 def parts_of(parts: Mapping[str, Part], name: str) -> list[Part]:

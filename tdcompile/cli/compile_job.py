@@ -27,7 +27,7 @@ from tdcompile.compiler import compile as compile_module
 from tdcompile.compiler import prepare
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan
-from tdcompile.errors import BudgetError, InputError, UnwrittenError
+from tdcompile.errors import BudgetError, InputError, RuinedError, UnwrittenError
 from tdcompile.recipes import Recipe
 from tdcompile.support.folder_lock import only_writer
 from tdcompile.support.formatting import count, milliseconds, percent
@@ -149,6 +149,7 @@ def _compile_alone(recipe: Recipe, out: Path, output: Output) -> Answer:
         # after a wrong input it cannot. If the network is compiled, only the place to write it to was wrong.
         unwritten = isinstance(error, UnwrittenError) or (isinstance(error, InputError) and compiled is not None)
         hopeless = isinstance(error, InputError | BudgetError) and compiled is None and not unwritten
+        hopeless = hopeless and not isinstance(error, RuinedError)  # --max-drop lets the same run go on
         if fresh and is_first() and (hopeless or not (workspace / "state").exists()):
             shutil.rmtree(workspace, ignore_errors=True)
         go_on = f"go on with: {output.resumed}" if (workspace / "state").exists() else "nothing was written"

@@ -23,17 +23,16 @@ def check_training_samples(pipeline: Pipeline, task: Task) -> None:
         raise InputError(f"'{pipeline.trainer}' trains, and there is nothing to train on: give data")
 
 
-def check_test_labels(max_drop: float | None, task: Task) -> None:
-    """Require labelled test samples if the loss of accuracy is bounded.
+def check_samples_to_judge(max_drop: float | None, task: Task) -> None:
+    """Require samples to judge the compiled network on if its loss of quality is bounded.
 
     Raises:
-        InputError: ``max_drop`` is set, and the task has no labelled test samples.
+        InputError: ``max_drop`` is set, and the task has neither test nor held-out samples.
     """
-    test = task.test
-    if max_drop is not None and (test is None or test.classes is None or not len(test)):
+    if max_drop is not None and not any(samples is not None and len(samples) for samples in (task.test, task.heldout)):
         raise InputError(
-            f"max_drop={max_drop:g} bounds the loss of accuracy, and there are no labelled test samples to measure it "
-            "on: give data that have them"
+            f"max_drop={max_drop:g} bounds the loss of accuracy or agreement, and there are no samples to measure it "
+            "on: give data with test samples, or at least 8 training samples"
         )
 
 

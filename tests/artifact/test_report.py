@@ -1,6 +1,7 @@
 """The report keeps the names the outside relies on, says everything it knows, and its page needs nothing else."""
 
 import json
+import math
 from html.parser import HTMLParser
 from io import StringIO
 from types import SimpleNamespace
@@ -13,8 +14,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from tdcompile.artifact.report import Report, render_html, tables
-from tdcompile.artifact.summary import budget_gates, drop_gate, history_notes
+from tdcompile.artifact.summary import answers_gate, budget_gates, drop_gate, history_notes
+from tdcompile.backend.evaluation import Evaluation
 from tdcompile.backend.session import Timing
+from tdcompile.data.quality import OutputQuality
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.program import Change
 from tdcompile.ir.target import Budget
@@ -343,3 +346,27 @@ def test_notes_are_messages_about_the_network_and_warnings() -> None:
         Diagnostic("warning", "caution", "about a layer", "conv"),
     )
     assert list(history_notes(history, {"conv"})) == ["about the network", "about a module", "about a layer"]
+
+
+def evaluation(*outputs):
+    return Evaluation(40, None, None, tuple(outputs))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "max_drop", "name", "passed"),
+    [
+        ([OutputQuality(0.4, 0.9, 0.8, 0.1)], None, "answers", True),
+        ([OutputQuality(0.6, 0.9, 0.8, 0.1)], None, "answers", False),
+        ([OutputQuality(0.1, 0.9), OutputQuality(math.nan, math.nan)], None, "answers", False),
+        ([OutputQuality(math.nan, math.nan), OutputQuality(0.1, 0.9)], None, "answers", False),
+        ([OutputQuality(0.6, 0.9, 0.8, 0.1)], 20.0, "max-drop", True),
+        ([OutputQuality(0.6, 0.9, 0.8, 0.1)], 19.0, "max-drop", False),
+        ([OutputQuality(0.2, 0.9)], 20.0, "max-drop", True),
+        ([OutputQuality(0.21, 0.9)], 20.0, "max-drop", False),
+        ([], None, "answers", True),
+    ],
+)
+def test_without_labels_lost_agreement_or_the_relative_error_is_bounded(outputs, max_drop, name, passed):
+    gate = answers_gate(max_drop, evaluation(*outputs))
+    assert (gate.name, gate.passed) == (name, passed)
+    assert "40 samples without labels" in gate.sentence

@@ -19,7 +19,7 @@ from tdcompile.core.hooks import Hook
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.data.task import Tensors
-from tdcompile.errors import BudgetError, InputError, TdcompileError
+from tdcompile.errors import BudgetError, InputError, RuinedError, TdcompileError
 from tdcompile.passes import Calibrate, Choose, Factorize, Propose, Score
 from tdcompile.training.run_state import Tuning
 from tdcompile.training.trainer import Trainer
@@ -434,9 +434,8 @@ def test_the_data_of_a_recipe_are_read(tmp_path):
         ({"weights": "some.safetensors"}, "'weights' is an option of the command"),
         ({"input": ["1x3x12x12"]}, "'input' is an option of the command"),
         ({"tune": "epochs=1"}, "'finetune' trains, and there is nothing to train on"),
-        ({"max_drop": 5}, "there are no labelled test samples"),
-        ({"max_drop": 5, "data": points()}, "there are no labelled test samples"),
-        ({"max_drop": 5, "data": (points(), Tensors(points().inputs))}, "there are no labelled test samples"),
+        ({"max_drop": 5}, "there are no samples to measure it on"),
+        ({"max_drop": 5, "data": points(7)}, "there are no samples to measure it on"),
         ({"pipeline": "score", "data": points()}, r"'score' makes no plan: add a pass that gives one \(.*choose.*rene"),
         ({"pipeline": "finetune{epochs=1}", "data": points()}, "makes no plan"),
         ({"calibrate": 0}, "'calibrate' cannot be 0"),
@@ -509,6 +508,68 @@ def test_gates_that_are_not_passed_are_in_the_report():
     assert [gate.name for gate in report.gates if not gate.passed] == ["min-speedup"]
     assert [gate.name for gate in report.gates if gate.passed] == ["macs", "max-drop"]
     assert "not met" in report.verdict
+
+
+def unlabelled(count=96, seed=0):
+    return Tensors(points(count, seed=seed).inputs)
+
+
+@pytest.mark.parametrize(
+    ("data", "source"), [(unlabelled(), "held-out training"), ((unlabelled(), unlabelled(seed=1)), "test")]
+)
+def test_without_labels_the_outputs_are_compared_on_samples_that_no_pass_read(data, source):
+    report = tdcompile.compile(network(), X, data=data, budget={"macs": 0.9}).report
+    assert report.quality.source == source
+    assert report.quality.samples == (12 if source == "held-out training" else 96)
+    (output,) = report.quality.outputs
+    assert 0 < output.relative_error < 0.5
+    assert output.agreement > 0.8
+    assert report.met
+    assert [gate.name for gate in report.gates] == ["macs", "answers"]
+    assert "top-1 agreement" in report.verdict
+
+
+def ruin(monkeypatch, scale):
+    """Make factorize go wrong: the weights of the last layer are scaled."""
+    sound = Factorize.rewrite
+
+    def rewrite(self, graph, program):
+        rewritten = sound(self, graph, program)
+        head = rewritten.graph.get_submodule("8")
+        head.weight = nn.Parameter(scale * head.weight.detach())
+        return rewritten
+
+    monkeypatch.setattr(Factorize, "rewrite", rewrite)
+    return {
+        "data": (unlabelled(), unlabelled(seed=1)),
+        "budget": {"macs": 0.95},
+        "keep_dense": ["8"],
+        "pipeline": "calibrate,score{by=none},propose,choose,factorize,fold-batchnorm,drop-dead",
+    }
+
+
+def test_a_ruined_network_is_no_success_unless_the_drop_is_allowed(monkeypatch):
+    options = ruin(monkeypatch, 0.75)
+    report = tdcompile.compile(network(), X, **options).report
+    assert 0.5 < report.quality.outputs[0].relative_error < 1
+    assert report.verdict.startswith("the network's answers have changed")
+    assert [gate.name for gate in report.gates if not gate.passed] == ["answers"]
+    assert tdcompile.compile(network(), X, **options, max_drop=100).report.met
+
+
+def test_a_network_whose_outputs_say_nothing_is_not_exported(monkeypatch):
+    options = ruin(monkeypatch, -30)
+    with pytest.raises(RuinedError, match=r"ruined: its outputs differ by .* times the spread .* 64 samples"):
+        tdcompile.compile(network(), X, **options)
+    assert tdcompile.compile(network(), X, **options, max_drop=100).report.met
+    labelled = {**options, "data": (points(), points(seed=1))}
+    assert tdcompile.compile(network(), X, **labelled).report.quality.outputs[0].relative_error > 1
+
+
+def test_without_samples_the_verdict_says_that_quality_is_not_known():
+    report = tdcompile.compile(network(), X, budget={"macs": 0.9}).report
+    assert report.quality is None
+    assert "quality not measured" in report.verdict
 
 
 def test_layers_are_kept_dense_by_pattern_and_a_pattern_without_a_layer_is_an_error():

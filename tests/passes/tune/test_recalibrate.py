@@ -44,14 +44,18 @@ def network() -> nn.Module:
 @given(count=st.integers(2, 70), batch=st.integers(2, 80))
 def test_statistics_are_those_pooled_over_all_samples(count: int, batch: int) -> None:
     x = drawn(count)
-    layer = Recalibrate(samples=count, batch=batch, relative=False).run(program(network(), x)).graph.get_submodule("0")
+    layer = (
+        Recalibrate(samples=count, batch=batch, relative=False, judge=False)
+        .run(program(network(), x))
+        .graph.get_submodule("0")
+    )
     torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
     torch.testing.assert_close(layer.running_var, x.transpose(0, 1).flatten(1).var(1))
 
 
 def test_a_layer_sees_its_input_as_the_corrected_layers_before_it_leave_it() -> None:
     x = drawn(32)
-    graph = Recalibrate(samples=32, batch=32, relative=False).run(program(network(), x)).graph
+    graph = Recalibrate(samples=32, batch=32, relative=False, judge=False).run(program(network(), x)).graph
     seen = graph.get_submodule("1")(graph.get_submodule("0").train()(x)).transpose(0, 1).flatten(1)
     torch.testing.assert_close(graph.get_submodule("2").running_var, seen.var(1))
 
@@ -73,8 +77,8 @@ def test_what_changed_against_the_dense_network_is_added_to_its_statistics() -> 
     changed.get_submodule("1").weight.data.mul_(2.0)
     changed.get_submodule("1").bias.data.zero_()
     dense.dense.get_submodule("1").bias.data.zero_()
-    layer = Recalibrate().run(dense.with_(graph=changed)).graph.get_submodule("2")
-    pooled = Recalibrate(relative=False).run(dense.with_(graph=changed)).graph.get_submodule("2")
+    layer = Recalibrate(judge=False).run(dense.with_(graph=changed)).graph.get_submodule("2")
+    pooled = Recalibrate(relative=False, judge=False).run(dense.with_(graph=changed)).graph.get_submodule("2")
     torch.testing.assert_close(layer.running_var, torch.full((4,), 4.0))  # twice the weights, from a variance of 1
     torch.testing.assert_close(layer.running_mean, 7.0 + pooled.running_mean / 2)
 
@@ -95,7 +99,10 @@ def test_weights_modes_and_the_given_program_stay_as_they_were() -> None:
 def test_only_so_many_samples_are_read_the_same_ones_for_a_seed() -> None:
     x = drawn(64)
     means = [
-        Recalibrate(samples=16, relative=False).run(program(network(), x, seed)).graph.get_submodule("0").running_mean
+        Recalibrate(samples=16, relative=False, judge=False)
+        .run(program(network(), x, seed))
+        .graph.get_submodule("0")
+        .running_mean
         for seed in (1, 1, 2)
     ]
     assert torch.equal(means[0], means[1])
@@ -147,3 +154,30 @@ def test_facts_read_from_statistics_are_dropped_and_others_are_not() -> None:
     facts = Recalibrate().run(before).facts
     assert OfWeights in facts
     assert OfStatistics not in facts
+
+
+def test_statistics_are_undone_where_they_bring_the_output_no_nearer_to_the_dense_network() -> None:
+    """Pooled statistics of skewed samples replace those of a network whose weights did not change: all are worse."""
+    before = program(network(), drawn(64))
+    undone = Recalibrate(relative=False).run(before)
+    for name in ("0", "2"):
+        kept = undone.graph.get_submodule(name)
+        torch.testing.assert_close(kept.running_mean, before.graph.get_submodule(name).running_mean)
+    (told,) = [entry for entry in undone.history if isinstance(entry, Change)]
+    assert told.what.endswith("2 undone, because held-out error did not fall: 0, 2")
+    assert not torch.allclose(
+        Recalibrate(relative=False, judge=False).run(before).graph.get_submodule("0").running_mean,
+        before.graph.get_submodule("0").running_mean,
+    )
+
+
+def test_statistics_are_kept_where_the_factors_have_shifted_the_input() -> None:
+    dense = program(network(), drawn(64))
+    changed = copy_weights(dense.graph)
+    conv = changed.get_submodule("1")
+    with torch.no_grad():
+        conv.weight.mul_(1.5)
+    after = Recalibrate().run(dense.with_(graph=changed))
+    assert not torch.allclose(
+        after.graph.get_submodule("2").running_var, dense.graph.get_submodule("2").running_var, rtol=0.05
+    )

@@ -257,3 +257,54 @@ def test_in_place_operators_of_either_front_end_are_known(frontend: Frontend, wr
     found = {str(node.target) for node in graph.graph.nodes if works_in_place(node, graph)}
     assert all(any(word in name for name in found) for word in written), found
     assert not any("mean" in name for name in found)
+
+
+def tokens(count: int, seed: int) -> torch.Tensor:
+    """Sequences in which the first token is a hundred times as long as the others."""
+    x = torch.randn(count, 8, 48, generator=torch.Generator().manual_seed(seed))
+    x[:, 0] = 100 + x[:, 0]
+    return x
+
+
+class Blocks(nn.Module):
+    """Residual blocks of linear layers on normalised tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(48) for _ in range(6))
+        self.up = nn.ModuleList(nn.Linear(48, 96, bias=False) for _ in range(6))
+        self.down = nn.ModuleList(nn.Linear(96, 48, bias=False) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(norm(x))))
+        return x
+
+
+def blocks(samples: int) -> Program:
+    torch.manual_seed(3)
+    made = tdcompile.trace(Blocks().eval(), (tokens(2, 0),)).with_(
+        budget=tdcompile.Budget(params=0.6), task=Task(Tensors(tokens(samples, 1)))
+    )
+    return Pipeline.parse("calibrate,score,propose{decompose=svd},choose,factorize").run(made)
+
+
+def error_of(graph: nn.Module, before: Program) -> float:
+    """Return the squared error of the tokens behind the first, which is not among the long ones."""
+    unseen = (tokens(64, 2),)
+    dense, ours = (outputs_of(g, unseen)[0][:, 1:] for g in (before.dense, graph))
+    return float((dense - ours).square().mean())
+
+
+def test_few_samples_do_not_make_unseen_tokens_worse() -> None:
+    before = blocks(samples=10)
+    after = Pipeline.parse("refit").run(before)
+    assert error_of(after.graph, before) <= 1.05 * error_of(before.graph, before)
+    fitted = [entry.what for entry in after.history if isinstance(entry, Change) and entry.step == "refit"]
+    assert any(what.startswith("undone: held-out error") for what in fitted)
+
+
+def test_with_many_samples_unseen_tokens_come_nearer() -> None:
+    before = blocks(samples=400)
+    after = Pipeline.parse("refit").run(before)
+    assert error_of(after.graph, before) < 0.97 * error_of(before.graph, before)

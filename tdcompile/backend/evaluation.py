@@ -1,0 +1,134 @@
+"""``evaluate``: run both exported models in onnxruntime over samples: accuracy, and agreement with the dense model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# isort: split
+import onnxruntime as ort
+
+from tdcompile.backend.session import infer, open_session
+from tdcompile.data.quality import OutputComparison, OutputQuality, compare_outputs
+from tdcompile.data.task import Batch, Samples
+from tdcompile.errors import RuinedError
+from tdcompile.ir.modules import outputs_of
+from tdcompile.ir.program import Program
+from tdcompile.support.processors import free_processors
+
+# Upper bound on the bytes of one model's outputs for a batch; the comparison holds both outputs in float64.
+_OUTPUT_BYTES = 2**27
+_BATCH = 128
+# Samples, and samples in one batch, of the check before the export.
+_CHECKED, _CHECKED_BATCH = 64, 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Both models on the same samples.
+
+    Attributes:
+        samples: number of samples.
+        dense_accuracy: top-1 accuracy of the dense model in [0, 1]; None without labels.
+        compiled_accuracy: top-1 accuracy of the compiled model.
+        outputs: each output of the compiled model against the dense model's.
+    """
+
+    samples: int
+    dense_accuracy: float | None
+    compiled_accuracy: float | None
+    outputs: tuple[OutputQuality, ...]
+
+
+def evaluate(
+    dense: Path, compiled: Path, samples: Samples | None, program: Program, limit: int | None = None
+) -> Evaluation | None:
+    """Run both models over the samples; None if there are none.
+
+    Args:
+        dense: the file of the dense model.
+        compiled: the file of the compiled model.
+        samples: the samples to judge by.
+        program: gives the target, and the batch if it is fixed.
+        limit: upper bound on the number of samples.
+
+    Raises:
+        InputError: the samples do not fit the models.
+    """
+    if samples is None or len(samples) == 0:
+        return None
+    target = replace(program.target, threads=max(program.target.threads, free_processors()))
+    sessions = [open_session(path, target) for path in (dense, compiled)]
+    labelled = samples.classes is not None
+    comparisons: list[OutputComparison] = []
+    right, seen = [0, 0], 0
+    each = sum(y.nbytes for y in infer(sessions[0], program.inputs)) // len(program.inputs[0])
+    size = max(1, min(_BATCH, _OUTPUT_BYTES // max(each, 1)))
+    for batch, count in _batches(samples, program, size, limit):
+        theirs, ours = (_outputs(session, batch.inputs, count) for session in sessions)
+        comparisons = comparisons or [OutputComparison() for _ in theirs]
+        compare_outputs(comparisons, theirs, ours)
+        seen += count
+        if labelled:
+            assert batch.labels is not None  # labels exist, because ``classes`` is set
+            for place, scores in enumerate((theirs[0], ours[0])):
+                right[place] += int((scores.argmax(1) == batch.labels[:count]).sum())
+    accuracies = [number / seen if labelled else None for number in right]
+    outputs = tuple(comparison.result() for comparison in comparisons if comparison.samples)
+    return Evaluation(seen, accuracies[0], accuracies[1], outputs)
+
+
+def check_answers(program: Program) -> None:
+    """Require, before the export, that the outputs of the network still depend on its inputs as the dense ones do.
+
+    Without labels, both PyTorch networks are run on a few test or held-out samples.
+
+    Raises:
+        RuinedError: the relative error is not below 1, that of a network that always answers with the mean.
+    """
+    labelled = program.task.test is not None and program.task.test.classes is not None
+    samples = program.task.test if program.task.test is not None and len(program.task.test) else program.task.heldout
+    if labelled or samples is None or len(samples) < 2:
+        return
+    comparisons: list[OutputComparison] = []
+    for batch in samples.batches(_CHECKED_BATCH, limit=_CHECKED):
+        theirs, ours = (outputs_of(module, batch.inputs) for module in (program.dense, program.graph))
+        comparisons = comparisons or [OutputComparison() for _ in theirs]
+        compare_outputs(comparisons, theirs, ours)
+    worst = max((c.result() for c in comparisons if c.samples), key=lambda y: _rank(y.relative_error), default=None)
+    if worst is None or worst.relative_error < 1:
+        return
+    agreeing = "" if worst.agreement is None else f", top-1 agrees on {worst.agreement:.1%}"
+    raise RuinedError(
+        f"the compiled network is ruined: its outputs differ by {worst.relative_error:.3g} times the spread of the "
+        f"dense network's on {comparisons[0].samples} samples without labels{agreeing}; raise the budget, give more "
+        "samples or tune; --max-drop 100 exports it all the same"
+    )
+
+
+def _rank(error: float) -> float:
+    return error if math.isfinite(error) else math.inf
+
+
+def _outputs(session: ort.InferenceSession, inputs: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Return the outputs for the first ``count`` samples of a batch."""
+    found = [torch.from_numpy(y) for y in infer(session, inputs)]
+    return [y[:count] if y.ndim else y for y in found]
+
+
+def _batches(samples: Samples, program: Program, size: int, limit: int | None) -> Iterator[tuple[Batch, int]]:
+    """Yield batches and the number of samples to count: a model of a fixed batch gets its last batch filled up."""
+    count = len(samples) if limit is None else min(limit, len(samples))
+    if program.dynamic_batch:
+        for batch in samples.batches(size, limit=count):
+            yield batch, len(batch.inputs[0])
+        return
+    size = len(program.inputs[0])
+    for start in range(0, count, size):
+        places = [min(start + i, count - 1) for i in range(size)]
+        yield samples.batch(places), min(size, count - start)
