@@ -29,6 +29,7 @@ from tdcompile.backend.evaluation import Evaluation
 from tdcompile.backend.export_and_measure import MeasuredNetwork, Outcome, Part, parts_of
 from tdcompile.backend.parity import Parity
 from tdcompile.core.plan import DENSE, Candidate, RankPlan
+from tdcompile.data.task import FEW
 from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
 from tdcompile.ir.measurements import Rehearsal
 from tdcompile.ir.program import Change, Program, sites_of
@@ -40,10 +41,12 @@ from tdcompile.training.run_state import Tuning
 LATENCY_TOLERANCE = 0.04
 # Allowed excess of counted figures, which are exact except for rounding.
 ROUNDING = 1e-3
-# Without --max-drop a compiled network may lose this many points of accuracy or, without labels, have this relative
-# error, before its answers count as changed. docs/concepts/quality.md has the measurements behind both.
+# Without --max-drop a compiled network may lose this many points of accuracy or, without labels, this many points of
+# top-1 agreement, or have this relative error in percent, before its answers count as changed.
+# docs/concepts/quality.md has the measurements behind them.
 CHANGED_ACCURACY = 10.0
-CHANGED_ERROR = 0.5
+CHANGED_AGREEMENT = 30.0
+CHANGED_ERROR = 50.0
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def _gates(program: Program, run: Run, outcome: Outcome) -> Iterator[Gate]:
         )
     if dense.accuracy is not None:
         yield drop_gate(run.max_drop, dense.accuracy, compiled.accuracy)
-    elif outcome.evaluation is not None:
+    elif outcome.evaluation is not None and outcome.evaluation.samples >= FEW:
         yield answers_gate(run.max_drop, outcome.evaluation)
 
 
@@ -221,26 +224,33 @@ def budget_gates(program: Program, outcome: Outcome) -> Iterator[Gate]:
 
 
 def answers_gate(max_drop: float | None, evaluation: Evaluation) -> Gate:
-    """Return the gate on lost agreement with the dense network, where there are no labels.
+    """Return the gate on the answers of the compiled network, where there are no labels.
+
+    An output of class scores is judged by the loss of top-1 agreement, in points, another by its relative error, in
+    percent. The gate shows the output that is nearest to its limit or farthest beyond it.
 
     Args:
-        max_drop: largest allowed loss of agreement of the class scores, in points; if no output is class scores,
-            largest allowed relative error, in percent. None bounds the relative error by ``CHANGED_ERROR``.
+        max_drop: largest allowed loss of agreement, or relative error. None allows ``CHANGED_AGREEMENT`` points, or a
+            relative error of ``CHANGED_ERROR`` percent.
         evaluation: both models on the same samples.
     """
+    name = "answers" if max_drop is None else "max-drop"
     on = f"on {evaluation.samples} samples without labels"
-    error = _largest_error(evaluation)
-    lost = [100 * (1 - output.agreement) for output in evaluation.outputs if output.agreement is not None]
-    if max_drop is not None and lost:
-        sentence = f"top-1 agreement with the dense network drops by {max(lost):.2f} points {on}, {max_drop:g} allowed"
-        return Gate(
-            name="max-drop", limit=max_drop, value=max(lost), passed=max(lost) <= max_drop + 1e-9, sentence=sentence
-        )
-    name, limit = ("answers", CHANGED_ERROR) if max_drop is None else ("max-drop", max_drop / 100)
-    agreeing = f", top-1 agrees on {1 - max(lost) / 100:.1%}" if lost else ""
-    sentence = f"the outputs differ by {error:.1%} from the dense network's {on}{agreeing}; {limit:.1%} allowed"
-    value = error if math.isfinite(error) else None
-    return Gate(name=name, limit=limit, value=value, passed=error <= limit + 1e-9, sentence=sentence)
+    judged = []
+    for output in evaluation.outputs:
+        if output.agreement is not None and math.isfinite(output.relative_error):
+            value, limit = 100 * (1 - output.agreement), CHANGED_AGREEMENT if max_drop is None else max_drop
+            sentence = f"top-1 agreement with the dense network drops by {value:.2f} points {on}, {limit:g} allowed"
+        else:
+            value = 100 * output.relative_error if math.isfinite(output.relative_error) else math.inf
+            limit = CHANGED_ERROR if max_drop is None else max_drop
+            sentence = f"the outputs differ by {value:.1f}% from the dense network's {on}, {limit:g}% allowed"
+        judged.append((value / max(limit, 1e-9), value, limit, sentence))
+    if not judged:
+        return Gate(name=name, limit=0.0, value=0.0, passed=True, sentence=f"there is no output to compare {on}")
+    _, value, limit, sentence = max(judged)
+    shown = value if math.isfinite(value) else None
+    return Gate(name=name, limit=limit, value=shown, passed=value <= limit + 1e-9, sentence=sentence)
 
 
 def drop_gate(max_drop: float | None, dense: float | None, compiled: float | None) -> Gate:

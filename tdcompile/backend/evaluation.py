@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import onnxruntime as ort
 
 from tdcompile.backend.session import infer, open_session
 from tdcompile.data.quality import OutputComparison, OutputQuality, compare_outputs
-from tdcompile.data.task import Batch, Samples
+from tdcompile.data.task import FEW, Batch, Samples
 from tdcompile.errors import RuinedError
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program
@@ -26,6 +25,8 @@ _OUTPUT_BYTES = 2**27
 _BATCH = 128
 # Samples, and samples in one batch, of the check before the export.
 _CHECKED, _CHECKED_BATCH = 64, 8
+# Top-1 agreement below which class scores can be ruined: their error is large too if all scores of a class are shifted.
+_RUINED = 0.5
 
 
 @dataclass(frozen=True)
@@ -89,30 +90,29 @@ def check_answers(program: Program) -> None:
     Without labels, both PyTorch networks are run on a few test or held-out samples.
 
     Raises:
-        RuinedError: the relative error is not below 1, that of a network that always answers with the mean.
+        RuinedError: the relative error of an output is not below 1, that of a network that always answers with the
+            mean, and class scores agree on fewer than half of the samples.
     """
     labelled = program.task.test is not None and program.task.test.classes is not None
     samples = program.task.test if program.task.test is not None and len(program.task.test) else program.task.heldout
-    if labelled or samples is None or len(samples) < 2:
+    if labelled or samples is None or len(samples) < FEW:
         return
     comparisons: list[OutputComparison] = []
     for batch in samples.batches(_CHECKED_BATCH, limit=_CHECKED):
         theirs, ours = (outputs_of(module, batch.inputs) for module in (program.dense, program.graph))
         comparisons = comparisons or [OutputComparison() for _ in theirs]
         compare_outputs(comparisons, theirs, ours)
-    worst = max((c.result() for c in comparisons if c.samples), key=lambda y: _rank(y.relative_error), default=None)
-    if worst is None or worst.relative_error < 1:
+    results = [comparison.result() for comparison in comparisons if comparison.samples]
+    ruined = [y for y in results if not y.relative_error < 1 and (y.agreement is None or y.agreement < _RUINED)]
+    if not ruined:
         return
+    worst = ruined[0]
     agreeing = "" if worst.agreement is None else f", top-1 agrees on {worst.agreement:.1%}"
     raise RuinedError(
         f"the compiled network is ruined: its outputs differ by {worst.relative_error:.3g} times the spread of the "
         f"dense network's on {comparisons[0].samples} samples without labels{agreeing}; raise the budget, give more "
         "samples or tune; --max-drop 100 exports it all the same"
     )
-
-
-def _rank(error: float) -> float:
-    return error if math.isfinite(error) else math.inf
 
 
 def _outputs(session: ort.InferenceSession, inputs: Sequence[Tensor], count: int) -> list[Tensor]:

@@ -15,9 +15,10 @@ from torch.utils.data import Dataset
 from tdcompile.errors import InputError
 
 # Without test samples an eighth of the training samples is held out, at most 256: the share of agreeing samples then
-# has a standard error below 3 points.
-_DIVISIBLE = 8
+# has a standard error below 3 points. Fewer than ``FEW`` samples are no measure.
+_SHARE = 8
 _HELD_OUT = 256
+FEW = 8
 
 
 class Batch(NamedTuple):
@@ -183,9 +184,9 @@ class Task:
     def holding_out(self, generator: torch.Generator) -> Task:
         """Return the task with part of the training samples held out if it has no test samples."""
         tested = self.test is not None and len(self.test) > 0
-        if tested or self.heldout is not None or self.train is None or len(self.train) < _DIVISIBLE:
+        if tested or self.heldout is not None or self.train is None or len(self.train) < _SHARE * FEW:
             return self
-        count = min(_HELD_OUT, len(self.train) // _DIVISIBLE)
+        count = min(_HELD_OUT, len(self.train) // _SHARE)
         order = torch.randperm(len(self.train), generator=generator).tolist()
         return replace(self, train=self.train.subset(order[count:]), heldout=self.train.subset(order[:count]))
 

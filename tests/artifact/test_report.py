@@ -355,8 +355,11 @@ def evaluation(*outputs):
 @pytest.mark.parametrize(
     ("outputs", "max_drop", "name", "passed"),
     [
-        ([OutputQuality(0.4, 0.9, 0.8, 0.1)], None, "answers", True),
-        ([OutputQuality(0.6, 0.9, 0.8, 0.1)], None, "answers", False),
+        ([OutputQuality(0.6, 0.9, 0.71, 0.1)], None, "answers", True),
+        ([OutputQuality(0.4, 0.9, 0.69, 0.1)], None, "answers", False),
+        ([OutputQuality(0.49, 0.9)], None, "answers", True),
+        ([OutputQuality(0.51, 0.9)], None, "answers", False),
+        ([OutputQuality(0.4, 0.9, 0.9, 0.1), OutputQuality(0.51, 0.9)], None, "answers", False),
         ([OutputQuality(0.1, 0.9), OutputQuality(math.nan, math.nan)], None, "answers", False),
         ([OutputQuality(math.nan, math.nan), OutputQuality(0.1, 0.9)], None, "answers", False),
         ([OutputQuality(0.6, 0.9, 0.8, 0.1)], 20.0, "max-drop", True),

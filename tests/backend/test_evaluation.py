@@ -79,7 +79,9 @@ def test_nan_is_ruin() -> None:
         check_answers(made)
 
 
-@pytest.mark.parametrize(("train", "kept", "heldout"), [(7, 7, None), (8, 7, 1), (800, 700, 100), (4000, 3744, 256)])
+@pytest.mark.parametrize(
+    ("train", "kept", "heldout"), [(63, 63, None), (64, 56, 8), (800, 700, 100), (4000, 3744, 256)]
+)
 def test_an_eighth_of_the_training_samples_is_held_out_without_test_samples(
     train: int, kept: int, heldout: int | None
 ) -> None:

@@ -305,7 +305,7 @@ def test_nor_is_that_of_other_inputs_or_of_other_data(tmp_path, other):
     ],
 )
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path, pipeline, stop):
-    options = {"data": points(), "budget": {"macs": 0.6}, "pipeline": pipeline}
+    options = {"data": points(), "budget": {"macs": 0.6}, "pipeline": pipeline, "max_drop": 100}
     whole = tdcompile.compile(network(), X, **options)
     with pytest.raises(KeyboardInterrupt):
         tdcompile.compile(network(), X, workspace=tmp_path, watch=Steps(stop=stop), **options)
@@ -435,7 +435,7 @@ def test_the_data_of_a_recipe_are_read(tmp_path):
         ({"input": ["1x3x12x12"]}, "'input' is an option of the command"),
         ({"tune": "epochs=1"}, "'finetune' trains, and there is nothing to train on"),
         ({"max_drop": 5}, "there are no samples to measure it on"),
-        ({"max_drop": 5, "data": points(7)}, "there are no samples to measure it on"),
+        ({"max_drop": 5, "data": points(63)}, "there are no samples to measure it on"),
         ({"pipeline": "score", "data": points()}, r"'score' makes no plan: add a pass that gives one \(.*choose.*rene"),
         ({"pipeline": "finetune{epochs=1}", "data": points()}, "makes no plan"),
         ({"calibrate": 0}, "'calibrate' cannot be 0"),
@@ -549,9 +549,10 @@ def ruin(monkeypatch, scale):
 
 
 def test_a_ruined_network_is_no_success_unless_the_drop_is_allowed(monkeypatch):
-    options = ruin(monkeypatch, 0.75)
+    options = ruin(monkeypatch, -1.0)
+    monkeypatch.setattr(tdcompile.compiler, "check_answers", lambda program: None)
     report = tdcompile.compile(network(), X, **options).report
-    assert 0.5 < report.quality.outputs[0].relative_error < 1
+    assert report.quality.outputs[0].agreement < 0.7
     assert report.verdict.startswith("the network's answers have changed")
     assert [gate.name for gate in report.gates if not gate.passed] == ["answers"]
     assert tdcompile.compile(network(), X, **options, max_drop=100).report.met
