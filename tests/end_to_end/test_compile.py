@@ -15,6 +15,7 @@ from tdcompile.artifact.checkpoint import Checkpoint
 from tdcompile.artifact.report import render_html
 from tdcompile.backend import verified_export
 from tdcompile.compiler import Compiled
+from tdcompile.core import registry
 from tdcompile.core.hooks import Hook
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.core.pipeline import Pipeline
@@ -68,7 +69,7 @@ class Steps(Hook):
 class Named(AnalysisPass):
     """Finds nothing; has a text option."""
 
-    name: ClassVar[str] = "named-by-test"
+    name: ClassVar[str] = ""  # the fixture ``named`` sets it: other tests list all plug-ins
     text: str = ""
 
     def analyze(self, program):
@@ -80,6 +81,16 @@ class Unnamed(AnalysisPass):
 
     def analyze(self, program):
         return []
+
+
+@pytest.fixture
+def named():
+    """Let the registry find ``Named`` during one test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Named, "name", "named-by-test")
+        registry.refresh()
+        yield
+    registry.refresh()
 
 
 @pytest.fixture(scope="module")
@@ -626,11 +637,13 @@ def test_a_fixed_batch_is_exported_verified_and_timed():
         ({"seed": True}, "'seed' cannot be True"),
     ],
 )
+@pytest.mark.usefixtures("named")
 def test_arguments_without_effect_or_of_the_wrong_type_are_refused(options, said):
     with pytest.raises(InputError, match=said):
         tdcompile.compile(network(), X, **options)
 
 
+@pytest.mark.usefixtures("named")
 def test_a_pass_with_a_text_option_goes_through_compile():
     steps = [Calibrate(), Score(), Propose(), Choose(), Factorize(), Named(text="a b")]
     report = tdcompile.compile(network(), X, pipeline=Pipeline(steps), budget={"macs": 0.6}).report
