@@ -25,7 +25,15 @@ class UnwrittenError(InputError):
 
 
 class FixedAxisError(InputError):
-    """The network fixes the length of an axis that is declared dynamic."""
+    """The network fixes the length of an axis that is declared dynamic.
+
+    Attributes:
+        reason: what the network says at another length; empty if it says nothing.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class UntraceableError(InputError):

@@ -87,7 +87,8 @@ def record_cases(module: nn.Module, call: Call, axes: Sequence[Axis], batch: Bat
             raise FixedAxisError(
                 f"the network runs on an input of {call.given} and not {what}, so that axis cannot stay open"
                 + (f" by itself: open {missing} too" if missing else f": give {instead}")
-                + f"; it says: {first_line(error)}"
+                + f"; it says: {first_line(error)}",
+                first_line(error),
             ) from error
     again = [run_network(module, call)]
     kept, changed = _changed_names(start, first), _changed_names(first, _state_snapshot(module))

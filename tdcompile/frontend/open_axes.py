@@ -157,9 +157,11 @@ def find_batch_axes(
         instead = f"give {each}, or --no-dynamic-batch"
     else:
         instead = "give --no-dynamic-batch, or --batch-axis NAME=AXIS if the samples lie along another axis"
+    reason = _refusal(module, call, batch_of(call.tensors, size + 1, default))
     raise FixedAxisError(
         f"the network runs on an input of {call.given} and not at a batch of {size + 1}, so that axis cannot stay "
-        f"open: {instead}; it says: {_refusal(module, call, batch_of(call.tensors, size + 1, default))}"
+        f"open: {instead}; it says: {reason}",
+        reason,
     )
 
 

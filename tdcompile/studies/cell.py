@@ -17,7 +17,7 @@ from tdcompile.core.pipeline import fine_tuner
 from tdcompile.core.registry import make
 from tdcompile.data.metrics import accuracy
 from tdcompile.data.task import Batch, Task
-from tdcompile.errors import FixedAxisError, InputError, TdcompileError, UnavailableError, first_line
+from tdcompile.errors import FixedAxisError, InputError, TdcompileError, UnavailableError
 from tdcompile.frontend.select import Frontend
 from tdcompile.frontend.tracing import trace
 from tdcompile.ir.graph_edits import copy_graph, copy_weights, replace_module
@@ -224,7 +224,7 @@ def _traced(subject: Subject) -> Program:
     except FixedAxisError as error:
         raise InputError(
             "a study runs the network on batches of several sizes, but the network fixes its batch size"
-            + (f": {first_line(error.__cause__)}" if error.__cause__ else "")
+            + (f": {error.reason}" if error.reason else "")
         ) from error
 
 

@@ -280,7 +280,7 @@ def test_coefficients_that_are_not_finite_are_an_error_and_never_a_rank() -> Non
     with pytest.raises(TdcompileError, match="coefficients are not finite"):
         layer.chosen()
     with pytest.raises(TdcompileError, match="diverged"):
-        Rene(step=8, steps=5, lr_coefficients=float("inf")).analyze(given)
+        Rene(step=8, steps=5, lr_weights=1e30).analyze(given)
 
 
 def test_the_mixture_and_the_rank_loss_are_the_papers() -> None:
