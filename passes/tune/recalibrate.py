@@ -216,15 +216,11 @@ class _Pool:
         mean, variance = self.statistics(name)
         if before is not None and dense is not None:
             old_mean, old_variance = before.statistics(name)
-            assert dense.running_mean is not None  # ``_norms`` skips layers without running statistics
-            assert dense.running_var is not None
+            trained = _Statistics.of(dense)
             tiny = torch.finfo(torch.float32).tiny
-            mean = dense.running_mean + (mean - old_mean)
-            variance = dense.running_var * (variance / old_variance.clamp(min=tiny))
-        assert module.running_mean is not None
-        assert module.running_var is not None
-        module.running_mean.copy_(mean)
-        module.running_var.copy_(variance)
+            mean = trained.mean + (mean - old_mean)
+            variance = trained.variance * (variance / old_variance.clamp(min=tiny))
+        _Statistics(mean, variance).write(module)
 
     def statistics(self, name: str) -> tuple[Tensor, Tensor]:
         """Return mean and unbiased variance."""

@@ -315,8 +315,9 @@ def _quality(evaluation: Evaluation | None, program: Program) -> Quality | None:
         )
         for output in evaluation.outputs
     )
-    tested = program.task.test is not None and len(program.task.test) > 0
-    return Quality(samples=evaluation.samples, source="test" if tested else "held-out training", outputs=outputs)
+    return Quality(
+        samples=evaluation.samples, source="test" if program.task.tested else "held-out training", outputs=outputs
+    )
 
 
 def _notes(program: Program, outcome: Outcome) -> Iterator[str]:

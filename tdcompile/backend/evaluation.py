@@ -94,7 +94,7 @@ def check_answers(program: Program) -> None:
             mean, and class scores agree on fewer than half of the samples.
     """
     labelled = program.task.test is not None and program.task.test.classes is not None
-    samples = program.task.test if program.task.test is not None and len(program.task.test) else program.task.heldout
+    samples = program.task.judges
     if labelled or samples is None or len(samples) < FEW:
         return
     comparisons: list[OutputComparison] = []

@@ -116,9 +116,9 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
 def _evaluation(program: Program, dense: Path, compiled: Path) -> Evaluation | None:
     """Compare both models on the test samples, else on held-out training samples, whose labels say nothing."""
     task = program.task
-    if task.test is not None and len(task.test):
-        return evaluate(dense, compiled, task.test, program, task.evaluate)
-    found = evaluate(dense, compiled, task.heldout, program)
+    found = evaluate(dense, compiled, task.judges, program, task.evaluate if task.tested else None)
+    if task.tested:
+        return found
     return None if found is None else replace(found, dense_accuracy=None, compiled_accuracy=None)
 
 

@@ -1,4 +1,4 @@
-"""Accuracy of a network on samples, and the class scores behind it."""
+"""Top-1 accuracy of a PyTorch network on samples."""
 
 from __future__ import annotations
 

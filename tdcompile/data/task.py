@@ -181,10 +181,19 @@ class Task:
     source: str = "none"
     heldout: Samples | None = None
 
+    @property
+    def tested(self) -> bool:
+        """Whether there are test samples."""
+        return self.test is not None and len(self.test) > 0
+
+    @property
+    def judges(self) -> Samples | None:
+        """The samples on which outputs are compared: the test samples, else those held out."""
+        return self.test if self.tested else self.heldout
+
     def holding_out(self, generator: torch.Generator) -> Task:
         """Return the task with part of the training samples held out if it has no test samples."""
-        tested = self.test is not None and len(self.test) > 0
-        if tested or self.heldout is not None or self.train is None or len(self.train) < _SHARE * FEW:
+        if self.tested or self.heldout is not None or self.train is None or len(self.train) < _SHARE * FEW:
             return self
         count = min(_HELD_OUT, len(self.train) // _SHARE)
         order = torch.randperm(len(self.train), generator=generator).tolist()

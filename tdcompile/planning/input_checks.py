@@ -29,7 +29,7 @@ def check_samples_to_judge(max_drop: float | None, task: Task) -> None:
     Raises:
         InputError: ``max_drop`` is set, and the task has neither test nor held-out samples.
     """
-    if max_drop is not None and not any(samples is not None and len(samples) for samples in (task.test, task.heldout)):
+    if max_drop is not None and (task.judges is None or not len(task.judges)):
         raise InputError(
             f"max_drop={max_drop:g} bounds the loss of accuracy or agreement, and there are no samples to measure it "
             f"on: give data with test samples, or at least {8 * FEW} training samples"
