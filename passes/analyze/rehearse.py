@@ -132,9 +132,9 @@ class Rehearse(AnalysisPass):
         return min(again, key=rank)
 
     def _timed(self, program: Program, baseline: Path, file: Path) -> tuple[float, float]:
-        """Return the median seconds of the dense model and of another one, measured in alternation."""
+        """Return the seconds of the dense model and of another one; their ratio is paired by rounds."""
         dense, other = time_models([baseline, file], timing_inputs(program), program.target, seconds=self.seconds)
-        return dense.median, other.median
+        return dense.median, dense.median / other.speedup.value
 
     def _again(self, program: Program, candidates: Candidates, plan: RankPlan, latency: float) -> RankPlan:
         budget = replace(program.budget, latency=latency)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tdcompile.backend.layer_timing import CostCache, measure_layers
+from tdcompile.backend.layer_timing import CostCache, is_quiet, measure_layers
 from tdcompile.core.cost_model import CostModel
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.target import Cost, Target
@@ -16,6 +17,8 @@ from tdcompile.support.options import Count
 
 # Channel counts at which layers are measured: powers of two and their midpoints, which most networks use.
 LADDER = tuple(sorted({2**n for n in range(13)} | {3 * 2**n for n in range(11)}))
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Measured(CostModel):
     channel counts.
 
     Attributes:
-        runs: timed runs for each measurement; the median is used.
+        runs: timed runs for each measurement; the median is used. More are made beside busy processes.
     """
 
     name: ClassVar[str] = "measured"
@@ -35,13 +38,28 @@ class Measured(CostModel):
     runs: Count = 9
 
     def prepare(self, layers: Sequence[Layer], target: Target) -> None:
-        """Measure together all grid points that these layers need and the cache lacks."""
+        """Measure together all grid points that these layers need and the cache lacks.
+
+        Grid points that were measured beside other processes are measured again if the machine is quiet now.
+        """
         cache = CostCache.of(target)
         needed = dict.fromkeys(corner for layer in layers for corner, _ in corners(layer))
-        missing = [layer for layer in needed if layer not in cache]
-        for batch, seconds in measure_layers(missing, target, self.runs):
-            cache.add(batch, seconds)
-        cache.save()
+        due = [layer for layer in needed if layer not in cache]
+        doubtful = cache.doubtful(needed)
+        if doubtful and is_quiet(target):
+            due += doubtful
+        for measured in measure_layers(due, target, self.runs):
+            cache.add(measured)
+        disturbed = sum(map(cache.under_load, due))
+        if due:
+            cache.save()
+        if disturbed:
+            log.warning(
+                "other processes were busy while %d of %d layer times were measured: the plan may be off; these times "
+                "are marked in the cache, and a later compilation measures them again on a quieter machine",
+                disturbed,
+                len(due),
+            )
 
     def price(self, layer: Layer, target: Target) -> Cost:
         """Interpolate the seconds of a run of ``target.batch`` samples; measure grid points that the cache lacks."""

@@ -27,7 +27,9 @@ class Figures(_Part):
     macs: int
     """Multiply-accumulates of one sample, in convolutions and linear layers."""
     latency_ms: float | None
-    """Median of one run in onnxruntime on the target; null where nothing was timed."""
+    """Median of one run in onnxruntime on the target; null where nothing was timed.
+
+    On a CPU with one thread it is processor time, which other processes do not change."""
     onnx_bytes: int
     accuracy: float | None
     """Top-1 on the test samples, in [0, 1]; null without labels."""
@@ -45,6 +47,16 @@ class Ratio(_Part):
     params: float
     macs: float
     latency: float | None
+    """Median over rounds in which both models ran once."""
+    latency_interval: tuple[float, float] | None = None
+    """95 % confidence interval of that median."""
+
+    @property
+    def latency_text(self) -> str:
+        """The latency ratio with its interval, for people."""
+        interval = self.latency_interval
+        between = f" ({interval[0]:.2f}–{interval[1]:.2f})" if self.latency is not None and interval else ""
+        return f"{times(self.latency)}{between}"
 
 
 class Agreement(_Part):
@@ -234,7 +246,7 @@ def comparison(report: Report) -> list[tuple[str, str, str, str]]:
     """Return rows of text: the quantity, its dense and compiled values, and their ratio."""
     dense, compiled, ratio = report.dense, report.compiled, report.ratio
     rows = [
-        ("latency", milliseconds(dense.latency_ms), milliseconds(compiled.latency_ms), times(ratio.latency)),
+        ("latency", milliseconds(dense.latency_ms), milliseconds(compiled.latency_ms), ratio.latency_text),
         ("MACs", count(dense.macs), count(compiled.macs), times(ratio.macs)),
         ("parameters", count(dense.params), count(compiled.params), times(ratio.params)),
         (

@@ -79,7 +79,8 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
     ratio = Ratio(
         params=dense.params / compiled.params,
         macs=dense.macs / max(compiled.macs, 1),
-        latency=dense.timing.median / compiled.timing.median,
+        latency=compiled.timing.speedup.value,
+        latency_interval=(compiled.timing.speedup.low, compiled.timing.speedup.high),
     )
     gates = tuple(_gates(program, run, outcome))
     return Report(
@@ -197,7 +198,7 @@ def _gates(program: Program, run: Run, outcome: Outcome) -> Iterator[Gate]:
     dense, compiled = outcome.dense, outcome.compiled
     yield from budget_gates(program, outcome)
     if run.min_speedup is not None:
-        speedup = dense.timing.median / compiled.timing.median
+        speedup = compiled.timing.speedup.value
         yield Gate(
             name="min-speedup",
             limit=run.min_speedup,
@@ -213,7 +214,8 @@ def _gates(program: Program, run: Run, outcome: Outcome) -> Iterator[Gate]:
 
 def budget_gates(program: Program, outcome: Outcome) -> Iterator[Gate]:
     """Return a gate for each share of the budget; a measured latency may exceed its share slightly."""
-    costs = [Cost(n.params, n.macs, 0.0, n.timing.median) for n in (outcome.dense, outcome.compiled)]
+    networks = (outcome.dense, outcome.compiled)  # seconds in units of the dense network's
+    costs = [Cost(n.params, n.macs, 0.0, 1 / n.timing.speedup.value) for n in networks]
     for name, share in program.budget.shares.items():
         before, after = (getattr(cost, LIMITED[name]) for cost in costs)
         kept = after / before if before else 1.0

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import onnx
@@ -23,10 +21,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tdcompile.backend.environment import environment
 from tdcompile.backend.onnx_nodes import layer_node, make_model, noise_weight
-from tdcompile.backend.profile import node_seconds
+from tdcompile.backend.profile import profile_nodes
 from tdcompile.backend.session import time_models
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.target import Target
+from tdcompile.support.processors import idle_processors
 from tdcompile.support.progress import report_progress
 
 LAYERS_PER_SESSION = 48  # layers that share the cost of opening one session
@@ -35,10 +34,16 @@ SECONDS_PER_SESSION = 0.5  # estimated time of a session above which it makes fe
 FEWEST_RUNS = 3
 MACS_PER_SECOND = 5e10  # rough rate of one core; only the number of runs depends on it
 _INDEX = re.compile(r"layer(\d+)(?!\d)")
-# A process that measures for at least ``_MIN_SECONDS`` and gets a smaller share of the processor is not alone on it.
-_MIN_CPU_SHARE, _MIN_SECONDS = 0.8, 2.0
+_UNDER_LOAD = "under load: "  # of a key in the cache file: the price of this layer is to be measured again
+_ENOUGH_IDLE = 0.8  # of a session's processors: below it, other processes disturb the session
 
-log = logging.getLogger(__name__)
+
+class Priced(NamedTuple):
+    """Layers of one session and their seconds; ``quiet`` if other processes did not disturb the measurement."""
+
+    layers: list[Layer]
+    seconds: list[float]
+    quiet: bool = True
 
 
 def cache_folder() -> Path:
@@ -47,11 +52,16 @@ def cache_folder() -> Path:
 
 
 class CostCache:
-    """Seconds by layer for one target, machine and version of onnxruntime, kept in a JSON file."""
+    """Seconds by layer for one target, machine and version of onnxruntime, kept in a JSON file.
+
+    Seconds that were measured beside other processes are marked, until a measurement on a quiet machine replaces them.
+    The mark is an entry of its own, so that earlier versions read the file too.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._seconds: dict[str, float] = _read_cache(file)
+        self._seconds = _read_cache(file)
+        self._tried: set[str] = set()
 
     @classmethod
     def of(cls, target: Target) -> Self:
@@ -72,59 +82,72 @@ class CostCache:
     def __getitem__(self, layer: Layer) -> float:
         return self._seconds[repr(layer)]
 
-    def add(self, layers: Sequence[Layer], seconds: Sequence[float]) -> None:
-        """Add measurements, one for each layer, in seconds."""
-        self._seconds.update(zip(map(repr, layers), seconds, strict=True))
+    def under_load(self, layer: Layer) -> bool:
+        """Return whether the seconds of a layer were measured beside other processes."""
+        return _UNDER_LOAD + repr(layer) in self._seconds
+
+    def doubtful(self, layers: Iterable[Layer]) -> list[Layer]:
+        """Return the layers measured under load that this process has not tried to measure yet."""
+        return [layer for layer in layers if self.under_load(layer) and repr(layer) not in self._tried]
+
+    def add(self, measured: Priced) -> None:
+        """Add measurements; those under load do not replace others."""
+        for layer, seconds in zip(measured.layers, measured.seconds, strict=True):
+            self._tried.add(repr(layer))
+            if measured.quiet or layer not in self or self.under_load(layer):
+                _set(self._seconds, repr(layer), seconds, quiet=measured.quiet)
 
     def save(self) -> None:
         """Write the file atomically, merged with what other processes have added."""
-        self._seconds = {**_read_cache(self._file), **self._seconds}
+        merged = _read_cache(self._file)
+        for key, seconds in self._seconds.items():
+            quiet = _UNDER_LOAD + key not in self._seconds
+            if not key.startswith(_UNDER_LOAD) and (quiet or key not in merged or _UNDER_LOAD + key in merged):
+                _set(merged, key, seconds, quiet=quiet)
+        self._seconds = merged
         self._file.parent.mkdir(parents=True, exist_ok=True)
         draft = self._file.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(self._seconds))
+        draft.write_text(json.dumps(merged))
         draft.replace(self._file)
+
+
+def _set(entries: dict[str, float], key: str, seconds: float, *, quiet: bool) -> None:
+    """Set the seconds of a layer, and set or delete their mark."""
+    entries[key] = seconds
+    if quiet:
+        entries.pop(_UNDER_LOAD + key, None)
+    else:
+        entries[_UNDER_LOAD + key] = 1.0
 
 
 def _read_cache(file: Path) -> dict[str, float]:
     try:
         return {str(key): float(value) for key, value in json.loads(file.read_text()).items()}
-    except (OSError, ValueError, AttributeError):  # no cache yet, or a damaged one: measure again
+    except (OSError, ValueError, AttributeError, TypeError):  # no cache yet, or a damaged one: measure again
         return {}
 
 
-def measure_layers(layers: Sequence[Layer], target: Target, runs: int) -> Iterator[tuple[list[Layer], list[float]]]:
+def is_quiet(target: Target) -> bool:
+    """Return whether other processes leave the processors idle that a session of the target uses."""
+    return target.device != "cpu" or idle_processors() >= _ENOUGH_IDLE * target.threads
+
+
+def measure_layers(layers: Sequence[Layer], target: Target, runs: int) -> Iterator[Priced]:
     """Yield layers and their seconds, a session at a time: the median of ``runs`` runs of ``target.batch`` samples.
 
     On a CPU the layers lie side by side in one model, and onnxruntime's profiler gives the time of each kernel. That
     leaves out the memory reordering that a layer alone would pay and a layer in a network does not. On CUDA the
     profiler sees kernel launches only, so that each layer is timed as its own model.
     """
-    done, begun, used = 0, time.perf_counter(), time.process_time()
+    done = 0
     for batch in _batches(layers):
         if target.device == "cpu":
-            seconds = _profiled(batch, target, _runs(batch, target, runs))
+            measured = _profiled(batch, target, _runs(batch, target, runs))
         else:
-            seconds = [_time_alone(layer, target) for layer in batch]
+            measured = Priced(batch, [_time_alone(layer, target) for layer in batch])
         done += len(batch)
         report_progress(done, len(layers), "layers measured")
-        yield batch, seconds
-    if target.device == "cpu":
-        warn_if_busy(time.perf_counter() - begun, time.process_time() - used)
-
-
-def warn_if_busy(wall: float, own: float) -> None:
-    """Log a warning if other processes took a good part of the processor time during the measurement.
-
-    Args:
-        wall: seconds by the clock.
-        own: processor seconds of all threads of this process.
-    """
-    if wall > _MIN_SECONDS and own < _MIN_CPU_SHARE * wall:
-        log.warning(
-            "other processes took %.0f %% of the time in which layers were measured: prices, and the plan with them, "
-            "may be off, and a latency budget out of reach; measure on a quieter machine",
-            100 * (1 - own / wall),
-        )
+        yield measured
 
 
 def _runs(layers: Sequence[Layer], target: Target, most: int) -> int:
@@ -133,14 +156,17 @@ def _runs(layers: Sequence[Layer], target: Target, most: int) -> int:
     return max(FEWEST_RUNS, min(most, round(SECONDS_PER_SESSION / max(seconds, 1e-9))))
 
 
-def _profiled(layers: Sequence[Layer], target: Target, runs: int) -> list[float]:
-    nodes = node_seconds(layers_model(layers, target).SerializeToString(), _inputs(layers, target), target, runs=runs)
+def _profiled(layers: list[Layer], target: Target, runs: int) -> Priced:
+    # the share of processor time that several threads can get is unknown: look whether processors are idle instead
+    free = target.threads == 1 or is_quiet(target)
+    model, inputs = layers_model(layers, target).SerializeToString(), _inputs(layers, target)
+    profile = profile_nodes(model, inputs, target, runs)
     seconds = [0.0] * len(layers)
-    for name, value in nodes.items():
+    for name, value in profile.seconds.items():
         match = _INDEX.search(name)
         if match:
             seconds[int(match[1])] += value
-    return seconds
+    return Priced(layers, seconds, free and profile.quiet)
 
 
 def _time_alone(layer: Layer, target: Target) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import io
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tdcompile.backend.clock import Clock, Interval, Lap, undisturbed
 from tdcompile.backend.environment import distributions
 
 # isort: split
@@ -31,22 +31,39 @@ Model = Path | bytes
 
 _ERRORS_ONLY, _WARNING, _FATAL = 3, 2, 4  # onnxruntime's severities: errors only, its default, none
 WARM_UP = {"cpu": 3, "cuda": 20}  # runs; the first ones on CUDA search for convolution algorithms
+_NARROW = 0.01  # rounds end if half of each interval's width is at most this share of its ratio
+_PATIENCE = 3  # times the duration asked for: after it, rounds end whatever the intervals are
+_BETWEEN_CHECKS = 1.2  # the intervals are computed again when the duration has grown by this factor
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one run: median, tenth and ninetieth percentile of ``runs`` runs."""
+    """Seconds of one run: median, tenth and ninetieth percentile of ``runs`` runs.
+
+    On a CPU with one thread they are processor seconds of this thread, which other processes do not change.
+
+    Attributes:
+        speedup: the first model's seconds over this one's, paired by rounds: median and 95 % interval.
+        share: median share of the processor that the runs got; a smaller share tells of other processes.
+    """
 
     median: float
     p10: float
     p90: float
     runs: int
+    speedup: Interval
+    share: float = 1.0
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Timing:
-        """Return the quantiles of the seconds of single runs."""
+    def of(cls, seconds: Sequence[float], first: Sequence[float] | None = None, share: float = 1.0) -> Timing:
+        """Return the quantiles of the seconds of single runs, beside those of the first model in the same rounds."""
         p10, median, p90 = np.quantile(seconds, (0.1, 0.5, 0.9))
-        return cls(float(median), float(p10), float(p90), len(seconds))
+        speedup = _speedup(seconds if first is None else first, seconds)
+        return cls(float(median), float(p10), float(p90), len(seconds), speedup, share)
+
+
+def _speedup(first: Sequence[float], seconds: Sequence[float]) -> Interval:
+    return Interval.of_median([a / max(b, 1e-12) for a, b in zip(first, seconds, strict=True)])
 
 
 def open_session(
@@ -196,18 +213,27 @@ def _check_count(wanted: Sequence[ort.NodeArg], inputs: Sequence[Tensor]) -> Non
 
 
 def time_models(
-    models: Sequence[Model], inputs: Sequence[Tensor], target: Target, *, seconds: float = 3.0, min_runs: int = 20
+    models: Sequence[Model],
+    inputs: Sequence[Tensor],
+    target: Target,
+    *,
+    seconds: float = 3.0,
+    min_runs: int = 20,
+    clock: Clock | None = None,
 ) -> list[Timing]:
     """Time models in rounds of one run each, so that a drift of the clock affects all equally.
 
     All sessions are open at once. Inputs and outputs stay on the device; a run ends when the device has finished.
+    Rounds go on until the ratios to the first model are known to 1 %, but no longer than three times ``seconds``.
+    Rounds in which other processes disturbed a run of several threads do not count.
 
     Args:
         models: files or serialized models that take the same inputs.
         inputs: one run's inputs, the target's batch already in them.
         target: provider and number of threads.
-        seconds: duration of all rounds together.
+        seconds: shortest duration of all rounds together.
         min_runs: lower bound on the number of rounds.
+        clock: times the runs; by default the clock of the target.
 
     Raises:
         InputError: the inputs do not fit a model, or see ``open_session``.
@@ -216,16 +242,36 @@ def time_models(
     for _ in range(WARM_UP[target.device] - 1):  # ``bind_inputs`` has made the first run
         for run in runs:
             run()
-    taken: list[list[float]] = [[] for _ in runs]
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < min_runs or time.perf_counter() < end:
-        for run, times in zip(runs, taken, strict=True):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        rounds += 1
-    return [Timing.of(times) for times in taken]
+    return time_rounds(runs, clock or Clock.of(target), seconds, min_runs)
+
+
+def time_rounds(runs: Sequence[Callable[[], None]], clock: Clock, seconds: float, min_runs: int) -> list[Timing]:
+    """Call all functions in rounds and return their times; see ``time_models``."""
+    rounds: list[list[Lap]] = []
+    began, due, limit = clock.wall(), seconds, _PATIENCE * seconds
+    while True:
+        rounds.append([clock.time(run) for run in runs])
+        spent = clock.wall() - began
+        if len(rounds) < min_runs or spent < due:
+            continue
+        kept: Sequence[Sequence[Lap]] = undisturbed(rounds, clock)
+        enough = len(kept) >= min_runs
+        if spent >= limit or (enough and _known(kept)):
+            break
+        due = min(spent * _BETWEEN_CHECKS, limit)
+    if not enough:  # the machine was never free: the least disturbed rounds
+        kept = sorted(rounds, key=lambda laps: -min(lap.share for lap in laps))[:min_runs]
+    times = [[lap.seconds for lap in laps] for laps in zip(*kept, strict=True)]
+    shares = [float(np.median([lap.share for lap in laps])) for laps in zip(*rounds, strict=True)]
+    return [Timing.of(own, times[0], share) for own, share in zip(times, shares, strict=True)]
+
+
+def _known(rounds: Sequence[Sequence[Lap]]) -> bool:
+    """Return whether the ratios to the first model, or the seconds of a single model, have narrow intervals."""
+    first, *others = ([lap.seconds for lap in laps] for laps in zip(*rounds, strict=True))
+    if not others:
+        return Interval.of_median(first).narrow(_NARROW)
+    return all(_speedup(first, own).narrow(_NARROW) for own in others)
 
 
 def bind_inputs(session: ort.InferenceSession, inputs: Sequence[Tensor], target: Target) -> Callable[[], None]:

@@ -85,19 +85,20 @@ def bench_models(models: Sequence[Path], recipe: Recipe, batch: int | None, seco
         if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in each[0]]:
             raise InputError(f"{model} takes other inputs than {models[0]}, so their times cannot be compared")
     timings = time_models(models, each[0], target, seconds=seconds)
-    ratios = [timings[0].median / timing.median for timing in timings]
-    measured = list(zip(map(str, models), timings, ratios, strict=True))
+    measured = list(zip(map(str, models), timings, strict=True))
     if as_json:
-        rows = [{"model": name, **_milliseconds(timing), "ratio": ratio} for name, timing, ratio in measured]
+        rows = [{"model": name, **_milliseconds(timing), **_ratio(timing)} for name, timing in measured]
         document = {"target": target.device, "threads": target.threads, "batch": target.batch, "models": rows}
         return Answer((json.dumps(document, indent=1),))
     title = f"{target.provider}, {target.threads} thread(s), batch {target.batch}, {timings[0].runs} runs in turns"
     table = Table("model", title=title, title_justify="left")
     for heading in ("median", "p10", "p90", "first / this"):
         table.add_column(heading, justify="right")
-    for name, timing, ratio in measured:
+    for name, timing in measured:
         figures = [milliseconds(seconds * 1e3) for seconds in (timing.median, timing.p10, timing.p90)]
-        table.add_row(name, *figures, times(ratio))
+        ratio = timing.speedup
+        between = f" ({ratio.low:.2f}–{ratio.high:.2f})" if ratio.low < ratio.high else ""
+        table.add_row(name, *figures, f"{times(ratio.value)}{between}")
     return Answer((table,))
 
 
@@ -120,3 +121,7 @@ def _batch(model: Path, asked: int | None, recipe: Recipe) -> int:
 def _milliseconds(timing: Timing) -> dict[str, float]:
     figures = {"median_ms": timing.median, "p10_ms": timing.p10, "p90_ms": timing.p90}
     return {**{name: seconds * 1e3 for name, seconds in figures.items()}, "runs": timing.runs}
+
+
+def _ratio(timing: Timing) -> dict[str, Any]:
+    return {"ratio": timing.speedup.value, "ratio_interval": [timing.speedup.low, timing.speedup.high]}

@@ -143,7 +143,9 @@ def test_the_installed_wheels_are_found_by_their_own_names(monkeypatch):
 
 
 def test_quantiles_of_single_runs():
-    assert Timing.of([float(i) for i in range(11)]) == Timing(median=5.0, p10=1.0, p90=9.0, runs=11)
+    timing = Timing.of([float(i + 1) for i in range(11)])
+    assert (timing.median, timing.p10, timing.p90, timing.runs) == (6.0, 2.0, 10.0, 11)
+    assert timing.speedup == (1.0, 1.0, 1.0)
 
 
 def test_a_heavier_model_takes_longer(weights, model):

@@ -103,7 +103,9 @@ def test_the_budget_is_kept_and_the_figures_agree_with_each_other(compiled):
     assert report.compiled.macs <= 0.5 * report.dense.macs
     assert report.met
     assert report.ratio.macs == pytest.approx(report.dense.macs / report.compiled.macs)
-    assert report.ratio.latency == pytest.approx(report.dense.latency_ms / report.compiled.latency_ms)
+    assert report.ratio.latency == pytest.approx(report.dense.latency_ms / report.compiled.latency_ms, rel=0.1)
+    low, high = report.ratio.latency_interval
+    assert low <= report.ratio.latency <= high
     assert report.realised == pytest.approx(report.ratio.latency / report.ratio.macs)
     assert report.compiled.params == sum(p.numel() for p in compiled.module.parameters())
     assert report.compiled.onnx_bytes == compiled.onnx.stat().st_size

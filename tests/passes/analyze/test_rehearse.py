@@ -51,7 +51,7 @@ def pretend(monkeypatch, in_graph):
 
     def times(models, *rest, **options):
         totals = [2.0 + sum(layers(model, ("0", "2")).values()) for model in models]
-        return [Timing(t, t, t, 1) for t in totals]
+        return [Timing.of([t], [totals[0]]) for t in totals]
 
     monkeypatch.setattr(rehearse, "graft_layers", lambda *rest: False)
     monkeypatch.setattr(rehearse, "export_lowered", export)
@@ -103,7 +103,7 @@ def measured(monkeypatch, *shares):
     coming = iter(shares)
 
     def times(models, *rest, **options):
-        return [Timing(t, t, t, 1) for t in (22.0, 22.0 * next(coming))]
+        return [Timing.of([t], [22.0]) for t in (22.0, 22.0 * next(coming))]
 
     monkeypatch.setattr(rehearse, "time_models", times)
 
