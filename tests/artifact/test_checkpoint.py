@@ -72,6 +72,18 @@ def test_moments_come_back_bit_for_bit(programs: tuple[Program, Program], tmp_pa
         assert got.covariances[name].samples == moments.samples
 
 
+def test_a_covariance_that_layers_share_comes_back_as_one(programs: tuple[Program, Program], tmp_path: Path) -> None:
+    calibration = Pipeline.parse("calibrate").run(programs[0]).facts[Calibration]
+    first, *others = calibration.covariances
+    shared = replace(calibration, covariances={**calibration.covariances, "twin": calibration.covariances[first]})
+    Checkpoint(tmp_path, KEY).save(programs[0].with_(facts=Facts(shared)), 1, {}, None)
+    restored = Checkpoint(tmp_path, KEY).restore(programs[0])
+    assert restored is not None
+    got = restored[0].facts[Calibration].covariances
+    assert got["twin"] is got[first]
+    assert len({id(covariance) for covariance in got.values()}) == 1 + len(others)
+
+
 def test_a_sketch_comes_back_beside_full_moments(programs: tuple[Program, Program], tmp_path: Path) -> None:
     before = Pipeline.parse("calibrate{largest=300,sketch=8}").run(programs[0])
     Checkpoint(tmp_path, KEY).save(before, 1, {}, None)

@@ -35,7 +35,7 @@ def drawn(*shape: int) -> Tensors:
 
 def moments_of(module: nn.Module, samples: Tensors) -> Calibration:
     program = tdcompile.trace(nn.Sequential(module).eval(), (samples.inputs[0][:2],)).with_(task=Task(samples))
-    return Calibrate().run(program).facts[Calibration]
+    return Calibrate(patches=100).run(program).facts[Calibration]
 
 
 def layer_of(module: nn.Conv2d) -> Layer:
