@@ -202,13 +202,18 @@ class _Compilation:
     def run(self, program: Program, resume: bool, watch: Hook | None) -> Compiled:
         """Run the passes in all processes; export, verify and measure in the first."""
         workspace = self.folder if self.checkpoint is None else self.checkpoint.folder
-        record = RunRecord({"trace": time.perf_counter() - self.start})
+        record = RunRecord({"trace": time.perf_counter() - self.start}, start=self.start)
         passes = Pipeline((make(Pass, EXPORT_FIRST), *self.pipeline.steps))
         program = passes.run(program.with_(workspace=workspace), self._hooks(record, resume, watch))
         modules = [program.graph]
 
         def export_and_measure() -> tuple[Report, Path]:
-            report, module = self._export_and_measure(program, record)
+            try:
+                report, module = self._export_and_measure(program, record)
+            except BaseException:
+                if self.checkpoint is not None:
+                    self.checkpoint.note(record)
+                raise
             modules.append(module)  # not returned: the other processes get the report only
             return report, self.folder
 
@@ -239,10 +244,11 @@ class _Compilation:
             self.source,
             str(self.pipeline),
             {**record.seconds, "verify": time.perf_counter() - began},
-            time.perf_counter() - self.start,
+            record.total,
             outcome.compiled.accuracy if record.before_tuning is None else record.before_tuning,
             max_drop=self.recipe.max_drop,
             min_speedup=self.recipe.min_speedup,
+            peak_memory_mb=record.peak_memory_mb,
             metadata=self.recipe.metadata,
             labels=names,
         )

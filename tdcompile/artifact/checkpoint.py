@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tdcompile.artifact.folder import load_graph, save_weights
+from tdcompile.backend.environment import peak_memory_mb
 from tdcompile.core.hooks import Hook, RunRecord, Work
 from tdcompile.core.passes import Pass
 from tdcompile.core.registry import foreign_packages
@@ -36,12 +38,11 @@ _HISTORY: TypeAdapter[tuple[Change | Diagnostic, ...]] = TypeAdapter(tuple[Chang
 
 
 class Restored(NamedTuple):
-    """A restored state: the program after ``done`` steps, and the figures of ``RunRecord``."""
+    """A restored state: the program after ``done`` steps, and the figures of the earlier runs."""
 
     program: Program
     done: int
-    seconds: dict[str, float]
-    before_tuning: float | None
+    record: RunRecord
 
 
 @dataclass(frozen=True)
@@ -57,24 +58,23 @@ class Checkpoint:
     folder: Path
     key: Mapping[str, str]
 
-    def save(self, program: Program, done: int, seconds: dict[str, float], before_tuning: float | None) -> None:
+    def save(self, program: Program, done: int, record: RunRecord) -> None:
         """Save a program after ``done`` steps; the earlier state stays valid until this one is complete.
 
         Args:
             program: the program to save.
             done: the number of finished steps.
-            seconds: see ``RunRecord``.
-            before_tuning: see ``RunRecord``.
+            record: the figures of the run.
 
         Raises:
             UnwrittenError: the state cannot be written, for example because the disk is full.
         """
         try:
-            self._write(program, done, seconds, before_tuning)
+            self._write(program, done, record)
         except (OSError, SafetensorError) as error:
             raise UnwrittenError(f"the state of this run cannot be saved in {self.folder}: {error}") from error
 
-    def _write(self, program: Program, done: int, seconds: dict[str, float], before_tuning: float | None) -> None:
+    def _write(self, program: Program, done: int, record: RunRecord) -> None:
         draft = self.folder / f"state.{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -93,8 +93,8 @@ class Checkpoint:
         if program.graph is not program.dense:
             save_weights(program.graph, draft / "graph.safetensors", {})
         history = _HISTORY.dump_python(program.history, mode="json")
-        state = {"key": dict(self.key), "done": done, "facts": facts, "history": history, "seconds": seconds}
-        state |= {"before_tuning": before_tuning, "eval": program.task.evaluate}
+        state = {"key": dict(self.key), "done": done, "facts": facts, "history": history}
+        state |= {**_figures(record), "eval": program.task.evaluate}
         (draft / "state.json").write_text(json.dumps(state))
         state_folder, former = self.folder / "state", self.folder / "state.former"
         shutil.rmtree(former, ignore_errors=True)
@@ -102,6 +102,16 @@ class Checkpoint:
             state_folder.rename(former)
         draft.rename(state_folder)  # ``restore`` finds the earlier state until this line
         shutil.rmtree(former, ignore_errors=True)
+
+    def note(self, record: RunRecord) -> None:
+        """Save the figures of an interrupted run beside the state that it has saved or started from."""
+        file = self.folder / "state" / "state.json"
+        try:
+            draft = file.with_suffix(f".{os.getpid()}")
+            draft.write_text(json.dumps(json.loads(file.read_text()) | _figures(record)))
+            draft.replace(file)
+        except (OSError, ValueError) as error:  # they are lost; the state is not
+            log.debug("the figures of the run are not saved in %s: %s", self.folder, error)
 
     def restore(self, program: Program) -> Restored | None:
         """Return the saved state on top of a program without facts; None without a readable state.
@@ -131,7 +141,13 @@ class Checkpoint:
                 graph = load_graph(folder / "graph.safetensors", trusted=_packages(program))
             history = _HISTORY.validate_python(tuple(state["history"]))
             restored = replace(program, graph=graph, facts=Facts(*facts), history=history)
-            return Restored(restored, int(state["done"]), dict(state["seconds"]), state["before_tuning"])
+            record = RunRecord(
+                dict(state["seconds"]),
+                state["before_tuning"],
+                earlier=float(state.get("total", sum(state["seconds"].values()))),
+                peak_memory_mb=float(state.get("peak_memory_mb", 0.0)),
+            )
+            return Restored(restored, int(state["done"]), record)
         except (OSError, ValueError, KeyError, ValidationError, SafetensorError, TdcompileError) as error:
             self._warn(error)
             return None
@@ -169,6 +185,7 @@ class SaveCheckpoint(Hook):
 
     def __init__(self, checkpoint: Checkpoint, record: RunRecord, *, resume: bool) -> None:
         self._checkpoint, self._record, self._resume = checkpoint, record, resume
+        self._saved = False  # whether the state on disk belongs to this run
 
     def begin(self, program: Program, steps: Sequence[Pass], done: int) -> tuple[Program, int]:
         """Return the saved program and its number of steps.
@@ -179,19 +196,45 @@ class SaveCheckpoint(Hook):
         restored = self._checkpoint.restore(program) if self._resume else None
         if restored is None:
             return program, done
-        self._record.seconds, self._record.before_tuning = restored.seconds, restored.before_tuning
+        earlier, self._saved = restored.record, True
+        for name, seconds in earlier.seconds.items():
+            self._record.add(name, seconds)
+        self._record.before_tuning = earlier.before_tuning
+        self._record.earlier, self._record.peak_memory_mb = earlier.earlier, earlier.peak_memory_mb
         return restored.program, restored.done
 
     def around(self, step: Pass, position: int, program: Program, work: Work) -> Program:
-        """Run the step, then save.
+        """Run the step, then save; save the figures alone if the step fails or is interrupted.
 
         Raises:
             UnwrittenError: see ``Checkpoint.save``.
         """
-        after = work()
+        start = time.perf_counter()
+        try:
+            after = work()
+        except BaseException:
+            self._record.add(step.name, time.perf_counter() - start)
+            self.note()
+            raise
         if is_first():
-            self._checkpoint.save(after, position + 1, self._record.seconds, self._record.before_tuning)
+            self._checkpoint.save(after, position + 1, self._record)
+            self._saved = True
         return after
+
+    def note(self) -> None:
+        """Save the figures of the run beside its state, if it has one."""
+        if self._saved and is_first():
+            self._checkpoint.note(self._record)
+
+
+def _figures(record: RunRecord) -> dict[str, Any]:
+    """Return the figures of all runs up to now as JSON."""
+    return {
+        "seconds": record.seconds,
+        "before_tuning": record.before_tuning,
+        "total": record.total,
+        "peak_memory_mb": max(record.peak_memory_mb, peak_memory_mb()),
+    }
 
 
 def _plain(fact: Fact) -> Any:

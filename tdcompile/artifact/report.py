@@ -205,8 +205,9 @@ class Report(_Part):
     tuning: Tuned | None = None
     tuning_curve: tuple[Epoch, ...] = ()
     seconds: dict[str, float]
-    """Of each pass, and ``total``."""
+    """Of each pass, and ``total``; a resumed compilation sums its runs."""
     peak_memory_mb: float
+    """The highest of all runs."""
     environment: dict[str, str]
     onnx: Onnx | None = None
     notes: tuple[str, ...] = ()

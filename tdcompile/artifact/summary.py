@@ -51,12 +51,13 @@ CHANGED_ERROR = 50.0
 
 @dataclass(frozen=True)
 class Run:
-    """Figures of the run: seconds of each pass and in total, and the accuracy before the first training pass.
+    """Figures of all runs of a compilation: seconds of each pass and in total, accuracy before the first training pass.
 
     Attributes:
         source: the source of the network, or the name of its class.
         max_drop: gate: largest allowed loss of accuracy, in points.
         min_speedup: gate: smallest allowed ratio of dense to compiled latency.
+        peak_memory_mb: the highest memory of earlier runs of a resumed compilation, in MB.
         metadata: the user's entries of the models' metadata.
         labels: class names.
     """
@@ -68,6 +69,7 @@ class Run:
     before_tuning: float | None
     max_drop: float | None = None
     min_speedup: float | None = None
+    peak_memory_mb: float = 0.0
     metadata: Mapping[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
 
@@ -120,7 +122,7 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
             for e in (tuning.curve if tuning else ())
         ),
         seconds={**run.seconds, "total": run.total},
-        peak_memory_mb=peak_memory_mb(),
+        peak_memory_mb=max(run.peak_memory_mb, peak_memory_mb()),
         environment=environment(program.target),
         onnx=Onnx(
             opset=compiled.exported.opset,

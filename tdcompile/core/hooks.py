@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
@@ -53,15 +54,30 @@ class Hook:
 
 @dataclass
 class RunRecord:
-    """Figures that hooks collect during a run and a checkpoint saves.
+    """Figures that hooks collect during a run and a checkpoint saves; a resumed run adds to those of earlier runs.
 
     Attributes:
         seconds: the duration of each pass by name, summed over passes of one name.
         before_tuning: the test accuracy before the first pass that trains; None before that, or without labels.
+        earlier: seconds that earlier runs took in total.
+        peak_memory_mb: the highest memory of earlier runs, in MB.
+        start: the time by ``time.perf_counter`` at which this run started.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     before_tuning: float | None = None
+    earlier: float = 0.0
+    peak_memory_mb: float = 0.0
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def total(self) -> float:
+        """Seconds of all runs up to now."""
+        return self.earlier + time.perf_counter() - self.start
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds to the sum of a pass."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 class StepTimer(Hook):
@@ -72,4 +88,4 @@ class StepTimer(Hook):
 
     def finished(self, step: Pass, program: Program, seconds: float) -> None:
         """Add the seconds to the sum of this pass's name."""
-        self._record.seconds[step.name] = self._record.seconds.get(step.name, 0.0) + seconds
+        self._record.add(step.name, seconds)

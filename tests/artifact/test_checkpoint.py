@@ -46,11 +46,15 @@ def programs() -> tuple[Program, Program]:
 
 def test_what_was_saved_comes_back(programs: tuple[Program, Program], tmp_path: Path) -> None:
     before, after = programs
-    Checkpoint(tmp_path / "state", KEY).save(after, 5, {"propose": 1.5}, 0.25)
+    Checkpoint(tmp_path / "state", KEY).save(
+        after, 5, RunRecord({"propose": 1.5}, 0.25, earlier=100.0, peak_memory_mb=1e9)
+    )
     restored = Checkpoint(tmp_path / "state", KEY).restore(before)
     assert restored is not None
-    program, done, seconds, accuracy = restored
-    assert (done, seconds, accuracy) == (5, {"propose": 1.5}, 0.25)
+    program, done, record = restored
+    assert (done, record.seconds, record.before_tuning) == (5, {"propose": 1.5}, 0.25)
+    assert 100 <= record.earlier < 200
+    assert record.peak_memory_mb == 1e9
     assert program.history == after.history
     assert {type(fact) for fact in program.facts} == {type(fact) for fact in after.facts}
     if RankPlan in after.facts:
@@ -61,7 +65,7 @@ def test_what_was_saved_comes_back(programs: tuple[Program, Program], tmp_path: 
 
 def test_moments_come_back_bit_for_bit(programs: tuple[Program, Program], tmp_path: Path) -> None:
     before = Pipeline.parse("calibrate").run(programs[0])
-    Checkpoint(tmp_path, KEY).save(before, 1, {}, None)
+    Checkpoint(tmp_path, KEY).save(before, 1, RunRecord())
     restored = Checkpoint(tmp_path, KEY).restore(programs[0])
     assert restored is not None
     assert restored[0].graph is programs[0].dense
@@ -86,7 +90,7 @@ def test_a_covariance_that_layers_share_comes_back_as_one(programs: tuple[Progra
 
 def test_a_sketch_comes_back_beside_full_moments(programs: tuple[Program, Program], tmp_path: Path) -> None:
     before = Pipeline.parse("calibrate{largest=300,sketch=8}").run(programs[0])
-    Checkpoint(tmp_path, KEY).save(before, 1, {}, None)
+    Checkpoint(tmp_path, KEY).save(before, 1, RunRecord())
     restored = Checkpoint(tmp_path, KEY).restore(programs[0])
     assert restored is not None
     got, expected = restored[0].facts[Calibration].covariances, before.facts[Calibration].covariances
@@ -102,7 +106,7 @@ def test_the_last_state_stands_and_can_be_dropped(programs: tuple[Program, Progr
     checkpoint = Checkpoint(tmp_path / "state", KEY)
     assert checkpoint.restore(programs[0]) is None
     for done in (1, 2):
-        checkpoint.save(programs[1], done, {}, None)
+        checkpoint.save(programs[1], done, RunRecord())
     restored = checkpoint.restore(programs[0])
     assert restored is not None
     assert restored[1] == 2
@@ -115,7 +119,7 @@ def test_the_last_state_stands_and_can_be_dropped(programs: tuple[Program, Progr
 def test_a_state_that_cannot_be_used_is_told_and_left_aside(
     programs: tuple[Program, Program], tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
 ) -> None:
-    Checkpoint(tmp_path, KEY).save(programs[1], 5, {}, None)
+    Checkpoint(tmp_path, KEY).save(programs[1], 5, RunRecord())
     state = tmp_path / "state"
     if harm == "json":
         (state / "state.json").write_text("{")
@@ -140,7 +144,7 @@ def test_a_state_that_cannot_be_used_is_told_and_left_aside(
 def test_the_state_of_another_compilation_is_refused_and_stays(
     programs: tuple[Program, Program], tmp_path: Path, change: dict[str, str], said: str
 ) -> None:
-    Checkpoint(tmp_path, KEY).save(programs[1], 5, {}, None)
+    Checkpoint(tmp_path, KEY).save(programs[1], 5, RunRecord())
     with pytest.raises(InputError, match=said):
         Checkpoint(tmp_path, {**KEY, **change}).restore(programs[0])
     assert Checkpoint(tmp_path, KEY).restore(programs[0]) is not None
@@ -151,16 +155,16 @@ def test_an_accuracy_that_was_taken_over_other_samples_is_not_taken_over(
 ) -> None:
     fewer = programs[0].with_(task=replace(programs[0].task, evaluate=8))
     checkpoint = Checkpoint(tmp_path, KEY)
-    checkpoint.save(programs[1], 5, {}, None)
+    checkpoint.save(programs[1], 5, RunRecord())
     assert checkpoint.restore(fewer) is not None
-    checkpoint.save(programs[1], 5, {}, 0.25)
+    checkpoint.save(programs[1], 5, RunRecord(before_tuning=0.25))
     with pytest.raises(InputError, match=r"another eval \(null\)"):
         checkpoint.restore(fewer)
     assert checkpoint.restore(programs[0]) is not None
 
 
 def test_the_state_of_a_former_version_is_refused(programs: tuple[Program, Program], tmp_path: Path) -> None:
-    Checkpoint(tmp_path, KEY).save(programs[1], 5, {}, None)
+    Checkpoint(tmp_path, KEY).save(programs[1], 5, RunRecord())
     path = tmp_path / "state" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "key": "0" * 64}))
     with pytest.raises(InputError, match="another version of tdcompile"):
@@ -170,14 +174,14 @@ def test_the_state_of_a_former_version_is_refused(programs: tuple[Program, Progr
 def test_a_place_that_cannot_be_written_is_one_sentence(programs: tuple[Program, Program], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be saved in"):
-        Checkpoint(tmp_path / "file" / "state", KEY).save(programs[1], 1, {}, None)
+        Checkpoint(tmp_path / "file" / "state", KEY).save(programs[1], 1, RunRecord())
 
 
 def test_a_state_is_there_at_every_moment_of_a_save(
     programs: tuple[Program, Program], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, rename, removed = Checkpoint(tmp_path, KEY), Path.rename, []
-    checkpoint.save(programs[0], 1, {}, None)
+    checkpoint.save(programs[0], 1, RunRecord())
 
     def renamed(self: Path, to: Path) -> Path:
         found = checkpoint.restore(programs[0])
@@ -186,7 +190,7 @@ def test_a_state_is_there_at_every_moment_of_a_save(
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", renamed)
-    checkpoint.save(programs[0], 2, {}, None)
+    checkpoint.save(programs[0], 2, RunRecord())
     assert removed == [1, 1]
     restored = checkpoint.restore(programs[0])
     assert restored is not None
@@ -206,7 +210,7 @@ def test_a_fact_that_has_no_text_form_is_named(programs: tuple[Program, Program]
     with pytest.raises(
         TdcompileError, match="the fact Weights cannot be saved between passes: let it hold only numbers"
     ):
-        Checkpoint(tmp_path, KEY).save(program, 1, {}, None)
+        Checkpoint(tmp_path, KEY).save(program, 1, RunRecord())
 
 
 class Plugin:
@@ -230,7 +234,7 @@ def test_facts_of_one_name_and_facts_that_extend_others_come_back(
     programs: tuple[Program, Program], tmp_path: Path
 ) -> None:
     before = programs[0].with_(facts=Facts(Importances({"0": 0.5}), Plugin.Importances(2), Finer(3, 4)))
-    Checkpoint(tmp_path, KEY).save(before, 1, {}, None)
+    Checkpoint(tmp_path, KEY).save(before, 1, RunRecord())
     restored = Checkpoint(tmp_path, KEY).restore(programs[0])
     assert restored is not None
     facts = restored.program.facts
@@ -267,7 +271,8 @@ def test_the_hook_starts_at_the_saved_step_only_if_asked(
     names = ["score", "propose", "choose"]
     assert watch.started_steps == [(name, place, 3) for place, name in enumerate(names)][2 if resume else 0 :]
     assert again.seconds.keys() == {"trace", *names}
-    assert again.seconds["trace"] == (2.0 if resume else 3.0)
+    assert again.seconds["trace"] == (5.0 if resume else 3.0)
+    assert again.total > (record.earlier + record.seconds["score"] if resume else 0.0)
     assert again.before_tuning == (0.25 if resume else None)
     assert RankPlan in after.facts
     restored = checkpoint.restore(programs[0])

@@ -158,12 +158,20 @@ def test_an_interrupted_run_goes_on_from_its_last_finished_pass(tmp_path):
     first, second = Steps(stop="finetune"), Steps()
     with pytest.raises(KeyboardInterrupt):
         tdcompile.compile(network(), X, watch=first, **options)
+    state = json.loads((tmp_path / "work" / "state" / "state.json").read_text())
     resumed = tdcompile.compile(network(), X, watch=second, resume=True, **options)
     assert first.names[-1] == "refit"
     assert second.names[0] == "finetune"
     x = torch.randn(4, 3, 12, 12)
     with torch.no_grad():
         torch.testing.assert_close(resumed.module(x), whole.module(x))
+    before, report = state["total"], resumed.report
+    assert before >= sum(state["seconds"].values())
+    assert report.seconds["total"] >= before + report.seconds["verify"]
+    assert report.seconds["total"] >= sum(seconds for name, seconds in report.seconds.items() if name != "total")
+    assert report.seconds["trace"] > state["seconds"]["trace"]
+    assert report.seconds["finetune"] > state["seconds"]["finetune"] > 0  # both runs began it
+    assert report.peak_memory_mb >= state["peak_memory_mb"] > 0
     resumed.save(tmp_path / "out")
     assert not (tmp_path / "work").exists()
 
