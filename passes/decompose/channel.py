@@ -16,8 +16,9 @@ from torch import Tensor
 from tdcompile.core.decomposition import Decomposition, Kernel
 from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.numerics.covariance import Covariance
-from tdcompile.numerics.low_rank import balance, low_rank, low_rank_errors, operands
+from tdcompile.numerics.low_rank import operands
 from tdcompile.passes.decompose._chain_layers import point_out
+from tdcompile.passes.decompose._one_spectrum import spectrum_errors, truncated
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,8 @@ class Channel(Decomposition):
 
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """Return ``(r, C, *kernel)`` and ``(T, r, 1, ...)``; each component's norm is split evenly between them."""
-        flat, covariance = operands(weight, covariance, min(len(weight), weight[0].numel()))
-        last, first = balance(low_rank(flat, covariance, ranks[0]))
-        return self.shaped(layer, ranks, (first, last), weight.dtype)
+        given = operands(weight, covariance, min(len(weight), weight[0].numel()))
+        return self.shaped(layer, ranks, truncated(weight, covariance, given, ranks[0]), weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
         """Recombine the r kernels."""
@@ -50,7 +50,6 @@ class Channel(Decomposition):
         return (last.flatten(1) @ first.flatten(1)).reshape(layer.weight_shape)
 
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
-        """Return exact errors, from the tails of one spectrum."""
-        flat, covariance = operands(weight, covariance, min(len(weight), weight[0].numel()))
-        spectrum = low_rank_errors(flat, covariance).tolist()
-        return [spectrum[rank] for (rank,) in space]
+        """Return exact errors, from the tails of one spectrum; its vectors are kept for ``factorize``."""
+        given = operands(weight, covariance, min(len(weight), weight[0].numel()))
+        return spectrum_errors(weight, covariance, given, space)

@@ -16,7 +16,8 @@ from torch import Tensor
 from tdcompile.core.decomposition import Decomposition, Kernel
 from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.numerics.covariance import Covariance
-from tdcompile.numerics.low_rank import balance, low_rank, low_rank_errors, matrix_of
+from tdcompile.numerics.low_rank import matrix_of
+from tdcompile.passes.decompose._one_spectrum import spectrum_errors, truncated
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class SVD(Decomposition):
     def factorize(self, layer: Layer, weight: Tensor, ranks: Ranks, covariance: Covariance) -> tuple[Tensor, ...]:
         """Return ``(r, C, ...)`` and ``(T, r, ...)``; each component's norm is split evenly between them."""
         flat = matrix_of(weight, covariance)
-        last, first = balance(low_rank(flat, covariance, ranks[0]))
-        return self.shaped(layer, ranks, (first, last), weight.dtype)
+        return self.shaped(layer, ranks, truncated(weight, covariance, (flat, covariance), ranks[0]), weight.dtype)
 
     def reconstruct(self, layer: Layer, factors: Sequence[Tensor]) -> Tensor:
         """Return the product of the two matrices."""
@@ -58,6 +58,5 @@ class SVD(Decomposition):
         return (last.flatten(1) @ first.flatten(1)).reshape(layer.weight_shape)
 
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
-        """Return exact errors, from the tails of one spectrum."""
-        spectrum = low_rank_errors(matrix_of(weight, covariance), covariance).tolist()
-        return [spectrum[rank] for (rank,) in space]
+        """Return exact errors, from the tails of one spectrum; its vectors are kept for ``factorize``."""
+        return spectrum_errors(weight, covariance, (matrix_of(weight, covariance), covariance), space)

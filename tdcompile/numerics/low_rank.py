@@ -17,6 +17,8 @@ from tdcompile.numerics.covariance import Covariance, Identity
 PRECISE = 2048
 # Entries that are converted to another precision, or multiplied by S, at a time: 16 MB in float64.
 BLOCK = 2**21
+# Columns of a Gram matrix that are computed at a time; the rest of it is mirrored.
+STRIP = 512
 
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
@@ -70,17 +72,21 @@ def column_basis(matrix: Tensor) -> Tensor:
     return vectors.flip(1)
 
 
-def _leading(flat: Tensor, covariance: Covariance, rank: int) -> Tensor:
-    """Return the leading left singular vectors, in float64 if the smaller side is at most ``PRECISE``."""
+def _leading(flat: Tensor, covariance: Covariance, rank: int, basis: Tensor | None = None) -> Tensor:
+    """Return the leading left singular vectors, in float64 if the smaller side is at most ``PRECISE``.
+
+    Args:
+        flat: W, ``(T, N)``.
+        covariance: S.
+        rank: number of vectors.
+        basis: of ``low_rank_spectrum``, with at least ``rank`` columns, in place of an eigendecomposition.
+    """
     rows, columns = flat.shape
     if rows <= columns:
-        return _eigenvectors(_ridged(flat, covariance), rank)
-    inner, root = gram(flat, columnwise=True), None
-    if not covariance.is_identity:
-        root = covariance.root(covariance.ridge()).to(inner)
-        inner = root.T @ inner @ root
-    right = _eigenvectors(inner, min(rank, columns))
-    spread = right if root is None else root @ right
+        if basis is not None:
+            return basis[:, :rank]
+        return _eigenvectors(_ridged(flat, covariance, weighted_gram(flat, covariance)), rank)
+    spread = _spread(flat, covariance, min(rank, columns)) if basis is None else basis[:, : min(rank, columns)]
     mapped = spread.new_empty(rows, spread.shape[1])
     for start, block in zip(range(0, rows, _height(flat)), blocks(flat, spread.dtype), strict=True):
         mapped[start : start + len(block)] = block @ spread
@@ -88,12 +94,27 @@ def _leading(flat: Tensor, covariance: Covariance, rank: int) -> Tensor:
     return left[:, :rank]
 
 
-def low_rank(flat: Tensor, covariance: Covariance, rank: int) -> tuple[Tensor, Tensor]:
+def _spread(flat: Tensor, covariance: Covariance, rank: int) -> Tensor:
+    """Return the leading right singular vectors of W L, times L, ``(N, rank)``, with L Lᵀ = S + ridge."""
+    inner = gram(flat, columnwise=True)
+    if covariance.is_identity:
+        return _eigenvectors(inner, rank)
+    root = covariance.root(covariance.ridge()).to(inner)
+    return root @ _eigenvectors(root.T @ inner @ root, rank)
+
+
+def low_rank(flat: Tensor, covariance: Covariance, rank: int, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return ``last`` (T, r) and ``first`` (r, N) whose product minimises ‖(W−W̃)S^½‖_F, in the precision of ``flat``.
 
     The norm of each component is split evenly between them.
+
+    Args:
+        flat: W, ``(T, N)``.
+        covariance: S.
+        rank: r.
+        basis: of ``low_rank_spectrum`` for the same W and S, with at least r columns; computed by default.
     """
-    last = _leading(flat, covariance, rank)
+    last = _leading(flat, covariance, rank, basis)
     first = flat.new_empty(rank, flat.shape[1])
     for start in range(0, flat.shape[1], step := max(1, BLOCK // len(flat))):
         first[:, start : start + step] = last.T @ flat[:, start : start + step].to(last.dtype)
@@ -103,23 +124,38 @@ def low_rank(flat: Tensor, covariance: Covariance, rank: int) -> tuple[Tensor, T
 
 def low_rank_errors(flat: Tensor, covariance: Covariance) -> Tensor:
     """Return the relative error of ``low_rank`` at ranks 0, 1, ..., min(T, N), measured with S without the ridge."""
+    return low_rank_spectrum(flat, covariance, 0)[0]
+
+
+def low_rank_spectrum(flat: Tensor, covariance: Covariance, most: int) -> tuple[Tensor, Tensor | None]:
+    """Return the errors of ``low_rank_errors``, and the basis from which ``low_rank`` starts for ranks up to ``most``.
+
+    One eigendecomposition of the Gram matrix of the smaller side gives both. Without data the errors need eigenvalues
+    only, and the basis is None. Otherwise it has the first eigenvectors of W (S + ridge) Wᵀ, ``(T, most)``, if T <= N,
+    and else L times the right singular vectors of W L, ``(N, most)``, with L Lᵀ = S + ridge; the strongest first.
+    """
     rows, columns = flat.shape
+    most = min(most, rows, columns)
     if covariance.is_identity:
         energies: Tensor = torch.linalg.eigvalsh(gram(flat, columnwise=rows > columns)).flip(0)
-    elif rows <= columns:
+        return _tails(energies), None
+    if rows <= columns:
         of_output = weighted_gram(flat, covariance)
-        vectors = torch.linalg.eigh(gram(flat).mul_(covariance.ridge()).add_(of_output)).eigenvectors
-        energies = vectors.mul_(of_output @ vectors).sum(0).flip(0)
-    else:
-        inner = gram(flat, columnwise=True)
-        root = covariance.root(covariance.ridge()).to(inner)
-        values, vectors = torch.linalg.eigh(root.T @ inner @ root)
-        squares, right = values.flip(0)[:columns].clamp(min=0), vectors[:, -columns:].flip(1)
-        # With u = W L v / σ the energy of a component is uᵀ W S Wᵀ u; with the ridge it is at most σ².
-        mapped = (inner @ (root @ right)).T
-        energies = ((mapped @ covariance.to(inner)) * mapped).sum(1)
-        energies = energies / squares.clamp(min=torch.finfo(squares.dtype).tiny)
-        energies = energies.minimum(squares)
+        vectors = torch.linalg.eigh(_ridged(flat, covariance, of_output)).eigenvectors
+        return _tails((of_output @ vectors).mul_(vectors).sum(0).flip(0)), vectors[:, rows - most :].flip(1)
+    inner = gram(flat, columnwise=True)
+    root = covariance.root(covariance.ridge()).to(inner)
+    values, vectors = torch.linalg.eigh(root.T @ inner @ root)
+    squares, basis = values[-columns:].clamp(min=0), root @ vectors[:, -columns:]
+    # With u = W L v / σ the energy of a component is uᵀ W S Wᵀ u; with the ridge it is at most σ².
+    mapped = (inner @ basis).T
+    energies = ((mapped @ covariance.to(inner)) * mapped).sum(1)
+    energies = energies / squares.clamp(min=torch.finfo(squares.dtype).tiny)
+    return _tails(energies.minimum(squares).flip(0)), basis[:, columns - most :].flip(1)
+
+
+def _tails(energies: Tensor) -> Tensor:
+    """Return the relative error that is left at each rank, from the energies of the components, strongest first."""
     tails = energies.double().clamp(min=0).flip(0).cumsum(0).flip(0)
     return (torch.cat([tails, tails.new_zeros(1)]) / tails[0].clamp(min=torch.finfo(tails.dtype).tiny)).sqrt()
 
@@ -130,7 +166,10 @@ def gram(flat: Tensor, columnwise: bool = False) -> Tensor:
         columns = flat.shape[1]
         inner = torch.zeros(columns, columns, dtype=_precision(flat, columns), device=flat.device)
         for block in blocks(flat, inner.dtype):
-            inner.addmm_(block.T, block)
+            for start in range(0, columns, STRIP):  # the lower triangle; the upper one mirrors it
+                inner[start:, start : start + STRIP].addmm_(block[:, start:].T, block[:, start : start + STRIP])
+        for start in range(STRIP, columns, STRIP):
+            inner[:start, start : start + STRIP] = inner[start : start + STRIP, :start].T
         return inner
     return weighted_gram(flat, Identity.of(flat))
 
@@ -159,11 +198,10 @@ def energy(flat: Tensor) -> float:
     return sum(float(block.square().sum()) for block in blocks(flat, torch.float64))
 
 
-def _ridged(flat: Tensor, covariance: Covariance) -> Tensor:
-    """Return W (S + ridge) Wᵀ."""
-    found = weighted_gram(flat, covariance)
+def _ridged(flat: Tensor, covariance: Covariance, of_output: Tensor) -> Tensor:
+    """Return W (S + ridge) Wᵀ, given W S Wᵀ."""
     extra = covariance.ridge()
-    return found.add_(gram(flat), alpha=extra) if extra else found
+    return gram(flat).mul_(extra).add_(of_output) if extra else of_output
 
 
 def _eigenvectors(symmetric: Tensor, count: int) -> Tensor:
