@@ -138,6 +138,7 @@ class Recipe(RecipeOptions):
         if self.plan is None:
             chosen = "" if "auto" in self.decompose else "+".join(self.decompose)
             options = {"decompose": chosen} if chosen else {}
+            parts += [f"reach{{decompose={chosen}}}" if chosen else "reach"]
             options |= {"spectra": "true"} if get(RankSelector, parse_spec(self.ranks).name).needs_spectra else {}
             written = ",".join(f"{key}={value}" for key, value in options.items())
             parts += [

@@ -72,7 +72,7 @@ def test_jobs_and_grain_reach_the_passes_of_any_pipeline_that_take_them() -> Non
     steps = Recipe(pipeline="propose{grain=8},choose,factorize,drop-dead", jobs=3, grain=4).steps()
     assert str(steps) == "propose{grain=8,jobs=3},choose,factorize{jobs=3},drop-dead"
     assert str(Recipe(budget={"macs": 0.5}, jobs=2, grain=4).steps()).startswith(
-        "calibrate,score,propose{grain=4,jobs=2},choose,factorize{jobs=2}"
+        "reach{grain=4},calibrate,score,propose{grain=4,jobs=2},choose,factorize{jobs=2}"
     )
     assert "propose{decompose=tucker2+svd,spectra=true,jobs=4}" in str(load_recipe("tucker-vbmf", {"jobs": 4}).steps())
 

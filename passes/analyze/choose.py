@@ -12,8 +12,12 @@ from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make, registered
 from tdcompile.errors import TdcompileError, during, nearest
 from tdcompile.ir.facts import Fact
+from tdcompile.ir.measurements import Reachable
 from tdcompile.ir.program import Program
-from tdcompile.ir.target import Cost
+from tdcompile.ir.target import Budget, Cost
+from tdcompile.planning.allocation import lowest_shares
+
+_ROUNDING = 1e-6  # the sum of the cheapest candidates is within the budget that it defines
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,23 @@ class Choose(AnalysisPass):
         candidates = program.facts[Candidates]
         selector = make(RankSelector, self.by)
         with during(f"in the rank selector {selector.told()}"):
-            plan = selector.select(candidates, program.facts[Importances].scores, program.budget)
+            plan = selector.select(candidates, program.facts[Importances].scores, _budget(program))
         if not isinstance(plan, RankPlan):
             raise TdcompileError(f"the rank selector {selector.told()} gave {type(plan).__name__}, expected a RankPlan")
         plan = _complete(plan, selector.told(), candidates)
         return replace(plan, reasons={**plan.reasons, **candidates.reasons})
+
+
+def _budget(program: Program) -> Budget:
+    """Return the budget to choose under: a latency that was measured is within reach, even if the prices deny it.
+
+    ``rehearse`` then corrects the prices.
+    """
+    budget, known = program.budget, program.facts.get(Reachable)
+    if budget.latency is None or known is None or known.latency is None:
+        return budget
+    lowest = lowest_shares(program.facts[Candidates], budget)["latency"] * (1 + _ROUNDING)
+    return replace(budget, latency=min(max(budget.latency, lowest), 1.0))
 
 
 def _complete(plan: RankPlan, told: str, candidates: Candidates) -> RankPlan:

@@ -23,7 +23,7 @@ from tdcompile.ir.program import Program, Site, kept_dense, parameters_of, sites
 from tdcompile.ir.target import Cost, total
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import gram
-from tdcompile.planning.pricing import over_calls, price
+from tdcompile.passes.analyze._layer_prices import chain_of, cost_of, grain_of, prices_of, spaces_of
 from tdcompile.support.options import Count, Workers
 from tdcompile.support.process_pool import parallel_map
 from tdcompile.support.progress import report_progress
@@ -76,10 +76,11 @@ class Propose(AnalysisPass):
         forms = [make(Decomposition, text) for text in self.decompose or find(Decomposition)]
         found = sites(program)
         kept = kept_dense(program, found)
-        spaces = {name: {} if name in kept else self._spaces(program, site, forms) for name, site in found.items()}
-        prices = self._prices(program, found, spaces)
+        grain = grain_of(program, self.grain)
+        spaces = {name: {} if name in kept else spaces_of(site, forms, grain) for name, site in found.items()}
+        prices = prices_of(program, found, spaces, self.cost, self.timer)
         options: dict[str, tuple[Candidate, ...]] = {}
-        dense = {name: Candidate.dense(_cost(site.calls, prices, site)) for name, site in found.items()}
+        dense = {name: Candidate.dense(cost_of(site.calls, prices, site)) for name, site in found.items()}
         drafts = {
             name: self._drafts(program, site, spaces[name], dense[name].cost, prices) for name, site in found.items()
         }
@@ -102,16 +103,6 @@ class Propose(AnalysisPass):
             reasons=kept,
         )
 
-    def _spaces(self, program: Program, site: Site, forms: Sequence[Decomposition]) -> dict[Decomposition, list[Ranks]]:
-        """Return the ranks of every decomposition that accepts the layer."""
-        grain = self.grain or (program.target.rank_grain if program.budget.latency is not None else 1)
-        spaces: dict[Decomposition, list[Ranks]] = {}
-        for form in forms:
-            with during(f"in the decomposition {form.told()} on the layer '{site.name}'"):
-                if form.refuse(site.layer) is None:
-                    spaces[form] = [tuple(ranks) for ranks in form.rank_space(site.layer, grain)]
-        return {form: space for form, space in spaces.items() if space}
-
     def _drafts(
         self,
         program: Program,
@@ -127,7 +118,7 @@ class Propose(AnalysisPass):
         """
         fields, made = list(program.budget.limits(dense)), {}
         for form, space in spaces.items():
-            costs = [_cost(_chain(site, form, ranks), prices, site) for ranks in space]
+            costs = [cost_of(chain_of(site, form, ranks), prices, site) for ranks in space]
             last = len(space) - 1
             made[form] = [
                 (ranks, cost)
@@ -146,27 +137,6 @@ class Propose(AnalysisPass):
             covariance = input_covariance(program.facts, name, site.weight)
             for form, kept in drafts[name].items():
                 yield form, site.layer, site.weight, [ranks for ranks, _ in kept], covariance
-
-    def _prices(
-        self,
-        program: Program,
-        found: Mapping[str, Site],
-        spaces: Mapping[str, Mapping[Decomposition, Sequence[Ranks]]],
-    ) -> dict[Layer, Cost]:
-        """Return the cost of every layer of every chain; a timer measures them together."""
-        counter = make(CostModel, self.cost)
-        timer = make(CostModel, self.timer) if program.budget.latency is not None else None
-        chains = (
-            _chain(site, form, ranks)
-            for name, site in found.items()
-            for form, space in spaces[name].items()
-            for ranks in space
-        )
-        dense = (call for site in found.values() for call in site.calls)
-        parts = list(dict.fromkeys([*dense, *(part for chain in chains for part in chain)]))
-        for model in filter(None, (counter, timer)):
-            model.prepare(parts, program.target)
-        return {part: price(part, program.target, counter, timer) for part in parts}
 
     def _whole(self, program: Program, dense: Cost) -> Cost:
         """Return the cost of the dense network: all its parameters, and its measured latency if known."""
@@ -209,19 +179,9 @@ def _checked(
     return found
 
 
-def _chain(site: Site, form: Decomposition, ranks: Ranks) -> tuple[Layer, ...]:
-    """Return the layers of the blueprints of all calls of a site."""
-    return tuple(part for call in site.calls for part in form.blueprint(call, ranks))
-
-
 def _worth(cost: Cost, dense: Cost, fields: Sequence[str]) -> bool:
     """Return whether a cost is below the dense one, or near it, in any limited field."""
     return any(getattr(cost, field) < _MARGIN * getattr(dense, field) for field in fields)
-
-
-def _cost(chain: Sequence[Layer], prices: Mapping[Layer, Cost], site: Site) -> Cost:
-    """Return the price of a chain over all calls."""
-    return over_calls(total([prices[part] for part in chain]), len(site.calls))
 
 
 def _refused(site: Site, forms: Sequence[Decomposition]) -> Reason:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import ClassVar
 
 import numpy as np
-import torch
-from torch import fx
 
-from tdcompile.backend.graft import Graft, graft_layers
-from tdcompile.backend.lowering import export_lowered, timing_inputs
+from tdcompile.backend.lowering import timing_inputs
 from tdcompile.backend.profile import layer_seconds
 from tdcompile.backend.session import time_models
 from tdcompile.core.decomposition import Decomposition
@@ -26,15 +23,17 @@ from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.facts import Fact
-from tdcompile.ir.graph_edits import copy_graph, replace_module
 from tdcompile.ir.measurements import Baseline, Rehearsal, Round
-from tdcompile.ir.program import Program, sites
+from tdcompile.ir.program import Program
+from tdcompile.passes.analyze._plan_graph import written
 from tdcompile.planning.plan_file import HAND
 from tdcompile.support.options import Count, NonNegative, Share
 from tdcompile.support.progress import report_progress
 
 _FARTHEST = 2.0  # largest correction of a price, as a factor or its inverse
 _CONFIRMED = 3  # plans to measure a second time if no plan was accepted
+_CHECKS = 2  # of the layers of the accepted plan
+_Profiles = Callable[[], tuple[dict[str, float], dict[str, float]]]  # layers' seconds in the dense model and the plan's
 _Pair = tuple[str, Decomposition]  # a layer's name and its form
 _PROFILE_SECONDS = 0.3  # approximate duration of a profile of the dense network
 
@@ -44,7 +43,7 @@ class Rehearse(AnalysisPass):
     """Measure the plan in the whole graph, put slower layers back to dense, and choose again.
 
     Latency does not depend on the values of weights, so random factors of the plan's shapes show its cost. The
-    measurements correct the prices for the next choice.
+    measurements correct the prices for the next choice. A layer counts as slower if two profiles agree.
 
     Attributes:
         rounds: maximum number of plans to measure.
@@ -84,10 +83,11 @@ class Rehearse(AnalysisPass):
         seen: dict[_Pair, list[float]] = {}
         best: tuple[Round, RankPlan] | None = None
         for number in range(1, self.rounds + 1):
-            with _written(program, plan, baseline) as file:
+            with written(program, plan.choices, baseline) as file:
                 dense, compiled = self._timed(program, baseline, file)
                 in_plan = layer_seconds(file, candidates.layers, inputs, program.target, runs)
-            slower = _slower(plan, in_dense, in_plan)
+                profile = partial(_profiles, program, (baseline, file), candidates.layers, runs)
+                slower = _confirmed_slower(plan, in_dense, in_plan, profile)
             plan = _priced(plan, _learned(candidates, seen))
             predicted = plan.predicted.seconds / plan.dense.seconds * dense
             tried.append((Round(predicted, compiled, dense, tuple(slower)), plan))
@@ -105,11 +105,32 @@ class Rehearse(AnalysisPass):
             except BudgetError:
                 break
         entry, plan = best or self._confirmed(program, tried, baseline, share * (1 + self.over))
+        for _ in range(_CHECKS):
+            slower = self._slower_now(program, plan, baseline, runs)
+            if not slower:
+                break
+            fewer = _put_back(plan, candidates, slower)
+            with written(program, fewer.choices, baseline) as file:
+                dense, compiled = self._timed(program, baseline, file)
+            if compiled / dense > entry.measured / entry.dense * (1 + self.over):
+                break  # slower as a whole: the profile does not show what these layers save elsewhere
+            plan, back = fewer, back | slower
+            entry = Round(plan.predicted.seconds / plan.dense.seconds * dense, compiled, dense, tuple(slower))
+            tried.append((entry, plan))
         # Factors do not change the latency: the measurement replaces the prediction.
         seconds = entry.measured / entry.dense * plan.dense.seconds
         plan = replace(plan, predicted=replace(plan.predicted, seconds=seconds))
         reasons = {**plan.reasons, **{n: r for n, r in back.items() if plan.choices[n].is_dense}}
         return replace(plan, reasons=reasons), Rehearsal(tuple(one for one, _ in tried))
+
+    def _slower_now(self, program: Program, plan: RankPlan, baseline: Path, runs: int) -> dict[str, Reason]:
+        """Profile the accepted plan again; return its layers that are not faster.
+
+        One profile may miss such a layer, and the plans that were tried may hold layers that were put back later.
+        """
+        with written(program, plan.choices, baseline) as file:
+            profile = partial(_profiles, program, (baseline, file), plan.choices, runs)
+            return _confirmed_slower(plan, *profile(), profile)
 
     def _confirmed(
         self, program: Program, tried: Sequence[tuple[Round, RankPlan]], baseline: Path, limit: float
@@ -124,7 +145,7 @@ class Rehearse(AnalysisPass):
 
         again: list[tuple[Round, RankPlan]] = []
         for entry, plan in sorted(tried, key=rank)[:_CONFIRMED]:
-            with _written(program, plan, baseline) as file:
+            with written(program, plan.choices, baseline) as file:
                 dense, compiled = self._timed(program, baseline, file)
             again.append((replace(entry, dense=dense, measured=compiled), plan))
             if compiled <= limit * dense:
@@ -149,43 +170,30 @@ def _error(plan: RankPlan) -> float:
     return sum(choice.error**2 for choice in plan.choices.values())
 
 
-@contextlib.contextmanager
-def _written(program: Program, plan: RankPlan, dense: Path) -> Iterator[Path]:
-    """Write the plan's graph to an ONNX file that exists within the context."""
-    with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
-        file = Path(folder) / "rehearsal.onnx"
-        _write(program, plan, dense, file)
-        yield file
+def _profiles(
+    program: Program, models: tuple[Path, Path], layers: Iterable[str], runs: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the seconds of each layer in the dense model and in another one."""
+    names, inputs = list(layers), timing_inputs(program)
+    dense, other = (layer_seconds(model, names, inputs, program.target, runs) for model in models)
+    return dense, other
 
 
-def _write(program: Program, plan: RankPlan, dense: Path, file: Path) -> None:
-    """Write the plan's graph as ONNX: replace layers in the dense model if possible, otherwise export the graph."""
-    grafts = {}
-    for name, site in sites(program).items():
-        choice = plan.choices[name]
-        if not choice.is_dense:
-            form = choice.decomposition
-            plain = type(form).build is Decomposition.build  # only then is it a chain of the blueprint's layers
-            chain = form.blueprint(site.layer, choice.ranks) if plain else ()
-            grafts[name] = Graft(site.layer, len(site.calls), chain)
-    if not all(graft.chain for graft in grafts.values()) or not graft_layers(dense, grafts, file):
-        export_lowered(program, _shapes_of(program, plan), file, simplify=False)
+def _confirmed_slower(
+    plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, float], again: _Profiles
+) -> dict[str, Reason]:
+    """Return the replaced layers that were not faster in the graph, neither in one profile nor in the next."""
+    slower = _slower(plan, dense, measured)
+    if not slower:
+        return slower
+    second = _slower(plan, *again())
+    return {name: reason for name, reason in slower.items() if name in second}
 
 
-def _shapes_of(program: Program, plan: RankPlan) -> fx.GraphModule:
-    """Return the graph of a plan with random factors."""
-    graph, generator = copy_graph(program.graph), torch.Generator().manual_seed(0)
-    for name, site in sites(program).items():
-        choice = plan.choices[name]
-        if choice.is_dense:
-            continue
-        form = choice.decomposition
-        shapes = [part.weight_shape for part in form.blueprint(site.layer, choice.ranks)]
-        factors = [torch.randn(shape, generator=generator, dtype=site.weight.dtype) for shape in shapes]
-        bias = torch.zeros(site.layer.out_channels, dtype=site.weight.dtype) if site.layer.bias else None
-        replace_module(graph, name, form.build(site.layer, choice.ranks, factors, bias))
-    graph.recompile()
-    return graph
+def _put_back(plan: RankPlan, candidates: Candidates, slower: Mapping[str, Reason]) -> RankPlan:
+    """Return the plan with slower layers dense."""
+    choices = {n: dense_of(candidates.layers[n]) if n in slower else c for n, c in plan.choices.items()}
+    return replace(plan, choices=choices, predicted=candidates.cost(choices), reasons={**plan.reasons, **slower})
 
 
 def _slower(plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, Reason]:

@@ -33,12 +33,9 @@ from tdcompile.data.task import FEW
 from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
 from tdcompile.ir.measurements import Rehearsal
 from tdcompile.ir.program import Change, Program, sites_of
-from tdcompile.ir.target import LIMITED, Cost
+from tdcompile.ir.target import LATENCY_TOLERANCE, LIMITED, Cost
 from tdcompile.training.run_state import Tuning
 
-# Allowed relative excess of a measured latency over its budget: two runs of one model on an idle machine differ by
-# about as much.
-LATENCY_TOLERANCE = 0.04
 # Allowed excess of counted figures, which are exact except for rounding.
 ROUNDING = 1e-3
 # Without --max-drop a compiled network may lose this many points of accuracy or, without labels, this many points of

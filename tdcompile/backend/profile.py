@@ -71,7 +71,7 @@ def profile_nodes(
 ) -> Profile:
     """Return the median kernel seconds of each node in undisturbed runs, from onnxruntime's profiler.
 
-    The profiler reads the wall clock. If other processes disturb the runs, more are made. If still fewer than
+    The profiler reads the wall clock. If other processes disturb most runs, more are made. If still fewer than
     three are undisturbed, the lower quartiles of the kernels are scaled so that they sum to a run's processor time.
 
     A fused node has the name of the operator that gives its kind (Conv of Conv + Relu). Nodes that onnxruntime adds
@@ -86,7 +86,8 @@ def profile_nodes(
         for _ in range(warm_up - 1):  # ``bind_inputs`` has made the first run
             run()
         laps = [clock.time(run) for _ in range(runs)]
-        while len(laps) < _MOST_RUNS * runs and sum(clock.clean(laps)) < min(_FEWEST_CLEAN, runs):
+        hope = any(clock.clean(laps))  # if none was, runs are longer than the turns of the processor
+        while hope and len(laps) < _MOST_RUNS * runs and sum(clock.clean(laps)) < min(_FEWEST_CLEAN, runs):
             laps.append(clock.time(run))
         events = json.loads(Path(session.end_profiling()).read_bytes())
     kernels, walls = _by_run(events)

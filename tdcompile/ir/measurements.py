@@ -43,6 +43,17 @@ class Baseline(Fact):
 
 
 @dataclass(frozen=True)
+class Reachable(Fact):
+    """The budget is within reach.
+
+    Attributes:
+        latency: measured share of the dense latency that a plan reaches; None if the prices left no doubt.
+    """
+
+    latency: float | None = None
+
+
+@dataclass(frozen=True)
 class Round:
     """One round of the in-graph check.
 

@@ -14,6 +14,9 @@ from tdcompile.support.options import Count, Options, Share, Workers
 Device = Literal["cpu", "cuda"]
 Floats = Literal["fp32", "fp16"]
 
+# Allowed relative excess of a measured latency over its budget: two runs of one model on an idle machine differ by
+# about as much.
+LATENCY_TOLERANCE = 0.04
 GRAIN: dict[Device, int] = {"cpu": 16, "cuda": 8}
 
 

@@ -221,18 +221,24 @@ def _reason(options: Sequence[Candidate], limits: Mapping[str, float]) -> Reason
 
 
 def _miss(selector: RankSelector, candidates: Candidates, budget: Budget, reached: Cost) -> str:
-    dense, rest = candidates.dense, candidates.rest
-    lowest, closest = {}, {}
-    for name, field in ((name, LIMITED[name]) for name in budget.shares):
-        floor = sum(min(getattr(o.cost, field) for o in options) for options in candidates.layers.values())
-        lowest[name] = (getattr(rest, field) + floor) / getattr(dense, field)
-        closest[name] = getattr(reached, field) / getattr(dense, field)
+    dense, lowest = candidates.dense, lowest_shares(candidates, budget)
+    closest = {name: getattr(reached, LIMITED[name]) / getattr(dense, LIMITED[name]) for name in budget.shares}
     if (sentence := out_of_reach(lowest, budget)) is not None:
         return f"{sentence}; raise the budget or allow more decompositions"
     return (
         f"{selector.spec()} gives no plan within {budget}: its closest one keeps {_shares(closest)} "
         f"(each on its own can go down to {_shares(lowest)}); raise the budget or use another rank selector"
     )
+
+
+def lowest_shares(candidates: Candidates, budget: Budget) -> dict[str, float]:
+    """Return the smallest share of the dense cost that candidates reach, for each name in the budget on its own."""
+    lowest = {}
+    for name, field in ((name, LIMITED[name]) for name in budget.shares):
+        floor = sum(min(getattr(o.cost, field) for o in options) for options in candidates.layers.values())
+        dense = getattr(candidates.dense, field)
+        lowest[name] = (getattr(candidates.rest, field) + floor) / dense if dense > 0 else 1.0
+    return lowest
 
 
 def out_of_reach(lowest: Mapping[str, float], budget: Budget) -> str | None:
@@ -245,14 +251,14 @@ def out_of_reach(lowest: Mapping[str, float], budget: Budget) -> str | None:
     if not short:
         return None
     asked = " and ".join(f"{name} within {budget.shares[name]:g}" for name in short)
-    kept = " and ".join(f"{_up(share)} of {name}" for name, share in short.items())
+    kept = " and ".join(f"{rounded_up(share)} of {name}" for name, share in short.items())
     return f"no plan keeps {asked} of dense: the cheapest one keeps {kept}"
 
 
 def _shares(shares: Mapping[str, float]) -> str:
-    return ",".join(f"{name}={_up(share)}" for name, share in shares.items())
+    return ",".join(f"{name}={rounded_up(share)}" for name, share in shares.items())
 
 
-def _up(share: float) -> str:
+def rounded_up(share: float) -> str:
     """Return three decimals, rounded up: a budget of the printed figure can be met."""
     return f"{math.ceil(round(share * 1000, 6)) / 1000:g}"

@@ -13,7 +13,7 @@ from tdcompile.core.plan import Candidate, Candidates, Importances, RankPlan
 from tdcompile.core.registry import make
 from tdcompile.ir.measurements import Baseline, Rehearsal
 from tdcompile.ir.target import Cost
-from tdcompile.passes.analyze import rehearse
+from tdcompile.passes.analyze import _plan_graph, rehearse
 
 
 def table():
@@ -53,8 +53,8 @@ def pretend(monkeypatch, in_graph):
         totals = [2.0 + sum(layers(model, ("0", "2")).values()) for model in models]
         return [Timing.of([t], [totals[0]]) for t in totals]
 
-    monkeypatch.setattr(rehearse, "graft_layers", lambda *rest: False)
-    monkeypatch.setattr(rehearse, "export_lowered", export)
+    monkeypatch.setattr(_plan_graph, "graft_layers", lambda *rest: False)
+    monkeypatch.setattr(_plan_graph, "export_lowered", export)
     monkeypatch.setattr(rehearse, "layer_seconds", layers)
     monkeypatch.setattr(rehearse, "time_models", times)
 
@@ -156,3 +156,46 @@ def test_where_a_busy_machine_confuses_profiles_the_run_of_the_whole_graph_leads
     assert [(one.measured, one.put_back) for one in rounds] == [(14.0, put_back), (8.0, put_back)]
     assert {name: choice.ranks for name, choice in plan.choices.items()} == {"0": (4,), "2": (4,)}
     assert plan.predicted.seconds / plan.dense.seconds == pytest.approx(8 / 22)  # half was asked for
+
+
+def glitches(monkeypatch, *slow):
+    """Profiles of plans, counted from 1, in which the layer "2" takes ten times as long."""
+    honest, profiles = rehearse.layer_seconds, []
+
+    def glitched(model, names, *rest):
+        times = honest(model, names, *rest)
+        if model != Path("dense.onnx"):
+            profiles.append(model)
+            times["2"] *= 10.0 if len(profiles) in slow else 1.0
+        return times
+
+    monkeypatch.setattr(rehearse, "layer_seconds", glitched)
+
+
+def test_a_layer_that_is_slower_in_one_profile_of_two_is_not_put_back(program, monkeypatch):
+    pretend(monkeypatch, {"0": 1.0, "2": 1.0})
+    glitches(monkeypatch, 1)
+    facts = rehearse.Rehearse().run(program).facts
+    assert [one.put_back for one in facts[Rehearsal].rounds] == [()]
+    assert not any(choice.is_dense for choice in facts[RankPlan].choices.values())
+
+
+def test_a_slower_layer_that_the_first_profile_missed_is_put_back_from_the_accepted_plan(program, monkeypatch):
+    pretend(monkeypatch, {"0": 1.0, "2": 2.5})
+    program = program.with_(budget=tdcompile.Budget(latency=0.9))
+    honest = rehearse._slower
+    calls = []
+
+    def missed(plan, dense, measured):
+        calls.append(plan)
+        return {} if len(calls) == 1 else honest(plan, dense, measured)
+
+    monkeypatch.setattr(rehearse, "_slower", missed)
+    monkeypatch.setattr(rehearse.Rehearse, "_again", lambda self, program, candidates, plan, aim: plan)
+    facts = rehearse.Rehearse(rounds=1).run(program).facts
+    first, last = facts[Rehearsal].rounds
+    assert (first.measured, first.put_back) == (16.0, ())
+    assert (last.measured, last.put_back) == (16.0, ("2",))
+    assert facts[RankPlan].choices["2"].is_dense
+    assert facts[RankPlan].reasons["2"].code == "slower_in_graph"
+    assert facts[RankPlan].predicted.seconds / facts[RankPlan].dense.seconds == pytest.approx(16 / 22)
