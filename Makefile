@@ -46,6 +46,7 @@ lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	cp -Rp passes models $(HOUSE)/tdcompile/
 	cd $(HOUSE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p tdcompile
 	cd $(HOUSE) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-cache
+	cd $(HOUSE) && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache $(CURDIR)/tests/typed_calls.py
 	MYPYPATH=docs/hooks $(BIN)/mypy docs/hooks
 
 # The theme announces a successor at every build; the variable keeps that out of the log.

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from tdcompile.backend.torchlib import translations_read_once
 from tdcompile.errors import InputError, TdcompileError, first_line
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.dynamic_shapes import (
@@ -180,7 +181,14 @@ def _capture(
     """Return the exported model, of ``LOWEST_EXPORTED`` if a lower opset is asked for, and the keys of its outputs."""
     shapes = tuple(dict(each) or None for each in opened) if any(opened) else None
     version = None if opset is None else max(opset, LOWEST_EXPORTED)
-    with evaluating(module), torch.no_grad(), separate_attention(), symbolic_lengths(), captured_output() as said:
+    with (
+        evaluating(module),
+        torch.no_grad(),
+        separate_attention(),
+        symbolic_lengths(),
+        translations_read_once(),
+        captured_output() as said,
+    ):
         try:
             program = torch.onnx.export(
                 module, examples, dynamo=True, dynamic_shapes=shapes, verbose=False, opset_version=version

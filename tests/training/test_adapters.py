@@ -181,6 +181,7 @@ def _one_of_two(rank: int, port: int, out: str) -> None:
     torch.save((after.graph.state_dict(), after.facts[RankPlan].to_json()), f"{out}/{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_anneal_to_the_ranks_and_weights_of_one(tmp_path: Path, free_port: int) -> None:
     torch.multiprocessing.spawn(_one_of_two, (free_port, str(tmp_path)), nprocs=2)
     whole = Pipeline.parse(SHARED).run(program())

@@ -55,6 +55,7 @@ def test_the_command_in_two_processes_writes_one_folder_of_one_network(folder: P
     assert [entry.name for entry in folder.iterdir() if "out" in entry.name] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_met_is_told_and_ends_both(folder: Path, free_port: int) -> None:
     run = launch(
         folder, free_port, "-m", "tdcompile", "compile", "net.py:build", "--input", "1x1x8x8", "--budget", "macs=0.001"

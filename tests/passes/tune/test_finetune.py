@@ -487,7 +487,7 @@ def sharable() -> Program:
     return program(data(), graph=graph)
 
 
-@pytest.mark.parametrize("bn", ["train", "frozen"])
+@pytest.mark.parametrize("bn", ["train", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_two_processes_end_as_one_does(tmp_path: Path, free_port: int, bn: Literal["train", "frozen"]) -> None:
     tune = replace(SHARED, bn=bn)
     torch.multiprocessing.spawn(_one_of_two, (free_port, str(tmp_path), tune), nprocs=2)
@@ -537,9 +537,7 @@ def _two_heads(rank: int, port: int, out: str) -> None:
     torch.save(replace(FAST, augment="none").run(two_headed()).graph.state_dict(), f"{out}/{rank}.pt")
 
 
-def test_every_output_learns_and_what_no_gradient_reaches_stays_in_one_process_as_in_two(
-    tmp_path: Path, free_port: int
-) -> None:
+def test_every_output_learns_and_what_no_gradient_reaches_stays() -> None:
     start, x = two_headed(), data().batch(range(320)).inputs[0]
     alone = replace(FAST, augment="none").run(start)
     with torch.no_grad():
@@ -548,6 +546,11 @@ def test_every_output_learns_and_what_no_gradient_reaches_stays_in_one_process_a
     assert all(after < 0.8 * before for before, after in lost), lost
     for name in ("level.weight", "level.bias"):
         assert torch.equal(alone.graph.get_parameter(name), start.graph.get_parameter(name))
+
+
+@pytest.mark.slow
+def test_several_outputs_learn_in_two_processes_as_in_one(tmp_path: Path, free_port: int) -> None:
+    alone = replace(FAST, augment="none").run(two_headed())
     torch.multiprocessing.spawn(_two_heads, (free_port, str(tmp_path)), nprocs=2)
     for rank in range(2):
         made = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -576,6 +579,7 @@ def layered() -> Program:
     return Pipeline.parse(LAYERED).run(sharable().with_(dense=dense, graph=dense, budget=Budget(macs=0.7)))
 
 
+@pytest.mark.slow
 def test_two_processes_with_the_losses_of_layers_go_on_from_their_state(tmp_path: Path, free_port: int) -> None:
     torch.multiprocessing.spawn(_interrupted_in_two, (free_port, str(tmp_path)), nprocs=2)
     alone = replace(SHARED, epochs=3, outputs=1.0).run(layered()).graph.state_dict()
@@ -598,6 +602,7 @@ def _judged_alike(rank: int, port: int, out: str) -> None:
     torch.save({"state": tuned.graph.state_dict(), "curve": [tuple(e) for e in done.curve]}, f"{out}/{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_decide_alike_which_rate_which_epoch_and_when_to_stop(tmp_path: Path, free_port: int) -> None:
     torch.multiprocessing.spawn(_judged_alike, (free_port, str(tmp_path)), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
@@ -632,10 +637,11 @@ def test_of_the_rates_tried_that_with_the_least_held_out_loss_is_taken_higher_fo
 
 
 def test_trials_leave_the_start_alone_and_repeat_themselves() -> None:
-    form = Finetune(epochs=1, batch=32, holdout=0.2, trial=5)
-    assert same(form.run(program(data())), form.run(program(data())))
-    rate = form.run(program(data())).history[-1].what.rpartition(" ")[2]  # type: ignore[union-attr]
-    assert same(replace(form, lr=float(rate), trial=0).run(program(data())), form.run(program(data())))
+    form = Finetune(epochs=1, batch=32, holdout=0.2, trial=2)
+    tuned = form.run(program(data()))
+    assert same(tuned, form.run(program(data())))
+    rate = tuned.history[-1].what.rpartition(" ")[2]  # type: ignore[union-attr]
+    assert same(replace(form, lr=float(rate), trial=0).run(program(data())), tuned)
 
 
 def test_a_rate_that_is_given_is_taken_untried() -> None:
