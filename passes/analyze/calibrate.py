@@ -21,8 +21,11 @@ from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Program, Site, sites
 from tdcompile.numerics.covariance import WIDE, Covariance, Full, PerGroup
 from tdcompile.numerics.nystrom import NystromSketch
+from tdcompile.numerics.shrinkage import oas_share
 from tdcompile.support.options import Count
 from tdcompile.support.progress import report_progress
+
+FEW = 5  # patches for each input of a layer below which its covariance is shrunk (benchmarks/few_samples.py)
 
 log = logging.getLogger("tdcompile")
 
@@ -34,6 +37,9 @@ class Calibrate(AnalysisPass):
     Ten patches for each input of a layer, spread over all samples, give factors whose error is within 1 to 2 % of those
     from every patch; sums over more patches only take longer. Layers that read one value in one geometry, such as the
     projections of an attention, share one covariance.
+
+    If a layer has fewer than 5 patches for each input, its covariance is mixed with a multiple of the identity
+    (``numerics.shrinkage.oas_share``), and the report says so.
 
     Attributes:
         patches: im2col patches to read for each of the N inputs (C·K) of a layer. At least one patch of each sample is
@@ -76,9 +82,12 @@ class Calibrate(AnalysisPass):
             for hook in hooks:
                 hook.remove()
         found = {name: tap.covariance() for name, tap in taps.items() if tap.source is None}
+        shares = {name: oas_share(known, count) for name, known in found.items() if known.samples < FEW * len(known)}
+        for name, share in shares.items():  # one at a time: each is a new matrix
+            found[name] = found[name].shrunk(share)
         names = {id(tap): name for name, tap in taps.items()}
         covariances = {name: found[name if tap.source is None else names[id(tap.source)]] for name, tap in taps.items()}
-        return Calibration(covariances, skipped, count)
+        return Calibration(covariances, skipped, count, shares)
 
     def _taps(self, program: Program, count: int) -> tuple[dict[str, _Tap], dict[str, str]]:
         taps, skipped = {}, {}

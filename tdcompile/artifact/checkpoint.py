@@ -85,6 +85,7 @@ class Checkpoint:
                 facts["Calibration"] = {
                     "skipped": dict(fact.skipped),
                     "samples": fact.samples,
+                    "shrunk": dict(fact.shrunk),
                     "patches": {name: m.samples for name, m in _distinct(fact).items()},
                     "layers": _owners(fact),
                 }
@@ -282,7 +283,7 @@ def _fact(name: str, value: dict[str, Any], folder: Path) -> Fact:
             tensors[layer][name] = tensor
         distinct = {layer: from_tensors(tensors[layer], count) for layer, count in value["patches"].items()}
         covariances = {layer: distinct[owner] for layer, owner in value["layers"].items()}
-        return Calibration(covariances, value["skipped"], value["samples"])
+        return Calibration(covariances, value["skipped"], value["samples"], value.get("shrunk", {}))
     return fact_from_plain({_tag(kind): kind for kind in _kinds(Fact)}[name], value)
 
 

@@ -77,7 +77,7 @@ class AnalysisPass(Pass):
         """Return the facts, of the types in ``gives``."""
 
     def run(self, program: Program) -> Program:
-        """Run ``analyze`` and add its facts to the program.
+        """Run ``analyze`` and add its facts to the program, and their diagnostics to the history.
 
         Raises:
             TdcompileError: the types of the facts differ from ``gives``.
@@ -87,7 +87,8 @@ class AnalysisPass(Pass):
             raise TdcompileError(f"'analyze' of the pass '{self.name}' must return facts, not {type(given).__name__}")
         facts = [given] if isinstance(given, Fact) else list(given)
         _keep_promise(self, facts)
-        return program.with_(facts=program.facts.having(*facts))
+        told = [diagnostic for fact in facts for diagnostic in fact.diagnostics()]
+        return program.with_(facts=program.facts.having(*facts), history=(*program.history, *told))
 
 
 class RewritePass(Pass):

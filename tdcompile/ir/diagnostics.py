@@ -71,6 +71,7 @@ class DiagnosticCode(_Code):
     CAUTION = "caution", "a decomposition reports a numerical problem in the factors of a layer"
     DATA = "data", "how samples or labels were read, or what about them limits the result"
     NO_DATA = "no_data", "the pass needs training samples, and there are none"
+    FEW_SAMPLES = "few_samples", "the moments of some layers are from few samples and were shrunk"
     NO_BATCHNORM = "no_batchnorm", "the network has no batch norm with running statistics"
     NO_ADAPTERS = "no_adapters", "no layer has an adapter"
     IN_PLACE = "in_place", "the network changes values in place, so `refit` cannot follow them layer by layer"

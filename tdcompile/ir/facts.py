@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, TypeVar, cast
 
 from tdcompile.errors import TdcompileError
+from tdcompile.ir.diagnostics import Diagnostic
 
 
 class Aspect(Enum):
@@ -23,6 +24,10 @@ class Fact:
     """A typed result of an analysis; ``reads`` names the aspects of the program that it was read from."""
 
     reads: ClassVar[frozenset[Aspect]] = frozenset()
+
+    def diagnostics(self) -> Sequence[Diagnostic]:
+        """Return messages for the report; the pass that gives the fact adds them to the history."""
+        return ()
 
 
 F = TypeVar("F", bound=Fact)

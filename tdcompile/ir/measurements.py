@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Aspect, Fact, Facts
 from tdcompile.numerics.covariance import Covariance, Identity
+
+MUCH = 0.3  # share of the identity in a covariance above which a diagnostic is a warning
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,29 @@ class Calibration(Fact):
         covariances: by layer name; empty without calibration data. ``input_covariance`` reads one.
         skipped: for each layer that has none although there is data, the reason.
         samples: how many training samples were read.
+        shrunk: for each layer with few rows, the share of the identity in its covariance.
     """
 
     reads: ClassVar[frozenset[Aspect]] = frozenset(Aspect)
     covariances: Mapping[str, Covariance]
     skipped: Mapping[str, str]
     samples: int
+    shrunk: Mapping[str, float] = field(default_factory=dict)
+
+    def diagnostics(self) -> Sequence[Diagnostic]:
+        """Return a message if there were few rows for some layers."""
+        if not self.shrunk:
+            return ()
+        most = max(self.shrunk.values())
+        return [
+            Diagnostic(
+                "warning" if most > MUCH else "info",
+                DiagnosticCode.FEW_SAMPLES,
+                f"calibrate: {self.samples} samples are few for {len(self.shrunk)} of {len(self.covariances)} layers: "
+                f"their moments were mixed with up to {most:.0%} of the identity (most for "
+                f"'{max(self.shrunk, key=self.shrunk.__getitem__)}'); more samples (--calibrate) give better factors",
+            )
+        ]
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,14 @@ class Covariance(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the covariance by name; ``from_tensors`` is the inverse."""
 
+    @abstractmethod
+    def squared_norm(self) -> float:
+        """Return ‖S‖_F² = trace(S²)."""
+
+    def shrunk(self, share: float) -> Covariance:
+        """Return (1 − share)·S + share·(trace(S)/N)·I; the identity, which has no data, stays itself."""
+        return self
+
     def ridge(self) -> float:
         """Return the ridge that keeps S + ridge·I definite: a small share of the mean diagonal; 0 for the identity."""
         return ridge(self.diagonal())
@@ -191,6 +199,10 @@ class Identity(Covariance):
         """Return true."""
         return True
 
+    def squared_norm(self) -> float:
+        """Return N."""
+        return float(self.size)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the size as a tensor."""
         return {"identity": torch.tensor(self.size)}
@@ -252,6 +264,14 @@ class Full(Covariance):
     def is_finite(self) -> bool:
         """Return whether S is free of NaN and Inf; a sum takes a tenth of the time of a test of each entry."""
         return bool(torch.isfinite(self.matrix.sum(dtype=torch.float64)))
+
+    def squared_norm(self) -> float:
+        """Return the sum of the squares of all entries."""
+        return float(self.matrix.square().sum(dtype=torch.float64))
+
+    def shrunk(self, share: float) -> Full:
+        """Return the covariance mixed with a multiple of I of equal trace."""
+        return Full(_shrunk(self.matrix, share), self.samples)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the matrix."""
@@ -331,6 +351,17 @@ class LowRankPlusDiagonal(Covariance):
         """Return whether the diagonal of S, and hence all of S, is free of NaN and Inf."""
         return bool(torch.isfinite(self.diagonal().sum(dtype=torch.float64)))
 
+    def squared_norm(self) -> float:
+        """Return ‖FᵀF‖² + 2 Σ dᵢ (F Fᵀ)ᵢᵢ + ‖d‖²."""
+        factor, rest = self.factor.double(), self.rest.double()
+        low = (factor.T @ factor).square().sum()
+        return float(low + 2 * (rest * factor.square().sum(1)).sum() + rest.square().sum())
+
+    def shrunk(self, share: float) -> LowRankPlusDiagonal:
+        """Return the covariance mixed with a multiple of I of equal trace, which goes into d."""
+        rest = (1 - share) * self.rest + share * self.diagonal().mean()
+        return LowRankPlusDiagonal(self.factor * math.sqrt(1 - share), rest, self.samples)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return F and d."""
         return {"factor": self.factor, "rest": self.rest}
@@ -396,6 +427,14 @@ class PerGroup(Covariance):
         """Return whether all matrices are free of NaN and Inf."""
         return bool(torch.isfinite(self.matrices.sum(dtype=torch.float64)))
 
+    def squared_norm(self) -> float:
+        """Raise TypeError: a norm belongs to one group."""
+        self._refuse("squared_norm")
+
+    def shrunk(self, share: float) -> PerGroup:
+        """Return each matrix mixed with a multiple of I of its own trace."""
+        return PerGroup(_shrunk(self.matrices, share), self.samples)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the matrices, stacked."""
         return {"second": self.matrices}
@@ -406,6 +445,14 @@ class PerGroup(Covariance):
 
     def _refuse(self, method: str) -> NoReturn:
         raise TypeError(f"{method}() of {self.groups} groups is not defined: take one group with of_group() first")
+
+
+def _shrunk(matrices: Tensor, share: float) -> Tensor:
+    """Return ``(..., N, N)`` matrices S as (1 − share)·S + share·(trace(S)/N)·I."""
+    found = (1 - share) * matrices
+    mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    found.diagonal(dim1=-2, dim2=-1).add_(share * mean)
+    return found
 
 
 def from_tensors(tensors: Mapping[str, Tensor], samples: int) -> Covariance:

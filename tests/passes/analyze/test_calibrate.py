@@ -134,7 +134,7 @@ def test_as_many_samples_are_read_as_calibrate_says_and_the_fact_says_so(asked, 
     "wide", [nn.Linear(40, 6), nn.Conv2d(40, 6, 1), nn.Conv2d(10, 6, 2)], ids=["linear", "1x1", "2x2"]
 )
 def test_a_wide_layer_gets_a_sketch(wide):
-    samples = drawn(90, 40) if isinstance(wide, nn.Linear) else drawn(20, wide.in_channels, 5, 5)
+    samples = drawn(240, 40) if isinstance(wide, nn.Linear) else drawn(20, wide.in_channels, 5, 5)
     exact = moments(wide, samples, largest=40).covariances["0"]
     assert isinstance(exact, Full)
     for rank, near in ((40, 1e-5), (10, 0.6)):
@@ -175,3 +175,20 @@ def test_the_moments_of_groups_together_take_no_more_memory_than_one_matrix_may(
 def test_without_data_there_are_no_moments():
     program = tdcompile.trace(nn.Linear(3, 3).eval(), (torch.randn(2, 3),))
     assert Calibrate().run(program).facts[Calibration] == Calibration({}, {}, 0)
+
+
+@pytest.mark.parametrize(("count", "few"), [(12, True), (120, False)])
+def test_the_moment_of_few_rows_is_shrunk_and_the_history_says_so(count, few):
+    samples = drawn(count, 20)
+    program = tdcompile.trace(nn.Linear(20, 3).eval(), samples.batch([0, 1]).inputs)
+    after = Calibrate().run(program.with_(task=tdcompile.Task(samples)))
+    found, x = after.facts[Calibration], samples.inputs[0].double()
+    (name,) = found.covariances
+    sampled = x.T @ x / count
+    share = found.shrunk.get(name, 0.0)
+    assert (0.3 < share <= 1) if few else share == 0.0
+    mixed = (1 - share) * sampled + share * sampled.trace() / 20 * torch.eye(20, dtype=torch.float64)
+    torch.testing.assert_close(found.covariances[name].dense(), mixed, rtol=1e-4, atol=1e-5)
+    told = [entry for entry in after.history if getattr(entry, "code", None) == "few_samples"]
+    assert [entry.level for entry in told] == ["warning"] * few
+    assert all("12 samples are few for 1 of 1 layers" in entry.text for entry in told)
