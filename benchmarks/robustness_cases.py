@@ -266,10 +266,9 @@ def _refused(name: str, arguments: str, expected: str, *says: str) -> Case:
 
 
 def _later(name: str, network: str, shape: str, data: str) -> Case:
-    source = data if ":" in data else f"b_common.py:{data}"
     return Case(
         name,
-        _compile(f"b_common.py:{network} --input {shape} --data {source}"),
+        _compile(f"b_common.py:{network} --input {shape} --data b_common.py:{data}"),
         "refused in one sentence until it is supported",
         ("error: ",),
         codes=(2,),
@@ -504,7 +503,12 @@ _DATA = (
     _later("b08", "multi", "1x3x24x24", "multi_data_three"),
     _later("c04", "cls", "1x3x24x24", "dict_data"),
     _later("c05", "cls", "1x3x24x24", "stream_data"),
-    _later("c11", "cls", "1x3x24x24", "imagefolder:d/flat"),
+    Case(
+        "c11",
+        _compile("b_common.py:cls --input 1x3x24x24 --data imagefolder:d/flat"),
+        "a flat folder calibrates without labels, told",
+        ("has no class folders", "no labels"),
+    ),
 )
 
 _CHECKPOINTS = (

@@ -23,10 +23,11 @@ from tdcompile.backend.evaluation import check_answers
 from tdcompile.backend.export_and_measure import measure
 from tdcompile.backend.session import open_probe
 from tdcompile.core.hooks import Hook, RunRecord, StepTimer
-from tdcompile.core.passes import Pass
+from tdcompile.core.passes import Pass, RewritePass
 from tdcompile.core.pipeline import Pipeline, check_hooks
 from tdcompile.core.plan import RankPlan
-from tdcompile.core.registry import make
+from tdcompile.core.registry import declaring, make
+from tdcompile.core.spec import parse_spec
 from tdcompile.data.loading import Given
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError
@@ -35,7 +36,7 @@ from tdcompile.frontend.tracing import check_is_network, trace
 from tdcompile.frontend.wrappers import unwrapped
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.modules import evaluating
-from tdcompile.ir.program import Program
+from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Budget
 from tdcompile.planning.input_checks import (
     check_class_names,
@@ -45,13 +46,15 @@ from tdcompile.planning.input_checks import (
     check_training_samples,
     matched_layers,
 )
-from tdcompile.planning.plan_file import adopt
+from tdcompile.planning.plan_file import adopt, read_plan
 from tdcompile.recipes import CompileOptions, Recipe, load_recipe, not_replaced
 from tdcompile.training.distributed import from_first, is_first, no_gpu
 from tdcompile.training.hooks import AccuracyBeforeTraining, DeleteTrainingState, FirstProcessDecides
 from tdcompile.training.run_state import key_of
 
-EXPORT_FIRST = "export-dense"  # before the passes of every pipeline: a network that has no ONNX form is refused at once
+# Before the passes of every pipeline that change more than exact rewrites: a network that has no ONNX form is refused
+# at once.
+EXPORT_FIRST = "export-dense"
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,8 @@ class _Compilation:
         """Run the passes in all processes; export, verify and measure in the first."""
         workspace = self.folder if self.checkpoint is None else self.checkpoint.folder
         record = RunRecord({"trace": time.perf_counter() - self.start}, start=self.start)
-        passes = Pipeline((make(Pass, EXPORT_FIRST), *self.pipeline.steps))
+        rewrites = rewrites_of(program)
+        passes = Pipeline((make(Pass, EXPORT_FIRST), *self.pipeline.split_exact()[1].steps))
         program = passes.run(program.with_(workspace=workspace), self._hooks(record, resume, watch))
         modules = [program.graph]
 
@@ -218,7 +222,8 @@ class _Compilation:
             return report, self.folder
 
         report, folder = from_first(export_and_measure, no_gpu(program.target.device))
-        return Compiled(modules[-1], report, program.facts[RankPlan], folder, self.checkpoint)
+        plan = replace(program.facts[RankPlan], rewrites=rewrites)
+        return Compiled(modules[-1], report, plan, folder, self.checkpoint)
 
     def _hooks(self, record: RunRecord, resume: bool, watch: Hook | None) -> list[Hook]:
         """Return the hooks, outermost first: training state is deleted after the checkpoint that replaces it."""
@@ -308,8 +313,9 @@ def prepare(
     recipe: Recipe,
     notes: Sequence[Diagnostic] = (),
 ) -> Program:
-    """Trace a network and check data, labels, patterns and plan of a recipe against it.
+    """Trace a network, rewrite it exactly, and check data, labels, patterns and plan of a recipe against it.
 
+    The exact rewrites are those that the recipe's pipeline begins with, and those before which a given plan was made.
     ``notes`` are messages about the network, which its history then begins with.
 
     Raises:
@@ -328,6 +334,7 @@ def prepare(
         dynamic=recipe.dynamic,
         batch_axis=recipe.batch_axis,
     )
+    program = _exact_rewrites(recipe).run(program)
     task = recipe.task(data, program.inputs[0])
     told = [note for samples in (task.train, task.test) if samples is not None for note in samples.notes]
     train, test = (samples_cast_like(samples, program.inputs) for samples in (task.train, task.test))
@@ -342,6 +349,28 @@ def prepare(
         program = adopt(program, recipe.plan)
     read = [Diagnostic("warning" if note.warning else "info", DiagnosticCode.DATA, note.text) for note in told]
     return program.with_(history=(*notes, *read, *program.history))
+
+
+def _exact_rewrites(recipe: Recipe) -> Pipeline:
+    """Return the exact passes that rewrite the network before anything is counted, priced or exported.
+
+    Raises:
+        InputError: the given plan cannot be read, or names a pass that is not exact.
+    """
+    first, _ = recipe.steps().split_exact()
+    if recipe.plan is None:
+        return first
+    earlier = Pipeline([parse_spec(text) for text in read_plan(recipe.plan).rewrites])
+    if others := earlier.split_exact()[1].steps:
+        raise InputError(f"the plan rewrites the network by '{others[0].name}', which does not keep its function")
+    return Pipeline((*earlier.steps, *(step for step in first.steps if step not in earlier.steps)))
+
+
+def rewrites_of(program: Program) -> tuple[str, ...]:
+    """Return the exact passes that have changed a prepared program, in text form, for its plan."""
+    exact = {kind.name for kind in declaring(RewritePass, "exact")}
+    steps = [entry.step for entry in program.history if isinstance(entry, Change)]
+    return tuple(dict.fromkeys(step for step in steps if step in exact))
 
 
 def _stamp(program: Program) -> str:

@@ -134,7 +134,7 @@ class Recipe(RecipeOptions):
         if self.pipeline is not None:
             return Pipeline(map(self._passed_on, self._adapted(parse_specs(self.pipeline))))
         latency = "latency" in self.budget
-        parts = ["baseline"] if latency else []
+        parts = ["transpose-spatial", "baseline"] if latency else []
         if self.plan is None:
             chosen = "" if "auto" in self.decompose else "+".join(self.decompose)
             options = {"decompose": chosen} if chosen else {}

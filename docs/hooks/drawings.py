@@ -40,11 +40,14 @@ class Box:
 def draw_pipeline() -> str:
     """Draw the steps of the default pipeline under a latency budget with tuning; optional steps are dashed."""
     usual = {step.name for step in Recipe(budget={"macs": 0.5}).steps().steps}
-    steps = [_step(step, step.name in usual) for step in Recipe(tune="epochs=1").steps().steps]
+    exact, others = (
+        [_step(step, step.name in usual) for step in part.steps]
+        for part in Recipe(tune="epochs=1").steps().split_exact()
+    )
     ends = Box("export", ("verify, measure",)), Box("report", ("and folder",))
     legend = [Box("analysis", style="analysis"), Box("rewrite", style="rewrite"), Box("tune", style="tune")]
     first = _step(make(Pass, EXPORT_FIRST), usual=True)
-    rows = _rows([Box("trace", ("Program",)), first, *steps, *ends])
+    rows = _rows([Box("trace", ("Program",)), *exact, first, *others, *ends])
     key = "".join(_legend(box, 110 * place) for place, box in enumerate([*legend, Box("if asked", style="optional")]))
     return _figure(key + _grid(rows, top=34), IN_A_ROW, 34 + _high(len(rows)), "The default pipeline")
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tdcompile.cli.console import Answer, watching
 from tdcompile.cli.interruption import was_interrupted
 from tdcompile.cli.load_job import load_job, recipe_of, source_of, to_toml
 from tdcompile.compiler import compile as compile_module
-from tdcompile.compiler import prepare
+from tdcompile.compiler import prepare, rewrites_of
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan
 from tdcompile.errors import BudgetError, InputError, RuinedError, UnwrittenError
@@ -79,12 +79,14 @@ def compile_demo(flags: Mapping[str, Any], output: Output) -> Answer:
 def make_plan(recipe: Recipe, out: Path | None, *, as_json: bool, quiet: bool) -> Answer:
     """Run the passes up to the plan, and write it."""
     _check_file(out)
-    steps = _up_to_the_plan(recipe.steps(), planned=recipe.plan is not None)
+    _, steps = recipe.steps().split_exact()  # ``prepare`` applies the exact rewrites
+    steps = _up_to_the_plan(steps, planned=recipe.plan is not None)
     job = load_job(recipe)
     program = prepare(job.module, job.inputs, job.task, recipe, job.notes)
+    rewrites = rewrites_of(program)
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder, watching(quiet=quiet) as watch:
         program = steps.run(program.with_(workspace=Path(folder)), [watch] if watch else [])
-    made = program.facts[RankPlan]
+    made = replace(program.facts[RankPlan], rewrites=rewrites)
     _write(out, made.to_json())
     return Answer((made.to_json(),)) if out is None or as_json else Answer((_choices(made), f"plan: {out}"))
 

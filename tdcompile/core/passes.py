@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from torch import Tensor, fx
 
 from tdcompile.core.plugin import Plugin
 from tdcompile.errors import TdcompileError
-from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Aspect, Fact
 from tdcompile.ir.graph_edits import copy_graph, copy_weights
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Change, Program
 
 log = logging.getLogger("tdcompile")
+# Share of the largest output. Sums in another order differ by about 1e-6; a wrong padding or stride by over 1e-2.
+_ROUNDING = 1e-4
 
 
 class Pass(Plugin):
@@ -97,9 +100,13 @@ class RewritePass(Pass):
     Attributes:
         lowering: place in the lowering of every graph that is exported or timed, the lowest first; 0 if the pass
             has no part in it. Such a pass keeps the function that the graph computes.
+        exact: the pass keeps the function up to rounding. As long as the graph is the dense network, the pass rewrites
+            the dense network with it, so that the comparison shows the same gain on both sides. A pipeline that begins
+            with such passes runs them before the dense network is exported.
     """
 
     lowering: ClassVar[int] = 0
+    exact: ClassVar[bool] = False
     touches: ClassVar[frozenset[Aspect]] = frozenset({Aspect.TOPOLOGY, Aspect.WEIGHTS, Aspect.STATISTICS})
 
     @abstractmethod
@@ -114,7 +121,10 @@ class RewritePass(Pass):
             TdcompileError: the shapes of the outputs changed.
         """
         rewritten = _rewritten(self, self.rewrite(copy_graph(program.graph), program))
-        return _settle(self, program, rewritten)
+        if self.exact and not any(isinstance(entry, Change) for entry in rewritten.history):
+            return program.with_(history=(*program.history, *rewritten.history))  # the graph is the program's still
+        settled = _settle(self, program, rewritten)
+        return _checked(self, program, settled) if self.exact else settled
 
 
 class TunePass(Pass):
@@ -169,6 +179,27 @@ def _settle(step: Pass, program: Program, made: Rewritten) -> Program:
         log.debug("%s: %s", step.name, entry)
     facts = program.facts.after(step.touches).having(*made.facts)
     return program.with_(graph=made.graph, facts=facts, history=(*program.history, *made.history))
+
+
+def _checked(step: Pass, program: Program, after: Program) -> Program:
+    """Return the program after an exact pass, or the one before it, with a message, if the outputs differ."""
+    difference = _difference(*(outputs_of(p.graph, p.inputs) for p in (program, after)))
+    if difference > _ROUNDING:
+        text = f"'{step.name}' is not used: the outputs after it differ by {difference:.1e} of the largest"
+        return program.with_(history=(*program.history, Diagnostic("warning", DiagnosticCode.NOT_EXACT, text)))
+    return after.with_(dense=after.graph if program.graph is program.dense else program.dense)
+
+
+def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return the largest difference of outputs of the same shapes, over the largest value of its output."""
+    worst = 0.0
+    for one, other in zip(before, after, strict=True):
+        seen = torch.isfinite(one) if one.is_floating_point() else torch.ones_like(one, dtype=torch.bool)
+        gap = (one[seen].double() - other[seen].double()).abs()
+        if gap.numel():
+            most = float(gap.max()) / max(float(one[seen].double().abs().max()), torch.finfo(torch.float32).tiny)
+            worst = worst if most <= worst else most  # ``max`` would lose NaN
+    return math.inf if math.isnan(worst) else worst
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from tdcompile.core.hooks import Hook, Work
-from tdcompile.core.passes import Pass
+from tdcompile.core.passes import Pass, RewritePass
 from tdcompile.core.plan import RankPlan
 from tdcompile.core.registry import find, make, only
 from tdcompile.core.spec import Spec, parse_options, parse_specs
@@ -86,6 +87,11 @@ class Pipeline:
     def _givers(self, need: type) -> str:
         return ", ".join(name for name, kind in find(Pass).items() if need in kind.gives and need not in kind.needs)
 
+    def split_exact(self) -> tuple[Pipeline, Pipeline]:
+        """Return the exact rewrites that the pipeline begins with, and the other steps."""
+        rest = list(itertools.dropwhile(_is_exact, self.steps))
+        return Pipeline(self.steps[: len(self.steps) - len(rest)]), Pipeline(rest)
+
     @property
     def trainer(self) -> str | None:
         """The name of the first pass that trains; None if no pass trains."""
@@ -136,6 +142,10 @@ class Pipeline:
         for hook in hooks:
             hook.finished(step, program, seconds)
         return program
+
+
+def _is_exact(step: Pass) -> bool:
+    return isinstance(step, RewritePass) and step.exact
 
 
 def check_hooks(hooks: object) -> None:

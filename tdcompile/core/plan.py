@@ -27,7 +27,8 @@ from tdcompile.ir.target import Cost, total
 from tdcompile.numerics.covariance import Covariance
 
 FORMAT = 1  # the format of plan files
-_KEYS = ("format", "selector", "gap", "dense", "predicted", "layers", "reasons")  # the keys of a plan file, in order
+# The keys of a plan file, in order; ``rewrites`` is left out if there are none.
+_KEYS = ("format", "selector", "gap", "rewrites", "dense", "predicted", "layers", "reasons")
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,8 @@ class RankPlan(Fact):
         selector: text form of the selector that chose.
         gap: relative optimality gap that the solver proved; None if none was computed.
         reasons: why a layer stays dense, by the layer's name.
+        rewrites: text forms of the exact passes that rewrote the network before the choice; a network that takes the
+            plan is rewritten by them too.
     """
 
     choices: Annotated[Mapping[str, Candidate], Field(alias="layers")]
@@ -218,11 +221,13 @@ class RankPlan(Fact):
     reasons: Annotated[
         Mapping[str, Reason], BeforeValidator(_reasons_from_plain), PlainSerializer(_reasons_to_plain)
     ] = field(default_factory=dict)
+    rewrites: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return text for ``from_json``. A person can edit it: change ``decomposition`` or ``ranks`` of a layer."""
         document = {"format": FORMAT, **fact_to_plain(self)}
-        return json.dumps({key: document[key] for key in _KEYS}, indent=1) + "\n"
+        keys = [key for key in _KEYS if key != "rewrites" or self.rewrites]
+        return json.dumps({key: document[key] for key in keys}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "the plan") -> RankPlan:

@@ -85,7 +85,8 @@ class Program:
     Attributes:
         graph: the network as it is now.
         inputs: example inputs; with ``dynamic_batch`` their batch is at least 2.
-        dense: the network as it was traced: the teacher in tuning, and the reference of every figure.
+        dense: the network as it was traced, or as exact passes rewrote it: the teacher in tuning, and the reference of
+            every figure.
         task: samples for calibration, training and test.
         target: the device to compile for.
         budget: the shares of the dense cost that the compiled network may have.

@@ -20,6 +20,19 @@ from tdcompile.planning.pricing import Prices
 HAND = "hand"  # the selector of a plan that differs from what a selector chose
 
 
+def read_plan(given: str) -> RankPlan:
+    """Return a given plan.
+
+    Args:
+        given: a file, or the text of a plan, which begins with a brace.
+
+    Raises:
+        InputError: the file cannot be read or is not a plan.
+    """
+    written = given.startswith("{")
+    return RankPlan.from_json(given if written else _read(Path(given)), _source(given))
+
+
 def adopt(program: Program, given: str) -> Program:
     """Return the program with a given plan as a fact. Layers that the plan does not mention stay dense.
 
@@ -29,15 +42,13 @@ def adopt(program: Program, given: str) -> Program:
 
     Args:
         program: the program before any pass.
-        given: a file, or the text of a plan, which begins with a brace.
+        given: see ``read_plan``.
 
     Raises:
         InputError: the file cannot be read or is not a plan. Also raised if the plan names an unknown layer, a
             decomposition that refuses its layer, or ranks that the layer does not have.
     """
-    written = given.startswith("{")
-    source = "the plan" if written else given
-    plan, found = RankPlan.from_json(given if written else _read(Path(given)), source), sites(program)
+    source, plan, found = _source(given), read_plan(given), sites(program)
     kept = kept_dense(program, found)
     for name in plan.choices:
         if name not in found:
@@ -85,6 +96,10 @@ def estimated(program: Program) -> Program:
                 (error,) = form.errors(site.layer, weight, [choice.ranks], calibration.covariances[name])
             choices[name] = replace(choice, error=float(error))
     return program.with_(facts=program.facts.having(replace(plan, choices=choices)))
+
+
+def _source(given: str) -> str:
+    return "the plan" if given.startswith("{") else given
 
 
 def _read(path: Path) -> str:

@@ -79,7 +79,7 @@ def test_the_pipeline_drawing_has_the_steps_in_order_and_marks_optional_ones():
     titles = re.findall(r'class="title"[^>]*>([^<]+)<', text)
     assert titles[0] == "trace"
     assert titles.index("propose") < titles.index("choose") < titles.index("factorize") < titles.index("export")
-    assert text.count(" optional") == 3  # baseline, rehearse, finetune
+    assert text.count(" optional") == 4  # transpose-spatial, baseline, rehearse, finetune
 
 
 def test_a_directive_becomes_its_part_and_other_comments_stay():
