@@ -124,7 +124,19 @@ def _evaluation(program: Program, dense: Path, compiled: Path) -> Evaluation | N
 
 def parts_of(parts: Mapping[str, Part], name: str) -> list[Part]:
     """Return the parts of one layer of the dense network: the layer, or the modules that replace it."""
-    return [part for own, part in parts.items() if own == name or own.startswith(f"{name}.")]
+    return [part for own, part in parts.items() if _is_of(own, name)]
+
+
+def _is_of(own: str, name: str) -> bool:
+    return own == name or own.startswith(f"{name}.")
+
+
+def _at_rows_of(dense: Part, part: Part) -> Part:
+    if len(part.calls) != len(dense.calls) or any(call.kind != "linear" for call in (*part.calls, *dense.calls)):
+        return part
+    return part._replace(
+        calls=[replace(call, extent=known.extent) for call, known in zip(part.calls, dense.calls, strict=True)]
+    )
 
 
 def _parts(found: Mapping[str, Site]) -> dict[str, Part]:
@@ -132,8 +144,14 @@ def _parts(found: Mapping[str, Site]) -> dict[str, Part]:
 
 
 def _compiled_parts(program: Program, graph: fx.GraphModule, before: Mapping[str, Part]) -> dict[str, Part]:
-    """Return all parts; a form with a custom module, such as ``tt-linear``, counts as its blueprint."""
+    """Return all parts; a form with a custom module, such as ``tt-linear``, counts as its blueprint.
+
+    A network that routes rows by value, such as a mixture of experts, routes other rows once it is compressed. Linear
+    layers therefore count the rows that they have in the dense network.
+    """
     known, plan = _parts(sites_of(graph, program.inputs)), program.facts.get(RankPlan)
+    for name, dense in before.items():
+        known |= {own: _at_rows_of(dense, part) for own, part in known.items() if _is_of(own, name)}
     found: dict[str, Part] = {}
     for name, choice in (plan.choices if plan else {}).items():
         if not choice.is_dense and not parts_of(known, name):

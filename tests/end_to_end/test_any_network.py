@@ -583,3 +583,29 @@ def test_a_layer_with_a_hook_or_a_forward_of_its_own_stays_what_it_is() -> None:
 def test_a_layer_without_a_size_is_told() -> None:
     with pytest.raises(InputError, match="no size yet"):
         tdcompile.trace(nn.Sequential(nn.LazyLinear(8)).eval(), torch.randn(2, 16))
+
+
+class Routed(nn.Module):
+    """Experts that read the rows which a gate sends them: a compressed gate sends other rows."""
+
+    def __init__(self, features: int = 24, experts: int = 3) -> None:
+        super().__init__()
+        self.into, self.gate = nn.Linear(features, features), nn.Linear(features, experts, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(features, features) for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.into(x).reshape(-1, x.shape[-1])
+        pick = self.gate(rows).argmax(-1)
+        total = torch.zeros_like(rows)
+        for place, expert in enumerate(self.experts):
+            (sent,) = torch.where(pick == place)
+            total = total.index_add(0, sent, expert(rows[sent]))
+        return total.reshape(x.shape)
+
+
+def test_rows_that_a_compressed_gate_sends_elsewhere_do_not_count_as_macs() -> None:
+    torch.manual_seed(0)
+    made = tdcompile.compile(Routed().eval(), torch.randn(1, 32, 24), budget={"macs": 0.7})
+    (gate,) = made.report.gates
+    assert gate.passed
+    assert gate.value == pytest.approx(made.plan.predicted.macs / made.plan.dense.macs)
