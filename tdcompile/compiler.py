@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 from torch import Tensor, fx, nn
 
@@ -22,10 +22,10 @@ from tdcompile.artifact.summary import Run, summarise
 from tdcompile.backend.evaluation import check_answers
 from tdcompile.backend.export_and_measure import measure
 from tdcompile.backend.session import open_probe
-from tdcompile.core.hooks import Hook, RunRecord, StepTimer
+from tdcompile.core.hooks import Hook, KeepBefore, RunRecord, StepTimer
 from tdcompile.core.passes import Pass, RewritePass
 from tdcompile.core.pipeline import Pipeline, check_hooks
-from tdcompile.core.plan import RankPlan
+from tdcompile.core.plan import Candidates, RankPlan, dense_of
 from tdcompile.core.registry import declaring, make
 from tdcompile.core.spec import parse_spec
 from tdcompile.data.loading import Given
@@ -34,10 +34,11 @@ from tdcompile.errors import InputError
 from tdcompile.frontend.half_precision import samples_cast_like
 from tdcompile.frontend.tracing import check_is_network, trace
 from tdcompile.frontend.wrappers import unwrapped
-from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode, Reason
 from tdcompile.ir.modules import evaluating
 from tdcompile.ir.program import Change, Program
-from tdcompile.ir.target import Budget
+from tdcompile.ir.target import Budget, total
+from tdcompile.planning.allocation import keeps_counts
 from tdcompile.planning.input_checks import (
     check_class_names,
     check_labels,
@@ -52,6 +53,7 @@ from tdcompile.training.distributed import from_first, is_first, no_gpu
 from tdcompile.training.hooks import AccuracyBeforeTraining, DeleteTrainingState, FirstProcessDecides
 from tdcompile.training.run_state import key_of
 
+_FACTORS = "factorize"  # the first pass that depends on the plan
 # Before the passes of every pipeline that change more than exact rewrites: a network that has no ONNX form is refused
 # at once.
 EXPORT_FIRST = "export-dense"
@@ -208,22 +210,45 @@ class _Compilation:
         record = RunRecord({"trace": time.perf_counter() - self.start}, start=self.start)
         rewrites = rewrites_of(program)
         passes = Pipeline((make(Pass, EXPORT_FIRST), *self.pipeline.split_exact()[1].steps))
-        program = passes.run(program.with_(workspace=workspace), self._hooks(record, resume, watch))
+        before = KeepBefore(_FACTORS)
+        program = passes.run(program.with_(workspace=workspace), [*self._hooks(record, resume, watch), before])
+        result = self._first_process(program, record)
+        again = self._without_slower(before.program, result.slower)
+        if again is not None:
+            rest = Pipeline(passes.steps[before.position :])
+            program = rest.run(again, [FirstProcessDecides(), StepTimer(record)])
+            result = self._first_process(program, record)
+        plan = replace(program.facts[RankPlan], rewrites=rewrites)
+        return Compiled(result.module, result.report, plan, result.folder, self.checkpoint)
+
+    def _without_slower(self, program: Program | None, slower: Mapping[str, Reason]) -> Program | None:
+        """Return the program before its factors with slower layers dense; None if they have to stay.
+
+        They stay in a given plan, beside a limit on parameters or MACs that they keep, and after training, which would
+        have to be repeated. The report then names them.
+        """
+        given = self.recipe.plan is not None or self.pipeline.trainer is not None
+        if not slower or given or program is None or Candidates not in program.facts:
+            return None
+        again = _put_back(program, slower)
+        return again if keeps_counts(again.facts[RankPlan], program.budget) else None
+
+    def _first_process(self, program: Program, record: RunRecord) -> _Result:
+        """Export, verify and measure in the first process; the others get all but the network."""
         modules = [program.graph]
 
-        def export_and_measure() -> tuple[Report, Path]:
+        def export_and_measure() -> tuple[Report, Path, Mapping[str, Reason]]:
             try:
-                report, module = self._export_and_measure(program, record)
+                report, module, slower = self._export_and_measure(program, record)
             except BaseException:
                 if self.checkpoint is not None:
                     self.checkpoint.note(record)
                 raise
             modules.append(module)  # not returned: the other processes get the report only
-            return report, self.folder
+            return report, self.folder, slower
 
-        report, folder = from_first(export_and_measure, no_gpu(program.target.device))
-        plan = replace(program.facts[RankPlan], rewrites=rewrites)
-        return Compiled(modules[-1], report, plan, folder, self.checkpoint)
+        report, folder, slower = from_first(export_and_measure, no_gpu(program.target.device))
+        return _Result(report, modules[-1], folder, slower)
 
     def _hooks(self, record: RunRecord, resume: bool, watch: Hook | None) -> list[Hook]:
         """Return the hooks, outermost first: training state is deleted after the checkpoint that replaces it."""
@@ -235,8 +260,10 @@ class _Compilation:
         hooks += [AccuracyBeforeTraining(record), FirstProcessDecides(), StepTimer(record)]
         return hooks if watch is None else [*hooks, watch]
 
-    def _export_and_measure(self, program: Program, record: RunRecord) -> tuple[Report, fx.GraphModule]:
-        """Return the report, and the compiled network with batch norm folded."""
+    def _export_and_measure(
+        self, program: Program, record: RunRecord
+    ) -> tuple[Report, fx.GraphModule, Mapping[str, Reason]]:
+        """Return the report, the compiled network with batch norm folded, and the layers that are not faster in it."""
         began = time.perf_counter()
         if self.recipe.max_drop is None:
             check_answers(program)
@@ -245,10 +272,11 @@ class _Compilation:
         own = {"producer": f"tdcompile {version('tdcompile')}", "source": self.source, "plan": _stamp(program)}
         stamp = {**self.recipe.metadata, **labels, **own}
         outcome = measure(program, self.folder, stamp=stamp)
+        record.add("verify", time.perf_counter() - began)
         run = Run(
             self.source,
             str(self.pipeline),
-            {**record.seconds, "verify": time.perf_counter() - began},
+            dict(record.seconds),
             record.total,
             outcome.compiled.accuracy if record.before_tuning is None else record.before_tuning,
             max_drop=self.recipe.max_drop,
@@ -257,7 +285,25 @@ class _Compilation:
             metadata=self.recipe.metadata,
             labels=names,
         )
-        return summarise(program, outcome, run), outcome.compiled.module
+        return summarise(program, outcome, run), outcome.compiled.module, outcome.slower
+
+
+class _Result(NamedTuple):
+    """What a compilation exported: see ``Compiled``; ``slower`` has the layers that are not faster than dense."""
+
+    report: Report
+    module: fx.GraphModule
+    folder: Path
+    slower: Mapping[str, Reason]
+
+
+def _put_back(program: Program, slower: Mapping[str, Reason]) -> Program:
+    """Return a program whose plan leaves layers dense."""
+    plan, layers = program.facts[RankPlan], program.facts[Candidates].layers
+    choices = {n: dense_of(layers[n]) if n in slower else choice for n, choice in plan.choices.items()}
+    more = total([choices[name].cost - plan.choices[name].cost for name in slower])
+    plan = replace(plan, choices=choices, predicted=plan.predicted + more, reasons={**plan.reasons, **slower})
+    return program.with_(facts=program.facts.having(plan))
 
 
 def resolve(recipe: str | Path | Recipe | None, options: Mapping[str, Any]) -> Recipe:

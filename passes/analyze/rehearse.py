@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from tdcompile.backend.lowering import timing_inputs
-from tdcompile.backend.profile import layer_seconds
+from tdcompile.backend.profile import confirmed_slower, layer_seconds
 from tdcompile.backend.session import time_models
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import AnalysisPass
@@ -21,11 +21,12 @@ from tdcompile.core.plan import Candidate, Candidates, Importances, RankPlan, de
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.ir.diagnostics import Reason, ReasonCode
+from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.measurements import Baseline, Rehearsal, Round
 from tdcompile.ir.program import Program
 from tdcompile.passes.analyze._plan_graph import written
+from tdcompile.planning.allocation import keeps_counts
 from tdcompile.planning.plan_file import HAND
 from tdcompile.support.options import Count, NonNegative, Share
 from tdcompile.support.progress import report_progress
@@ -33,7 +34,6 @@ from tdcompile.support.progress import report_progress
 _FARTHEST = 2.0  # largest correction of a price, as a factor or its inverse
 _CONFIRMED = 3  # plans to measure a second time if no plan was accepted
 _CHECKS = 2  # of the layers of the accepted plan
-_Profiles = Callable[[], tuple[dict[str, float], dict[str, float]]]  # layers' seconds in the dense model and the plan's
 _Pair = tuple[str, Decomposition]  # a layer's name and its form
 _PROFILE_SECONDS = 0.3  # approximate duration of a profile of the dense network
 
@@ -87,7 +87,7 @@ class Rehearse(AnalysisPass):
                 dense, compiled = self._timed(program, baseline, file)
                 in_plan = layer_seconds(file, candidates.layers, inputs, program.target, runs)
                 profile = partial(_profiles, program, (baseline, file), candidates.layers, runs)
-                slower = _confirmed_slower(plan, in_dense, in_plan, profile)
+                slower = confirmed_slower(plan, (in_dense, in_plan), profile)
             plan = _priced(plan, _learned(candidates, seen))
             predicted = plan.predicted.seconds / plan.dense.seconds * dense
             tried.append((Round(predicted, compiled, dense, tuple(slower)), plan))
@@ -110,6 +110,8 @@ class Rehearse(AnalysisPass):
             if not slower:
                 break
             fewer = _put_back(plan, candidates, slower)
+            if not keeps_counts(fewer, program.budget):
+                break
             with written(program, fewer.choices, baseline) as file:
                 dense, compiled = self._timed(program, baseline, file)
             if compiled / dense > entry.measured / entry.dense * (1 + self.over):
@@ -130,7 +132,7 @@ class Rehearse(AnalysisPass):
         """
         with written(program, plan.choices, baseline) as file:
             profile = partial(_profiles, program, (baseline, file), plan.choices, runs)
-            return _confirmed_slower(plan, *profile(), profile)
+            return confirmed_slower(plan, profile(), profile)
 
     def _confirmed(
         self, program: Program, tried: Sequence[tuple[Round, RankPlan]], baseline: Path, limit: float
@@ -179,34 +181,10 @@ def _profiles(
     return dense, other
 
 
-def _confirmed_slower(
-    plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, float], again: _Profiles
-) -> dict[str, Reason]:
-    """Return the replaced layers that were not faster in the graph, neither in one profile nor in the next."""
-    slower = _slower(plan, dense, measured)
-    if not slower:
-        return slower
-    second = _slower(plan, *again())
-    return {name: reason for name, reason in slower.items() if name in second}
-
-
 def _put_back(plan: RankPlan, candidates: Candidates, slower: Mapping[str, Reason]) -> RankPlan:
     """Return the plan with slower layers dense."""
     choices = {n: dense_of(candidates.layers[n]) if n in slower else c for n, c in plan.choices.items()}
     return replace(plan, choices=choices, predicted=candidates.cost(choices), reasons={**plan.reasons, **slower})
-
-
-def _slower(plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, Reason]:
-    """Return the replaced layers that were not faster in the graph, with the reason."""
-    return {
-        name: Reason(
-            ReasonCode.SLOWER_IN_GRAPH,
-            f"{choice.form}{list(choice.ranks)} took {measured[name] * 1e3:.3f} ms inside the graph, "
-            f"the dense layer {dense[name] * 1e3:.3f} ms",
-        )
-        for name, choice in plan.choices.items()
-        if not choice.is_dense and 0.0 < dense[name] <= measured[name]
-    }
 
 
 def _without(candidates: Candidates, plan: RankPlan, slower: Mapping[str, Reason]) -> Candidates:

@@ -324,6 +324,8 @@ def _quality(evaluation: Evaluation | None, program: Program) -> Quality | None:
 def _notes(program: Program, outcome: Outcome) -> Iterator[str]:
     """Yield messages from the history and the exports that no row contains."""
     yield from history_notes(program.history, sites_of(program.dense, program.inputs))
+    for name, reason in outcome.slower.items():
+        yield f"'{name}' is not faster in the compiled model: {reason.text}; --keep-dense {name} leaves it dense"
     for network, role in ((outcome.dense, "dense"), (outcome.compiled, "compiled")):
         yield from (f"{role} model: {n.text}" for n in (*network.exported.notes, *network.parity.notes))
 

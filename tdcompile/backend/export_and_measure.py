@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +14,11 @@ from tdcompile.backend.evaluation import Evaluation, evaluate
 from tdcompile.backend.export import Exported, rewrite_metadata
 from tdcompile.backend.lowering import lower, timing_inputs
 from tdcompile.backend.parity import Parity
-from tdcompile.backend.profile import layer_seconds
+from tdcompile.backend.profile import LayerTimes, confirmed_slower, layer_seconds
 from tdcompile.backend.session import Timing, time_models
 from tdcompile.backend.verified_export import DenseModel, export_verified
 from tdcompile.core.plan import RankPlan
+from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program, Site, parameters_of, sites_of
@@ -59,12 +60,14 @@ class Outcome:
     Attributes:
         approximation: largest difference of the outputs, and the same relative to the largest dense output.
         evaluation: accuracy and agreement on test samples, else on samples held out of training; None without samples.
+        slower: under a latency budget, the replaced layers that are not faster in the compiled model, with the reason.
     """
 
     dense: MeasuredNetwork
     compiled: MeasuredNetwork
     approximation: tuple[float, float]
     evaluation: Evaluation | None = None
+    slower: Mapping[str, Reason] = field(default_factory=dict)
 
 
 def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds: float = 3.0) -> Outcome:
@@ -80,7 +83,6 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
     """
     dense_graph, compiled_graph = lower(program, program.dense), lower(program, program.graph)
     plan = program.facts.get(RankPlan)
-    names = list(plan.choices) if plan else []
     stamps = [{**stamp, "model": role} for role in ("dense", "compiled")]
     verified = [
         _known(program, folder / "dense.onnx", stamps[0])
@@ -89,6 +91,7 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
     ]
     paths, inputs = [exported.path for exported, _ in verified], timing_inputs(program)
     timings = time_models(paths, inputs, program.target, seconds=seconds)
+    times, slower = _layer_times(program, paths, plan) if plan else (({}, {}), {})
     evaluation = _evaluation(program, *paths)
     accuracies = (evaluation.dense_accuracy, evaluation.compiled_accuracy) if evaluation else (None, None)
     dense_parts = _parts(sites_of(dense_graph, program.inputs))
@@ -102,15 +105,27 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
             macs=sum(call.macs for part in layers.values() for call in part.calls),
             parity=parity,
             timing=timing,
-            layer_seconds=layer_seconds(exported.path, names, inputs, program.target) if names else {},
+            layer_seconds=by_layer,
             accuracy=accuracy,
         )
-        for graph, layers, (exported, parity), timing, accuracy in zip(
-            (dense_graph, compiled_graph), (dense_parts, parts), verified, timings, accuracies, strict=True
+        for graph, layers, (exported, parity), timing, by_layer, accuracy in zip(
+            (dense_graph, compiled_graph), (dense_parts, parts), verified, timings, times, accuracies, strict=True
         )
     ]
     approximation = _approximation(dense_graph, compiled_graph, program)
-    return Outcome(networks[0], networks[1], approximation, evaluation)
+    return Outcome(networks[0], networks[1], approximation, evaluation, slower)
+
+
+def _layer_times(program: Program, paths: Sequence[Path], plan: RankPlan) -> tuple[LayerTimes, dict[str, Reason]]:
+    """Return the seconds of each layer in both models, and under a latency budget the layers that are not faster."""
+
+    def profile() -> LayerTimes:
+        names, inputs = list(plan.choices), timing_inputs(program)
+        dense, compiled = (layer_seconds(path, names, inputs, program.target) for path in paths)
+        return dense, compiled
+
+    times = profile()
+    return times, confirmed_slower(plan, times, profile) if program.budget.latency is not None else {}
 
 
 def _evaluation(program: Program, dense: Path, compiled: Path) -> Evaluation | None:

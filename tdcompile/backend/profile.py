@@ -6,7 +6,7 @@ import json
 import tempfile
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from tdcompile.backend.clock import Clock, Lap
 from tdcompile.backend.session import WARM_UP, Model, bind_inputs, open_session
+from tdcompile.core.plan import RankPlan
+from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.target import Target
 
 _RUN = "model_run"  # name of the profile event of a whole run
@@ -25,6 +27,9 @@ _BLOCKED_SUFFIX = "_nchwc"  # of a convolution that onnxruntime moved to its blo
 _FEWEST_CLEAN = 3  # undisturbed runs whose median is a kernel's time
 _MOST_RUNS = 3  # times the runs asked for, if fewer of them were undisturbed
 _LOW = 0.25  # quantile over disturbed runs: another process lengthens a kernel in some runs and never shortens it
+
+
+LayerTimes = tuple[Mapping[str, float], Mapping[str, float]]  # seconds in the dense graph, and in that of a plan
 
 
 class Profile(NamedTuple):
@@ -53,6 +58,40 @@ def layer_seconds(
         if layer is not None:
             seconds[layer] += value
     return seconds
+
+
+def slower_layers(plan: RankPlan, dense: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, Reason]:
+    """Return the replaced layers that were not faster in a graph, with the reason.
+
+    Args:
+        plan: the plan of the graph.
+        dense: seconds of each layer in the dense graph.
+        measured: seconds of each layer in the graph of the plan.
+    """
+    return {
+        name: Reason(
+            ReasonCode.SLOWER_IN_GRAPH,
+            f"{choice.form}{list(choice.ranks)} took {measured[name] * 1e3:.3f} ms inside the graph, "
+            f"the dense layer {dense[name] * 1e3:.3f} ms",
+        )
+        for name, choice in plan.choices.items()
+        if not choice.is_dense and 0.0 < dense[name] <= measured[name]
+    }
+
+
+def confirmed_slower(plan: RankPlan, times: LayerTimes, again: Callable[[], LayerTimes]) -> dict[str, Reason]:
+    """Return the replaced layers that were not faster in a graph, neither in one profile nor in the next.
+
+    Args:
+        plan: the plan of the graph.
+        times: seconds of each layer in the dense graph, and in the graph of the plan.
+        again: measures both again; called only if a layer was not faster.
+    """
+    slower = slower_layers(plan, *times)
+    if not slower:
+        return {}
+    second = slower_layers(plan, *again())
+    return {name: reason for name, reason in slower.items() if name in second}
 
 
 def _layer_of(node: str, layers: Mapping[str, float]) -> str | None:

@@ -89,3 +89,23 @@ class StepTimer(Hook):
     def finished(self, step: Pass, program: Program, seconds: float) -> None:
         """Add the seconds to the sum of this pass's name."""
         self._record.add(step.name, seconds)
+
+
+class KeepBefore(Hook):
+    """Keep the program before the first step of a name, so that the steps from there can run again.
+
+    Attributes:
+        program: the program before the step; None if the step has not run, as in a resumed run.
+        position: the index of the step.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.program: Program | None = None
+        self.position = 0
+
+    def around(self, step: Pass, position: int, program: Program, work: Work) -> Program:
+        """Keep the program if the step has the name."""
+        if step.name == self._name and self.program is None:
+            self.program, self.position = program, position
+        return work()

@@ -40,6 +40,12 @@ def limits_of(candidates: Candidates, budget: Budget) -> dict[str, float]:
     return limits
 
 
+def keeps_counts(plan: RankPlan, budget: Budget) -> bool:
+    """Return whether a plan keeps the limits on parameters and multiply-accumulates; seconds are measured elsewhere."""
+    limits = budget.limits(plan.dense)
+    return within(plan.predicted, {field: limit for field, limit in limits.items() if field != LIMITED["latency"]})
+
+
 def load(cost: Cost, limits: Mapping[str, float]) -> float:
     """Return the share of the limits that a cost takes, summed over the limited fields; cheaper means a lower sum."""
     return sum(float(getattr(cost, field)) / limit for field, limit in limits.items())

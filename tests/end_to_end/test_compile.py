@@ -1,7 +1,7 @@
 """``compile`` as its users meet it: budgets, reports, reproducibility, resume, plans and refusals."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import onnx
@@ -11,16 +11,21 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tdcompile
+from tdcompile import compiler
 from tdcompile.artifact.checkpoint import Checkpoint
 from tdcompile.artifact.report import render_html
 from tdcompile.backend import verified_export
+from tdcompile.backend.session import infer, open_session
 from tdcompile.compiler import Compiled
 from tdcompile.core import registry
 from tdcompile.core.hooks import Hook
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.core.plan import RankPlan
 from tdcompile.data.task import Tensors
 from tdcompile.errors import BudgetError, InputError, RuinedError, TdcompileError
+from tdcompile.ir.diagnostics import Reason, ReasonCode
+from tdcompile.ir.target import Target
 from tdcompile.passes import Calibrate, Choose, Factorize, Propose, Score
 from tdcompile.training.run_state import Tuning
 from tdcompile.training.trainer import Trainer
@@ -523,6 +528,47 @@ def test_a_latency_budget_is_predicted_checked_in_the_graph_and_measured(tmp_pat
 def test_a_budget_that_no_plan_meets_says_what_can():
     with pytest.raises(BudgetError, match="the cheapest one keeps"):
         tdcompile.compile(network(), X, budget={"macs": 0.001})
+
+
+@pytest.mark.parametrize("tune", [None, "epochs=1"])
+def test_a_layer_that_is_slower_in_the_compiled_model_is_put_back_or_told(monkeypatch, tune):
+    honest, outcomes = compiler.measure, []
+
+    def measure(program, *rest, **options):
+        """Say of the first model that its first replaced layer is slower."""
+        outcome = honest(program, *rest, **options)
+        replaced = [name for name, choice in program.facts[RankPlan].choices.items() if not choice.is_dense]
+        reason = Reason(ReasonCode.SLOWER_IN_GRAPH, "it took 3 ms, the dense layer 2 ms")
+        slower = {} if outcomes else {replaced[0]: reason}
+        outcomes.append(replaced)
+        return replace(outcome, slower=slower)
+
+    monkeypatch.setattr(compiler, "measure", measure)
+    monkeypatch.setattr(compiler, "keeps_counts", lambda plan, budget: True)  # a budget of latency limits no counts
+    compiled = tdcompile.compile(network(), X, data=points(), budget={"macs": 0.5}, tune=tune)
+    name = outcomes[0][0]
+    (row,) = [layer for layer in compiled.report.layers if layer.name == name]
+    told = [note for note in compiled.report.notes if "is not faster in the compiled model" in note]
+    if tune is None:
+        assert len(outcomes) == 2
+        assert (row.decomposition, row.refusal.code, row.macs_after) == ("dense", "slower_in_graph", row.macs_before)
+        assert compiled.plan.choices[name].is_dense
+        assert not told
+        x = torch.randn(2, 3, 12, 12)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                compiled.module(x),
+                torch.from_numpy(infer(open_session(compiled.onnx, Target()), [x])[0]),
+                rtol=1e-3,
+                atol=1e-4,
+            )
+    else:
+        assert len(outcomes) == 1
+        assert row.decomposition != "dense"
+        assert told == [
+            f"'{name}' is not faster in the compiled model: it took 3 ms, the dense layer 2 ms; "
+            f"--keep-dense {name} leaves it dense"
+        ]
 
 
 def test_gates_that_are_not_passed_are_in_the_report():

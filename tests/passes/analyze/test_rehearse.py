@@ -180,21 +180,28 @@ def test_a_layer_that_is_slower_in_one_profile_of_two_is_not_put_back(program, m
     assert not any(choice.is_dense for choice in facts[RankPlan].choices.values())
 
 
-def test_a_slower_layer_that_the_first_profile_missed_is_put_back_from_the_accepted_plan(program, monkeypatch):
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_slower_layer_that_the_first_profile_missed_is_put_back_if_other_limits_allow(program, monkeypatch, kept):
     pretend(monkeypatch, {"0": 1.0, "2": 2.5})
-    program = program.with_(budget=tdcompile.Budget(latency=0.9))
-    honest = rehearse._slower
+    budget = tdcompile.Budget(latency=0.9, macs=0.95 if kept else 0.55)
+    program = program.with_(budget=budget)
+    honest = rehearse.confirmed_slower
     calls = []
 
-    def missed(plan, dense, measured):
+    def missed(plan, times, again):
         calls.append(plan)
-        return {} if len(calls) == 1 else honest(plan, dense, measured)
+        return {} if len(calls) == 1 else honest(plan, times, again)
 
-    monkeypatch.setattr(rehearse, "_slower", missed)
+    monkeypatch.setattr(rehearse, "confirmed_slower", missed)
     monkeypatch.setattr(rehearse.Rehearse, "_again", lambda self, program, candidates, plan, aim: plan)
     facts = rehearse.Rehearse(rounds=1).run(program).facts
-    first, last = facts[Rehearsal].rounds
+    first, *more = facts[Rehearsal].rounds
     assert (first.measured, first.put_back) == (16.0, ())
+    if not kept:
+        assert not more
+        assert not facts[RankPlan].choices["2"].is_dense
+        return
+    (last,) = more
     assert (last.measured, last.put_back) == (16.0, ("2",))
     assert facts[RankPlan].choices["2"].is_dense
     assert facts[RankPlan].reasons["2"].code == "slower_in_graph"
