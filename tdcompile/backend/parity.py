@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tdcompile.backend.rounding import own_deviation
 from tdcompile.backend.session import infer, open_session
 from tdcompile.errors import InputError, ParityError, first_line
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
@@ -26,6 +27,9 @@ Outputs = list[NDArray[np.generic]]
 # about 1e-5 of its output's scale; a wrong operator is off by far more than 1e-3. fp16: one rounding is 2⁻¹¹ ≈ 5e-4 of
 # the value, and each layer adds one.
 TOLERANCE = {"fp32": (1e-3, 1e-4), "fp16": (2e-2, 2e-3)}
+
+# A network amplifies rounding if its own fp32 and fp64 differ by this share of what it differs from the model.
+_COMPARABLE = 0.1
 
 AXIS_GROWTH = (0, 1, 3)  # sizes added to the dynamic axes of the example
 
@@ -127,11 +131,38 @@ def check_parity(
             as_written.run(refer, inputs, plan)
             as_written.as_given(refer, inputs)
         except ParityError:
-            raise error from None
+            raise _explained(error, reference, device) from None
         raise ParityError(
             f"{error}; without onnxruntime's own optimisations of the graph they agree: the model is right, and "
             "onnxruntime computes it wrongly on this machine"
         ) from error
+
+
+class _DeviationError(ParityError):
+    """An output that deviates: which one, by how much, and on which inputs.
+
+    Attributes:
+        inputs: the inputs of the run, in order.
+    """
+
+    def __init__(self, text: str, output: int, most: float) -> None:
+        super().__init__(text)
+        self.output, self.most = output, most
+        self.inputs: Sequence[Tensor] = ()
+
+
+def _explained(error: ParityError, reference: nn.Module, device: torch.device) -> ParityError:
+    """Return the error; if the network's own fp32 and fp64 outputs differ as much, the message says so."""
+    if not isinstance(error, _DeviationError) or not error.inputs:
+        return error
+    own = own_deviation(reference, [x.to(device) for x in error.inputs], error.output)
+    if own is None or own < _COMPARABLE * error.most:
+        return error
+    return ParityError(
+        f"{error}; the network itself amplifies rounding: the outputs of its PyTorch graph in fp32 and in fp64 differ "
+        f"by {own:.3g} there, so two correct programs do not agree either, and its answers mean nothing; "
+        "`tdcompile validate --localise` names the layer where they part"
+    )
 
 
 def compare_models(
@@ -231,7 +262,7 @@ class _Comparison:
     ) -> tuple[int, float, float]:
         """Compare on the example inputs; return their batch and the largest difference, absolute and relative."""
         where = "on the example inputs"
-        most, relative = self._compare(infer(self.session, inputs), refer(inputs), where)
+        most, relative = self._compare(inputs, refer, where)
         return next((len(x) for x in inputs if x.dim()), 1), most, relative
 
     def masked(
@@ -297,22 +328,29 @@ class _Comparison:
         for case in plan:
             generator = torch.Generator().manual_seed(case.seed)
             drawn = self._drawn(resized(inputs, case.axes, case.more), case.batch, generator)
-            most, relative = self._compare(infer(self.session, drawn), refer(drawn), str(case))
+            most, relative = self._compare(drawn, refer, str(case))
             cases.append((case.batch, case.seed, most))
             worst = max(worst, relative)
         return Parity(self.session.get_providers()[0], max(case[2] for case in cases), worst, tuple(cases))
 
-    def _compare(self, got: Outputs, expected: Outputs, where: str) -> tuple[float, float]:
-        names = [value.name for value in self.session.get_outputs()]
+    def _compare(
+        self, drawn: Sequence[Tensor], refer: Callable[[Sequence[Tensor]], Outputs], where: str
+    ) -> tuple[float, float]:
+        got, expected = infer(self.session, drawn), refer(drawn)
         if len(got) != len(expected):
             raise ParityError(f"{self.what} give {len(got)} and {len(expected)} outputs")
-        found = [self._differ(*pair, where) for pair in zip(names, got, expected, strict=True)]
+        try:
+            found = [self._differ(place, *pair, where) for place, pair in enumerate(zip(got, expected, strict=True))]
+        except _DeviationError as error:
+            error.inputs = drawn
+            raise
         return max((most for most, _ in found), default=0.0), max((rel for _, rel in found), default=0.0)
 
     def _differ(
-        self, name: str, got: NDArray[np.generic], expected: NDArray[np.generic], where: str
+        self, output: int, got: NDArray[np.generic], expected: NDArray[np.generic], where: str
     ) -> tuple[float, float]:
         """Return the largest difference of one output, absolute and relative to the reference's largest value."""
+        name = self.session.get_outputs()[output].name
         if got.shape != expected.shape:
             raise ParityError(f"{self.what} give '{name}' in the shapes {got.shape} and {expected.shape} {where}")
         left, right = got.astype(np.float64), expected.astype(np.float64)
@@ -330,9 +368,11 @@ class _Comparison:
         allowed = self._allowed(scale)
         if most > allowed:
             place = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
-            raise ParityError(
+            raise _DeviationError(
                 f"{self.what} differ {where}: '{name}' by {most:.3g} at {place}, where {allowed:.3g} is allowed "
-                f"on a scale of {scale:.3g}"
+                f"on a scale of {scale:.3g}",
+                output,
+                most,
             )
         return most, most / scale if scale else 0.0
 

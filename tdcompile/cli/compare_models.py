@@ -4,35 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from torch import fx
 
 from tdcompile.artifact.folder import load
 from tdcompile.backend.parity import check_parity, compare_models
+from tdcompile.backend.rounding import Parting, first_parting
 from tdcompile.backend.session import Timing, time_models
 from tdcompile.cli.console import Answer
 from tdcompile.cli.example_inputs import model_inputs
 from tdcompile.cli.load_job import load_module, load_network, recipe_of
 from tdcompile.core.registry import foreign_packages
-from tdcompile.errors import InputError
+from tdcompile.errors import InputError, ParityError
 from tdcompile.frontend.tracing import trace
 from tdcompile.recipes import Recipe
 from tdcompile.support.formatting import milliseconds, times
 
+UNKNOWN = "the network's graph does not run in fp64, so that fp32 cannot be compared with it"
 TRACED = 2  # samples in example inputs: exporters and tracers treat a batch of 1 as a constant
 
 
 def validate_model(
-    model: Path, against: str, flags: Mapping[str, Any], tolerances: Mapping[str, float | None], *, as_json: bool
+    model: Path,
+    against: str,
+    flags: Mapping[str, Any],
+    tolerances: Mapping[str, float | None],
+    *,
+    localise: bool,
+    as_json: bool,
 ) -> Answer:
     """Compare a model with another one, with a network, or with the network of an output folder.
 
+    Args:
+        model: the ONNX file.
+        against: a model, an output folder, or the source of a network.
+        flags: the options of the command.
+        tolerances: ``rtol`` and ``atol``.
+        localise: also say at which node of the network's graph fp32 and fp64 part.
+        as_json: answer in JSON.
+
     Raises:
         ParityError: their outputs differ by more than the tolerance.
-        InputError: they cannot be compared.
+        InputError: they cannot be compared, or the other one has no graph to look into.
     """
     if not model.is_file():
         raise InputError(f"there is no model {model}")
@@ -43,6 +61,12 @@ def validate_model(
     if recipe.example is not None and not network:
         raise InputError("--example holds the arguments of a network: give its SOURCE as --against, or leave it out")
     how: dict[str, Any] = {**tolerances, "seed": seed}
+    if localise and (other.suffix == ".onnx" or (network and not (recipe.input or recipe.example))):
+        raise InputError(
+            "--localise looks into the graph of a PyTorch network: give an output folder as --against, or a SOURCE "
+            "with --input or --example"
+        )
+    parting: Parting | None = None
     if other.suffix == ".onnx":
         inputs = model_inputs(model, TRACED, seed, recipe.input) if recipe.input else None
         parity = compare_models(model, other, target, inputs=inputs, **how)
@@ -54,23 +78,37 @@ def validate_model(
             dynamic=recipe.dynamic,
             batch_axis=recipe.batch_axis,
         )
-        parity = check_parity(
-            model, program.graph, program.inputs, target, axes=program.axes, batch_axes=program.batch_axes, **how
-        )
+        parting = first_parting(program.graph, program.inputs) if localise else None
+        with _told(parting):
+            parity = check_parity(
+                model, program.graph, program.inputs, target, axes=program.axes, batch_axes=program.batch_axes, **how
+            )
     else:
         inputs = model_inputs(model, TRACED, seed, recipe.input)
-        parity = check_parity(
-            model, load_module(recipe) if network else load(other, foreign_packages()), inputs, target, **how
-        )
+        held = load_module(recipe) if network else load(other, foreign_packages())
+        parting = first_parting(held, inputs) if localise and isinstance(held, fx.GraphModule) else None
+        with _told(parting):
+            parity = check_parity(model, held, inputs, target, **how)
     if as_json:
-        return Answer((json.dumps(dataclasses.asdict(parity), indent=1),))
+        found = dataclasses.asdict(parity) | ({"parting": parting and dataclasses.asdict(parting)} if localise else {})
+        return Answer((json.dumps(found, indent=1),))
     table = Table(title=f"{model} against {against} on {parity.provider}", title_justify="left")
     for heading in ("batch", "seed", "largest difference"):
         table.add_column(heading, justify="right")
     for batch, draw, most in parity.cases:
         table.add_row(str(batch), "example" if draw is None else str(draw), f"{most:.3g}")
     notes = [note.text for note in parity.notes]
+    notes += [str(parting or UNKNOWN)] if localise else []
     return Answer((table, *notes, f"they agree: max_abs {parity.max_abs:.3g}, max_rel {parity.max_rel:.3g}"))
+
+
+@contextmanager
+def _told(parting: Parting | None) -> Iterator[None]:
+    """Add to a parity error where fp32 and fp64 part, if that is known."""
+    try:
+        yield
+    except ParityError as error:
+        raise (ParityError(f"{error}; {parting}") if parting is not None else error) from None
 
 
 def bench_models(models: Sequence[Path], recipe: Recipe, batch: int | None, seconds: float, *, as_json: bool) -> Answer:

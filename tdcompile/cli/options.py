@@ -139,6 +139,9 @@ Against = Annotated[
 ]
 Rtol = Annotated[float | None, _option("Allowed difference, relative to the largest output.", min=0.0)]
 Atol = Annotated[float | None, _option("Allowed absolute difference.", min=0.0)]
+Localise = Annotated[
+    bool, _option("Also name the layer of the network where fp32 and fp64 part.", "--localise", "--localize")
+]
 Batch = Annotated[int | None, _option("Samples in one timed run; default 1.", panel=_TARGET, metavar="N", min=1)]
 Seconds = Annotated[float, _option("Time to measure, for all models together.", min=0.0)]
 Kind = Annotated[str | None, typer.Argument(help="What to list; by default everything.", metavar="KIND")]

@@ -14,6 +14,7 @@ from tdcompile.cli.options import (
     Frontend,
     Input,
     Json,
+    Localise,
     Model,
     Models,
     Quiet,
@@ -41,6 +42,7 @@ def validate(
     threads: Threads = None,
     rtol: Rtol = None,
     atol: Atol = None,
+    localise: Localise = False,
     seed: Seed = None,
     json: Json = False,
     verbose: Verbose = False,
@@ -50,7 +52,7 @@ def validate(
     flags = locals()
     from tdcompile.cli.compare_models import validate_model
 
-    return validate_model(model, against, flags, {"rtol": rtol, "atol": atol}, as_json=json)
+    return validate_model(model, against, flags, {"rtol": rtol, "atol": atol}, localise=localise, as_json=json)
 
 
 def bench(

@@ -22,7 +22,8 @@ from tdcompile.ir.program import sites_of
 
 Frontend = Literal["auto", "fx", "export"]
 
-# Batch sizes of the equivalence check, beside the example's and the next larger one.
+# Batch sizes of the equivalence check, beside the example's and the next larger one; the second only where code may
+# compare the size with a number: torch.export records such comparisons, and symbolic tracing does not.
 _EXTRA_BATCHES = (1, 8)
 # Limits of the check at other sizes: growth of the inputs, numbers in them, and numbers if they grow by more.
 _MAX_GROWTH, _MAX_NUMBERS, _MAX_NUMBERS_BEYOND_GROWTH = 64, 2**26, 2**20
@@ -72,15 +73,22 @@ class FrontendSelector:
             FixedAxisError: the network fixes an axis that is to be dynamic.
         """
         if frontend != "auto":
-            return self._fx() if frontend == "fx" else self._export()
+            return self._fx(self._drafted()) if frontend == "fx" else self._export()
         refused: dict[str, InputError] = {}
-        found = self._tried(self._fx, refused)
+        drafted = self._tried("fx", self._drafted, refused)
+        if drafted is not None and drafted.leaves:  # then export goes first: all its checks would be repeated
+            other = self._tried("export", self._export, refused)
+            if other is not None:
+                return other
+        found = self._tried("fx", lambda: self._fx(drafted), refused) if drafted is not None else None
         if found is not None and not found.leaves and not _weights_inside_leaves(found.graph, self.call):
             return found
-        other = self._tried(self._export, refused)
+        if "export" not in refused:
+            other = self._tried("export", self._export, refused)
+            if other is not None:
+                return other
+        refused = {name: refused[name] for name in ("fx", "export") if name in refused}
         fixed = next((error for error in refused.values() if isinstance(error, FixedAxisError)), None)
-        if other is not None:
-            return other
         if found is not None and (fixed is None or not found.leaves):
             leaves = {name: f"{why}; torch.export: {refused['export']}" for name, why in found.leaves.items()}
             return replace(found, leaves=leaves)
@@ -89,18 +97,22 @@ class FrontendSelector:
         said = "; ".join(f"{name}: {error}" for name, error in refused.items())
         raise UntraceableError(f"neither front end can trace the network ({said})")
 
-    def _tried(self, front: Callable[[], Traced], refused: dict[str, InputError]) -> Traced | None:
+    def _tried(self, name: str, front: Callable[[], Traced], refused: dict[str, InputError]) -> Traced | None:
         try:
             return front()
         except (UntraceableError, FixedAxisError) as error:
-            refused[front.__name__.strip("_")] = error
+            refused[name] = error
             return None
 
-    def _fx(self) -> Traced:
+    def _drafted(self) -> Traced:
+        """Return the graph of symbolic tracing, unchecked."""
         graph, leaves = trace_with_fx(isolated_copy(self.module), self.call)
-        traced = self._checked(Traced(graph, leaves, "fx"))
-        untried = self._check_leaf_code(graph) if leaves or _calls_own_code(graph) else []
-        self._at_other_sizes(graph, [])
+        return Traced(graph, leaves, "fx")
+
+    def _fx(self, drafted: Traced) -> Traced:
+        traced = self._checked(drafted)
+        untried = self._check_leaf_code(traced.graph) if traced.leaves or _calls_own_code(traced.graph) else []
+        self._at_other_sizes(traced.graph, [])
         return replace(traced, untried=untried)
 
     def _check_leaf_code(self, graph: fx.GraphModule) -> list[Sizes]:
@@ -125,14 +137,18 @@ class FrontendSelector:
     def _export(self) -> Traced:
         graph, violations = trace_with_export(isolated_copy(self.module), self.call, batch=self.batch, axes=self.axes)
         traced = self._checked(Traced(graph, {}, "export"))
-        return replace(traced, untried=self._at_other_sizes(graph, violations))
+        extra = _EXTRA_BATCHES if violations else _EXTRA_BATCHES[:1]
+        return replace(traced, untried=self._at_other_sizes(graph, violations, extra))
 
-    def _at_other_sizes(self, graph: fx.GraphModule, violations: Sequence[Sequence[Sizes]]) -> list[Sizes]:
+    def _at_other_sizes(
+        self, graph: fx.GraphModule, violations: Sequence[Sequence[Sizes]], extra: Sequence[int] = _EXTRA_BATCHES
+    ) -> list[Sizes]:
         """Compare graph and network at sizes that violate a guard; torch treats a batch of one as a constant, too.
 
         Args:
             graph: the trace of one control path of the network.
             violations: for each guard some sizes that violate it; the first that the network accepts is run.
+            extra: further batch sizes to run.
 
         Returns:
             Sizes that take too much memory, one for each guard that no other size violates.
@@ -145,7 +161,7 @@ class FrontendSelector:
         batched = batch_size(self.call.tensors, self.batch) is not None
         known: dict[frozenset[tuple[str, int]], bool | None] = {}
         untried: list[Sizes] = []
-        for choices in (*violations, *([{BATCH: size}] for size in _EXTRA_BATCHES if batched)):
+        for choices in (*violations, *([{BATCH: size}] for size in extra if batched)):
             too_large: list[Sizes] = []
             for sizes in filter(self._in_steps, choices):
                 if not self._affordable(sizes):

@@ -505,6 +505,23 @@ def test_validate_is_zero_where_models_agree_and_three_where_not(tdc: Any, folde
     assert tdc("validate", model, "--against", "net.py:build", "--seed", "5").code == 3
 
 
+def test_validate_says_where_fp32_and_fp64_part(tdc: Any, folder: Path, home: Path) -> None:
+    model = folder / "model.onnx"
+    said = tdc("validate", model, "--against", folder, "--localise")
+    assert said.code == 0, said.err
+    assert "agree to" in said.out
+    ran = tdc("validate", model, "--against", "net.py:build", *SMALL[:2], "--localise")
+    assert ran.code == 3
+    assert "at every node of the PyTorch graph" in ran.sentence  # the models differ, and rounding is not the reason
+    assert (
+        json.loads(tdc("validate", model, "--against", folder, "--localise", "--json").out)["parting"]["node"] is None
+    )
+    for other in (folder / "dense.onnx", "net.py:build"):
+        ran = tdc("validate", model, "--against", other, "--localise")
+        assert ran.code == 2
+        assert "--localise looks into the graph" in ran.sentence
+
+
 def test_bench_compares_with_the_first(tdc: Any, folder: Path) -> None:
     models = [folder / "dense.onnx", folder / "model.onnx"]
     ran = tdc("bench", *models, "--seconds", "0.05", "--batch", "3", "--json")

@@ -248,6 +248,14 @@ def test_python_on_shapes_is_traced_by_export_and_both_front_ends_find_the_same_
     assert_same(shaped, rewritten(program), torch.randn(5, 3, 8, 8))
 
 
+def test_a_network_that_proxies_do_not_see_into_is_exported_once(monkeypatch):
+    calls, export = [], torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *args, **given: calls.append(args[0]) or export(*args, **given))
+    torch.manual_seed(0)
+    assert tdcompile.trace(Shaped().eval(), torch.randn(2, 3, 8, 8)).frontend == "export"
+    assert len(calls) == 1
+
+
 def test_what_export_traced_trains_like_the_network():
     """Batch norm and dropout are modules again, which know training mode; in eval mode they are as they were."""
     program = tdcompile.trace(Shaped().eval(), torch.randn(2, 3, 8, 8))
