@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.errors import InputError
 from tdcompile.ir.facts import Fact
-from tdcompile.ir.im2col import spread_rows
+from tdcompile.ir.im2col import draw_rows, patches_at
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Program, Site, sites
 from tdcompile.numerics.covariance import WIDE, Covariance, Full, PerGroup
+from tdcompile.numerics.finite import all_finite
 from tdcompile.numerics.nystrom import NystromSketch
 from tdcompile.numerics.shrinkage import oas_share
 from tdcompile.support.options import Count
@@ -187,9 +188,10 @@ class _Tap:
             if first is not self:
                 self.source = first
                 return
-        if not bool(torch.isfinite(x).all()):
+        if not all_finite(x):
             raise InputError(f"NaN or Inf reaches the layer '{self.site.name}' on calibration data")
-        self.sums.add(spread_rows(self.site.layer, x, math.ceil(self.each * self._samples), self.generator))
+        rows = draw_rows(self.site.layer, x, math.ceil(self.each * self._samples), self.generator)
+        self.sums.add(patches_at(self.site.layer, x, rows))
 
     def covariance(self) -> Covariance:
         """Return the covariance; it uses up the sums."""

@@ -77,12 +77,14 @@ class Stream:
     def _run(self, node: fx.Node) -> list[object]:
         if node.op == "placeholder":  # an input with a default, which the batches leave out
             return [node.args[0] if node.args else None] * self._count
+        # Nodes do not run in program order, so an in-place operation must not change a value that others read.
+        copied = works_in_place(node, self._graph)
         found = []
         for i in range(self._count):
             inputs = {n: self._values[source][i] for n, source in self._reads[node].items()}
-            # Nodes do not run in program order, so an in-place operation must not change a value that others read.
-            copied = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
-            self._runner.env = copied if works_in_place(node, self._graph) else inputs
+            if copied:
+                inputs = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+            self._runner.env = inputs
             found.append(self._runner.run_node(node))
         self._runner.env = {}
         return found

@@ -42,7 +42,7 @@ class Recalibrate(TunePass):
     samples. The layers are judged in forward order, each behind the layers that were judged before.
 
     Attributes:
-        samples: number of training samples to read.
+        samples: upper bound on the training samples to read; as many as calibration reads (``--calibrate``) if fewer.
         batch: samples in one forward pass; larger batches cost memory and did not raise accuracy in our measurements.
         relative: apply the change to the statistics from training; false sets the pooled statistics.
         judge: keep new statistics only where they lower the error on held-out samples.
@@ -74,7 +74,7 @@ class Recalibrate(TunePass):
                 ],
             )
         train = program.task.train
-        if train is None or len(train) < 2:
+        if train is None or len(train) < 2 or program.task.calibrate < 1:
             return Rewritten(
                 graph,
                 [
@@ -86,39 +86,46 @@ class Recalibrate(TunePass):
                 ],
             )
         judges = min(_JUDGES, len(train) // _JUDGE_SHARE) if self.judge else 0
-        count = min(self.samples, len(train) - judges)
+        count = max(2, min(self.samples, program.task.calibrate, len(train) - judges))
         order = train.shuffled(program.generator(self.name))
         chosen, judging = order.subset(range(count)), order.subset(range(count, count + judges))
         old = {name: _Statistics.of(module) for name, module in layers.items()}
-        pools = self._pooled(graph, chosen)
         known = _norms(program.dense) if self.relative else {}
-        before = self._pooled(copy_weights(program.dense), chosen) if known.keys() & layers.keys() else {}
+        compared = known.keys() & layers.keys()
+        pools, *before = self._pooled([graph, *([copy_weights(program.dense)] if compared else [])], chosen)
         for name, module in layers.items():
-            pools[name].settle(name, module, before.get(name), known.get(name))
+            pools[name].settle(name, module, before[0].get(name) if before else None, known.get(name))
         undone = _undo_worse(graph, program, old, judging)
         told = f"{len(layers)} batch-norm layers on {count} samples"
         told += f"; {len(undone)} undone, because held-out error did not fall: {', '.join(undone)}" if undone else ""
         return Rewritten(graph, [Change("", self.name, told)])
 
-    def _pooled(self, graph: fx.GraphModule, samples: Samples) -> dict[str, _Pool]:
-        """Return the pooled statistics of every batch-norm layer's input; overwrites the running statistics."""
-        layers, count = _norms(graph), len(samples)
-        pools = {name: _Pool() for name in layers}
-        hooks = [module.register_forward_pre_hook(pools[name], with_kwargs=True) for name, module in layers.items()]
-        graph.eval()
-        for module in layers.values():
-            module.train()
+    def _pooled(self, graphs: Sequence[fx.GraphModule], samples: Samples) -> list[dict[str, _Pool]]:
+        """Return, for each graph, the pooled statistics of every batch-norm layer's input.
+
+        The running statistics are overwritten.
+        """
+        count, pools, hooks = len(samples), [], []
+        for graph in graphs:
+            graph.eval()
+            pools.append({name: _Pool() for name in _norms(graph)})
+            for name, module in _norms(graph).items():
+                module.train()
+                hooks.append(module.register_forward_pre_hook(pools[-1][name], with_kwargs=True))
         try:
             with torch.no_grad():
                 # Equal parts: a last batch of one sample has no variance.
                 parts = torch.arange(count).tensor_split(min(math.ceil(count / self.batch), count // 2))
                 for done, part in enumerate(parts, start=1):
-                    graph(*samples.batch(part.tolist()).inputs)
+                    batch = samples.batch(part.tolist())
+                    for graph in graphs:
+                        graph(*batch.copies())
                     report_progress(done, len(parts), "batches")
         finally:
             for hook in hooks:
                 hook.remove()
-            graph.eval()
+            for graph in graphs:
+                graph.eval()
         return pools
 
 
@@ -162,27 +169,27 @@ def _undo_worse(graph: fx.GraphModule, program: Program, old: Mapping[str, _Stat
     undone = []
     nodes = {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}
     for name in (name for name in nodes if name in layers):
-        calls, targets = calls_of(graph, name), calls_of(dense, name)
+        module, calls, targets = layers[name], calls_of(graph, name), calls_of(dense, name)
         if len(calls) == len(targets) == 1:
-            before = _error(ours.values(calls[0]), theirs.values(targets[0]))
-            new[name].write(layers[name])
-            ours.changed(calls)
-            if _error(ours.values(calls[0]), theirs.values(targets[0])) < before:
-                continue
-            old[name].write(layers[name])
-            undone.append(name)
+            (source,) = calls[0].all_input_nodes
+            x, aim = ours.read(calls[0], source), theirs.values(targets[0])
+            before = _error(module, x, aim)
+            new[name].write(module)
+            if not _error(module, x, aim) < before:
+                old[name].write(module)
+                undone.append(name)
         else:
-            new[name].write(layers[name])
+            new[name].write(module)
         ours.changed(calls)
     return undone
 
 
-def _error(ours: Sequence[object], theirs: Sequence[object]) -> float:
-    """Return the sum of squared differences over all batches."""
+def _error(module: nn.Module, inputs: Sequence[object], targets: Sequence[object]) -> float:
+    """Return the sum of squared differences of a layer's output from its targets over all batches."""
     return sum(
-        float((a - b).double().square().sum())
-        for a, b in zip(ours, theirs, strict=True)
-        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        float((module(x) - target).square().sum(dtype=torch.float64))
+        for x, target in zip(inputs, targets, strict=True)
+        if isinstance(x, Tensor) and isinstance(target, Tensor)
     )
 
 

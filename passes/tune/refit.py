@@ -11,6 +11,7 @@ al. 2016, arXiv 1505.06798, reconstruct one layer's output from approximated lay
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +28,13 @@ from tdcompile.core.plan import Candidate, RankPlan
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.graph_edits import calls_of, module_at, only_user
-from tdcompile.ir.im2col import patches_at, positions, values_at
+from tdcompile.ir.im2col import draw_rows, patches_at, values_at
 from tdcompile.ir.layer import Layer, owner
 from tdcompile.ir.modules import parent_of
 from tdcompile.ir.program import Change, Program, Site, kept_dense, sites_of
 from tdcompile.ir.target import Cost
 from tdcompile.numerics.covariance import WIDE, Full
+from tdcompile.numerics.finite import all_finite
 from tdcompile.passes.tune._least_squares import Sums
 from tdcompile.passes.tune._node_values import Stream, follows, samples_in_memory
 from tdcompile.support.options import Count, NonNegative
@@ -60,7 +62,8 @@ class Refit(TunePass):
 
     Attributes:
         samples: number of training samples to read.
-        places: number of output positions to read of each sample.
+        rows: rows of the regression for each of a layer's N inputs (C·K), spread over all samples.
+        places: upper bound on the output positions of each sample in the regression; so many judge a fit.
         ridge: pull of the dense weight on a fitted map, relative to the inputs' mean variance.
         dense: also fit layers that were left dense.
         blocks: take the value behind the addition of a shortcut as the target, not the layer's own output.
@@ -71,6 +74,7 @@ class Refit(TunePass):
 
     name: ClassVar[str] = "refit"
     samples: Count = 2048
+    rows: Count = 30
     places: Count = 64
     ridge: NonNegative = 1e-3
     dense: bool = True
@@ -99,10 +103,12 @@ class Refit(TunePass):
         if not (follows(graph, program.inputs) and follows(program.dense.eval(), program.inputs)):
             why = "refit: the network changes a value in place in a way that cannot be followed layer by layer"
             return Rewritten(graph, [Diagnostic("warning", DiagnosticCode.IN_PLACE, why)])
-        batches = [batch.inputs for batch in chosen.subset(range(count)).batches(self.batch)]
-        fitted = len(batches)
-        batches += [batch.inputs for batch in chosen.subset(range(count, count + judges)).batches(self.batch)]
+        parts = [range(i, min(i + self.batch, count)) for i in range(0, count, self.batch)]
+        fitted = len(parts)
+        parts += [range(i, min(i + self.batch, count + judges)) for i in range(count, count + judges, self.batch)]
+        batches = [chosen.batch(part).inputs for part in parts]
         streams = Stream(graph, batches), Stream(program.dense.eval(), batches)
+        values = _Values(*streams, [len(part) for part in parts], fitted)
         plan = program.facts.get(RankPlan)
         choices = plan.choices if plan else {}
         history: list[Change | Diagnostic] = []
@@ -116,7 +122,7 @@ class Refit(TunePass):
             if isinstance(aim, Diagnostic):
                 history += [aim] if sweep == 0 else []
             else:
-                history.append(Change(name, self.name, self._fit(aim, choice, program, streams, fitted)))
+                history.append(Change(name, self.name, self._fit(aim, choice, program, values)))
         return Rewritten(graph, history)
 
     def _sites(self, program: Program) -> dict[str, Site]:
@@ -125,21 +131,41 @@ class Refit(TunePass):
         kept = kept_dense(program.with_(graph=program.dense), found)
         return {name: site for name, site in found.items() if name not in kept}
 
-    def _fit(self, aim: _Aim, choice: Candidate, program: Program, streams: tuple[Stream, Stream], fitted: int) -> str:
-        """Fit one layer to the first ``fitted`` batches, and judge the fit on the others."""
+    def _fit(self, aim: _Aim, choice: Candidate, program: Program, values: _Values) -> str:
+        """Fit one layer, and judge the fit."""
         layer, affine = aim.site.layer, aim.site.layer.bias or aim.norm is not None
         fit, judge = Sums(affine), Sums(affine)
-        places = positions(layer, self.places, program.generator(f"refit/{aim.site.name}"))
-        for place, (source, target, end) in enumerate(aim.read(*streams)):
-            x = patches_at(layer, source, places).flatten(0, 1)
-            t = values_at(layer, target, places).flatten(0, 1)
-            if not bool(torch.isfinite(x).all() and torch.isfinite(t).all()):
+        generator = program.generator(f"refit/{aim.site.name}")
+        samples = sum(values.sizes[: values.fitted])
+        each = min(self.places, max(1.0, self.rows * aim.site.weight[0].numel() / samples))
+        for place, (source, target, end) in enumerate(aim.read(values.ours, values.theirs)):
+            if not (all_finite(source) and all_finite(target)):
                 raise InputError(f"refit: NaN or Inf reaches the layer '{aim.site.name}'")
-            weights = _weights(values_at(layer, end, places).flatten(0, 1)) if layer.kind == "linear" else None
-            (fit if place < fitted else judge).add(x, t, weights)
+            most = math.ceil((each if place < values.fitted else self.places) * values.sizes[place])
+            rows = draw_rows(layer, source, most, generator)
+            x, t = patches_at(layer, source, rows), values_at(layer, target, rows)
+            weights = _weights(values_at(layer, end, rows)) if layer.kind == "linear" else None
+            (fit if place < values.fitted else judge).add(x, t, weights)
         told = aim.write(fit, judge, choice, self.ridge)
-        streams[0].changed(aim.chain)
+        values.ours.changed(aim.chain)
         return told
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The values of both networks over all batches.
+
+    Attributes:
+        ours: values of the compressed network.
+        theirs: values of the dense network.
+        sizes: number of samples of each batch.
+        fitted: number of batches to fit to; the others judge.
+    """
+
+    ours: Stream
+    theirs: Stream
+    sizes: Sequence[int]
+    fitted: int
 
 
 @dataclass

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tdcompile.ir.im2col import patches_at, positions, values_at
+from tdcompile.ir.im2col import draw_rows, patches_at, values_at
 from tdcompile.ir.layer import Layer
 from tdcompile.passes.tune._least_squares import Sums
 
@@ -70,10 +70,9 @@ def test_rows_times_the_weight_are_the_output_at_the_same_places(
     x = torch.randn(2, *shape)
     layer = Layer.of(module, shape[:-1] if isinstance(module, nn.Linear) else shape[1:])
     assert layer is not None
-    places = positions(layer, most, torch.Generator().manual_seed(0))
-    assert len(places) == len(set(places.tolist())) <= most
-    rows = patches_at(layer, x, places)
+    rows = draw_rows(layer, x, most, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(
-            rows @ module.weight.flatten(1).T + module.bias, values_at(layer, module(x), places), atol=1e-5, rtol=1e-5
-        )
+        y = module(x)
+        assert len(rows) == len(set(rows.tolist())) == min(most, y.numel() // layer.out_channels)
+        made = patches_at(layer, x, rows) @ module.weight.flatten(1).T + module.bias
+        torch.testing.assert_close(made, values_at(layer, y, rows), atol=1e-5, rtol=1e-5)

@@ -110,6 +110,24 @@ def test_only_so_many_samples_are_read_the_same_ones_for_a_seed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("calibrate", "samples", "read"), [(16, 2048, 16), (1024, 24, 24), (1024, 2048, 64), (1, 9, 2)]
+)
+def test_as_many_samples_are_read_as_calibration_reads(calibrate: int, samples: int, read: int) -> None:
+    made = program(network(), drawn(64))
+    made = made.with_(task=Task(made.task.train, calibrate=calibrate))
+    told = Recalibrate(samples=samples, judge=False).run(made).history[-1]
+    assert isinstance(told, Change)
+    assert told.what == f"2 batch-norm layers on {read} samples"
+
+
+def test_without_samples_to_calibrate_nothing_changes() -> None:
+    made = program(network(), drawn(64))
+    after = Recalibrate().run(made.with_(task=Task(made.task.train, calibrate=0)))
+    assert isinstance(after.history[-1], Diagnostic)
+    assert after.history[-1].code == "no_data"
+
+
+@pytest.mark.parametrize(
     ("module", "x", "code"),
     [
         (network(), None, "no_data"),
@@ -181,3 +199,27 @@ def test_statistics_are_kept_where_the_factors_have_shifted_the_input() -> None:
     assert not torch.allclose(
         after.graph.get_submodule("2").running_var, dense.graph.get_submodule("2").running_var, rtol=0.05
     )
+
+
+def test_the_time_of_judging_grows_with_the_number_of_layers() -> None:
+    """A value that is dropped and computed again at each layer would double the work with every block."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 4, 4, 4)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(x + self.norm(self.conv(x)))
+
+    calls = []
+    made = program(nn.Sequential(*[Block() for _ in range(12)]), None)
+    made = made.with_(inputs=(x[:2],), task=Task(Tensors(x)))
+    graph = copy_weights(made.graph)
+    for module in graph.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    Recalibrate(samples=16, batch=16).run(made.with_(graph=graph))
+    assert len(calls) < 12 * 10
