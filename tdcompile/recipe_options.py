@@ -69,7 +69,7 @@ class RecipeOptions(BaseModel):
         default=None, description="digits, parquet:DIR, imagefolder:DIR, npz:FILE, hub:NAME or file.py:callable"
     )
     normalize: str = Field(default="none", description="none, imagenet, or m,m,m/s,s,s")
-    calibrate: Count = Field(default=1024, description="Training samples that calibration and batch-norm correction read")
+    calibrate: Count = Field(default=1024, description="Training samples that calibrate and recalibrate read")
     eval: Count | None = Field(default=None, description="Test samples of the final accuracy; default all")
     target: Device = Field(default="cpu", description="cpu or cuda")
     threads: Workers = Field(default=1, description="Threads of onnxruntime")
