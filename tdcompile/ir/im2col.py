@@ -37,7 +37,7 @@ def patches_at(layer: Layer, x: Tensor, rows: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])[rows]
     windows, axes = _windows(_sized(layer, x), x), len(layer.kernel)
     chosen = torch.unravel_index(rows, windows.shape[: 1 + axes])
-    patches = windows[chosen]  # type: ignore[index]  # a tensor for each axis
+    patches = windows[chosen]
     return (patches.flip(tuple(range(-axes, 0))) if layer.transposed else patches).flatten(1)
 
 
@@ -46,7 +46,7 @@ def values_at(layer: Layer, y: Tensor, rows: Tensor) -> Tensor:
     if layer.kind == "linear":
         return y.reshape(-1, y.shape[-1])[rows]
     channels_last = y.movedim(1, -1)
-    return channels_last[torch.unravel_index(rows, channels_last.shape[:-1])]  # type: ignore[index]  # as above
+    return channels_last[torch.unravel_index(rows, channels_last.shape[:-1])]
 
 
 def _sized(layer: Layer, x: Tensor) -> Layer:
