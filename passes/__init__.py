@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the registry fin
     from tdcompile.passes.analyze.choose import Choose
     from tdcompile.passes.analyze.export_dense import ExportDense
     from tdcompile.passes.analyze.propose import Propose
+    from tdcompile.passes.analyze.reach import Reach
     from tdcompile.passes.analyze.rehearse import Rehearse
     from tdcompile.passes.analyze.rene import Rene
     from tdcompile.passes.analyze.score import Score
@@ -41,6 +42,7 @@ __all__ = [
     "FoldBatchnorm",
     "MeasureBaseline",
     "Propose",
+    "Reach",
     "Recalibrate",
     "Refit",
     "Rehearse",

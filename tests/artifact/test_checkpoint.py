@@ -80,7 +80,7 @@ def test_a_covariance_that_layers_share_comes_back_as_one(programs: tuple[Progra
     calibration = Pipeline.parse("calibrate").run(programs[0]).facts[Calibration]
     first, *others = calibration.covariances
     shared = replace(calibration, covariances={**calibration.covariances, "twin": calibration.covariances[first]})
-    Checkpoint(tmp_path, KEY).save(programs[0].with_(facts=Facts(shared)), 1, {}, None)
+    Checkpoint(tmp_path, KEY).save(programs[0].with_(facts=Facts(shared)), 1, RunRecord())
     restored = Checkpoint(tmp_path, KEY).restore(programs[0])
     assert restored is not None
     got = restored[0].facts[Calibration].covariances
