@@ -87,7 +87,9 @@ class RecipeOptions(BaseModel):
         description="none, or options of the training passes, e.g. epochs=5,lr=0.02; default none, or the recipe's",
     )
     keep_dense: tuple[str, ...] = Field(default=(), description="Layers to leave dense, as a name or a glob")
-    max_drop: _Bound | None = Field(default=None, description="Exit with 4 if accuracy, or agreement without labels, falls by more points")
+    max_drop: _Bound | None = Field(
+        default=None, description="Exit with 4 if accuracy, or agreement without labels, falls by more points"
+    )
     min_speedup: _Bound | None = Field(default=None, description="Exit with 4 if the speed-up is smaller")
     pipeline: str | None = Field(
         default=None,

@@ -104,7 +104,7 @@ class TransposeSpatial(RewritePass):
         _put_borders(graph, region)
         changes = [Change(name, self.name, "a k x 1 kernel became 1 x k") for name in layers]
         told = [
-            Diagnostic("info", DiagnosticCode.TRANSPOSED, f"'{name}' keeps its k x 1 kernel: {reason}")
+            Diagnostic("info", DiagnosticCode.TRANSPOSED_KERNELS, f"'{name}' keeps its k x 1 kernel: {reason}")
             for name, reason in _left(graph, tall, region, kept).items()
         ]
         if layers:
@@ -112,7 +112,7 @@ class TransposeSpatial(RewritePass):
                 f"the k x 1 kernels of {', '.join(layers)} became 1 x k, in the dense model too: "
                 "onnxruntime runs them faster, and the outputs stay the same"
             )
-            told.insert(0, Diagnostic("info", DiagnosticCode.TRANSPOSED, text))
+            told.insert(0, Diagnostic("info", DiagnosticCode.TRANSPOSED_KERNELS, text))
         return Rewritten(graph, [*changes, *told])
 
 

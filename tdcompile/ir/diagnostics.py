@@ -77,7 +77,10 @@ class DiagnosticCode(_Code):
     IN_PLACE = "in_place", "the network changes values in place, so `refit` cannot follow them layer by layer"
     NOT_REFITTED = "not_refitted", "`refit` cannot fit the layer by one regression"
     NOT_SIMPLIFIED = "not_simplified", "the exported model is not simplified by onnxsim"
-    TRANSPOSED = "transposed", "whether k x 1 convolutions became 1 x k, which run faster, in both networks"
+    TRANSPOSED_KERNELS = (
+        "transposed_kernels",
+        "whether k x 1 convolutions became 1 x k, which run faster, in both networks",
+    )
     NOT_EXACT = "not_exact", "a rewrite that must keep the outputs did not, and is not used"
     MASKED_ROW = "masked_row", "the model and the network differ where a mask masks a whole row, or nothing of it"
     OUTPUT_LEFT_OUT = "output_left_out", "an output of the network has no part in the training loss"

@@ -184,7 +184,7 @@ def test_an_interrupted_run_goes_on_from_its_last_finished_pass(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("resume", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_after_the_last_epoch_does_not_cost_the_training(tmp_path, monkeypatch, resume):
     options = {"data": points(), "budget": {"params": 0.6}, "tune": "epochs=2,batch=16,lr=0.01", "decompose": FEW}
     whole = tdcompile.compile(network(), X, **options)
@@ -328,9 +328,10 @@ def test_nor_is_that_of_other_inputs_or_of_other_data(tmp_path, other):
     ("pipeline", "stop"),
     [
         ("attach-adapters,anneal{epochs=2,batch=16},detach-dense", "detach-dense"),
-        (
+        pytest.param(
             "propose{decompose=svd+channel},score{by=none},choose,factorize,finetune{epochs=1,batch=16,outputs=1.0}",
             "finetune",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -346,9 +347,9 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path, pipeline, 
 
 
 def test_layers_worked_on_side_by_side_give_what_they_give_in_turn():
-    options = {"data": points(), "budget": {"macs": 0.5}, "tune": "none"}
+    options = {"data": points(), "budget": {"macs": 0.5}, "tune": "none", "decompose": ("svd", "tucker2")}
     one, two = (tdcompile.compile(network(), X, **options, jobs=jobs) for jobs in (1, 2))
-    assert "propose{jobs=2}" in two.report.pipeline
+    assert "propose{decompose=svd+tucker2,jobs=2}" in two.report.pipeline
     assert "factorize{jobs=2}" in two.report.pipeline
     assert one.plan.choices.keys() == two.plan.choices.keys()
     for name, choice in one.plan.choices.items():

@@ -241,7 +241,7 @@ HEALTH = [check for check in HealthCheck if check is not HealthCheck.filter_too_
 RELAXED = {"deadline": None, "suppress_health_check": HEALTH, "derandomize": True}
 
 
-@settings(max_examples=6, **RELAXED)  # type: ignore[arg-type]  # hypothesis' own names
+@settings(max_examples=5, **RELAXED)  # type: ignore[arg-type]  # hypothesis' own names
 @given(st.data())
 def test_any_plan_of_any_network_is_right_in_onnxruntime(data: st.DataObject) -> None:
     check_any_plan(data)

@@ -222,6 +222,7 @@ def test_cells_of_other_settings_are_not_taken(
     assert len((tmp_path / "made" / "cells.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(subject: tuple[nn.Sequential, Tensor, Task]) -> None:
     how: dict[str, Any] = {**BRIEF, "layers": ("2",), "tune": "epochs=1,batch=32"}
     alone = tdcompile.study(*subject, **how)

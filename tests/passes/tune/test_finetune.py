@@ -487,7 +487,8 @@ def sharable() -> Program:
     return program(data(), graph=graph)
 
 
-@pytest.mark.parametrize("bn", ["train", pytest.param("frozen", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bn", ["train", "frozen"])
 def test_two_processes_end_as_one_does(tmp_path: Path, free_port: int, bn: Literal["train", "frozen"]) -> None:
     tune = replace(SHARED, bn=bn)
     torch.multiprocessing.spawn(_one_of_two, (free_port, str(tmp_path), tune), nprocs=2)
