@@ -25,14 +25,16 @@ from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.measurements import Baseline, Rehearsal, Round
 from tdcompile.ir.program import Program
+from tdcompile.ir.target import Budget
 from tdcompile.passes.analyze._plan_graph import written
-from tdcompile.planning.allocation import keeps_counts
+from tdcompile.planning.allocation import keeps_counts, lowest_shares
 from tdcompile.planning.plan_file import HAND
 from tdcompile.support.options import Count, NonNegative, Share
 from tdcompile.support.progress import report_progress
 
 _FARTHEST = 2.0  # largest correction of a price, as a factor or its inverse
 _CONFIRMED = 3  # plans to measure a second time if no plan was accepted
+_ROUNDING = 1e-6  # the sum of the cheapest candidates is within the budget that it defines
 _CHECKS = 2  # of the layers of the accepted plan
 _Pair = tuple[str, Decomposition]  # a layer's name and its form
 _PROFILE_SECONDS = 0.3  # approximate duration of a profile of the dense network
@@ -100,10 +102,14 @@ class Rehearse(AnalysisPass):
             for pair, ratio in _ratios(plan, candidates, in_plan, compiled / dense).items():
                 seen.setdefault(pair, []).append(ratio)
             candidates = _without(candidates, plan, slower)
+            learned = _learned(candidates, seen)
             try:
-                plan = self._again(program, _learned(candidates, seen), plan, aim)
+                plan = self._again(program, learned, plan, aim)
             except BudgetError:
                 break
+            none = all(choice.is_dense for choice in plan.choices.values())
+            if _lowest(learned, program.budget) > aim and (none or any(_same(plan, one) for _, one in tried)):
+                break  # the fastest plan by price is dense or has been measured
         entry, plan = best or self._confirmed(program, tried, baseline, share * (1 + self.over))
         for _ in range(_CHECKS):
             slower = self._slower_now(program, plan, baseline, runs)
@@ -160,12 +166,18 @@ class Rehearse(AnalysisPass):
         return dense.median, dense.median / other.speedup.value
 
     def _again(self, program: Program, candidates: Candidates, plan: RankPlan, latency: float) -> RankPlan:
-        budget = replace(program.budget, latency=latency)
+        # a latency that the prices deny: the fastest plan, which the next measurement judges
+        lowest = _lowest(candidates, program.budget) * (1 + _ROUNDING)
+        budget = replace(program.budget, latency=min(max(latency, lowest), 1.0))
         if plan.selector in ("", HAND):
             raise InputError("'rehearse' chooses again, and this plan was given, not chosen: leave 'rehearse' out")
         selector = make(RankSelector, plan.selector)
         again = selector.select(candidates, program.facts[Importances].scores, budget)
         return replace(again, reasons={**again.reasons, **candidates.reasons})
+
+
+def _lowest(candidates: Candidates, budget: Budget) -> float:
+    return lowest_shares(candidates, budget)["latency"]
 
 
 def _error(plan: RankPlan) -> float:
@@ -179,6 +191,14 @@ def _profiles(
     names, inputs = list(layers), timing_inputs(program)
     dense, other = (layer_seconds(model, names, inputs, program.target, runs) for model in models)
     return dense, other
+
+
+def _same(plan: RankPlan, other: RankPlan) -> bool:
+    """Return whether two plans have the same forms and ranks."""
+    others = other.choices
+    return all(
+        (c.decomposition, c.ranks) == (others[n].decomposition, others[n].ranks) for n, c in plan.choices.items()
+    )
 
 
 def _put_back(plan: RankPlan, candidates: Candidates, slower: Mapping[str, Reason]) -> RankPlan:

@@ -68,8 +68,16 @@ def run(program, share, **options):
 
 def test_a_budget_far_above_the_prices_is_not_measured(program, graph):
     _, _, plans = graph
-    assert run(program, 0.6) == Reachable()  # channel: (2 + 4 + 4) / 22 = 0.45
+    assert run(program, 0.95) == Reachable()  # channel: (2 + 4 + 4) / 22 = 0.45
     assert not plans
+
+
+def test_prices_of_another_hour_do_not_pass_a_budget_that_is_out_of_reach(program, graph):
+    prices, inside, _ = graph
+    facts = program.facts.having(Baseline(Path("dense.onnx"), 3.0))  # layers cost more than the whole: a busy machine
+    prices["channel"], inside["channel"] = 1.0, 4.0
+    with pytest.raises(BudgetError, match=r"keeps 0\.455"):
+        run(program.with_(facts=facts), 0.15)
 
 
 def test_a_budget_near_the_prices_is_measured(program, graph):

@@ -206,3 +206,11 @@ def test_a_slower_layer_that_the_first_profile_missed_is_put_back_if_other_limit
     assert facts[RankPlan].choices["2"].is_dense
     assert facts[RankPlan].reasons["2"].code == "slower_in_graph"
     assert facts[RankPlan].predicted.seconds / facts[RankPlan].dense.seconds == pytest.approx(16 / 22)
+
+
+def test_a_budget_below_all_prices_ends_at_the_fastest_plan(program, monkeypatch):
+    pretend(monkeypatch, {"0": 1.0, "2": 1.0})
+    program = program.with_(budget=tdcompile.Budget(latency=0.1))  # (2 + 2 + 2) / 22 = 0.273 is the least
+    facts = rehearse.Rehearse().run(program).facts
+    assert {choice.ranks for choice in facts[RankPlan].choices.values()} == {(4,)}
+    assert [one.measured for one in facts[Rehearsal].rounds] == [6.0]
