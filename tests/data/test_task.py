@@ -115,7 +115,9 @@ def test_a_network_of_two_inputs_is_compiled_with_them():
     torch.manual_seed(0)
     x, gate = torch.randn(64, 12), torch.randn(64, 6)
     samples = Tensors((x, gate), torch.arange(64) % 3)
-    compiled = tdcompile.compile(Gated().eval(), (x[:1], gate[:1]), data=(samples, samples), budget={"macs": 0.6})
+    compiled = tdcompile.compile(
+        Gated().eval(), (x[:1], gate[:1]), data=(samples, samples), budget={"macs": 0.6}, decompose=("svd", "channel")
+    )
     assert compiled.report.compiled.accuracy is not None
     assert compiled.report.ratio.macs >= 1 / 0.6
 
