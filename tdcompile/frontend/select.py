@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from tdcompile.errors import FixedAxisError, InputError, UntraceableError, first_line
-from tdcompile.frontend.equivalence import Case, isolated_copy, output_difference, run_network
+from tdcompile.frontend.equivalence import Case, isolated_copy, output_difference, restoring_state, run_network
 from tdcompile.frontend.fx_trace import trace_with_fx
 from tdcompile.frontend.guards import Sizes
 from tdcompile.frontend.modularize import modularize
@@ -126,7 +127,7 @@ class FrontendSelector:
         """
         call = Call.of(graph, self.call.tensors)
         try:
-            path, violations = trace_with_export(isolated_copy(graph), call, batch=self.batch, axes=self.axes)
+            path, violations = trace_with_export(self._forgetting(graph), call, batch=self.batch, axes=self.axes)
         except (UntraceableError, FixedAxisError):  # the export to ONNX will fail too
             return []
         longer = {axis.name: self.call.tensors[axis.input].shape[axis.axis] + axis.step for axis in self.axes}
@@ -135,10 +136,24 @@ class FrontendSelector:
         return self._at_other_sizes(path, [*violations, *([[longer]] if longer else [])])
 
     def _export(self) -> Traced:
-        graph, violations = trace_with_export(isolated_copy(self.module), self.call, batch=self.batch, axes=self.axes)
+        copied = self._forgetting(self.module)
+        graph, violations = trace_with_export(copied, self.call, batch=self.batch, axes=self.axes)
         traced = self._checked(Traced(graph, {}, "export"))
         extra = _EXTRA_BATCHES if violations else _EXTRA_BATCHES[:1]
         return replace(traced, untried=self._at_other_sizes(graph, violations, extra))
+
+    def _forgetting(self, module: nn.Module) -> nn.Module:
+        """Return a copy of a network or its graph that was last called at another size than the example's.
+
+        A network may keep what it computed for the size of its last call, such as the grid of a detector. Where the
+        sizes are equal, torch.export would take that for a constant, and the size with it.
+        """
+        copied, shapes = isolated_copy(module), [x.shape for x in self.call.tensors]
+        other = next((c.call for c in self.cases if [x.shape for x in c.call.tensors] != shapes), None)
+        if other is not None:
+            with suppress(Exception), restoring_state(copied):  # a graph of a fixed size may refuse another
+                run_network(copied, Call.of(copied, other.tensors) if module is not self.module else other)
+        return copied
 
     def _at_other_sizes(
         self, graph: fx.GraphModule, violations: Sequence[Sequence[Sizes]], extra: Sequence[int] = _EXTRA_BATCHES

@@ -248,6 +248,32 @@ def test_python_on_shapes_is_traced_by_export_and_both_front_ends_find_the_same_
     assert_same(shaped, rewritten(program), torch.randn(5, 3, 8, 8))
 
 
+class Gridded(nn.Module):
+    """Keeps a grid for the size of its last call, as the heads of detectors do."""
+
+    seen, grid = None, torch.empty(0)
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.seen != x.shape:
+            self.grid, self.seen = torch.arange(x.shape[3]) + 0.5, x.shape
+        return x.view(x.shape[0], 16, -1).sum(1) * self.grid.repeat(x.shape[2])
+
+
+@pytest.mark.parametrize("frontend", ["auto", "export"])
+@pytest.mark.parametrize("dynamic", [(), ("x:2", "x:3")], ids=["fixed", "open"])
+def test_what_a_network_remembers_of_the_last_size_is_no_constant(frontend, dynamic):
+    torch.manual_seed(0)
+    module = Gridded().eval()
+    program = tdcompile.trace(module, torch.randn(1, 3, 8, 8), frontend=frontend, dynamic=dynamic)
+    for shape in [(1, 3, 8, 8), (5, 3, 8, 8), *([(2, 3, 6, 10)] if dynamic else [])]:
+        assert_same(module, program, torch.randn(shape))
+
+
 def test_a_network_that_proxies_do_not_see_into_is_exported_once(monkeypatch):
     calls, export = [], torch.export.export
     monkeypatch.setattr(torch.export, "export", lambda *args, **given: calls.append(args[0]) or export(*args, **given))
