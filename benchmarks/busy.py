@@ -7,27 +7,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import network, publish
+from common import commit, machine, network, publish
+from results import ResultsError, Table
+from torch import Tensor, nn
 
 import tdcompile
+from tdcompile.backend.environment import environment
 from tdcompile.backend.session import time_models
 from tdcompile.compiler import Compiled
+from tdcompile.errors import TdcompileError
 from tdcompile.ir.target import Target
 from tdcompile.support.processors import idle_processors
 
 _WORK = "import numpy as np\na = np.random.rand(512, 512)\nwhile True:\n    a @ a"  # takes cache and bandwidth, too
 _ALONE = 0.9  # idle processors with which one thread is judged
+FORMATS = {"share": ".3f", "share of the report": ".3f", "seconds": ".0f", "idle processors when judged": ".1f"}
+# The dense network stays where a compilation is refused.
+REFUSED: Mapping[str, float | None] = {"share": 1.0, "reported": None, "idle": None}
 
 
 def main(
     networks: Annotated[str, typer.Option(help="comma-separated names of reference networks")] = (
-        "resnet18,resnet50,digits_net"
+        "digits_net,resnet18,resnet50"
     ),
     budget: Annotated[float, typer.Option(help="share of the dense latency that may be kept")] = 0.5,
     busy: Annotated[int, typer.Option(help="processes that compute beside the compilation")] = 2,
@@ -36,22 +43,56 @@ def main(
     seconds: Annotated[float, typer.Option(help="length of one measurement")] = 6.0,
     patience: Annotated[float, typer.Option(help="seconds to wait for an idle machine before a run is judged")] = 60.0,
     seed: int = 0,
-    json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
+    json: Annotated[Path | None, typer.Option(help="also write the table here; its runs are not repeated")] = None,
 ) -> None:
-    """Compile each network beside busy processes with an empty price cache; then judge it without them."""
-    rows = []
+    """Compile each network beside busy processes with an empty price cache; then judge it without them.
+
+    The table is written after each run. The same command continues it: runs in the file are kept.
+    """
+    title = f"Latency at budget {budget:g} beside {busy} busy processes"
+    try:
+        rows = kept_rows(json, title, seed)
+    except ResultsError as error:
+        sys.exit(f"error: {error}")
     for name in networks.split(","):
+        done = {one["run"] for one in rows if one["network"] == name}
+        todo = [number for number in range(1, runs + 1) if number not in done]
+        if not todo:
+            continue
         module, sample = network(name, seed)
-        judged = []
-        for _ in range(runs):
-            with beside(busy), fresh_cache():
-                began = time.perf_counter()
-                compiled = tdcompile.compile(module, sample, budget={"latency": budget}, seed=seed)
-                took = time.perf_counter() - began
-            judged.append({"seconds": took, **judge(compiled, sample, seconds, patience)})
-            print(name, judged[-1], flush=True)
-        rows.append(row(name, judged, budget, off))
-        publish(f"Latency at budget {budget:g} beside {busy} busy processes", rows, seed, Target(), json)
+        for number in todo:
+            began = time.perf_counter()
+            compiled = beside_others(module, sample, budget, busy, seed)
+            took = time.perf_counter() - began
+            judged = judge(compiled, sample, seconds, patience) if compiled else REFUSED
+            rows.append(row(name, number, {"seconds": took, **judged}, budget, off))
+            publish(title, rows, seed, Target(), json, FORMATS)
+
+
+def kept_rows(file: Path | None, title: str, seed: int) -> list[dict[str, Any]]:
+    """Return the runs of an earlier table.
+
+    Raises:
+        ResultsError: the file is no table, or one of another budget, load, seed or machine.
+    """
+    if file is None or not file.exists():
+        return []
+    table = Table.read(file)
+    here = (title, seed, machine(environment(Target())))
+    if (table.title, table.seed, table.machine) != here:
+        found = f"{table.title!r}, seed {table.seed}, {table.machine}"
+        raise ResultsError(f"{file} has other runs ({found}): name another file")
+    return table.records()
+
+
+def beside_others(module: nn.Module, sample: Tensor, budget: float, busy: int, seed: int) -> Compiled | None:
+    """Compile beside busy processes with an empty price cache; return None if the compilation is refused."""
+    with beside(busy), fresh_cache():
+        try:
+            return tdcompile.compile(module, sample, budget={"latency": budget}, seed=seed)
+        except TdcompileError as error:
+            print(f"refused: {error}", flush=True)
+            return None
 
 
 @contextmanager
@@ -81,7 +122,7 @@ def fresh_cache() -> Iterator[None]:
                 os.environ["TDCOMPILE_CACHE"] = former
 
 
-def judge(compiled: Compiled, sample: Any, seconds: float, patience: float) -> dict[str, float]:
+def judge(compiled: Compiled, sample: Tensor, seconds: float, patience: float) -> dict[str, float | None]:
     """Measure both models; return the share, the one that the report has, and the idle processors before."""
     end = time.monotonic() + patience
     while (idle := idle_processors()) < _ALONE and time.monotonic() < end:
@@ -92,17 +133,19 @@ def judge(compiled: Compiled, sample: Any, seconds: float, patience: float) -> d
     return {"share": 1 / timing.speedup.value, "reported": 1 / reported if reported else 1.0, "idle": idle}
 
 
-def row(name: str, judged: list[dict[str, float]], budget: float, off: float) -> dict[str, Any]:
+def row(name: str, number: int, judged: Mapping[str, float | None], budget: float, off: float) -> dict[str, Any]:
     """Return a row of the table."""
-    shares = sorted(one["share"] for one in judged)
-    kept = sum(abs(share - budget) <= off for share in shares)
+    share = judged["share"]
+    assert share is not None  # every run has one
     return {
         "network": name,
-        "share, lowest and highest": [shares[0], shares[-1]],
-        f"within {budget - off:.2f} and {budget + off:.2f}": f"{kept} of {len(shares)}",
-        "largest error of the report": max(abs(one["reported"] / one["share"] - 1) for one in judged),
-        "longest compilation, s": max(one["seconds"] for one in judged),
-        "fewest idle processors when judged": min(one["idle"] for one in judged),
+        "run": number,
+        "share": share,
+        f"within {budget - off:.2f} and {budget + off:.2f}": abs(share - budget) <= off,
+        "share of the report": judged["reported"],
+        "seconds": judged["seconds"],
+        "idle processors when judged": judged["idle"],
+        "commit": commit(),
     }
 
 

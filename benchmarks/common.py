@@ -79,7 +79,7 @@ def publish(
         seed=seed,
         machine=machine(described),
         date=date.today().isoformat(),
-        commit=_commit(),
+        commit=commit(),
         environment=described,
     )
     print(f"### {title}\n\n{table.markdown()}\n\n{table.provenance()}\n", flush=True)
@@ -107,7 +107,7 @@ def _option(name: str) -> str | None:
     return _portable(words[words.index(name) + 1]) if name in words else None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of the project's checkout, or ``None`` outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
