@@ -22,6 +22,7 @@ from tdcompile.artifact.summary import Run, summarise
 from tdcompile.backend.evaluation import check_answers
 from tdcompile.backend.export_and_measure import measure
 from tdcompile.backend.session import open_probe
+from tdcompile.core.free_threads import FreeThreads
 from tdcompile.core.hooks import Hook, KeepBefore, RunRecord, StepTimer
 from tdcompile.core.passes import Pass, RewritePass
 from tdcompile.core.pipeline import Pipeline, check_hooks
@@ -167,7 +168,7 @@ def compile(  # the field's word, as in torch.compile
         )
     pipeline = chosen.steps()
     check_is_network(module)
-    with evaluating(module):  # a network that cannot be copied is traced itself
+    with FreeThreads() as threads, evaluating(module):  # a network that cannot be copied is traced itself
         program = prepare(module, inputs, chosen.data if data is None else data, chosen, notes)
         pipeline.check(program.facts, planned=True)
         check_training_samples(pipeline, program.task)
@@ -176,7 +177,7 @@ def compile(  # the field's word, as in torch.compile
         try:
             source = chosen.source or type(unwrapped(module)).__name__
             state = None if workspace is None else Checkpoint(Path(workspace), _key(program, chosen))
-            compiled = _Compilation(chosen, pipeline, source, folder, state, start).run(program, resume, watch)
+            compiled = _Compilation(chosen, pipeline, source, folder, state, threads, start).run(program, resume, watch)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -194,6 +195,7 @@ class _Compilation:
         source: the origin of the network, or the name of its class.
         folder: the exported models go here.
         checkpoint: keeps the state between passes; None keeps nothing.
+        threads: fits torch's threads to the machine.
         start: the time at which ``compile`` was called.
     """
 
@@ -202,6 +204,7 @@ class _Compilation:
     source: str
     folder: Path
     checkpoint: Checkpoint | None
+    threads: FreeThreads
     start: float
 
     def run(self, program: Program, resume: bool, watch: Hook | None) -> Compiled:
@@ -216,7 +219,7 @@ class _Compilation:
         again = self._without_slower(before.program, result.slower)
         if again is not None:
             rest = Pipeline(passes.steps[before.position :])
-            program = rest.run(again, [FirstProcessDecides(), StepTimer(record)])
+            program = rest.run(again, [self.threads, FirstProcessDecides(), StepTimer(record)])
             result = self._first_process(program, record)
         plan = replace(program.facts[RankPlan], rewrites=rewrites)
         return Compiled(result.module, result.report, plan, result.folder, self.checkpoint)
@@ -252,7 +255,7 @@ class _Compilation:
 
     def _hooks(self, record: RunRecord, resume: bool, watch: Hook | None) -> list[Hook]:
         """Return the hooks, outermost first: training state is deleted after the checkpoint that replaces it."""
-        hooks: list[Hook] = []
+        hooks: list[Hook] = [self.threads]
         if self.checkpoint is None or is_first():  # processes share the folder of a checkpoint; the first cleans it
             hooks.append(DeleteTrainingState(fresh=not resume))
         if self.checkpoint is not None:

@@ -25,6 +25,7 @@ from tdcompile.cli.interruption import was_interrupted
 from tdcompile.cli.load_job import load_job, recipe_of, source_of, to_toml
 from tdcompile.compiler import compile as compile_module
 from tdcompile.compiler import prepare, rewrites_of
+from tdcompile.core.free_threads import FreeThreads
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan
 from tdcompile.errors import BudgetError, InputError, RuinedError, UnwrittenError
@@ -82,10 +83,11 @@ def make_plan(recipe: Recipe, out: Path | None, *, as_json: bool, quiet: bool) -
     _, steps = recipe.steps().split_exact()  # ``prepare`` applies the exact rewrites
     steps = _up_to_the_plan(steps, planned=recipe.plan is not None)
     job = load_job(recipe)
-    program = prepare(job.module, job.inputs, job.task, recipe, job.notes)
-    rewrites = rewrites_of(program)
-    with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder, watching(quiet=quiet) as watch:
-        program = steps.run(program.with_(workspace=Path(folder)), [watch] if watch else [])
+    with FreeThreads() as threads, tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
+        program = prepare(job.module, job.inputs, job.task, recipe, job.notes).with_(workspace=Path(folder))
+        rewrites = rewrites_of(program)
+        with watching(quiet=quiet) as watch:
+            program = steps.run(program, [threads, watch] if watch else [threads])
     made = replace(program.facts[RankPlan], rewrites=rewrites)
     _write(out, made.to_json())
     return Answer((made.to_json(),)) if out is None or as_json else Answer((_choices(made), f"plan: {out}"))

@@ -43,6 +43,9 @@ _COMMANDS: dict[str, Callable[..., Answer]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return the exit code."""
+    # Threads that wait for the others of an operation sleep. GNU OpenMP, which torch uses on Linux, spins by default
+    # and takes the time from those that it waits for where processors are shared. It reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a test or a notebook may replace the stream

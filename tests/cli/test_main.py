@@ -812,3 +812,14 @@ def test_bench_refuses_what_does_not_compare(tdc: Any, folder: Path, home: Path)
         in tdc("bench", folder / "model.onnx", "--input", "4x3x8x8", "--batch", "8").sentence
     )
     assert "cannot run on (1, 3, 7, 7)" in tdc("bench", folder / "model.onnx", "--input", "1x3x7x7").sentence
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "passive"), ("active", "active")])
+def test_threads_wait_passively_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert main(["--version"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == kept
