@@ -24,6 +24,7 @@ from tdcompile.ir.target import Cost, total
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import gram
 from tdcompile.passes.analyze._layer_prices import chain_of, cost_of, grain_of, prices_of, spaces_of
+from tdcompile.support.form_seconds import FormSeconds, timed
 from tdcompile.support.options import Count, Workers
 from tdcompile.support.process_pool import parallel_map
 from tdcompile.support.progress import report_progress
@@ -84,17 +85,20 @@ class Propose(AnalysisPass):
         drafts = {
             name: self._drafts(program, site, spaces[name], dense[name].cost, prices) for name, site in found.items()
         }
-        errors = parallel_map(_errors, self._work(program, found, drafts), self.jobs)
+        results, spent = parallel_map(_errors, self._work(program, found, drafts), self.jobs), FormSeconds(self.name)
         for done, (name, site) in enumerate(found.items(), start=1):
             report_progress(done, len(found), name)
-            made = [
-                Candidate(form, ranks, error, cost, form.modes)
-                for form, kept in drafts[name].items()
-                for (ranks, cost), error in zip(kept, _checked(next(errors), form, name, kept), strict=True)
-            ]
+            made: list[Candidate] = []
+            for form, drafted in drafts[name].items():
+                errors, seconds = next(results)
+                spent.add(form.name, seconds, len(drafted))
+                checked = zip(drafted, _checked(errors, form, name, drafted), strict=True)
+                made += [Candidate(form, ranks, error, cost, form.modes) for (ranks, cost), error in checked]
+            spent.layer_done(name)
             options[name] = (dense[name], *made)
             if not spaces[name] and name not in kept:
                 kept[name] = _refused(site, forms)
+        spent.all_done()
         dense_cost = total([candidate.cost for candidate in dense.values()])
         return Candidates(
             options,
@@ -149,7 +153,12 @@ class Propose(AnalysisPass):
         )
 
 
-def _errors(work: _Work) -> Sequence[float]:
+def _errors(work: _Work) -> tuple[Sequence[float], float]:
+    """Return the errors of one form on one layer, and the seconds that they took."""
+    return timed(_errors_of, work)
+
+
+def _errors_of(work: _Work) -> Sequence[float]:
     form, layer, weight, space, covariance = work
     told = f"in the decomposition {form.told()}, the errors of a layer {layer.weight_shape}"
     with during(told), reading(form, weight):

@@ -20,7 +20,7 @@ from tdcompile.core.decomposition import Decomposition, Kernel
 from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.numerics.covariance import Covariance, Identity
 from tdcompile.numerics.input_basis import core_of, input_map, residuals
-from tdcompile.numerics.low_rank import balance, operands
+from tdcompile.numerics.low_rank import balance, low_rank_errors, operands, unfold
 from tdcompile.passes.decompose._chain_layers import by_axis
 
 
@@ -65,6 +65,10 @@ class Spatial(Decomposition):
         levels = sorted({rank for (rank,) in space if (rank,) != exact})
         if not levels:
             return [0.0] * len(space)
+        if covariance.is_identity:  # the tails of one spectrum, which needs no vectors
+            unfolding = unfold(flat.reshape(len(flat), -1, layer.kernel[1]), 1)
+            found = low_rank_errors(unfolding, Identity.of(unfolding)).tolist()
+            return [0.0 if (rank,) == exact else found[rank] for (rank,) in space]
         maps = _maps(flat, covariance, layer.kernel[1], levels[-1])
         lost = torch.stack([residuals(flat, covariance, basis, [0, *levels]).double().sum(0) for basis in maps]).amin(0)
         if not lost[0] > 0:  # the output is always zero: no rank has an error

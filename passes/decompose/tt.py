@@ -16,7 +16,7 @@ from tdcompile.ir.layer import Layer, LayerKind, Ranks
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import balance
 from tdcompile.numerics.output_error import OutputMetric
-from tdcompile.numerics.tensor_train import share_bond, tt_compose, tt_svd
+from tdcompile.numerics.tensor_train import first_basis, share_bond, tt_compose, tt_svd
 from tdcompile.passes.decompose._chain_layers import by_axis, point_in, point_out
 from tdcompile.passes.decompose._error_estimates import anchored, spread, train_bounds
 from tdcompile.planning.rank_grid import train_space
@@ -88,20 +88,23 @@ class TT(Decomposition):
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
         """Bound the error by the energy that the unfoldings lose; correct the bound by a TT-SVD at a few ranks."""
         metric = None if covariance.is_identity else OutputMetric(weight, covariance)
-        tensor = _tensor(weight) if metric is None else _whiten(weight, metric)
+        root = None if metric is None else metric.channel_root(weight.shape[1])
+        tensor = _tensor(weight) if root is None else _whiten(weight, root)
         total = float(tensor.square().sum()) + torch.finfo(tensor.dtype).tiny
         inner = sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})
         bounds = train_bounds(tensor, inner, total)
 
         def truth(index: int) -> float:
-            if metric is not None:
+            cores = tt_svd(tensor, inner[index], first)
+            if metric is not None and root is not None:
                 # ``factorize`` also tries the plain fit, which is rarely better.
-                return _refit(_whitened(weight, inner[index], metric), metric)[1]
+                return _refit(_unwhitened(cores, root), metric)[1]
             # Each truncation is an orthogonal projection of the result of the one before it.
-            kept = float(tt_svd(tensor, inner[index])[-1].square().sum())
+            kept = float(cores[-1].square().sum())
             return math.sqrt(max(1 - kept / total, 0.0))
 
         anchors = spread([_operations(layer, ranks, metric) for ranks in inner], ESTIMATE, ANCHORS)
+        first = first_basis(tensor) if anchors else None
         found = anchored([sum(ranks) for ranks in inner], bounds, anchors, truth)
         known = dict(zip(inner, found, strict=True))
         return [known.get(ranks, 0.0) for ranks in space]
@@ -112,20 +115,21 @@ def _tensor(weight: Tensor) -> Tensor:
     return weight.detach().double().movedim(0, -1)
 
 
-def _whiten(weight: Tensor, metric: OutputMetric) -> Tensor:
-    return torch.einsum("cd,c...->d...", metric.channel_root(weight.shape[1]), _tensor(weight))
+def _whiten(weight: Tensor, root: Tensor) -> Tensor:
+    return torch.einsum("cd,c...->d...", root, _tensor(weight))
 
 
 def _fit_output(weight: Tensor, ranks: Ranks, metric: OutputMetric) -> tuple[list[Tensor], float]:
     """Return the better of the plain and the whitened TT-SVD, last cores refitted: cores and relative error."""
-    fits = (_refit(cores, metric) for cores in (_whitened(weight, ranks, metric), tt_svd(_tensor(weight), ranks)))
+    root = metric.channel_root(weight.shape[1])
+    whitened = _unwhitened(tt_svd(_whiten(weight, root), ranks), root)
+    fits = (_refit(cores, metric) for cores in (whitened, tt_svd(_tensor(weight), ranks)))
     return min(fits, key=lambda fit: fit[1])
 
 
-def _whitened(weight: Tensor, ranks: Ranks, metric: OutputMetric) -> list[Tensor]:
+def _unwhitened(cores: Sequence[Tensor], root: Tensor) -> list[Tensor]:
     """Return cores of the weight from the TT-SVD of the whitened weight; the first is made orthonormal again."""
-    first, rows, *rest = tt_svd(_whiten(weight, metric), ranks)
-    root = metric.channel_root(weight.shape[1])
+    first, rows, *rest = cores
     turned, scale = torch.linalg.qr(torch.linalg.solve_triangular(root.T, first.squeeze(0), upper=True))
     return [turned.unsqueeze(0), torch.tensordot(scale, rows, dims=1), *rest]
 

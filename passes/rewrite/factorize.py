@@ -19,9 +19,12 @@ from tdcompile.ir.measurements import input_covariance
 from tdcompile.ir.program import Change, Program, kept_dense, sites
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.planning.plan_file import check, estimated
+from tdcompile.support.form_seconds import FormSeconds, timed
 from tdcompile.support.options import Workers
 from tdcompile.support.process_pool import parallel_map
 from tdcompile.support.progress import report_progress
+
+_Work = tuple[Decomposition, Layer, Tensor, Ranks, Covariance]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,10 @@ class Factorize(RewritePass):
         )
         history: list[Change | Diagnostic] = []
         made = zip(replaced.items(), parallel_map(_factors, work, self.jobs), strict=True)
-        for done, ((name, choice), factors) in enumerate(made, start=1):
+        spent = FormSeconds(self.name)
+        for done, ((name, choice), (factors, seconds)) in enumerate(made, start=1):
+            spent.add(choice.decomposition.name, seconds)
+            spent.layer_done(name)
             form, site = choice.decomposition, found[name]
             bias = site.module.bias
             assert bias is None or isinstance(bias, Tensor)  # the types that convolutions and linear layers use
@@ -77,10 +83,16 @@ class Factorize(RewritePass):
             if (caution := form.caution(site.layer, site.weight, factors)) is not None:
                 history.append(Diagnostic("warning", DiagnosticCode.CAUTION, f"'{name}': {caution}", name))
             report_progress(done, len(replaced), name)
+        spent.all_done()
         return Rewritten(graph, history)
 
 
-def _factors(work: tuple[Decomposition, Layer, Tensor, Ranks, Covariance]) -> tuple[Tensor, ...]:
+def _factors(work: _Work) -> tuple[tuple[Tensor, ...], float]:
+    """Return the factors of one layer, and the seconds that they took."""
+    return timed(_factors_of, work)
+
+
+def _factors_of(work: _Work) -> tuple[Tensor, ...]:
     form, layer, weight, ranks, covariance = work
     with during(f"in the decomposition {form.told()} of a layer {layer.weight_shape}"), reading(form, weight):
         return form.factorize(layer, weight, ranks, covariance)

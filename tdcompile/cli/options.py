@@ -98,7 +98,7 @@ Out = Annotated[Path | None, _option("Folder or file to write the result to.", "
 Resume = Annotated[bool, _option("Continue an interrupted run of the same command.", "--resume")]
 DryRun = Annotated[bool, _option("Print the recipe and the pipeline, and stop.", "--dry-run")]
 Json = Annotated[bool, _option("Write JSON, and nothing else, to stdout.", "--json")]
-Verbose = Annotated[bool, _option("Log everything; show tracebacks.", "--verbose", "-v")]
+Verbose = Annotated[bool, _option("Log everything, and seconds by layer and form; tracebacks.", "--verbose", "-v")]
 Quiet = Annotated[bool, _option("Show no progress and no warnings.", "--quiet", "-q")]
 
 Methods = Annotated[

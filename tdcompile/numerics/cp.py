@@ -36,15 +36,18 @@ def cp_als(tensor: Tensor, start: Sequence[Tensor], sweeps: int, tolerance: floa
         sweeps: upper bound on the passes over all modes.
         tolerance: stop once a sweep lowers the squared relative error by less.
     """
-    tensor, size = tensor.double(), float(tensor.double().norm())
+    tensor = tensor.double()
+    energy = float(tensor.square().sum())
     for ridge in (0.0, 1e-3, 1e-2, 1e-1):
         factors, residual = balanced(start), math.inf
+        grams = [factor.T @ factor for factor in factors]
         for _ in range(sweeps):
-            factors, left = _sweep(tensor, factors, ridge)
-            if residual - left <= tolerance * size**2:
+            factors, grams, gained = _sweep(tensor, factors, grams, ridge)
+            left = energy - gained
+            if residual - left <= tolerance * energy:
                 break
             residual = left
-        if component_norm(factors) <= DEGENERATE * size:
+        if component_norm(factors) <= DEGENERATE * math.sqrt(energy):
             break
     return factors
 
@@ -114,9 +117,8 @@ def columns_product(factors: Sequence[Tensor]) -> Tensor:
 
 def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
     """Split the norm of each component equally over the modes; unequal norms diverge in training."""
-    norms = torch.stack([factor.norm(dim=0) for factor in factors])
-    scale = norms.prod(0) ** (1 / len(factors)) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-    return [factor * s for factor, s in zip(factors, scale, strict=True)]
+    scales = _split(torch.stack([factor.norm(dim=0) for factor in factors]))
+    return [factor * scale for factor, scale in zip(factors, scales, strict=True)]
 
 
 def component_norm(factors: Sequence[Tensor]) -> float:
@@ -124,26 +126,45 @@ def component_norm(factors: Sequence[Tensor]) -> float:
     return float(torch.stack([factor.norm(dim=0) for factor in factors]).prod(0).norm())
 
 
-def _sweep(tensor: Tensor, factors: Sequence[Tensor], ridge: float) -> tuple[list[Tensor], float]:
-    """Update all modes once and return the squared error; the tensor is multiplied twice."""
-    A, B, *short = factors
+def _sweep(
+    tensor: Tensor, factors: Sequence[Tensor], grams: Sequence[Tensor], ridge: float
+) -> tuple[list[Tensor], list[Tensor], float]:
+    """Update all modes once: the balanced factors, their Gram matrices, and how much the squared error is below ‖T‖².
+
+    The tensor is multiplied twice. For small layers the number of calls into torch decides: Gram matrices are kept
+    from one update to the next, and they have the norms of the components on their diagonals.
+    """
+    (A, B, *short), grams = factors, list(grams)
     flat, rank = tensor.flatten(1), A.shape[1]
-    grams = [factor.T @ factor for factor in factors]
-    # B and the short modes all need the tensor times the old A, ``(K, C, rank)``: compute it once.
-    outer = (flat.T @ A).reshape(B.shape[0], -1, rank).movedim(1, 0)
-    inner = (outer * B).sum(1).reshape(*tensor.shape[2:], rank)
+    # B and the short modes all need the tensor times the old A, ``(C, K, rank)``: compute it once.
+    outer = (flat.T @ A).reshape(len(B), -1, rank)
+    inner = (outer * B.unsqueeze(1)).sum(0).reshape(*tensor.shape[2:], rank)
     for i, old in enumerate(short):
         others = [_along(short[j], j, len(short)) for j in range(len(short)) if j != i]
         product = reduce(torch.mul, others, inner).movedim(i, 0).reshape(len(old), -1, rank).sum(1)
         short[i] = _solve(product, reduce(torch.mul, grams[: i + 2] + grams[i + 3 :]), old, ridge)
         grams[i + 2] = short[i].T @ short[i]
-    taps = columns_product(short)
-    B = _solve((outer * taps.unsqueeze(1)).sum(0), reduce(torch.mul, grams[2:], grams[0]), B, ridge)
+    taps = reduce(_columns, short)
+    B = _solve((outer * taps).sum(1), reduce(torch.mul, grams[2:], grams[0]), B, ridge)
     grams[1] = B.T @ B
-    product, gram = flat @ columns_product([B, taps]), reduce(torch.mul, grams[1:])
+    product, gram = flat @ _columns(B, taps), reduce(torch.mul, grams[1:])
     A = _solve(product, gram, A, ridge)
-    left = float(flat.square().sum() - 2 * (product * A).sum() + (gram * (A.T @ A)).sum())
-    return balanced([A, B, *short]), left
+    grams[0] = A.T @ A
+    gained = float(2 * (product * A).sum() - (gram * grams[0]).sum())
+    scales = _split(torch.stack([gram.diagonal() for gram in grams]).sqrt())
+    made = [factor * scale for factor, scale in zip((A, B, *short), scales, strict=True)]
+    return made, [gram * scale * scale[:, None] for gram, scale in zip(grams, scales, strict=True)], gained
+
+
+def _split(norms: Tensor) -> Tensor:
+    """Return the scales that give the components of all modes the same norm, from their norms ``(modes, rank)``."""
+    found: Tensor = norms.prod(0) ** (1 / len(norms)) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return found
+
+
+def _columns(left: Tensor, right: Tensor) -> Tensor:
+    """Return the Khatri-Rao product of two factors: ``columns_product`` without the cost of tensorly's dispatch."""
+    return (left.unsqueeze(1) * right).flatten(0, 1)
 
 
 def _along(factor: Tensor, mode: int, modes: int) -> Tensor:
@@ -153,7 +174,8 @@ def _along(factor: Tensor, mode: int, modes: int) -> Tensor:
 
 def _solve(product: Tensor, gram: Tensor, old: Tensor, ridge: float) -> Tensor:
     """Minimise ‖unfolding − X Zᵀ‖² + p‖X − old‖² + ridge‖X‖² over X; ``product`` = unfolding·Z, ``gram`` = ZᵀZ."""
-    mean = float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny ** 0.5
-    system = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (mean * (PROXIMAL + ridge))
+    mean = gram.diagonal().mean() + torch.finfo(gram.dtype).tiny ** 0.5
+    system = gram.clone()
+    system.diagonal().add_(mean * (PROXIMAL + ridge))
     found: Tensor = torch.cholesky_solve((product + mean * PROXIMAL * old).T, torch.linalg.cholesky(system)).T
     return found

@@ -24,7 +24,7 @@ LARGE = 2**22
 
 
 @torch.no_grad()
-def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+def tt_svd(tensor: Tensor, ranks: Sequence[int], first: Tensor | None = None) -> list[Tensor]:
     """Return tensor-train cores ``(r_{k-1}, I_k, r_k)``, orthonormal from the left, with the scale in the last.
 
     They are in float64, or in the tensor's precision if it has more than ``LARGE`` entries.
@@ -32,6 +32,7 @@ def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     Args:
         tensor: a tensor of any shape.
         ranks: the ranks between neighbouring modes.
+        first: ``first_basis`` of the tensor, for several decompositions of one tensor; computed by default.
 
     Raises:
         InputError: a rank exceeds the sides of the unfolding that it truncates.
@@ -45,8 +46,27 @@ def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
                 f"is {bond}; with those before it, it can be 1 to {most}"
             )
         before = bond
+    tensor = precise(tensor)
     with tl.backend_context("pytorch"):
-        return list(tensor_train(precise(tensor), [1, *ranks, 1], svd=_left_svd).factors)
+        if first is None or len(ranks) < 2:
+            return list(tensor_train(tensor, [1, *ranks, 1], svd=_left_svd).factors)
+        start, size = first[:, : ranks[0]], tensor.shape[1]
+        rest = (start.T @ tensor.flatten(1)).reshape(ranks[0] * size, *tensor.shape[2:])
+        second, *others = tensor_train(rest, [1, *ranks[1:], 1], svd=_left_svd).factors
+    return [start.unsqueeze(0), second.reshape(ranks[0], size, -1), *others]
+
+
+@torch.no_grad()
+def first_basis(tensor: Tensor) -> Tensor | None:
+    """Return the left singular vectors of the first unfolding, the strongest first: ``tt_svd`` begins with them.
+
+    None if ``tt_svd`` computes other vectors for each rank: if the first mode is longer than all others, or so long
+    that they are sketched.
+    """
+    unfolding = precise(tensor).flatten(1)
+    if len(unfolding) > min(unfolding.shape[1], SKETCHED):
+        return None
+    return _leading(unfolding, len(unfolding))
 
 
 def tt_compose(cores: Sequence[Tensor]) -> Tensor:
