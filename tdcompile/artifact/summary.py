@@ -29,7 +29,7 @@ from tdcompile.backend.evaluation import Evaluation
 from tdcompile.backend.export_and_measure import MeasuredNetwork, Outcome, Part, parts_of
 from tdcompile.backend.parity import Parity
 from tdcompile.core.plan import DENSE, Candidate, RankPlan
-from tdcompile.data.task import FEW
+from tdcompile.data.task import ENOUGH, FEW, Task
 from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
 from tdcompile.ir.measurements import Rehearsal
 from tdcompile.ir.program import Change, Program, sites_of
@@ -84,7 +84,7 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
     gates = tuple(_gates(program, run, outcome))
     return Report(
         source=run.source,
-        verdict=_verdict(outcome, ratio, gates),
+        verdict=_verdict(outcome, program.task, ratio, gates),
         seed=program.seed,
         pipeline=run.pipeline,
         frontend=program.frontend,
@@ -268,7 +268,7 @@ def drop_gate(max_drop: float | None, dense: float | None, compiled: float | Non
     return Gate(name=name, limit=limit, value=drop, passed=drop <= limit + 1e-9, sentence=sentence)
 
 
-def _verdict(outcome: Outcome, ratio: Ratio, gates: Sequence[Gate]) -> str:
+def _verdict(outcome: Outcome, task: Task, ratio: Ratio, gates: Sequence[Gate]) -> str:
     missed = [gate.sentence for gate in gates if not gate.passed]
     changed = any(gate.name == "answers" and not gate.passed for gate in gates)
     speed = ratio.latency or 1.0
@@ -280,12 +280,19 @@ def _verdict(outcome: Outcome, ratio: Ratio, gates: Sequence[Gate]) -> str:
     elif outcome.evaluation is not None:
         accuracy = f", {_kept(outcome.evaluation)}"
     else:
-        accuracy = ", quality not measured, because there are no samples"
+        accuracy = f", quality not measured, because {_unmeasured(task)}"
     head = "the network's answers have changed: " if changed else ""
     head += f"{pace}, with {ratio.macs:.2f} times fewer MACs and {ratio.params:.2f} times fewer parameters{accuracy}"
     if speed < 1.0 and "latency" not in {gate.name for gate in gates}:
         head += "; it was chosen without measuring time: --budget latency=SHARE keeps only what is faster"
     return f"{head}; not met: {'; '.join(missed)}" if missed else f"{head}; verified in onnxruntime"
+
+
+def _unmeasured(task: Task) -> str:
+    """Return why there are no samples to judge by."""
+    if task.train is None:
+        return "there are no samples"
+    return f"{len(task.train)} training samples are too few to hold some out: give test samples, or at least {ENOUGH}"
 
 
 def _kept(evaluation: Evaluation) -> str:

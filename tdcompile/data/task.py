@@ -19,6 +19,8 @@ from tdcompile.errors import InputError
 _SHARE = 8
 _HELD_OUT = 256
 FEW = 8
+# The fewest training samples of which some are held out.
+ENOUGH = _SHARE * FEW
 
 
 class Batch(NamedTuple):
@@ -193,7 +195,7 @@ class Task:
 
     def holding_out(self, generator: torch.Generator) -> Task:
         """Return the task with part of the training samples held out if it has no test samples."""
-        if self.tested or self.heldout is not None or self.train is None or len(self.train) < _SHARE * FEW:
+        if self.tested or self.heldout is not None or self.train is None or len(self.train) < ENOUGH:
             return self
         count = min(_HELD_OUT, len(self.train) // _SHARE)
         order = torch.randperm(len(self.train), generator=generator).tolist()

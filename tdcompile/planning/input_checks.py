@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Sequence
 
 from tdcompile.core.pipeline import Pipeline
-from tdcompile.data.task import FEW, Samples, Task
+from tdcompile.data.task import ENOUGH, Samples, Task
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.modules import outputs_of
@@ -32,7 +32,7 @@ def check_samples_to_judge(max_drop: float | None, task: Task) -> None:
     if max_drop is not None and (task.judges is None or not len(task.judges)):
         raise InputError(
             f"max_drop={max_drop:g} bounds the loss of accuracy or agreement, and there are no samples to measure it "
-            f"on: give data with test samples, or at least {8 * FEW} training samples"
+            f"on: give data with test samples, or at least {ENOUGH} training samples"
         )
 
 

@@ -642,7 +642,13 @@ def test_a_network_whose_outputs_say_nothing_is_not_exported(monkeypatch):
 def test_without_samples_the_verdict_says_that_quality_is_not_known():
     report = tdcompile.compile(network(), X, budget={"macs": 0.9}, decompose=FEW).report
     assert report.quality is None
-    assert "quality not measured" in report.verdict
+    assert "quality not measured, because there are no samples" in report.verdict
+
+
+def test_with_too_few_samples_the_verdict_does_not_say_that_there_are_none():
+    report = tdcompile.compile(network(), X, data=points(63), budget={"macs": 0.9}, decompose=FEW).report
+    assert report.quality is None
+    assert "63 training samples are too few to hold some out: give test samples, or at least 64" in report.verdict
 
 
 def test_layers_are_kept_dense_by_pattern_and_a_pattern_without_a_layer_is_an_error():
