@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -24,7 +27,7 @@ from tdcompile.ir.target import Cost, total
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import gram
 from tdcompile.passes.analyze._layer_prices import chain_of, cost_of, grain_of, prices_of, spaces_of
-from tdcompile.support.form_seconds import FormSeconds, timed
+from tdcompile.support.form_seconds import FormSeconds
 from tdcompile.support.options import Count, Workers
 from tdcompile.support.process_pool import parallel_map
 from tdcompile.support.progress import report_progress
@@ -42,7 +45,43 @@ _FOR_ANOTHER = (
     ReasonCode.UNGROUPED,
 )
 
+_Draft = tuple[Ranks, Cost]
 _Work = tuple[Decomposition, Layer, Tensor, Sequence[Ranks], Covariance]
+
+log = logging.getLogger("tdcompile")
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The ranks of one layer whose errors are wanted.
+
+    Attributes:
+        name: the layer.
+        drafts: for each form, ranks and their costs.
+        fields: the limited fields of ``Cost``.
+    """
+
+    name: str
+    layer: Layer
+    weight: Tensor
+    covariance: Covariance
+    drafts: Mapping[Decomposition, Sequence[_Draft]]
+    fields: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Errors of one form in one layer.
+
+    Attributes:
+        errors: an error for each of the ranks, or its lower bound if the ranks were not searched.
+        searched: number of ranks that were searched.
+        seconds: processor seconds that it took.
+    """
+
+    errors: Sequence[float]
+    searched: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -85,20 +124,24 @@ class Propose(AnalysisPass):
         drafts = {
             name: self._drafts(program, site, spaces[name], dense[name].cost, prices) for name, site in found.items()
         }
-        results, spent = parallel_map(_errors, self._work(program, found, drafts), self.jobs), FormSeconds(self.name)
+        searches = parallel_map(_search, self._searches(program, found, drafts, dense), self.jobs)
+        spent, left = FormSeconds(self.name), Counter[str]()
         for done, (name, site) in enumerate(found.items(), start=1):
             report_progress(done, len(found), name)
-            made: list[Candidate] = []
+            results, made = next(searches), list[Candidate]()
             for form, drafted in drafts[name].items():
-                errors, seconds = next(results)
-                spent.add(form.name, seconds, len(drafted))
-                checked = zip(drafted, _checked(errors, form, name, drafted), strict=True)
-                made += [Candidate(form, ranks, error, cost, form.modes) for (ranks, cost), error in checked]
+                result = results[form]
+                spent.add(form.name, result.seconds, result.searched)
+                left[form.name] += len(drafted) - result.searched
+                figures = zip(drafted, result.errors, strict=True)
+                made += [Candidate(form, ranks, error, cost, form.modes) for (ranks, cost), error in figures]
             spent.layer_done(name)
             options[name] = (dense[name], *made)
             if not spaces[name] and name not in kept:
                 kept[name] = _refused(site, forms)
         spent.all_done()
+        for form_name, ranks_left in (+left).items():
+            log.debug("propose: %d ranks of %s are not searched: other forms are surely better", ranks_left, form_name)
         dense_cost = total([candidate.cost for candidate in dense.values()])
         return Candidates(
             options,
@@ -114,7 +157,7 @@ class Propose(AnalysisPass):
         spaces: Mapping[Decomposition, Sequence[Ranks]],
         dense: Cost,
         prices: Mapping[Layer, Cost],
-    ) -> dict[Decomposition, list[tuple[Ranks, Cost]]]:
+    ) -> dict[Decomposition, list[_Draft]]:
         """Return the ranks and costs of every decomposition that may pay off, and its exact ranks.
 
         Selectors never choose a candidate that costs more than the dense layer, and errors are expensive. The exact
@@ -131,16 +174,17 @@ class Propose(AnalysisPass):
             ]
         return made
 
-    def _work(
+    def _searches(
         self,
         program: Program,
         found: Mapping[str, Site],
-        drafts: Mapping[str, Mapping[Decomposition, Sequence[tuple[Ranks, Cost]]]],
-    ) -> Iterator[_Work]:
+        drafts: Mapping[str, Mapping[Decomposition, Sequence[_Draft]]],
+        dense: Mapping[str, Candidate],
+    ) -> Iterator[_Search]:
         for name, site in found.items():
             covariance = input_covariance(program.facts, name, site.weight)
-            for form, kept in drafts[name].items():
-                yield form, site.layer, site.weight, [ranks for ranks, _ in kept], covariance
+            fields = list(program.budget.limits(dense[name].cost))
+            yield _Search(name, site.layer, site.weight, covariance, drafts[name], fields)
 
     def _whole(self, program: Program, dense: Cost) -> Cost:
         """Return the cost of the dense network: all its parameters, and its measured latency if known."""
@@ -153,21 +197,54 @@ class Propose(AnalysisPass):
         )
 
 
-def _errors(work: _Work) -> tuple[Sequence[float], float]:
-    """Return the errors of one form on one layer, and the seconds that they took."""
-    return timed(_errors_of, work)
+def _search(search: _Search) -> dict[Decomposition, _Found]:
+    """Return the errors of all forms; those of a form with bounds only where no other form is known to be better.
+
+    A candidate that is not searched has its lower bound as error. Another candidate has no larger error at no higher
+    cost, so that the choice of a plan does not miss it.
+    """
+    found: dict[Decomposition, _Found] = {}
+    known: list[tuple[float, Cost]] = []
+    bounded = [form for form in search.drafts if type(form).error_bounds is not Decomposition.error_bounds]
+    for form in (*(form for form in search.drafts if form not in bounded), *bounded):
+        drafts, begun = search.drafts[form], time.process_time()
+        errors = _bounds(search, form) if form in bounded and drafts else [0.0] * len(drafts)
+        places = [i for i, (_, cost) in enumerate(drafts) if not _beaten(errors[i], cost, known, search.fields)]
+        wanted = [drafts[i] for i in places]
+        if wanted:
+            ranks = [ranks for ranks, _ in wanted]
+            made = _errors((form, search.layer, search.weight, ranks, search.covariance))
+            for place, error in zip(places, _checked(made, form, search.name, wanted), strict=True):
+                errors[place] = error
+        known += [(error, cost) for error, (_, cost) in zip(errors, drafts, strict=True)]
+        found[form] = _Found(errors, len(wanted), time.process_time() - begun)
+    return found
 
 
-def _errors_of(work: _Work) -> Sequence[float]:
+def _bounds(search: _Search, form: Decomposition) -> list[float]:
+    drafts = search.drafts[form]
+    told = f"in the decomposition {form.told()}, the error bounds of a layer {search.layer.weight_shape}"
+    with during(told), reading(form, search.weight):
+        made = form.error_bounds(search.layer, search.weight, [ranks for ranks, _ in drafts], search.covariance)
+    return _checked(made, form, search.name, drafts)
+
+
+def _beaten(bound: float, cost: Cost, known: Sequence[tuple[float, Cost]], fields: Sequence[str]) -> bool:
+    """Return whether a known candidate of less error than the bound costs no more in any limited field."""
+    return any(
+        error < bound and all(getattr(other, field) <= getattr(cost, field) for field in fields)
+        for error, other in known
+    )
+
+
+def _errors(work: _Work) -> Sequence[float]:
     form, layer, weight, space, covariance = work
     told = f"in the decomposition {form.told()}, the errors of a layer {layer.weight_shape}"
     with during(told), reading(form, weight):
         return form.errors(layer, weight, space, covariance)
 
 
-def _checked(
-    errors: Sequence[float], form: Decomposition, name: str, kept: Sequence[tuple[Ranks, Cost]]
-) -> list[float]:
+def _checked(errors: Sequence[float], form: Decomposition, name: str, kept: Sequence[_Draft]) -> list[float]:
     """Return the errors of a layer as floats, one for each of the ranks; infinite ones rule the ranks out.
 
     Raises:

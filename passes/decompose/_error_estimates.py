@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -50,17 +50,23 @@ def anchored(
     return [float(error) for error in errors]
 
 
-def train_bounds(tensor: Tensor, space: Sequence[Ranks], energy: float) -> list[float]:
-    """Return upper bounds of a tensor train's relative error: the energy that each unfolding loses at its rank.
+def train_bounds(
+    tensor: Tensor, space: Sequence[Ranks], energy: float, join: Callable[[Iterable[float]], float]
+) -> list[float]:
+    """Return bounds of a tensor train's relative error, from the energy that each unfolding loses at its rank.
 
     Args:
         tensor: the tensor to decompose, one axis for each core.
         space: ranks, one for each bond.
         energy: squared norm of the tensor.
+        join: ``sum`` for upper bounds of the error of a TT-SVD (Oseledets 2011), ``max`` for lower bounds of the error
+            of any train.
     """
+    if not space:
+        return []
     most = [max(ranks) for ranks in zip(*space, strict=True)]
     tails = [tail(tensor.flatten(0, i).flatten(1), rank) for i, rank in enumerate(most)]
-    return [math.sqrt(sum(float(t[r]) for t, r in zip(tails, ranks, strict=True)) / energy) for ranks in space]
+    return [math.sqrt(join(float(t[r]) for t, r in zip(tails, ranks, strict=True)) / energy) for ranks in space]
 
 
 def _even(length: int, count: int) -> list[int]:

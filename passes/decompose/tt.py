@@ -92,7 +92,7 @@ class TT(Decomposition):
         tensor = _tensor(weight) if root is None else _whiten(weight, root)
         total = float(tensor.square().sum()) + torch.finfo(tensor.dtype).tiny
         inner = sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})
-        bounds = train_bounds(tensor, inner, total)
+        bounds = train_bounds(tensor, inner, total, sum)
 
         def truth(index: int) -> float:
             cores = tt_svd(tensor, inner[index], first)

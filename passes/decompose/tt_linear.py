@@ -25,6 +25,7 @@ from tdcompile.planning.rank_grid import train_space
 
 MEMBERS = 12  # proposed ranks beside the exact ones
 ANCHORS = 4  # ranks that are factorised for an estimate
+UNSURE = 0.1  # share by which an error corrected at one rank may be too high at another
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class TTLinear(Decomposition):
             cores = tt_svd(self._tensor(layer, weight), ranks)
         else:
             metric = OutputMetric(weight, covariance)
-            cores, _ = self._fit_output(layer, weight, ranks, metric, self._roots(layer, metric))
+            chains = self._chains(layer, weight, ranks, self._roots(layer, metric))
+            cores, _ = self._scaled(layer, chains, metric)
         for k in reversed(range(self.cores - 1)):
             cores[k], cores[k + 1] = share_bond(cores[k], cores[k + 1])
         return self.shaped(layer, ranks, cores[::-1], weight.dtype)
@@ -103,35 +105,69 @@ class TTLinear(Decomposition):
     @torch.no_grad()
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance) -> Sequence[float]:
         """Return the energy that the unfoldings lose: exact for two cores without data, otherwise corrected."""
+        return self._estimates(layer, weight, space, covariance, ANCHORS)
+
+    @torch.no_grad()
+    def error_bounds(
+        self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance
+    ) -> Sequence[float]:
+        """Return bounds of ``errors``: without data from the unfoldings, with data from one fit at the largest ranks.
+
+        Without data the chain cannot be better than the best approximation of any unfolding (Eckart and Young). With
+        data no such bound is known: the moments of the two input modes are not separable. The error that one fit
+        corrects is then less ``UNSURE``.
+        """
+        if covariance.is_identity:
+            tensor = self._tensor(layer, weight)
+            inner = self._inner(layer, space)
+            floors = train_bounds(tensor, inner, _energy(tensor), max)
+            known = dict(zip(inner, floors, strict=True))
+            return [known.get(ranks, 0.0) for ranks in space]
+        return [(1 - UNSURE) * error for error in self._estimates(layer, weight, space, covariance, 1)]
+
+    def _estimates(
+        self, layer: Layer, weight: Tensor, space: Sequence[Ranks], covariance: Covariance, anchors: int
+    ) -> list[float]:
+        """Return errors that are corrected by fits at so many of the ranks; by one at the largest, if only one."""
+        inner = self._inner(layer, space)
+        if not inner:
+            return [0.0] * len(space)
         metric = None if covariance.is_identity else OutputMetric(weight, covariance)
         roots = self._roots(layer, metric) if metric is not None else []
         tensor = self._tensor(layer, weight, roots)
-        total = energy(tensor.flatten(1)) + torch.finfo(tensor.dtype).tiny
-        inner = sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})
-        bounds = train_bounds(tensor, inner, total)
-
+        total = _energy(tensor)
+        bounds = train_bounds(tensor, inner, total, sum)
+        nested: list[list[Tensor]] = []
         if metric is not None:
             tensor = tensor.new_empty(0)  # each fit makes its own copy, and memory holds only one
+            if self.cores == 2:  # the chain of a lower rank is the head of this one
+                nested = self._chains(layer, weight, inner[-1], roots)
 
         def truth(index: int) -> float:
-            if metric is not None:
-                return self._fit_output(layer, weight, inner[index], metric, roots)[1]
-            return math.sqrt(max(1 - energy(tt_svd(tensor, inner[index])[-1].flatten(1)) / total, 0.0))
+            ranks = inner[index]
+            if metric is None:
+                return math.sqrt(max(1 - energy(tt_svd(tensor, ranks)[-1].flatten(1)) / total, 0.0))
+            chains = [[first[..., : ranks[0]], last[: ranks[0]]] for first, last in nested]
+            return self._scaled(layer, chains or self._chains(layer, weight, ranks, roots), metric)[1]
 
-        anchors = spread([1.0] * len(inner), 0.0, ANCHORS) if metric is not None or self.cores > 2 else []
-        found = anchored([sum(ranks) for ranks in inner], bounds, anchors, truth)
+        places = spread([1.0] * len(inner), 0.0, anchors) if anchors > 1 else [len(inner) - 1]
+        found = anchored(
+            [sum(ranks) for ranks in inner], bounds, places if metric is not None or self.cores > 2 else [], truth
+        )
         known = dict(zip(inner, found, strict=True))
         return [known.get(ranks, 0.0) for ranks in space]
+
+    def _inner(self, layer: Layer, space: Sequence[Ranks]) -> list[Ranks]:
+        """Return the ranks below the exact ones, in rising order."""
+        return sorted({ranks for ranks in space if ranks != self.exact_ranks(layer)})
 
     def build(self, layer: Layer, ranks: Ranks, factors: Sequence[Tensor], bias: Tensor | None) -> nn.Module:
         """Return a module of matrix products and reshapes, for any axes before the features."""
         return TTChain([c for _, c in self._modes(layer)], [1, *ranks], factors, bias)
 
-    def _fit_output(
-        self, layer: Layer, weight: Tensor, ranks: Ranks, metric: OutputMetric, roots: Sequence[Tensor]
-    ) -> tuple[list[Tensor], float]:
-        """Return the better of the plain and the whitened chain, each scaled: cores and relative error."""
-        found: list[tuple[list[Tensor], float]] = []
+    def _chains(self, layer: Layer, weight: Tensor, ranks: Ranks, roots: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return the cores of the plain and of the whitened chain."""
+        found: list[list[Tensor]] = []
         for turned in ([], roots):
             cores = tt_svd(self._tensor(layer, weight, turned), ranks)
             for k, root in enumerate(turned):
@@ -139,6 +175,13 @@ class TTLinear(Decomposition):
                 paired = cores[k].reshape(-1, t, c, cores[k].shape[2]).movedim(2, -1)
                 back = torch.linalg.solve_triangular(root.to(paired), paired.reshape(-1, c), upper=False, left=False)
                 cores[k] = back.reshape(paired.shape).movedim(-1, 2).reshape(cores[k].shape)
+            found.append(cores)
+        return found
+
+    def _scaled(self, layer: Layer, chains: Sequence[list[Tensor]], metric: OutputMetric) -> tuple[list[Tensor], float]:
+        """Return the better chain, scaled: cores and relative error."""
+        found: list[tuple[list[Tensor], float]] = []
+        for cores in chains:
             scale, error = metric.scale(self._rows(layer, cores))
             found.append(([cores[0] * scale, *cores[1:]], error))
         return min(found, key=lambda fit: fit[1])
@@ -211,6 +254,10 @@ class TTChain(nn.Module):
             x = x.movedim((-1, -3, -4, -2), (-4, -3, -2, -1)).flatten(-2).flatten(-3, -2)
         x = x.flatten(-3)
         return x if self.bias is None else x + self.bias
+
+
+def _energy(tensor: Tensor) -> float:
+    return energy(tensor.flatten(1)) + torch.finfo(tensor.dtype).tiny
 
 
 def _split(x: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:

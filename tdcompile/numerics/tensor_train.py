@@ -14,9 +14,9 @@ from torch import Tensor
 from tdcompile.errors import InputError
 from tdcompile.numerics.low_rank import column_basis, energy, gram
 
-# Randomised SVD is used if the shorter side exceeds SKETCHED, and also SKETCHED_SHARE times the number of singular
-# vectors that are wanted. It takes OVERSAMPLED more probes than vectors, and POWERS power iterations.
-SKETCHED, SKETCHED_SHARE, OVERSAMPLED, POWERS = 1024, 4, 16, 2
+# Randomised SVD is used if the shorter side exceeds a size, and also a multiple of the number of singular vectors that
+# are wanted. It takes OVERSAMPLED more probes than vectors, and POWERS power iterations.
+SKETCHED, OVERSAMPLED, POWERS = ((1024, 4), (256, 16)), 16, 2
 
 
 # Tensors with more entries are decomposed in their own precision: a float64 copy would double the memory.
@@ -61,10 +61,10 @@ def first_basis(tensor: Tensor) -> Tensor | None:
     """Return the left singular vectors of the first unfolding, the strongest first: ``tt_svd`` begins with them.
 
     None if ``tt_svd`` computes other vectors for each rank: if the first mode is longer than all others, or so long
-    that they are sketched.
+    that they are always sketched.
     """
     unfolding = precise(tensor).flatten(1)
-    if len(unfolding) > min(unfolding.shape[1], SKETCHED):
+    if len(unfolding) > min(unfolding.shape[1], max(size for size, _ in SKETCHED)):
         return None
     return _leading(unfolding, len(unfolding))
 
@@ -133,4 +133,4 @@ def _leading(matrix: Tensor, count: int) -> Tensor:
 
 
 def _sketched(matrix: Tensor, count: int) -> bool:
-    return min(matrix.shape) > SKETCHED and SKETCHED_SHARE * count < min(matrix.shape)
+    return any(min(matrix.shape) > max(size, share * count) for size, share in SKETCHED)

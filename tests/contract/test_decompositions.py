@@ -297,6 +297,24 @@ def test_the_default_errors_are_those_of_the_factors(form: str) -> None:
     assert found == pytest.approx([relative_error(weight, approximation, plain), 0.0], abs=1e-5)
 
 
+@pytest.mark.parametrize("data", MOMENTS)
+@pytest.mark.parametrize(
+    ("form", "name"), [case for case in ACCEPTED if FORMS[case[0]].error_bounds is not Decomposition.error_bounds]
+)
+def test_bounds_of_errors_are_not_above_them(form: str, name: str, data: str) -> None:
+    decomposition, _, layer, weight, _ = accepted(form, name)
+    space, moments = list(decomposition.rank_space(layer, 1)), MOMENTS[data](layer)
+    bounds = decomposition.error_bounds(layer, weight, space, moments)
+    for bound, error in zip(bounds, decomposition.errors(layer, weight, space, moments), strict=True):
+        assert 0 <= bound <= error + 1e-6
+    assert max(bounds) > 0.1
+
+
+def test_a_form_without_bounds_of_its_own_bounds_nothing() -> None:
+    decomposition, _, layer, weight, _ = accepted("svd", "linear")
+    assert decomposition.error_bounds(layer, weight, [(1,), (2,)], Identity.of(weight)) == [0, 0]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_default_refusal_leaves_out_no_layer_that_a_form_takes_unless_it_is_too_small(form: str) -> None:
     decomposition = FORMS[form]()

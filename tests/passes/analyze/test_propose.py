@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 import tdcompile
 from tdcompile.core import registry
 from tdcompile.core.cost_model import CostModel
+from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.pipeline import Pipeline
-from tdcompile.core.plan import Candidates
+from tdcompile.core.plan import Candidates, RankPlan
 from tdcompile.core.plugin import Plugin
+from tdcompile.data.task import Tensors
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.ir.target import Cost, Target
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.passes.analyze.propose import Propose
 from tdcompile.passes.decompose.svd import SVD
+from tdcompile.passes.decompose.tt_linear import TTLinear
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,27 @@ class Wrong(SVD):
     def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Covariance) -> Sequence[float]:
         """One, and then what the test has put there."""
         return [1.0, *self.later]
+
+
+@dataclass(frozen=True)
+class Bounded(SVD):
+    """``svd`` with more error, whose bounds the test sets; ``searched`` has the ranks whose errors were computed."""
+
+    name: ClassVar[str] = ""
+    worse: ClassVar[float] = 0.05
+    surely: ClassVar[float] = 0.04
+    searched: ClassVar[list[Ranks]] = []
+
+    def errors(self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Covariance) -> Sequence[float]:
+        """Those of ``svd``, and more."""
+        self.searched.extend(space)
+        return [error + self.worse for error in super().errors(layer, weight, space, moments)]
+
+    def error_bounds(
+        self, layer: Layer, weight: Tensor, space: Sequence[Ranks], moments: Covariance
+    ) -> Sequence[float]:
+        """Those of ``svd``, and a little more."""
+        return [error + self.surely for error in super().errors(layer, weight, space, moments)]
 
 
 @contextmanager
@@ -115,6 +140,62 @@ def test_errors_that_cannot_be_are_told_with_the_form_and_the_layer(
     with pytest.raises(TdcompileError, match=told) as raised:
         pipeline.run(program)
     assert not isinstance(raised.value, InputError)
+
+
+@pytest.fixture
+def bounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(Bounded, "searched", [])
+    with listed(Bounded, "bounded"):
+        yield
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize(
+    ("forms", "surely", "searched"), [("svd+bounded", 0.04, 0), ("svd+bounded", 0.0, 7), ("bounded", 0.04, 7)]
+)
+def test_ranks_that_another_form_surely_beats_are_not_searched_and_have_their_bound(
+    forms: str, surely: float, searched: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    program = tdcompile.trace(nn.Sequential(nn.Flatten(), nn.Linear(16, 16)).eval(), (torch.randn(2, 16),))
+    program = program.with_(budget=tdcompile.Budget(macs=0.9))
+    monkeypatch.setattr(Bounded, "surely", surely)
+    with caplog.at_level(logging.DEBUG, "tdcompile"):
+        options = Pipeline.parse(f"propose{{decompose={forms}}}").run(program).facts[Candidates].layers["1"]
+    assert len(Bounded.searched) in {searched, searched + 1}  # the exact ranks too, if their bound is zero
+    own = [option for option in options if option.form == "bounded"]
+    plain = [option.error for option in options if option.form == "svd"]
+    if plain:
+        more = 0.05 if searched else 0.04
+        assert [option.error for option in own] == pytest.approx([error + more for error in plain])
+    assert ("other forms are surely better" in caplog.text) == (searched == 0)
+
+
+def test_fewer_ranks_are_searched_and_the_plan_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 48)).eval()
+    with torch.no_grad():  # spectra that fall, as in trained layers
+        for layer in (network[0], network[2]):
+            layer.weight.mul_(torch.logspace(0, -2, layer.in_features))
+    samples = Tensors(torch.randn(256, 48))
+    program = tdcompile.trace(network, (torch.randn(2, 48),))
+    program = program.with_(budget=tdcompile.Budget(params=0.5), task=tdcompile.Task(samples))
+    searched: list[int] = []
+    errors = TTLinear.errors
+
+    def counting(
+        form: TTLinear, layer: Layer, weight: Tensor, space: Sequence[Ranks], seen: Covariance
+    ) -> Sequence[float]:
+        searched.append(len(space))
+        return errors(form, layer, weight, space, seen)
+
+    monkeypatch.setattr(TTLinear, "errors", counting)
+    pipeline = Pipeline.parse("calibrate,score,propose{decompose=svd+tt-linear},choose")
+    ours, few = pipeline.run(program), sum(searched)
+    searched.clear()
+    monkeypatch.setattr(TTLinear, "error_bounds", Decomposition.error_bounds)
+    assert pipeline.run(program).facts[RankPlan] == ours.facts[RankPlan]
+    assert few < sum(searched)
 
 
 @pytest.mark.parametrize("text", ["propose{grain=-1}", "propose{grain=0}"])
