@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdcompile.data.class_scores import logits
+from tdcompile.data.class_scores import logits, of_tokens
 from tdcompile.data.task import Batch
 from tdcompile.errors import InputError
 from tdcompile.ir.modules import evaluating, input_of
@@ -60,7 +60,8 @@ def backward_passes(
 ) -> Iterator[int]:
     """Run each batch forward and backward past the meters; yield its number of samples.
 
-    The loss is cross-entropy on the labels, or without labels on classes drawn from the network's own predictions.
+    The loss is cross-entropy on the labels, or without labels on classes drawn from the network's own predictions. In a
+    language model every token is a sample, and its class is drawn.
 
     Args:
         generator: draws the classes.
@@ -79,11 +80,14 @@ def backward_passes(
         for batch in batches:
             with torch.enable_grad():
                 scores = logits(graph(*(x.to(device) for x in batch.inputs)))
-                loss = _loss(scores, batch.labels, generator, score)
+                labels, count = batch.labels, len(scores)
+                if of_tokens(batch.inputs, scores):
+                    scores, labels = scores.flatten(0, 1), None  # every token is a sample of the loss
+                loss = _loss(scores, labels, generator, score)
             probes = [probe for meter in meters for probe in meter.take()]
             if loss.requires_grad:  # a network may detach its output
                 torch.autograd.grad(loss, probes, allow_unused=True)
-            yield len(scores)
+            yield count
 
 
 def _loss(scores: Tensor, labels: Tensor | None, generator: torch.Generator, score: str) -> Tensor:

@@ -1,13 +1,15 @@
-"""``auto``: first-order Taylor if the data has labels, otherwise ``none``."""
+"""``auto``: Taylor if the data has labels or the network is a language model, otherwise ``none``."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from tdcompile.core.importance import Importance
 from tdcompile.core.registry import make
+from tdcompile.data.class_scores import of_tokens
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program
 from tdcompile.support.options import Count
@@ -15,19 +17,25 @@ from tdcompile.support.options import Count
 
 @dataclass(frozen=True)
 class Auto(Importance):
-    """First-order Taylor on a few labelled samples; without labels every layer has the same score.
+    """Taylor on a few labelled samples, or on a few tokens of a language model; otherwise equal scores.
 
     First-order Taylor ranked random plans best on ResNet-20 and ResNet-56 (``docs/results/plan-ranking.md``). An eighth
     of the calibration samples is as good as all of them on ResNet-20, and slightly worse on ResNet-56.
 
+    A language model returns scores for every token, so that it needs no labels. Second-order Taylor then ranks plans
+    best (``docs/results/language.md``): equal scores are worse than one ratio for all layers, because the outputs of a
+    few layers have a few tokens of enormous norm, and their relative errors say nothing about the others.
+
     Attributes:
-        samples: number of training samples to read.
+        samples: number of labelled training samples to read.
+        tokens: number of tokens to read for a language model.
         batch: samples in one pass; it changes the memory use, not the score.
         largest: layers with more rows and more columns get the mean score, because their truncation takes too long.
     """
 
     name: ClassVar[str] = "auto"
     samples: Count = 128
+    tokens: Count = 1024
     batch: Count = 8
     largest: Count = 2048
 
@@ -36,17 +44,23 @@ class Auto(Importance):
 
         If the network returns anything other than class scores, all layers get the same score.
         """
-        train = program.task.train
-        equal = make(Importance, "none").score(program)
-        if train is None or not len(train) or not train.classes:
+        equal, taylor = make(Importance, "none").score(program), self._taylor(program)
+        if taylor is None:
             return equal
-        outputs = outputs_of(program.graph, program.inputs)
-        if len(outputs) > 1 or outputs[0].dim() != 2:
-            return equal
-        scores = make(Importance, self._taylor()).score(program)
+        scores = make(Importance, taylor).score(program)
         known = [score for score in scores.values() if score]
         mean = sum(known) / max(len(known), 1)
         return {name: score / mean if score else equal[name] for name, score in scores.items()}
 
-    def _taylor(self) -> str:
+    def _taylor(self, program: Program) -> str | None:
+        """Return the text form of the score to take, or None if there are no data or class scores for it."""
+        train = program.task.train
+        if train is None or not len(train):
+            return None
+        outputs, first = outputs_of(program.graph, program.inputs), train.batch([0]).inputs
+        if of_tokens(first, outputs[0]):
+            samples = math.ceil(self.tokens / outputs[0].shape[1])
+            return f"taylor{{order=2,samples={samples},batch={self.batch},largest={self.largest}}}"
+        if not train.classes or len(outputs) > 1 or outputs[0].dim() != 2:
+            return None
         return f"taylor{{order=1,samples={self.samples},batch={self.batch},largest={self.largest}}}"

@@ -11,7 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tdcompile.core.importance import Importance, normalised
+from tdcompile.data.class_scores import of_tokens
 from tdcompile.ir.layer import owner
+from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program, sites
 from tdcompile.passes.importance._divergence import drawn
 from tdcompile.passes.importance._gradients import GradientMeter, backward_passes
@@ -29,7 +31,8 @@ class Taylor(Importance):
     ½ E⟨g, δ⟩², the second-order term with the empirical Fisher information as the Hessian. Division by the squared
     relative error makes it a price that selectors multiply by a loss (this project's completion).
 
-    The loss is cross-entropy on the labels, or without labels on classes drawn from the network's predictions.
+    The loss is cross-entropy on the labels, or without labels on classes drawn from the network's predictions. In a
+    language model, which returns scores for every token, each position of a layer's output counts as a sample.
 
     Attributes:
         share: share of the layer's weights that the truncation keeps.
@@ -53,7 +56,10 @@ class Taylor(Importance):
         """See ``Importance.score``."""
         batches = drawn(program, self.samples, self.name, "the importance 'taylor'", self.batch)
         generator = program.generator("taylor/classes")
-        meters = {name: _Meter(trial) for name, trial in trials(program, self.share, self.forms, self.largest).items()}
+        outputs = outputs_of(program.graph, program.inputs)
+        tokens = bool(batches) and of_tokens(batches[0].inputs, outputs[0])
+        tried = trials(program, self.share, self.forms, self.largest)
+        meters = {name: _Meter(trial, tokens) for name, trial in tried.items()}
         passes = backward_passes(program, [*meters.values()], batches, generator, self.name)
         for done, samples in enumerate(passes, start=1):
             for meter in meters.values():
@@ -64,11 +70,16 @@ class Taylor(Importance):
 
 
 class _Meter(GradientMeter):
-    """Measures ⟨g, δ⟩ of one layer for each sample, summed over its calls."""
+    """Measures ⟨g, δ⟩ of one layer for each sample, summed over its calls.
 
-    def __init__(self, trial: Trial) -> None:
+    Args:
+        trial: the truncated layer.
+        tokens: whether each position of the output is a sample.
+    """
+
+    def __init__(self, trial: Trial, tokens: bool) -> None:
         super().__init__(trial.site.module)
-        self.trial = trial
+        self.trial, self._tokens = trial, tokens
         self._difference = replace(trial.site.layer, bias=False).build()
         owner(self._difference).weight = nn.Parameter(trial.weight - trial.site.weight, requires_grad=False)
         self._batch: list[Tensor] = []
@@ -80,7 +91,12 @@ class _Meter(GradientMeter):
             change = self._difference.forward(input)  # not called, because hooks for all modules must not see it
 
         def add(gradient: Tensor) -> None:
-            self._batch.append((gradient * change).reshape(len(change), -1).double().sum(1))
+            product = gradient * change
+            if self._tokens:
+                product = product if self.trial.site.layer.kind == "linear" else product.movedim(1, -1)
+                self._batch.append(product.double().sum(-1).flatten())
+            else:
+                self._batch.append(product.reshape(len(change), -1).double().sum(1))
 
         return add
 

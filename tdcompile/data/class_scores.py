@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -19,3 +19,16 @@ def logits(output: object) -> Tensor:
 def classified(output: Tensor) -> bool:
     """Return whether an output has the shape of class scores, ``(N, classes)``."""
     return output.dim() == 2 and output.shape[1] > 1
+
+
+def of_tokens(inputs: Sequence[Tensor], output: Tensor) -> bool:
+    """Return whether an output holds the scores of a language model, ``(N, L, V)``: a class for each of V tokens.
+
+    The network then reads whole numbers ``(N, L)``, all below V. Hidden states of an encoder are narrower than its
+    vocabulary.
+    """
+    numbers = [x for x in inputs if not x.is_floating_point() and not x.is_complex()]
+    scores = output.dim() == 3 and output.is_floating_point() and output.shape[2] > 1
+    return bool(scores and numbers) and all(
+        x.dim() == 2 and x.numel() > 0 and int(x.min()) >= 0 and int(x.max()) < output.shape[2] for x in numbers
+    )
