@@ -103,25 +103,26 @@ def main(
             size = sum(p.numel() * p.element_size() for p in network.parameters())
             largest = max(p.numel() * p.element_size() for p in network.parameters())
 
-            def done(step: str, begun: float) -> None:
+            def done(step: str, begun: tuple[float, float]) -> None:
                 most = memory.most.get(step, 0)
-                row = {"step": step, "seconds": time.perf_counter() - begun, "peak GB": most / 1e9}
+                wall, busy = (now - before for now, before in zip(_clocks(), begun, strict=True))
+                row = {"step": step, "seconds": wall, "CPU seconds": busy, "peak GB": most / 1e9}
                 rows.append(row | {"of the model": most / size})
                 print(rows[-1], flush=True)
 
-            memory.step, begun = "load", time.perf_counter()
+            memory.step, begun = "load", _clocks()
             load_weights(network, file)
             done("load", begun)
-            memory.step, begun = "trace", time.perf_counter()
+            memory.step, begun = "trace", _clocks()
             program = tdcompile.trace(network, torch.randint(0, words, (2, 32)))
             program = program.with_(budget=Budget(macs=macs), seed=seed)
             done("trace", begun)
             for step in (f"propose{{decompose=svd,jobs={jobs}}}", "choose{by=lagrangian}", f"factorize{{jobs={jobs}}}"):
-                memory.step, begun = step, time.perf_counter()
+                memory.step, begun = step, _clocks()
                 program = Pipeline.parse(f"score,{step}" if step.startswith("propose") else step).run(program)
                 done(step, begun)
             if export:
-                memory.step, begun = "export", time.perf_counter()
+                memory.step, begun = "export", _clocks()
                 exported = export_onnx(program.graph, program.inputs, Path(folder) / "model.onnx")
                 done("export", begun)
                 rows[-1]["written GB"] = exported.bytes / 1e9
@@ -133,6 +134,11 @@ def main(
         f"at most {whole / 1e9:.1f} GB, mapped files included"
     )
     publish(title, rows, seed, Target(), json)
+
+
+def _clocks() -> tuple[float, float]:
+    """Return elapsed seconds, and the processor seconds of this process, which other processes hardly change."""
+    return time.perf_counter(), time.process_time()
 
 
 def _write(network: nn.Module, file: Path, seed: int) -> None:
