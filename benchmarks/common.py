@@ -32,11 +32,15 @@ def network(name: str, seed: int) -> tuple[torch.nn.Module, torch.Tensor]:
     return made.build(), torch.randn(1, *made.input_shapes[0])
 
 
-def trained(name: str, weights: Path, data: str, seed: int) -> tuple[torch.nn.Module, Samples | None, Samples | None]:
-    """Return a trained reference network for CIFAR-10 with its training and test samples."""
+def trained(
+    name: str, weights: Path | None, data: str, seed: int
+) -> tuple[torch.nn.Module, Samples | None, Samples | None]:
+    """Return a reference network for CIFAR-10 with its training and test samples; random weights without a file."""
     train, test = load_data(data, (3, 32, 32), "imagenet", seed)
+    torch.manual_seed(seed)
     module = make(Network, name).build()
-    load_weights(module, weights)
+    if weights is not None:
+        load_weights(module, weights)
     return module, train, test
 
 
