@@ -40,7 +40,7 @@ from tdcompile.training.run_state import Tuning
 ROUNDING = 1e-3
 # Without --max-drop a compiled network may lose this many points of accuracy or, without labels, this many points of
 # top-1 agreement, or have this relative error in percent, before its answers count as changed.
-# docs/concepts/quality.md has the measurements behind them.
+# docs/results/changed-answers.md has the measurements behind them.
 CHANGED_ACCURACY = 10.0
 CHANGED_AGREEMENT = 30.0
 CHANGED_ERROR = 50.0

@@ -1,0 +1,37 @@
+"""The benchmark of changed answers judges as the gate does."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from tdcompile.artifact.summary import answers_gate
+from tdcompile.backend.evaluation import Evaluation, OutputQuality
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+for needed in ("results", "common", "real_networks"):
+    load(needed)
+changed_answers = load("changed_answers")
+
+
+@pytest.mark.parametrize(
+    ("error", "agreement", "changed"),
+    [(0.9, 0.71, False), (0.1, 0.69, True), (0.49, None, False), (0.51, None, True), (float("inf"), 0.9, True)],
+)
+def test_answers_changed_where_the_gate_of_a_compilation_fails(error, agreement, changed):
+    output = OutputQuality(relative_error=error, cosine=0.5, agreement=agreement, divergence=None)
+    gate = answers_gate(None, Evaluation(200, None, None, (output,)))
+    assert gate.passed is not changed
+    reported = None if error == float("inf") else error
+    assert changed_answers.is_changed(reported, agreement) is changed
