@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import weakref
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.errors import InputError
@@ -18,7 +19,7 @@ from tdcompile.ir.im2col import draw_rows, patches_at
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.measurements import Calibration
 from tdcompile.ir.modules import input_of
-from tdcompile.ir.program import Program, Site, sites
+from tdcompile.ir.program import Program, Site, kept_dense, sites
 from tdcompile.numerics.covariance import WIDE, Covariance, Full, PerGroup
 from tdcompile.numerics.finite import all_finite
 from tdcompile.numerics.nystrom import NystromSketch
@@ -38,6 +39,9 @@ class Calibrate(AnalysisPass):
     Ten patches for each input of a layer, spread over all samples, give factors whose error is within 1 to 2 % of those
     from every patch; sums over more patches only take longer. Layers that read one value in one geometry, such as the
     projections of an attention, share one covariance.
+
+    Layers that must stay dense get no covariance, and what only they and later operations compute is not run: the head
+    of a language model whose embedding is tied takes a fifth of the time, and most of the memory.
 
     If a layer has fewer than 5 patches for each input, its covariance is mixed with a multiple of the identity
     (``numerics.shrinkage.oas_share``), and the report says so.
@@ -71,13 +75,13 @@ class Calibrate(AnalysisPass):
         chosen = samples.shuffled(program.generator("calibrate"))
         taps, skipped = self._taps(program, count)
         hooks = [tap.site.module.register_forward_pre_hook(tap, with_kwargs=True) for tap in taps.values()]
-        shared = _Shared()
+        shared, graph = _Shared(), _up_to(program.graph, {tap.site.module for tap in taps.values()})
         try:
             with torch.no_grad():
                 for done, batch in enumerate(chosen.batches(self.batch, limit=count), start=1):
                     for tap in taps.values():
                         tap.begin(len(batch.inputs[0]), shared if done == 1 else None)
-                    program.graph(*batch.inputs)
+                    graph(*batch.inputs)
                     report_progress(min(done * self.batch, count), count, "samples")
         finally:
             for hook in hooks:
@@ -91,10 +95,13 @@ class Calibrate(AnalysisPass):
         return Calibration(covariances, skipped, count, shares)
 
     def _taps(self, program: Program, count: int) -> tuple[dict[str, _Tap], dict[str, str]]:
-        taps, skipped = {}, {}
-        for name, site in sites(program).items():
+        taps, skipped, found = {}, {}, sites(program)
+        kept = kept_dense(program, found)
+        for name, site in found.items():
             width = site.layer.in_channels // site.layer.groups * site.layer.taps
-            if site.layer.depthwise:
+            if name in kept:
+                skipped[name] = f"it stays dense: {kept[name].text}"
+            elif site.layer.depthwise:
                 skipped[name] = "a depthwise layer is not factorised"
             elif site.layer.groups > 1 and width * math.sqrt(site.layer.groups) > self.largest:
                 skipped[name] = (
@@ -114,6 +121,27 @@ class Calibrate(AnalysisPass):
             "calibrate: the %d x %d covariance of %s is kept as rank %d plus diagonal", width, width, name, self.sketch
         )
         return NystromSketch(width, self.sketch, program.generator(f"calibrate/{name}/sketch"))
+
+
+def _up_to(graph: fx.GraphModule, modules: Set[nn.Module]) -> nn.Module:
+    """Return the graph up to the last call that reaches one of the modules, over the same modules and tensors."""
+    nodes = list(graph.graph.nodes)
+    last = max(
+        (
+            place
+            for place, node in enumerate(nodes)
+            if node.op == "call_module" and not modules.isdisjoint(graph.get_submodule(str(node.target)).modules())
+        ),
+        default=len(nodes) - 1,
+    )
+    if last >= len(nodes) - 2:  # only the output follows
+        return graph
+    short = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in nodes[: last + 1]:
+        copies[node] = short.node_copy(node, copies.__getitem__)
+    short.output(copies[nodes[last]])
+    return fx.GraphModule(graph, short)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from tdcompile.core.decomposition import Decomposition, reading, relative_error
 from tdcompile.core.registry import make
 from tdcompile.errors import InputError
 from tdcompile.ir.measurements import input_covariance
-from tdcompile.ir.program import Program, Site, sites
+from tdcompile.ir.program import Program, Site, kept_dense, sites
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.planning.rank_grid import ranks_for
 
@@ -49,7 +49,7 @@ class Trial:
 def trials(
     program: Program, share: float, forms: tuple[str, ...] = FORMS, largest: int | None = None
 ) -> Mapping[str, Trial]:
-    """Return a trial for each layer, by the first of the forms that applies to it.
+    """Return a trial for each layer that need not stay dense, by the first of the forms that applies to it.
 
     Args:
         share: share of the layer's weights that the trial keeps; halved until the trial has an error.
@@ -62,8 +62,11 @@ def trials(
     if not 0 < share <= 1:
         raise InputError(f"share={share:g} is not in (0, 1]: 0.5 keeps half of a layer's weights")
     known = [make(Decomposition, form) for form in forms]
-    made = {}
-    for name, site in sites(program).items():
+    made, found = {}, sites(program)
+    kept = kept_dense(program, found)
+    for name, site in found.items():
+        if name in kept:
+            continue
         form = next((form for form in known if form.refuse(site.layer) is None), None)
         if form is None or (largest is not None and min(site.weight.flatten(1).shape) > largest):
             continue

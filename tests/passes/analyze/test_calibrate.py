@@ -163,6 +163,61 @@ def test_depthwise_layers_are_left_out_with_a_reason():
     assert "depthwise" in moments(nn.Conv2d(4, 4, 3, groups=4), drawn(4, 4, 6, 6)).skipped["0"]
 
 
+class Tied(nn.Module):
+    """Ids to scores by an embedding that is also the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.middle, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.words.weight
+        self.after = nn.Identity()
+
+    def forward(self, ids):
+        """Return scores."""
+        return self.after(self.head(torch.relu(self.middle(self.words(ids)))))
+
+
+def test_what_only_layers_that_stay_dense_need_is_not_run():
+    torch.manual_seed(0)
+    network, ids = Tied().eval(), torch.randint(9, (12, 5))
+    calls = []
+    program = tdcompile.trace(network, ids[:2])
+    program = program.with_(task=tdcompile.Task(Tensors(ids)))
+    program.graph.get_submodule("after").register_forward_hook(lambda *_: calls.append(1))
+    program.graph(ids)
+    assert len(calls) == 1
+    calls.clear()
+    found = Calibrate(patches=100).run(program).facts[Calibration]
+    assert set(found.covariances) == {"middle"}
+    assert "stays dense" in found.skipped["head"]
+    assert not calls
+    rows = network.words(ids).detach().reshape(-1, 4).double()
+    torch.testing.assert_close(found.covariances["middle"].dense(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+
+
+def test_layers_inside_a_module_that_is_not_traced_are_reached():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.own(x) if float(x.sum()) > -1e9 else x
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner = nn.Linear(4, 4), Inner()
+
+        def forward(self, x):
+            return self.inner(self.first(x)).relu().sum(1)
+
+    samples = drawn(9, 4)
+    program = tdcompile.trace(Outer().eval(), samples.batch([0, 1]).inputs)
+    found = Calibrate().run(program.with_(task=tdcompile.Task(samples))).facts[Calibration]
+    assert set(found.covariances) == {"first", "inner.own"}
+
+
 def test_the_moments_of_groups_together_take_no_more_memory_than_one_matrix_may():
     module, samples = nn.Conv2d(24, 24, 1, groups=4), drawn(4, 24, 6, 6)
     assert moments(module, samples, largest=12).covariances["0"].dense().shape == (4, 6, 6)
