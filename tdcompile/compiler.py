@@ -41,11 +41,14 @@ from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Budget, total
 from tdcompile.planning.allocation import keeps_counts
 from tdcompile.planning.input_checks import (
+    calibrated,
     check_class_names,
     check_labels,
+    check_precision,
     check_sample_inputs,
     check_samples_to_judge,
     check_training_samples,
+    float_layers,
     matched_layers,
 )
 from tdcompile.planning.plan_file import adopt, read_plan
@@ -97,9 +100,9 @@ class Compiled:
         check_out(Path(out))
         weights = self.folder / "weights.safetensors"
         save_weights(self.module, weights, {"source": self.report.source})
+        models = ("model.onnx", "dense.onnx", *(one.file for one in self.report.variants))
         files: dict[str, bytes | str | Path] = {
-            "model.onnx": self.onnx,
-            "dense.onnx": self.folder / "dense.onnx",
+            **{name: self.folder / name for name in models},
             "weights.safetensors": weights,
             "plan.json": self.plan.to_json(),
             "report.json": self.report.to_json(),
@@ -372,8 +375,11 @@ def prepare(
         UnavailableError: the target's execution provider does not load.
     """
     target = recipe.device()
+    if recipe.plan is not None and recipe.precision == "fp32":
+        target = replace(target, precision=read_plan(recipe.plan).precision)
     budget = recipe.shares()
     form, names = recipe.onnx(), recipe.class_names()
+    check_precision(target, form)
     open_probe(target, form)  # before any work
     program = trace(
         module,
@@ -389,15 +395,17 @@ def prepare(
     train, test = (samples_cast_like(samples, program.inputs) for samples in (task.train, task.test))
     program = program.with_(seed=recipe.seed)
     task = replace(task, train=train, test=test).holding_out(program.generator("held out"))
+    target, unquantised = calibrated(target, task, asked=recipe.precision)
     program = program.with_(task=task, target=target, budget=budget, onnx=form)
     program = program.with_(keep_dense=matched_layers(program, recipe.keep_dense))
+    program = program.with_(keep_fp32=float_layers(program, recipe.keep_fp32))
     check_sample_inputs(program)
     check_labels(program)
     check_class_names(program, names)
     if recipe.plan is not None:
         program = adopt(program, recipe.plan)
     read = [Diagnostic("warning" if note.warning else "info", DiagnosticCode.DATA, note.text) for note in told]
-    return program.with_(history=(*notes, *read, *program.history))
+    return program.with_(history=(*notes, *read, *unquantised, *program.history))
 
 
 def _exact_rewrites(recipe: Recipe) -> Pipeline:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from tdcompile.core.spec import split
 from tdcompile.errors import InputError
-from tdcompile.ir.target import Budget, Device
+from tdcompile.ir.target import AskedPrecision, Budget, Device
 from tdcompile.support.options import Count, Workers
 
 Frontend = Literal["auto", "fx", "export"]
@@ -73,6 +73,9 @@ class RecipeOptions(BaseModel):
     eval: Count | None = Field(default=None, description="Test samples of the final accuracy; default all")
     target: Device = Field(default="cpu", description="cpu or cuda")
     threads: Workers = Field(default=1, description="Threads of onnxruntime")
+    precision: AskedPrecision = Field(
+        default="fp32", description="fp32, fp16, int8, or auto: int8 or fp32, whichever loses less within the budget"
+    )
     grain: Count | None = Field(default=None, description="Ranks are multiples of this number")
     budget: Mapping[str, float] = Field(
         default={"latency": 0.5},
@@ -87,6 +90,9 @@ class RecipeOptions(BaseModel):
         description="none, or options of the training passes, e.g. epochs=5,lr=0.02; default none, or the recipe's",
     )
     keep_dense: tuple[str, ...] = Field(default=(), description="Layers to leave dense, as a name or a glob")
+    keep_fp32: tuple[str, ...] = Field(
+        default=(), description="Layers that stay float in an int8 model, as a name or a glob"
+    )
     max_drop: _Bound | None = Field(
         default=None, description="Exit with 4 if accuracy, or agreement without labels, falls by more points"
     )
@@ -144,7 +150,9 @@ class RecipeOptions(BaseModel):
             raise InputError(f"the metadata '{taken[0]}' is written by tdcompile: give another key")
         return value
 
-    @field_validator("input", "decompose", "batch_axis", "dynamic", "keep_dense", "output_names", mode="before")
+    @field_validator(
+        "input", "decompose", "batch_axis", "dynamic", "keep_dense", "keep_fp32", "output_names", mode="before"
+    )
     @classmethod
     def _read_list(cls, value: Any) -> Any:
         return tuple(split(value)) if isinstance(value, str) else value

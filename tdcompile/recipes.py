@@ -23,7 +23,7 @@ from tdcompile.data.loading import Given, given
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.onnx_format import OnnxFormat
-from tdcompile.ir.target import UNLIMITED, Budget, Device, Target
+from tdcompile.ir.target import UNLIMITED, AskedPrecision, Budget, Device, Precision, Target
 from tdcompile.recipe_options import Frontend, RecipeOptions, budget_of
 
 SHIPPED = "recipes.toml"
@@ -59,6 +59,7 @@ class CompileOptions(TypedDict, total=False):
     calibrate: int
     eval: int | None
     target: Device
+    precision: AskedPrecision
     threads: int
     grain: int | None
     budget: str | Mapping[str, float] | Budget
@@ -68,6 +69,7 @@ class CompileOptions(TypedDict, total=False):
     plan: str | Path | RankPlan | None
     tune: str | None
     keep_dense: str | Sequence[str]
+    keep_fp32: str | Sequence[str]
     max_drop: float | None
     min_speedup: float | None
     pipeline: str | Pipeline | None
@@ -93,8 +95,9 @@ class Recipe(RecipeOptions):
         return self.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
 
     def device(self) -> Target:
-        """Return the target."""
-        return Target(device=self.target, threads=self.threads, grain=self.grain)
+        """Return the target; the precision ``auto`` stands for int8, beside which fp32 is considered."""
+        precision: Precision = "int8" if self.precision == "auto" else self.precision
+        return Target(device=self.target, threads=self.threads, grain=self.grain, precision=precision)
 
     def onnx(self) -> OnnxFormat:
         """Return the versions and output names of the ONNX models.
@@ -140,6 +143,7 @@ class Recipe(RecipeOptions):
             options = {"decompose": chosen} if chosen else {}
             parts += [f"reach{{decompose={chosen}}}" if chosen else "reach"]
             options |= {"spectra": "true"} if get(RankSelector, parse_spec(self.ranks).name).needs_spectra else {}
+            options |= {"also_fp32": "true"} if self.precision == "auto" else {}
             written = ",".join(f"{key}={value}" for key, value in options.items())
             parts += [
                 "calibrate",

@@ -10,23 +10,33 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from tdcompile.backend.deployment import deployed
 from tdcompile.backend.graft import Graft, graft_layers
 from tdcompile.backend.lowering import export_lowered
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.plan import Candidate
 from tdcompile.ir.graph_edits import copy_graph, replace_module
 from tdcompile.ir.program import Program, sites
+from tdcompile.ir.target import Precision
 
 Choices = Mapping[str, Candidate]
 
 
 @contextlib.contextmanager
-def written(program: Program, choices: Choices, dense: Path) -> Iterator[Path]:
-    """Write the plan's graph to an ONNX file that exists within the context."""
+def written(program: Program, choices: Choices, dense: Path, precision: Precision = "fp32") -> Iterator[Path]:
+    """Write the plan's graph to an ONNX file that exists within the context.
+
+    Args:
+        program: the dense network.
+        choices: the plan.
+        dense: the dense network as an ONNX model in fp32.
+        precision: number format of the file.
+    """
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
         file = Path(folder) / "rehearsal.onnx"
         _write(program, choices, dense, file)
-        yield file
+        with deployed(program, file, precision) as made:
+            yield made
 
 
 def _write(program: Program, choices: Choices, dense: Path, file: Path) -> None:

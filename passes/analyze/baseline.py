@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from tdcompile.backend.deployment import write_deployed
 from tdcompile.backend.lowering import export_lowered, timing_inputs
 from tdcompile.backend.session import time_models
 from tdcompile.backend.verified_export import DenseModel
@@ -30,15 +31,21 @@ class MeasureBaseline(AnalysisPass):
     seconds: NonNegative = 1.0
 
     def analyze(self, program: Program) -> Baseline:
-        """Return the dense model and its median latency.
+        """Return the dense model and its median latency, in fp32 and in the target's precision.
 
         Raises:
             UnavailableError: the target's execution provider does not load.
         """
         known = program.facts.get(DenseModel)
         model = _exported(program) if known is None or not known.model.is_file() else known.model
-        timing = time_models([model], timing_inputs(program), program.target, seconds=self.seconds)[0]
-        return Baseline(model, timing.median)
+        target = program.target
+        if target.precision == "fp32":
+            timing = time_models([model], timing_inputs(program), target, seconds=self.seconds)[0]
+            return Baseline(model, timing.median)
+        other = model.with_name(f"dense.{target.precision}.rehearsal.onnx")
+        write_deployed(program, model, other, target.precision)
+        timings = time_models([model, other], timing_inputs(program), target, seconds=self.seconds)
+        return Baseline(model, timings[0].median, other, timings[0].median / timings[1].speedup.value)
 
 
 def _exported(program: Program) -> Path:

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from tdcompile.core.passes import AnalysisPass
-from tdcompile.core.plan import Candidate, Candidates, Importances, RankPlan, dense_of
+from tdcompile.core.plan import Candidate, Candidates, FloatCandidates, Importances, RankPlan, dense_of
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make, registered
-from tdcompile.errors import TdcompileError, during, nearest
+from tdcompile.errors import BudgetError, TdcompileError, during, nearest
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.measurements import Reachable
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Budget, Cost
-from tdcompile.planning.allocation import lowest_shares
+from tdcompile.planning.allocation import LOSSES, lowest_shares
 
 _ROUNDING = 1e-6  # the sum of the cheapest candidates is within the budget that it defines
 
@@ -31,27 +31,53 @@ class Choose(AnalysisPass):
     name: ClassVar[str] = "choose"
     takes: ClassVar[Mapping[str, str]] = {"ranks": "by"}
     needs: ClassVar[tuple[type[Fact], ...]] = (Candidates, Importances)
-    gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan,)
+    gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan, Candidates)
     by: Annotated[str, registered(RankSelector)] = "knapsack"
 
-    def analyze(self, program: Program) -> RankPlan:
+    def analyze(self, program: Program) -> tuple[RankPlan, Candidates]:
         """Return the selector's plan; layers that every decomposition refuses keep that reason.
+
+        If there are candidates in fp32 beside others, both plans are made. The one of less predicted loss stays, with
+        its candidates; if only one meets the budget, that one.
 
         Raises:
             BudgetError: no plan meets the budget.
             TdcompileError: the selector does not return a plan, or see ``_complete``.
         """
-        candidates = program.facts[Candidates]
+        candidates, floats = program.facts[Candidates], program.facts.get(FloatCandidates)
+        if floats is None or floats.candidates is None:
+            return self._chosen(program, candidates), candidates
+        found: list[tuple[float, RankPlan, Candidates]] = []
+        refusal: BudgetError | None = None
+        for table in (candidates, floats.candidates):
+            try:
+                plan = self._chosen(program, table)
+            except BudgetError as error:
+                refusal = refusal or error
+            else:
+                found.append((self._loss(program, plan), plan, table))
+        if not found:
+            assert refusal is not None  # both were refused
+            raise refusal
+        _, plan, table = min(found, key=lambda one: one[0])
+        return plan, table
+
+    def _loss(self, program: Program, plan: RankPlan) -> float:
+        """Return the predicted loss of a plan: the sum of importance times noise over signal."""
+        scores, loss = program.facts[Importances].scores, LOSSES["noise"]
+        return sum(scores.get(name, 1.0) * loss(choice.error) for name, choice in plan.choices.items())
+
+    def _chosen(self, program: Program, candidates: Candidates) -> RankPlan:
         selector = make(RankSelector, self.by)
         with during(f"in the rank selector {selector.told()}"):
-            plan = selector.select(candidates, program.facts[Importances].scores, _budget(program))
+            plan = selector.select(candidates, program.facts[Importances].scores, _budget(program, candidates))
         if not isinstance(plan, RankPlan):
             raise TdcompileError(f"the rank selector {selector.told()} gave {type(plan).__name__}, expected a RankPlan")
         plan = _complete(plan, selector.told(), candidates)
         return replace(plan, reasons={**plan.reasons, **candidates.reasons})
 
 
-def _budget(program: Program) -> Budget:
+def _budget(program: Program, candidates: Candidates) -> Budget:
     """Return the budget to choose under: a latency that was measured is within reach, even if the prices deny it.
 
     ``rehearse`` then corrects the prices.
@@ -59,7 +85,7 @@ def _budget(program: Program) -> Budget:
     budget, known = program.budget, program.facts.get(Reachable)
     if budget.latency is None or known is None or known.latency is None:
         return budget
-    lowest = lowest_shares(program.facts[Candidates], budget)["latency"] * (1 + _ROUNDING)
+    lowest = lowest_shares(candidates, budget)["latency"] * (1 + _ROUNDING)
     return replace(budget, latency=min(max(budget.latency, lowest), 1.0))
 
 
@@ -88,5 +114,5 @@ def _complete(plan: RankPlan, told: str, candidates: Candidates) -> RankPlan:
     if missing := [name for name in candidates.layers if name not in choices]:
         choices = {**choices, **{name: dense_of(candidates.layers[name]) for name in missing}}
     predicted = candidates.cost(choices) if plan.predicted == Cost() else plan.predicted
-    dense = candidates.dense if plan.dense == Cost() else plan.dense
-    return replace(plan, choices=choices, predicted=predicted, dense=dense)
+    dense = candidates.whole if plan.dense == Cost() else plan.dense
+    return replace(plan, choices=choices, predicted=predicted, dense=dense, precision=candidates.precision)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from tdcompile.core.cost_model import CostModel
 from tdcompile.core.decomposition import Decomposition, reading
 from tdcompile.core.passes import AnalysisPass
-from tdcompile.core.plan import Candidate, Candidates, Spectrum
+from tdcompile.core.plan import DENSE, Candidate, Candidates, FloatCandidates, Spectrum
 from tdcompile.core.registry import find, make, registered
 from tdcompile.errors import TdcompileError, during
 from tdcompile.ir.diagnostics import Reason, ReasonCode
@@ -23,10 +24,11 @@ from tdcompile.ir.facts import Fact
 from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.ir.measurements import Baseline, input_covariance
 from tdcompile.ir.program import Program, Site, kept_dense, parameters_of, sites
-from tdcompile.ir.target import Cost, total
+from tdcompile.ir.target import Cost, Precision, total
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import gram
-from tdcompile.passes.analyze._layer_prices import chain_of, cost_of, grain_of, prices_of, spaces_of
+from tdcompile.passes.analyze._layer_prices import Spaces, chain_of, cost_of, grain_of, prices_of, spaces_of
+from tdcompile.planning.quantization_error import combined, quantization_error
 from tdcompile.support.form_seconds import FormSeconds
 from tdcompile.support.options import Count, Workers
 from tdcompile.support.process_pool import parallel_map
@@ -95,60 +97,78 @@ class Propose(AnalysisPass):
         timer: cost model for seconds; used under a latency budget only.
         jobs: number of processes that compute errors.
         spectra: whether to compute the singular values of every weight, for selectors that need them.
+        also_fp32: whether to propose candidates in fp32 too, beside those of a target in another precision.
     """
 
     name: ClassVar[str] = "propose"
     takes: ClassVar[Mapping[str, str]] = {"decompose": "decompose", "grain": "grain"}
-    gives: ClassVar[tuple[type[Fact], ...]] = (Candidates,)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Candidates, FloatCandidates)
     decompose: tuple[Annotated[str, registered(Decomposition)], ...] = ()
     grain: Count | None = None
     cost: Annotated[str, registered(CostModel)] = "analytic"
     timer: Annotated[str, registered(CostModel)] = "measured"
     spectra: bool = False
+    also_fp32: bool = False
     jobs: Workers = 1
 
-    def analyze(self, program: Program) -> Candidates:
+    def analyze(self, program: Program) -> tuple[Candidates, FloatCandidates]:
         """Price all candidates, then compute the errors of those worth their price.
+
+        Candidates in fp32 beside those of the target's precision have the same errors of approximation.
 
         Raises:
             TdcompileError: a decomposition returns a wrong number of errors, or one that is NaN or negative.
         """
         forms = [make(Decomposition, text) for text in self.decompose or find(Decomposition)]
-        found = sites(program)
+        found, main = sites(program), program.target.precision
         kept = kept_dense(program, found)
         grain = grain_of(program, self.grain)
-        spaces = {name: {} if name in kept else spaces_of(site, forms, grain) for name, site in found.items()}
-        prices = prices_of(program, found, spaces, self.cost, self.timer)
-        options: dict[str, tuple[Candidate, ...]] = {}
-        dense = {name: Candidate.dense(cost_of(site.calls, prices, site)) for name, site in found.items()}
+        spaces = {name: {} if name in kept else spaces_of(site, forms, grain, main) for name, site in found.items()}
+        kept |= {name: _refused(found[name], forms) for name in found if not spaces[name] and name not in kept}
+        spectra = {name: _spectra(found[name]) for name in found if self.spectra and name not in kept}
+        formats: list[Precision] = [main, "fp32"] if self.also_fp32 and main != "fp32" else [main]
+        made = [
+            replace(self._proposed(program, found, spaces, precision), spectra=spectra, reasons=kept)
+            for precision in formats
+        ]
+        return made[0], FloatCandidates(made[-1] if self.also_fp32 else None)
+
+    def _proposed(
+        self, program: Program, found: Mapping[str, Site], spaces: Mapping[str, Spaces], precision: Precision
+    ) -> Candidates:
+        """Return the candidates in a precision; int8 adds its own error to that of the approximation."""
+        prices = prices_of(program, found, spaces, (self.cost, self.timer), precision)
+        dense = {name: cost_of(site.calls, prices[name], site) for name, site in found.items()}
         drafts = {
-            name: self._drafts(program, site, spaces[name], dense[name].cost, prices) for name, site in found.items()
+            name: self._drafts(program, site, spaces[name], dense[name], prices[name]) for name, site in found.items()
         }
         searches = parallel_map(_search, self._searches(program, found, drafts, dense), self.jobs)
+        options: dict[str, tuple[Candidate, ...]] = {}
         spent, left = FormSeconds(self.name), Counter[str]()
         for done, (name, site) in enumerate(found.items(), start=1):
             report_progress(done, len(found), name)
             results, made = next(searches), list[Candidate]()
+            rounded = precision == "int8" and name not in program.keep_fp32
+            noise = _Noise(program, site) if rounded else _no_noise
             for form, drafted in drafts[name].items():
                 result = results[form]
                 spent.add(form.name, result.seconds, result.searched)
                 left[form.name] += len(drafted) - result.searched
-                figures = zip(drafted, result.errors, strict=True)
-                made += [Candidate(form, ranks, error, cost, form.modes) for (ranks, cost), error in figures]
+                made += [
+                    Candidate(form, ranks, combined(error, noise(form, ranks)), cost, form.modes)
+                    for (ranks, cost), error in zip(drafted, result.errors, strict=True)
+                ]
             spent.layer_done(name)
-            options[name] = (dense[name], *made)
-            if not spaces[name] and name not in kept:
-                kept[name] = _refused(site, forms)
+            options[name] = (Candidate.dense(dense[name], noise(DENSE, ())), *made)
         spent.all_done()
         for form_name, ranks_left in (+left).items():
             log.debug("propose: %d ranks of %s are not searched: other forms are surely better", ranks_left, form_name)
-        dense_cost = total([candidate.cost for candidate in dense.values()])
-        return Candidates(
-            options,
-            rest=self._whole(program, dense_cost) - dense_cost,
-            spectra={name: _spectra(found[name]) for name in found if self.spectra and name not in kept},
-            reasons=kept,
-        )
+        known = total(list(dense.values()))
+        whole, baseline = self._whole(program, known), program.facts.get(Baseline)
+        if precision == "fp32" or baseline is None:
+            return Candidates(options, rest=whole - known, precision=precision)
+        own = replace(whole, seconds=baseline.at(precision)[1])
+        return Candidates(options, rest=own - known, precision=precision, reference=whole)
 
     def _drafts(
         self,
@@ -179,11 +199,11 @@ class Propose(AnalysisPass):
         program: Program,
         found: Mapping[str, Site],
         drafts: Mapping[str, Mapping[Decomposition, Sequence[_Draft]]],
-        dense: Mapping[str, Candidate],
+        dense: Mapping[str, Cost],
     ) -> Iterator[_Search]:
         for name, site in found.items():
             covariance = input_covariance(program.facts, name, site.weight)
-            fields = list(program.budget.limits(dense[name].cost))
+            fields = list(program.budget.limits(dense[name]))
             yield _Search(name, site.layer, site.weight, covariance, drafts[name], fields)
 
     def _whole(self, program: Program, dense: Cost) -> Cost:
@@ -195,6 +215,26 @@ class Propose(AnalysisPass):
             bytes=dense.bytes,
             seconds=baseline.seconds if baseline else dense.seconds,
         )
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """What int8 adds to the error of a layer, by form and ranks; the number of parts decides."""
+
+    program: Program
+    site: Site
+
+    def __call__(self, form: Decomposition, ranks: Ranks) -> float:
+        return self._of(len(form.blueprint(self.site.layer, ranks)))
+
+    @cached_property
+    def _of(self) -> Callable[[int], float]:
+        covariance = input_covariance(self.program.facts, self.site.name, self.site.weight)
+        return cache(partial(quantization_error, self.site.weight, covariance))
+
+
+def _no_noise(form: Decomposition, ranks: Ranks) -> float:
+    return 0.0
 
 
 def _search(search: _Search) -> dict[Decomposition, _Found]:

@@ -67,7 +67,10 @@ class Reach(AnalysisPass):
         """
         found, forms = sites(program), [make(Decomposition, text) for text in self.decompose or find(Decomposition)]
         kept, grain = kept_dense(program, found), grain_of(program, self.grain)
-        spaces = {name: {} if name in kept else spaces_of(site, forms, grain) for name, site in found.items()}
+        precision = program.target.precision
+        spaces = {
+            name: {} if name in kept else spaces_of(site, forms, grain, precision) for name, site in found.items()
+        }
         self._check_counts(program, found, spaces)
         if program.budget.latency is None:
             return Reachable()
@@ -75,12 +78,13 @@ class Reach(AnalysisPass):
         return self._check_latency(program, program.budget.latency, self._candidates(program, found, first))
 
     def _candidates(self, program: Program, found: Mapping[str, Site], spaces: Mapping[str, Spaces]) -> Candidates:
-        prices = prices_of(program, found, spaces, self.cost, self.timer)
+        precision = program.target.precision
+        prices = prices_of(program, found, spaces, (self.cost, self.timer), precision)
         layers = {
             name: (
-                Candidate.dense(cost_of(site.calls, prices, site)),
+                Candidate.dense(cost_of(site.calls, prices[name], site)),
                 *(
-                    Candidate(form, ranks, _UNKNOWN, cost_of(chain_of(site, form, ranks), prices, site))
+                    Candidate(form, ranks, _UNKNOWN, cost_of(chain_of(site, form, ranks), prices[name], site))
                     for form, space in spaces[name].items()
                     for ranks in space
                 ),
@@ -88,9 +92,12 @@ class Reach(AnalysisPass):
             for name, site in found.items()
         }
         known, baseline = total([dense_of(options).cost for options in layers.values()]), program.facts.get(Baseline)
-        seconds = baseline.seconds if baseline else known.seconds
-        whole = replace(known, params=float(parameters_of(program.graph)), seconds=seconds)
-        return Candidates(layers, rest=whole - known)
+        whole = replace(known, params=float(parameters_of(program.graph)))
+        if baseline is None:
+            return Candidates(layers, rest=whole - known)
+        own = replace(whole, seconds=baseline.at(precision)[1])
+        reference = replace(whole, seconds=baseline.seconds)
+        return Candidates(layers, rest=own - known, precision=precision, reference=reference)
 
     def _check_counts(self, program: Program, found: Mapping[str, Site], spaces: Mapping[str, Spaces]) -> None:
         """Check the parameters and multiply-accumulates of the cheapest candidates.
@@ -119,9 +126,10 @@ class Reach(AnalysisPass):
         if share == 1.0 or baseline is None:  # without a dense model ``choose`` decides by prices
             return Reachable()
         names = list(candidates.layers)
-        in_dense = layer_seconds(baseline.model, names, timing_inputs(program), program.target)
+        model, seconds = baseline.at(program.target.precision)
+        in_dense = layer_seconds(model, names, timing_inputs(program), program.target)
         table = {name: _in_step(options, in_dense[name]) for name, options in candidates.layers.items()}
-        if _priced(candidates, table, baseline.seconds) <= _SAFE * share:
+        if _priced(candidates, table, seconds) * seconds <= _SAFE * share * baseline.seconds:
             return Reachable()
         limit = share * (1 + LATENCY_TOLERANCE)
         lowest = 1.0  # the dense network
@@ -147,10 +155,10 @@ class Reach(AnalysisPass):
         for number in range(1, self.rounds + 1):
             places = {name: times.index(min(times)) for name, times in table.items()}
             choices = {name: layers[name][place] for name, place in places.items()}
-            if places in seen or all(choice.is_dense for choice in choices.values()):
+            if places in seen or (candidates.precision == "fp32" and all(c.is_dense for c in choices.values())):
                 return
             seen.append(places)
-            with written(program, choices, baseline) as file:
+            with written(program, choices, baseline, program.target.precision) as file:
                 _, timing = time_models([baseline, file], inputs, program.target, seconds=self.seconds)
                 in_plan = layer_seconds(file, layers, inputs, program.target)
             report_progress(number, self.rounds, f"{1 / timing.speedup.value:.3f} of dense measured")

@@ -25,7 +25,7 @@ from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.measurements import Baseline, Rehearsal, Round
 from tdcompile.ir.program import Program
-from tdcompile.ir.target import Budget
+from tdcompile.ir.target import Budget, Precision
 from tdcompile.passes.analyze._plan_graph import written
 from tdcompile.planning.allocation import keeps_counts, lowest_shares
 from tdcompile.planning.plan_file import HAND
@@ -38,6 +38,46 @@ _ROUNDING = 1e-6  # the sum of the cheapest candidates is within the budget that
 _CHECKS = 2  # of the layers of the accepted plan
 _Pair = tuple[str, Decomposition]  # a layer's name and its form
 _PROFILE_SECONDS = 0.3  # approximate duration of a profile of the dense network
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Measures plans against the dense network.
+
+    Attributes:
+        program: the dense network.
+        dense: its model in fp32: budgets are shares of its latency.
+        own: its model in the precision of the plans: a layer of a plan is compared with the layer there.
+        precision: number format of the plans.
+        seconds: duration of a measurement.
+    """
+
+    program: Program
+    dense: Path
+    own: Path
+    precision: Precision
+    seconds: float
+
+    @classmethod
+    def of(cls, program: Program, precision: Precision, seconds: float) -> _Bench:
+        baseline = program.facts[Baseline]
+        return cls(program, baseline.model, baseline.at(precision)[0], precision, seconds)
+
+    def written(self, choices: Mapping[str, Candidate]) -> contextlib.AbstractContextManager[Path]:
+        """Write the graph of a plan to a file that exists within the context."""
+        return written(self.program, choices, self.dense, self.precision)
+
+    def timed(self, file: Path) -> tuple[float, float]:
+        """Return the seconds of the dense model in fp32 and of a plan; their ratio is paired by rounds."""
+        inputs, target = timing_inputs(self.program), self.program.target
+        dense, other = time_models([self.dense, file], inputs, target, seconds=self.seconds)
+        return dense.median, dense.median / other.speedup.value
+
+    def profiles(self, file: Path, layers: Iterable[str], runs: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the seconds of each layer in the dense model of the plans' precision and in a plan."""
+        names, inputs = list(layers), timing_inputs(self.program)
+        dense, other = (layer_seconds(model, names, inputs, self.program.target, runs) for model in (self.own, file))
+        return dense, other
 
 
 @dataclass(frozen=True)
@@ -72,9 +112,9 @@ class Rehearse(AnalysisPass):
         if share is None:
             return plan, Rehearsal(())
         aim = share if share == 1.0 else self.aim * share  # the dense network meets a share of 1
-        inputs, baseline = timing_inputs(program), program.facts[Baseline].model
+        inputs, bench = timing_inputs(program), _Bench.of(program, candidates.precision, self.seconds)
         runs = _profile_runs(plan.dense.seconds)
-        in_dense = layer_seconds(baseline, candidates.layers, inputs, program.target, runs)
+        in_dense = layer_seconds(bench.own, candidates.layers, inputs, program.target, runs)
         candidates = _in_step(candidates, in_dense)
         with contextlib.suppress(BudgetError):  # a plan exists at the first prices: try it anyway
             plan = self._again(program, candidates, plan, aim)
@@ -85,10 +125,10 @@ class Rehearse(AnalysisPass):
         seen: dict[_Pair, list[float]] = {}
         best: tuple[Round, RankPlan] | None = None
         for number in range(1, self.rounds + 1):
-            with written(program, plan.choices, baseline) as file:
-                dense, compiled = self._timed(program, baseline, file)
+            with bench.written(plan.choices) as file:
+                dense, compiled = bench.timed(file)
                 in_plan = layer_seconds(file, candidates.layers, inputs, program.target, runs)
-                profile = partial(_profiles, program, (baseline, file), candidates.layers, runs)
+                profile = partial(bench.profiles, file, candidates.layers, runs)
                 slower = confirmed_slower(plan, (in_dense, in_plan), profile)
             plan = _priced(plan, _learned(candidates, seen))
             predicted = plan.predicted.seconds / plan.dense.seconds * dense
@@ -110,16 +150,16 @@ class Rehearse(AnalysisPass):
             none = all(choice.is_dense for choice in plan.choices.values())
             if _lowest(learned, program.budget) > aim and (none or any(_same(plan, one) for _, one in tried)):
                 break  # the fastest plan by price is dense or has been measured
-        entry, plan = best or self._confirmed(program, tried, baseline, share * (1 + self.over))
+        entry, plan = best or self._confirmed(bench, tried, share * (1 + self.over))
         for _ in range(_CHECKS):
-            slower = self._slower_now(program, plan, baseline, runs)
+            slower = _slower_now(bench, plan, runs)
             if not slower:
                 break
             fewer = _put_back(plan, candidates, slower)
             if not keeps_counts(fewer, program.budget):
                 break
-            with written(program, fewer.choices, baseline) as file:
-                dense, compiled = self._timed(program, baseline, file)
+            with bench.written(fewer.choices) as file:
+                dense, compiled = bench.timed(file)
             if compiled / dense > entry.measured / entry.dense * (1 + self.over):
                 break  # slower as a whole: the profile does not show what these layers save elsewhere
             plan, back = fewer, back | slower
@@ -131,17 +171,8 @@ class Rehearse(AnalysisPass):
         reasons = {**plan.reasons, **{n: r for n, r in back.items() if plan.choices[n].is_dense}}
         return replace(plan, reasons=reasons), Rehearsal(tuple(one for one, _ in tried))
 
-    def _slower_now(self, program: Program, plan: RankPlan, baseline: Path, runs: int) -> dict[str, Reason]:
-        """Profile the accepted plan again; return its layers that are not faster.
-
-        One profile may miss such a layer, and the plans that were tried may hold layers that were put back later.
-        """
-        with written(program, plan.choices, baseline) as file:
-            profile = partial(_profiles, program, (baseline, file), plan.choices, runs)
-            return confirmed_slower(plan, profile(), profile)
-
     def _confirmed(
-        self, program: Program, tried: Sequence[tuple[Round, RankPlan]], baseline: Path, limit: float
+        self, bench: _Bench, tried: Sequence[tuple[Round, RankPlan]], limit: float
     ) -> tuple[Round, RankPlan]:
         """Measure the best plans again; return the one of least error within the limit, or the fastest if none is.
 
@@ -153,17 +184,12 @@ class Rehearse(AnalysisPass):
 
         again: list[tuple[Round, RankPlan]] = []
         for entry, plan in sorted(tried, key=rank)[:_CONFIRMED]:
-            with written(program, plan.choices, baseline) as file:
-                dense, compiled = self._timed(program, baseline, file)
+            with bench.written(plan.choices) as file:
+                dense, compiled = bench.timed(file)
             again.append((replace(entry, dense=dense, measured=compiled), plan))
             if compiled <= limit * dense:
                 break
         return min(again, key=rank)
-
-    def _timed(self, program: Program, baseline: Path, file: Path) -> tuple[float, float]:
-        """Return the seconds of the dense model and of another one; their ratio is paired by rounds."""
-        dense, other = time_models([baseline, file], timing_inputs(program), program.target, seconds=self.seconds)
-        return dense.median, dense.median / other.speedup.value
 
     def _again(self, program: Program, candidates: Candidates, plan: RankPlan, latency: float) -> RankPlan:
         # a latency that the prices deny: the fastest plan, which the next measurement judges
@@ -184,13 +210,14 @@ def _error(plan: RankPlan) -> float:
     return sum(choice.error**2 for choice in plan.choices.values())
 
 
-def _profiles(
-    program: Program, models: tuple[Path, Path], layers: Iterable[str], runs: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the seconds of each layer in the dense model and in another one."""
-    names, inputs = list(layers), timing_inputs(program)
-    dense, other = (layer_seconds(model, names, inputs, program.target, runs) for model in models)
-    return dense, other
+def _slower_now(bench: _Bench, plan: RankPlan, runs: int) -> dict[str, Reason]:
+    """Profile the accepted plan again; return its layers that are not faster.
+
+    One profile may miss such a layer, and the plans that were tried may hold layers that were put back later.
+    """
+    with bench.written(plan.choices) as file:
+        profile = partial(bench.profiles, file, plan.choices, runs)
+        return confirmed_slower(plan, profile(), profile)
 
 
 def _same(plan: RankPlan, other: RankPlan) -> bool:
@@ -239,7 +266,7 @@ def _ratios(plan: RankPlan, candidates: Candidates, measured: Mapping[str, float
         plan: the measured plan.
         candidates: the current prices.
         measured: seconds of each layer in the profile.
-        share: seconds of the whole graph divided by those of the dense graph.
+        share: seconds of the whole graph divided by those of the dense graph in fp32.
     """
     kept = candidates.rest.seconds
     table, profile = {}, {}
@@ -249,7 +276,7 @@ def _ratios(plan: RankPlan, candidates: Candidates, measured: Mapping[str, float
             kept += price
         else:
             table[name], profile[name] = price, measured[name]
-    left = share * candidates.dense.seconds - kept
+    left = share * candidates.whole.seconds - kept
     scale = max(left, 0.0) / sum(profile.values()) if profile else 1.0
     return {(name, plan.choices[name].decomposition): _bounded(scale * profile[name] / table[name]) for name in table}
 
@@ -305,4 +332,4 @@ def _scaled(candidate: Candidate, factor: float) -> Candidate:
 def _priced(plan: RankPlan, candidates: Candidates) -> RankPlan:
     """Return the plan with the costs of the candidates."""
     choices = {name: _listed(candidates.layers[name], choice) for name, choice in plan.choices.items()}
-    return replace(plan, choices=choices, predicted=candidates.cost(choices), dense=candidates.dense)
+    return replace(plan, choices=choices, predicted=candidates.cost(choices), dense=candidates.whole)

@@ -10,7 +10,7 @@ from tdcompile.core.cost_model import CostModel
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.target import Cost, Target
 
-_BYTES = {"fp32": 4, "fp16": 2}
+_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)

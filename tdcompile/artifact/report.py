@@ -172,6 +172,42 @@ class Onnx(_Part):
     """Class names."""
 
 
+class Variant(_Part):
+    """One exported model: a network in a precision."""
+
+    network: Literal["dense", "compiled"]
+    precision: Literal["fp32", "fp16", "int8"]
+    file: str
+    latency_ms: float | None
+    speedup: float
+    """Latency of the dense model in fp32 over this one's, paired by rounds."""
+    speedup_interval: tuple[float, float] | None = None
+    onnx_bytes: int
+    accuracy: float | None = None
+    agreement: float | None = None
+    """Share of samples with the top-1 class of the dense model in fp32; null if the output is not class scores."""
+    relative_error: float | None = None
+    """Of the outputs against those of the dense model in fp32."""
+
+    @property
+    def title(self) -> str:
+        """The network and its precision."""
+        return f"{self.network} {self.precision}"
+
+
+class Quantization(_Part):
+    """How the compiled network became int8."""
+
+    family: str
+    """The kernels that the model is made for."""
+    error: float
+    """The quantisation error: the int8 model against its own network in fp32, relative to the outputs' spread."""
+    rounding: float
+    """What onnxruntime's integer kernels differ from the same roundings in floats, relative to the same spread."""
+    floats: dict[str, str] = {}
+    """Layers that stay float, with the reason."""
+
+
 class Report(_Part):
     """Every figure of one compilation."""
 
@@ -191,6 +227,11 @@ class Report(_Part):
     gates: tuple[Gate, ...] = ()
     dense: Figures
     compiled: CompiledFigures
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Number format of the compiled model."""
+    variants: tuple[Variant, ...] = ()
+    """All models that were written; only of a compilation to another precision than fp32."""
+    quantization: Quantization | None = None
     ratio: Ratio
     realised: float | None
     """Latency ratio over MAC ratio: 1 where every saved operation saved its time."""
@@ -230,7 +271,7 @@ class Report(_Part):
 
 def tables(report: Report) -> list[Table]:
     """Return the report for a terminal: both networks compared, and the layers."""
-    return [_networks(report), _layers(report)]
+    return [_networks(report), *([_variants(report)] if report.variants else []), _layers(report)]
 
 
 def render_html(report: Report) -> str:
@@ -240,7 +281,8 @@ def render_html(report: Report) -> str:
     template = environment.from_string(
         files("tdcompile.artifact").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
-    return template.render(report=report, rows=comparison(report), change=change) + "\n"
+    models = (variant_headings(report), variant_rows(report)) if report.variants else None
+    return template.render(report=report, rows=comparison(report), models=models, change=change) + "\n"
 
 
 def comparison(report: Report) -> list[tuple[str, str, str, str]]:
@@ -281,6 +323,35 @@ def _networks(report: Report) -> Table:
     for heading, side in (("", "left"), ("dense", "right"), ("compiled", "right"), ("dense / compiled", "right")):
         table.add_column(heading, justify="left" if side == "left" else "right")
     for row in comparison(report):
+        table.add_row(*row)
+    return table
+
+
+def variant_rows(report: Report) -> list[tuple[str, ...]]:
+    """Return a row of text for each model: what it is, latency, speed-up, file size, accuracy or agreement."""
+    return [
+        (
+            one.title,
+            milliseconds(one.latency_ms),
+            times(one.speedup),
+            size(one.onnx_bytes),
+            percent(one.accuracy if report.dense.accuracy is not None else one.agreement),
+        )
+        for one in report.variants
+    ]
+
+
+def variant_headings(report: Report) -> tuple[str, ...]:
+    """Return the headings of ``variant_rows``."""
+    quality = "accuracy" if report.dense.accuracy is not None else "top-1 agreement"
+    return ("model", "latency", "faster", "ONNX file", quality)
+
+
+def _variants(report: Report) -> Table:
+    table = Table(title="all models", title_justify="left")
+    for place, heading in enumerate(variant_headings(report)):
+        table.add_column(heading, justify="right" if place else "left")
+    for row in variant_rows(report):
         table.add_row(*row)
     return table
 

@@ -19,11 +19,13 @@ from tdcompile.artifact.report import (
     Onnx,
     OutputAgreement,
     Quality,
+    Quantization,
     Ratio,
     Report,
     Tuned,
 )
 from tdcompile.artifact.report import Reason as ReportedReason
+from tdcompile.artifact.report import Variant as ReportedVariant
 from tdcompile.backend.environment import environment, peak_memory_mb
 from tdcompile.backend.evaluation import Evaluation
 from tdcompile.backend.export_and_measure import MeasuredNetwork, Outcome, Part, parts_of
@@ -44,6 +46,7 @@ ROUNDING = 1e-3
 CHANGED_ACCURACY = 10.0
 CHANGED_AGREEMENT = 30.0
 CHANGED_ERROR = 50.0
+_FP32_ONLY = 2  # models of a compilation to fp32: dense and compiled
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
     gates = tuple(_gates(program, run, outcome))
     return Report(
         source=run.source,
-        verdict=_verdict(outcome, program.task, ratio, gates),
+        verdict=_verdict(outcome, program.task, ratio, gates, enough=_int8_alone(program, run, outcome)),
         seed=program.seed,
         pipeline=run.pipeline,
         frontend=program.frontend,
@@ -94,6 +97,9 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
         gates=gates,
         dense=Figures(**_figures(dense)),
         compiled=CompiledFigures(**_figures(compiled), accuracy_before_tuning=run.before_tuning),
+        precision=plan.precision if plan else program.target.precision,
+        variants=tuple(_variants(outcome)),
+        quantization=_quantization(outcome),
         ratio=ratio,
         realised=ratio.latency / ratio.macs if ratio.latency is not None else None,
         predicted_latency_ms=_predicted(plan, dense),
@@ -268,7 +274,61 @@ def drop_gate(max_drop: float | None, dense: float | None, compiled: float | Non
     return Gate(name=name, limit=limit, value=drop, passed=drop <= limit + 1e-9, sentence=sentence)
 
 
-def _verdict(outcome: Outcome, task: Task, ratio: Ratio, gates: Sequence[Gate]) -> str:
+def _variants(outcome: Outcome) -> Iterator[ReportedVariant]:
+    """Yield the models of a compilation to another precision than fp32."""
+    for one in outcome.variants if len(outcome.variants) > _FP32_ONLY else ():
+        outputs = one.evaluation.outputs if one.evaluation else ()
+        agreeing = [output.agreement for output in outputs if output.agreement is not None]
+        errors = [output.relative_error for output in outputs if math.isfinite(output.relative_error)]
+        reference = one is outcome.variants[0]
+        yield ReportedVariant(
+            network=one.network,
+            precision=one.precision,
+            file=one.path.name,
+            latency_ms=one.timing.median * 1e3,
+            speedup=one.timing.speedup.value,
+            speedup_interval=(one.timing.speedup.low, one.timing.speedup.high),
+            onnx_bytes=one.bytes,
+            accuracy=one.accuracy,
+            agreement=1.0 if reference and outcome.evaluation else min(agreeing, default=None),
+            relative_error=0.0 if reference and outcome.evaluation else max(errors, default=None),
+        )
+
+
+def _quantization(outcome: Outcome) -> Quantization | None:
+    last = outcome.variants[-1] if outcome.variants else None
+    if last is None or last.quantized is None or last.rounding is None:
+        return None
+    return Quantization(
+        family=last.quantized.form.family,
+        error=last.rounding.error,
+        rounding=last.rounding.kernels,
+        floats=dict(last.quantized.floats),
+    )
+
+
+def _int8_alone(program: Program, run: Run, outcome: Outcome) -> str:
+    """Return a phrase if the dense network in int8 meets the latency budget and the gates; else an empty text."""
+    dense = next((v for v in outcome.variants if (v.network, v.precision) == ("dense", "int8")), None)
+    share = program.budget.latency
+    if dense is None or share is None or set(program.budget.shares) != {"latency"}:
+        return ""
+    speedup = dense.timing.speedup.value
+    met = 1 / speedup <= share * (1 + LATENCY_TOLERANCE) and (run.min_speedup is None or speedup >= run.min_speedup)
+    if outcome.dense.accuracy is not None:
+        met = met and drop_gate(run.max_drop, outcome.dense.accuracy, dense.accuracy).passed
+    elif dense.evaluation is not None and dense.evaluation.samples >= FEW:
+        met = met and answers_gate(run.max_drop, dense.evaluation).passed
+    if not met:
+        return ""
+    better = outcome.compiled.timing.speedup.value / speedup
+    beside = f"{better:.2f} times as fast as that" if better >= 1 else f"{1 / better:.2f} times as slow as that"
+    return (
+        f"int8 alone is enough: the dense network in int8 is {speedup:.2f} times as fast; the compiled one is {beside}"
+    )
+
+
+def _verdict(outcome: Outcome, task: Task, ratio: Ratio, gates: Sequence[Gate], enough: str) -> str:
     missed = [gate.sentence for gate in gates if not gate.passed]
     changed = any(gate.name == "answers" and not gate.passed for gate in gates)
     speed = ratio.latency or 1.0
@@ -281,7 +341,7 @@ def _verdict(outcome: Outcome, task: Task, ratio: Ratio, gates: Sequence[Gate]) 
         accuracy = f", {_kept(outcome.evaluation)}"
     else:
         accuracy = f", quality not measured, because {_unmeasured(task)}"
-    head = "the network's answers have changed: " if changed else ""
+    head = "the network's answers have changed: " if changed else f"{enough}: " if enough else ""
     head += f"{pace}, with {ratio.macs:.2f} times fewer MACs and {ratio.params:.2f} times fewer parameters{accuracy}"
     if speed < 1.0 and "latency" not in {gate.name for gate in gates}:
         head += "; it was chosen without measuring time: --budget latency=SHARE keeps only what is faster"

@@ -47,13 +47,13 @@ class Evaluation:
 
 
 def evaluate(
-    dense: Path, compiled: Path, samples: Samples | None, program: Program, limit: int | None = None
-) -> Evaluation | None:
-    """Run both models over the samples; None if there are none.
+    dense: Path, others: Sequence[Path], samples: Samples | None, program: Program, limit: int | None = None
+) -> list[Evaluation]:
+    """Run models over the samples and compare each with the first; nothing if there are no samples.
 
     Args:
         dense: the file of the dense model.
-        compiled: the file of the compiled model.
+        others: the files of the models to compare with it.
         samples: the samples to judge by.
         program: gives the target, and the batch if it is fixed.
         limit: upper bound on the number of samples.
@@ -62,26 +62,29 @@ def evaluate(
         InputError: the samples do not fit the models.
     """
     if samples is None or len(samples) == 0:
-        return None
+        return []
     target = replace(program.target, threads=max(program.target.threads, free_processors()))
-    sessions = [open_session(path, target) for path in (dense, compiled)]
+    sessions = [open_session(path, target) for path in (dense, *others)]
     labelled = samples.classes is not None
-    comparisons: list[OutputComparison] = []
-    right, seen = [0, 0], 0
+    comparisons: list[list[OutputComparison]] = [[] for _ in others]
+    right, seen = [0] * len(sessions), 0
     each = sum(y.nbytes for y in infer(sessions[0], program.inputs)) // len(program.inputs[0])
     size = max(1, min(_BATCH, _OUTPUT_BYTES // max(each, 1)))
-    for batch, count in _batches(samples, program, size, limit):
-        theirs, ours = (_outputs(session, batch.inputs, count) for session in sessions)
-        comparisons = comparisons or [OutputComparison() for _ in theirs]
-        compare_outputs(comparisons, theirs, ours)
+    for batch, count in filled_batches(samples, program, size, limit):
+        theirs, *ours = (_outputs(session, batch.inputs, count) for session in sessions)
+        for place, own in enumerate(ours):
+            comparisons[place] = comparisons[place] or [OutputComparison() for _ in theirs]
+            compare_outputs(comparisons[place], theirs, own)
         seen += count
         if labelled:
             assert batch.labels is not None  # labels exist, because ``classes`` is set
-            for place, scores in enumerate((theirs[0], ours[0])):
-                right[place] += int((scores.argmax(1) == batch.labels[:count]).sum())
-    accuracies = [number / seen if labelled else None for number in right]
-    outputs = tuple(comparison.result() for comparison in comparisons if comparison.samples)
-    return Evaluation(seen, accuracies[0], accuracies[1], outputs)
+            for place, answers in enumerate((theirs, *ours)):
+                right[place] += int((answers[0].argmax(1) == batch.labels[:count]).sum())
+    first, *accuracies = [number / seen if labelled else None for number in right]
+    return [
+        Evaluation(seen, first, accuracy, tuple(one.result() for one in compared if one.samples))
+        for accuracy, compared in zip(accuracies, comparisons, strict=True)
+    ]
 
 
 def check_answers(program: Program) -> None:
@@ -121,7 +124,7 @@ def _outputs(session: ort.InferenceSession, inputs: Sequence[Tensor], count: int
     return [y[:count] if y.ndim else y for y in found]
 
 
-def _batches(samples: Samples, program: Program, size: int, limit: int | None) -> Iterator[tuple[Batch, int]]:
+def filled_batches(samples: Samples, program: Program, size: int, limit: int | None) -> Iterator[tuple[Batch, int]]:
     """Yield batches and the number of samples to count: a model of a fixed batch gets its last batch filled up."""
     count = len(samples) if limit is None else min(limit, len(samples))
     if program.dynamic_batch:

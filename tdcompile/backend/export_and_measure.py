@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from tdcompile.backend.evaluation import Evaluation, evaluate
+from tdcompile.backend.deployment import sample_ranges, write_deployed
+from tdcompile.backend.evaluation import Evaluation, evaluate, filled_batches
 from tdcompile.backend.export import Exported, rewrite_metadata
 from tdcompile.backend.lowering import lower, timing_inputs
 from tdcompile.backend.parity import Parity
 from tdcompile.backend.profile import LayerTimes, confirmed_slower, layer_seconds
+from tdcompile.backend.quantize import Quantized
+from tdcompile.backend.quantized_parity import QuantizedParity, check_quantized
 from tdcompile.backend.session import Timing, time_models
 from tdcompile.backend.verified_export import DenseModel, export_verified
 from tdcompile.core.plan import RankPlan
@@ -22,6 +25,9 @@ from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program, Site, parameters_of, sites_of
+from tdcompile.ir.target import Precision
+
+_CHECKED = 64  # samples on which an int8 model is compared with its own rounded floats
 
 
 class Part(NamedTuple):
@@ -54,10 +60,34 @@ class MeasuredNetwork:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One exported model: a network in a precision.
+
+    Attributes:
+        network: the dense or the compiled network.
+        evaluation: the model against the dense model in fp32, on the samples; None without samples, and for that model.
+        accuracy: on the test samples; None without labels.
+        quantized: what was written, if it is an int8 model.
+        rounding: its agreement with its own rounded floats, and its quantisation error.
+    """
+
+    network: Literal["dense", "compiled"]
+    precision: Precision
+    path: Path
+    bytes: int
+    timing: Timing
+    evaluation: Evaluation | None
+    accuracy: float | None
+    quantized: Quantized | None = None
+    rounding: QuantizedParity | None = None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Both networks, and how far apart their outputs are.
 
     Attributes:
+        variants: all exported models: dense and compiled, in fp32 and in the plan's precision.
         approximation: largest difference of the outputs, and the same relative to the largest dense output.
         evaluation: accuracy and agreement on test samples, else on samples held out of training; None without samples.
         slower: under a latency budget, the replaced layers that are not faster in the compiled model, with the reason.
@@ -68,6 +98,7 @@ class Outcome:
     approximation: tuple[float, float]
     evaluation: Evaluation | None = None
     slower: Mapping[str, Reason] = field(default_factory=dict)
+    variants: tuple[Variant, ...] = ()
 
 
 def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds: float = 3.0) -> Outcome:
@@ -83,16 +114,22 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
     """
     dense_graph, compiled_graph = lower(program, program.dense), lower(program, program.graph)
     plan = program.facts.get(RankPlan)
+    precision = plan.precision if plan else program.target.precision
     stamps = [{**stamp, "model": role} for role in ("dense", "compiled")]
+    compiled = folder / ("model.onnx" if precision == "fp32" else "model.fp32.onnx")
     verified = [
         _known(program, folder / "dense.onnx", stamps[0])
         or export_verified(program, dense_graph, folder / "dense.onnx", stamps[0]),
-        export_verified(program, compiled_graph, folder / "model.onnx", stamps[1]),
+        export_verified(program, compiled_graph, compiled, stamps[1]),
     ]
-    paths, inputs = [exported.path for exported, _ in verified], timing_inputs(program)
-    timings = time_models(paths, inputs, program.target, seconds=seconds)
-    times, slower = _layer_times(program, paths, plan) if plan else (({}, {}), {})
-    evaluation = _evaluation(program, *paths)
+    variants = _variants(program, verified, precision, folder, seconds)
+    by_kind = {(one.network, one.precision): one for one in variants}
+    dense_model, deployed = by_kind["dense", "fp32"], by_kind["compiled", precision]
+    verified[1] = replace(verified[1][0], path=deployed.path, bytes=deployed.bytes), verified[1][1]
+    reference = by_kind["dense", precision].path
+    own = (dense_model.path, reference, deployed.path)
+    times, slower = _layer_times(program, own, plan) if plan else (({}, {}), {})
+    evaluation, timings = deployed.evaluation, (dense_model.timing, deployed.timing)
     accuracies = (evaluation.dense_accuracy, evaluation.compiled_accuracy) if evaluation else (None, None)
     dense_parts = _parts(sites_of(dense_graph, program.inputs))
     parts = _compiled_parts(program, compiled_graph, dense_parts)
@@ -113,28 +150,82 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
         )
     ]
     approximation = _approximation(dense_graph, compiled_graph, program)
-    return Outcome(networks[0], networks[1], approximation, evaluation, slower)
+    return Outcome(networks[0], networks[1], approximation, evaluation, slower, tuple(variants))
 
 
-def _layer_times(program: Program, paths: Sequence[Path], plan: RankPlan) -> tuple[LayerTimes, dict[str, Reason]]:
-    """Return the seconds of each layer in both models, and under a latency budget the layers that are not faster."""
+def _variants(
+    program: Program,
+    verified: Sequence[tuple[Exported, Parity]],
+    precision: Precision,
+    folder: Path,
+    seconds: float,
+) -> list[Variant]:
+    """Write both networks in the precision, then time and test all models together."""
+    paths, sizes = [exported.path for exported, _ in verified], [exported.bytes for exported, _ in verified]
+    kinds: list[tuple[Literal["dense", "compiled"], Precision]] = [("dense", "fp32"), ("compiled", "fp32")]
+    written: list[Quantized | None] = [None, None]
+    if precision != "fp32":
+        others: list[tuple[Literal["dense", "compiled"], Path, str]] = [
+            ("dense", paths[0], f"dense.{precision}.onnx"),
+            ("compiled", paths[1], "model.onnx"),
+        ]
+        for network, source, name in others:
+            ranges = sample_ranges(program, source) if precision == "int8" else None
+            written.append(write_deployed(program, source, folder / name, precision, ranges))
+            paths.append(folder / name)
+            sizes.append(paths[-1].stat().st_size)
+            kinds.append((network, precision))
+    timings = time_models(paths, timing_inputs(program), program.target, seconds=seconds)
+    found = [None, *_evaluations(program, paths)]
+    accuracies = [None if one is None else one.compiled_accuracy for one in found]
+    accuracies[0] = None if found[1] is None else found[1].dense_accuracy
+    rounding = [
+        None if one is None else check_quantized(path, paths[place - 2], _judged(program), program.target)
+        for place, (path, one) in enumerate(zip(paths, written, strict=True))
+    ]
+    columns = zip(kinds, paths, sizes, timings, found, accuracies, written, rounding, strict=True)
+    return [Variant(*kind, *others) for kind, *others in columns]
+
+
+def _judged(program: Program) -> Iterator[tuple[Tensor, ...]]:
+    """Yield inputs of test or held-out samples, else of training samples."""
+    samples = program.task.judges or program.task.train
+    assert samples is not None  # int8 needs samples
+    for batch, _ in filled_batches(samples, program, _CHECKED // 8, min(_CHECKED, len(samples))):
+        yield batch.inputs
+
+
+def _layer_times(
+    program: Program, paths: tuple[Path, Path, Path], plan: RankPlan
+) -> tuple[LayerTimes, dict[str, Reason]]:
+    """Return the seconds of each layer in both models, and under a latency budget the layers that are not faster.
+
+    Args:
+        paths: the dense model in fp32, the dense model in the plan's precision, and the compiled model. A layer is
+            faster than the dense layer in the same precision, or not.
+    """
+    names, inputs = list(plan.choices), timing_inputs(program)
+    first, reference, compiled = paths
 
     def profile() -> LayerTimes:
-        names, inputs = list(plan.choices), timing_inputs(program)
-        dense, compiled = (layer_seconds(path, names, inputs, program.target) for path in paths)
-        return dense, compiled
+        dense, own = (layer_seconds(path, names, inputs, program.target) for path in (reference, compiled))
+        return dense, own
 
     times = profile()
-    return times, confirmed_slower(plan, times, profile) if program.budget.latency is not None else {}
+    slower = confirmed_slower(plan, times, profile) if program.budget.latency is not None else {}
+    before = times[0] if reference == first else layer_seconds(first, names, inputs, program.target)
+    return (before, times[1]), slower
 
 
-def _evaluation(program: Program, dense: Path, compiled: Path) -> Evaluation | None:
-    """Compare both models on the test samples, else on held-out training samples, whose labels say nothing."""
+def _evaluations(program: Program, paths: Sequence[Path]) -> list[Evaluation | None]:
+    """Compare the others with the first on the test samples, else on held-out samples, whose labels say nothing."""
     task = program.task
-    found = evaluate(dense, compiled, task.judges, program, task.evaluate if task.tested else None)
+    found = evaluate(paths[0], paths[1:], task.judges, program, task.evaluate if task.tested else None)
+    if not found:
+        return [None] * (len(paths) - 1)
     if task.tested:
-        return found
-    return None if found is None else replace(found, dense_accuracy=None, compiled_accuracy=None)
+        return list(found)
+    return [replace(one, dense_accuracy=None, compiled_accuracy=None) for one in found]
 
 
 def parts_of(parts: Mapping[str, Part], name: str) -> list[Part]:

@@ -22,6 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tdcompile.backend.environment import environment
 from tdcompile.backend.onnx_nodes import layer_node, make_model, noise_weight
 from tdcompile.backend.profile import profile_nodes
+from tdcompile.backend.quantize import quantized_model
+from tdcompile.backend.quantized_form import form_of
 from tdcompile.backend.session import time_models
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.target import Target
@@ -34,6 +36,8 @@ SECONDS_PER_SESSION = 0.5  # estimated time of a session above which it makes fe
 FEWEST_RUNS = 3
 MACS_PER_SECOND = 5e10  # rough rate of one core; only the number of runs depends on it
 _INDEX = re.compile(r"layer(\d+)(?!\d)")
+# Names of nodes between floats and integers: inside a network a layer's neighbours are quantised too.
+_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 _UNDER_LOAD = "under load: "  # of a key in the cache file: the price of this layer is to be measured again
 _ENOUGH_IDLE = 0.8  # of a session's processors: below it, other processes disturb the session
 
@@ -159,18 +163,18 @@ def _runs(layers: Sequence[Layer], target: Target, most: int) -> int:
 def _profiled(layers: list[Layer], target: Target, runs: int) -> Priced:
     # the share of processor time that several threads can get is unknown: look whether processors are idle instead
     free = target.threads == 1 or is_quiet(target)
-    model, inputs = layers_model(layers, target).SerializeToString(), _inputs(layers, target)
+    model, inputs = _deployed_layers(layers, target), _inputs(layers, target)
     profile = profile_nodes(model, inputs, target, runs)
     seconds = [0.0] * len(layers)
     for name, value in profile.seconds.items():
         match = _INDEX.search(name)
-        if match:
+        if match and not name.endswith(_CONVERSIONS):
             seconds[int(match[1])] += value
     return Priced(layers, seconds, free and profile.quiet)
 
 
 def _time_alone(layer: Layer, target: Target) -> float:
-    model = layers_model([layer], target).SerializeToString()
+    model = _deployed_layers([layer], target)
     return time_models([model], _inputs([layer], target), target, seconds=0.05)[0].median
 
 
@@ -202,6 +206,15 @@ def _inputs(layers: Sequence[Layer], target: Target) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     kind = torch.float16 if target.precision == "fp16" else torch.float32
     return [torch.randn(_input_shape(layer, target.batch), generator=generator).to(kind) for layer in layers]
+
+
+def _deployed_layers(layers: Sequence[Layer], target: Target) -> bytes:
+    """Return the layers as a serialized model in the target's precision; int8 layers read and write int8."""
+    proto = layers_model(layers, target)
+    if target.precision == "int8":
+        proto, _ = quantized_model(proto, None, form_of(target))
+    made: bytes = proto.SerializeToString()
+    return made
 
 
 def layers_model(layers: Sequence[Layer], target: Target) -> onnx.ModelProto:

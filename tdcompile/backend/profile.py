@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from bisect import bisect_right
 from collections import defaultdict
@@ -24,6 +25,7 @@ from tdcompile.ir.target import Target
 _RUN = "model_run"  # name of the profile event of a whole run
 _KERNEL_SUFFIX = "_kernel_time"  # of a profile event's name, behind the node's name
 _BLOCKED_SUFFIX = "_nchwc"  # of a convolution that onnxruntime moved to its blocked memory layout
+_NUMBERED = re.compile(r"_token_\d+$")  # of a kernel in another memory layout, behind the node's name
 _FEWEST_CLEAN = 3  # undisturbed runs whose median is a kernel's time
 _MOST_RUNS = 3  # times the runs asked for, if fewer of them were undisturbed
 _LOW = 0.25  # quantile over disturbed runs: another process lengthens a kernel in some runs and never shortens it
@@ -180,9 +182,9 @@ def _model_node_name(name: str, kind: str, names: set[str], producers: dict[str,
     """Return the model's name of a node that onnxruntime fused, blocked or added, or its kind if it has none.
 
     onnxruntime names a fusion ``fused <node>`` or ``<node>/<Fusion>``, and a blocked convolution after its output
-    value, which is the output of the activation fused into it.
+    value, which is the output of the activation fused into it. An integer kernel has the node's name and a number.
     """
-    name = name.removeprefix("fused ")
+    name = _NUMBERED.sub("", name.removeprefix("fused "))
     if name not in names and name.endswith(_BLOCKED_SUFFIX):
         behind = [name.removesuffix(_BLOCKED_SUFFIX)]
         while behind:

@@ -137,7 +137,10 @@ def open_probe(target: Target, form: OnnxFormat | None = None) -> ort.InferenceS
 def _providers(target: Target, tf32: bool) -> list[str | tuple[str, dict[str, str]]]:
     if target.device == "cpu":
         return [target.provider]
-    return [(target.provider, {"cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": str(int(tf32))})]
+    cuda = ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": str(int(tf32))})
+    if target.precision == "int8":
+        return [(target.provider, {"trt_int8_enable": "1"}), cuda]
+    return [cuda]
 
 
 @functools.cache
@@ -162,8 +165,17 @@ def _explain_missing_provider(provider: str, said: str) -> str:
     return (
         f"onnxruntime did not load {provider}: {'; '.join(lost) or 'no CUDA device answers'} "
         f"(found {found} built{wants}, torch {torch.__version__} built {cuda}); "
-        "install the CUDA libraries with pip install 'tdcompile[cuda]', or compile for --target cpu"
+        f"{_ADVICE[provider]}"
     )
+
+
+_ADVICE = {
+    "CUDAExecutionProvider": "install the CUDA libraries with pip install 'tdcompile[cuda]', "
+    "or compile for --target cpu",
+    "TensorrtExecutionProvider": "int8 on a GPU needs TensorRT, because the CUDA provider has no int8 convolution: "
+    "install TensorRT, or take --precision fp16",
+    "CPUExecutionProvider": "install onnxruntime again",
+}
 
 
 def _load_error(provider: str) -> str:

@@ -71,7 +71,7 @@ def _parity(program: Program, graph: fx.GraphModule, model: Path) -> Parity:
         model,
         graph,
         program.inputs,
-        program.target,
+        replace(program.target, precision="fp32"),  # other precisions are written from this model
         axes=program.axes,
         batch_axes=program.batch_axes,
         seed=program.seed,

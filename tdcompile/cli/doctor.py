@@ -83,6 +83,7 @@ def examine(target: str = "cpu") -> list[Check]:
         _tried("CPU provider", partial(_provider, "cpu")),
         _tried("CUDA provider", partial(_provider, "cuda"), needed=target == "cuda"),
         _tried("cache folder", _cache),
+        _tried("int8", partial(_int8, target), needed=False),
         _tried("fast bf16", partial(_fast_bf16, target), needed=False),
         *(_tried(f"extra '{name}'", partial(_extra, name), needed=False) for name in _EXTRAS),
     ]
@@ -145,11 +146,31 @@ def _one_onnxruntime() -> str:
 
 def _provider(device: str) -> str:
     """A session on the smallest of models: that a provider is listed as available proves nothing."""
+    return _provider_of(device, "fp32")
+
+
+def _provider_of(device: str, precision: str) -> str:
     from tdcompile.backend.session import open_probe
     from tdcompile.recipes import load_recipe
 
-    session = open_probe(load_recipe(None, {"target": device}).device())
+    session = open_probe(load_recipe(None, {"target": device, "precision": precision}).device())
     return f"{session.get_providers()[0]} opens a session"
+
+
+def _int8(device: str) -> str:
+    """What int8 and fp16 bring on this machine."""
+    if device == "cuda":
+        _provider_of(device, "int8")
+        return "TensorRT opens a session: --precision int8 or fp16"
+    from tdcompile.backend.quantized_form import form_of, integer_instructions
+    from tdcompile.ir.target import Target
+
+    form, found = form_of(Target()), integer_instructions()
+    if form.reduced:
+        raise UnavailableError(
+            f"this processor has {found}: int8 models take 7-bit weights and are hardly faster than fp32"
+        )
+    return f"{found}: --precision int8 makes convolutions and products about 2 to 4 times as fast; fp16 is for GPUs"
 
 
 def _fast_bf16(device: str) -> str:

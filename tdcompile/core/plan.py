@@ -23,12 +23,13 @@ from tdcompile.errors import InputError, first_line, nearest
 from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.facts import Aspect, Fact
 from tdcompile.ir.layer import Layer, Ranks
-from tdcompile.ir.target import Cost, total
+from tdcompile.ir.target import Cost, Precision, total
 from tdcompile.numerics.covariance import Covariance
 
 FORMAT = 1  # the format of plan files
-# The keys of a plan file, in order; ``rewrites`` is left out if there are none.
-_KEYS = ("format", "selector", "gap", "rewrites", "dense", "predicted", "layers", "reasons")
+# The keys of a plan file, in order.
+_KEYS = ("format", "precision", "selector", "gap", "rewrites", "dense", "predicted", "layers", "reasons")
+_LEFT_OUT = {"rewrites": (), "precision": "fp32"}  # keys that a file has only if they differ from this
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ class Candidates(Fact):
         rest: cost of the network outside these layers.
         spectra: for each layer, the spectra of its weight's unfoldings ``out`` (T x CK) and ``in`` (C x TK).
         reasons: why a layer has no candidate but dense, by the layer's name.
+        precision: number format that the costs are for.
+        reference: cost of the dense network in fp32, of which budgets are shares; None if it is ``dense``.
     """
 
     reads: ClassVar[frozenset[Aspect]] = frozenset({Aspect.TOPOLOGY, Aspect.WEIGHTS})
@@ -177,16 +180,31 @@ class Candidates(Fact):
     rest: Cost
     spectra: Mapping[str, Mapping[str, Spectrum]] = field(default_factory=dict)
     reasons: Mapping[str, Reason] = field(default_factory=dict)
+    precision: Precision = "fp32"
+    reference: Cost | None = None
 
     @property
     def dense(self) -> Cost:
-        """The cost of the dense network."""
+        """The cost of the dense network in the candidates' precision."""
         return self.cost({})
+
+    @property
+    def whole(self) -> Cost:
+        """The cost of the dense network in fp32: budgets are shares of it."""
+        return self.dense if self.reference is None else self.reference
 
     def cost(self, choices: Mapping[str, Candidate]) -> Cost:
         """Return the cost of the network with these choices; a layer without a choice is dense."""
         chosen = (choices.get(name) or dense_of(options) for name, options in self.layers.items())
         return self.rest + total([choice.cost for choice in chosen])
+
+
+@dataclass(frozen=True)
+class FloatCandidates(Fact):
+    """The candidates in fp32 beside those of another precision, for ``choose`` to choose from; None if not wanted."""
+
+    reads: ClassVar[frozenset[Aspect]] = Candidates.reads
+    candidates: Candidates | None = None
 
 
 @dataclass(frozen=True)
@@ -205,12 +223,13 @@ class RankPlan(Fact):
     Attributes:
         choices: the chosen candidate of each layer, dense ones included.
         predicted: predicted cost of the compressed network.
-        dense: cost of the dense network.
+        dense: cost of the dense network in fp32.
         selector: text form of the selector that chose.
         gap: relative optimality gap that the solver proved; None if none was computed.
         reasons: why a layer stays dense, by the layer's name.
         rewrites: text forms of the exact passes that rewrote the network before the choice; a network that takes the
             plan is rewritten by them too.
+        precision: number format of the compiled model.
     """
 
     choices: Annotated[Mapping[str, Candidate], Field(alias="layers")]
@@ -222,11 +241,12 @@ class RankPlan(Fact):
         Mapping[str, Reason], BeforeValidator(_reasons_from_plain), PlainSerializer(_reasons_to_plain)
     ] = field(default_factory=dict)
     rewrites: tuple[str, ...] = ()
+    precision: Precision = "fp32"
 
     def to_json(self) -> str:
         """Return text for ``from_json``. A person can edit it: change ``decomposition`` or ``ranks`` of a layer."""
         document = {"format": FORMAT, **fact_to_plain(self)}
-        keys = [key for key in _KEYS if key != "rewrites" or self.rewrites]
+        keys = [key for key in _KEYS if key not in _LEFT_OUT or getattr(self, key) != _LEFT_OUT[key]]
         return json.dumps({key: document[key] for key in keys}, indent=1) + "\n"
 
     @classmethod

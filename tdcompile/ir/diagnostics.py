@@ -68,6 +68,7 @@ class DiagnosticCode(_Code):
     STATE = "state", "the network changes its buffers at each call, and the compiled model does not"
     NO_LAYER = "no_layer", "a weight belongs to no convolution or linear layer"
     QUANTISED = "quantised", "a layer is quantised already"
+    NOT_QUANTIZED = "not_quantized", "int8 was left out, or a layer stays float in an int8 model"
     CAUTION = "caution", "a decomposition reports a numerical problem in the factors of a layer"
     DATA = "data", "how samples or labels were read, or what about them limits the result"
     NO_DATA = "no_data", "the pass needs training samples, and there are none"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Aspect, Fact, Facts
+from tdcompile.ir.target import Precision
 from tdcompile.numerics.covariance import Covariance, Identity
 
 MUCH = 0.3  # share of the identity in a covariance above which a diagnostic is a warning
@@ -54,12 +55,23 @@ class Baseline(Fact):
     """The dense network as an ONNX model, batch norm folded, and its measured latency.
 
     Attributes:
-        model: the ONNX file.
+        model: the ONNX file, in fp32.
         seconds: median time of a run of ``target.batch`` samples.
+        deployed: the same network in the target's precision, with ranges that only serve to measure latency; None if
+            the target is fp32.
+        deployed_seconds: its median time.
     """
 
     model: Path
     seconds: float
+    deployed: Path | None = None
+    deployed_seconds: float = 0.0
+
+    def at(self, precision: Precision) -> tuple[Path, float]:
+        """Return the model and its seconds in a precision: fp32, or the target's."""
+        if precision == "fp32" or self.deployed is None:
+            return self.model, self.seconds
+        return self.deployed, self.deployed_seconds
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ class Program:
         facts: results of analysis passes.
         history: changes so far, and layers left as they were with the reason.
         keep_dense: names of layers that the user keeps dense, with the reason to report.
+        keep_fp32: names of layers that stay float in an int8 model.
         seed: the seed of every random draw; see ``generator``.
         frontend: the tracer that made the graph, ``fx`` or ``export``.
         dynamic_batch: whether the exported model takes any batch size; otherwise only that of ``inputs``.
@@ -112,6 +113,7 @@ class Program:
     facts: Facts = field(default_factory=Facts)
     history: tuple[Change | Diagnostic, ...] = ()
     keep_dense: Mapping[str, str] = field(default_factory=dict)
+    keep_fp32: frozenset[str] = frozenset()
     seed: int = 0
     frontend: Literal["fx", "export"] = "fx"
     dynamic_batch: bool = True

@@ -12,12 +12,15 @@ from tdcompile.errors import InputError, nearest
 from tdcompile.support.options import Count, Options, Share, Workers
 
 Device = Literal["cpu", "cuda"]
-Floats = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
+AskedPrecision = Literal["fp32", "fp16", "int8", "auto"]
 
 # Allowed relative excess of a measured latency over its budget: two runs of one model on an idle machine differ by
 # about as much.
 LATENCY_TOLERANCE = 0.04
 GRAIN: dict[Device, int] = {"cpu": 16, "cuda": 8}
+INT8_OPSET = 13  # the first opset with QuantizeLinear along an axis, which weights per channel need
+INT8_GRAIN = 8  # onnxruntime's int8 convolutions step at multiples of 8 output channels (mlas/lib/convsym.cpp)
 
 
 @dataclass(frozen=True)
@@ -27,24 +30,27 @@ class Target(Options):
     Attributes:
         device: ``cpu`` or ``cuda``; selects the execution provider of onnxruntime.
         threads: intra-op threads of a session.
-        grain: under a latency budget ranks are multiples of it; None means 16 on CPU and 8 on CUDA.
+        grain: under a latency budget ranks are multiples of it; None means 16 on CPU, 8 on CUDA and in int8.
+        precision: number format of the compiled model.
         batch: samples in one timed run.
     """
 
     device: Device = "cpu"
     threads: Workers = 1
     grain: Count | None = None
-    precision: Floats = "fp32"
+    precision: Precision = "fp32"
     batch: Count = 1
 
     @property
     def rank_grain(self) -> int:
         """Return ``grain``, or the device's default."""
-        return self.grain or GRAIN[self.device]
+        return self.grain or (INT8_GRAIN if self.precision == "int8" else GRAIN[self.device])
 
     @property
     def provider(self) -> str:
         """Return onnxruntime's name of the execution provider."""
+        if self.device == "cuda" and self.precision == "int8":
+            return "TensorrtExecutionProvider"  # the CUDA provider has no kernel for QLinearConv
         return {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[self.device]
 
 

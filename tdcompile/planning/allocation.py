@@ -30,9 +30,9 @@ def limits_of(candidates: Candidates, budget: Budget) -> dict[str, float]:
     Raises:
         InputError: the dense network costs nothing in a limited field, so a share of it limits nothing.
     """
-    limits = budget.limits(candidates.dense)
+    limits = budget.limits(candidates.whole)
     for field in limits:
-        if getattr(candidates.dense, field) <= 0:
+        if getattr(candidates.whole, field) <= 0:
             raise InputError(
                 f"a budget of {_WORD[field]} needs a cost model that gives {field}, and this one gives 0 for the dense "
                 f"network: use another cost model, or limit something else than {_WORD[field]}"
@@ -186,14 +186,22 @@ def settle(
         BudgetError: the plan misses the budget; the message states what it reaches and what is reachable.
     """
     limits = limits_of(candidates, budget)
-    predicted, dense = candidates.cost(choices), candidates.dense
+    predicted, dense = candidates.cost(choices), candidates.whole
     if not within(predicted, limits):
         raise BudgetError(_miss(selector, candidates, budget, predicted))
     known = {**candidates.reasons, **(reasons or {})}
     left = [name for name, options in candidates.layers.items() if choices[name] == dense_of(options)]
     why = {name: known.get(name) or _reason(candidates.layers[name], limits) for name in left}
     ordered = {name: choices[name] for name in candidates.layers}
-    return RankPlan(ordered, predicted, dense, selector=str(selector.spec()), gap=gap, reasons=why)
+    return RankPlan(
+        ordered,
+        predicted,
+        dense,
+        selector=str(selector.spec()),
+        gap=gap,
+        reasons=why,
+        precision=candidates.precision,
+    )
 
 
 def label(candidate: Candidate) -> str:
@@ -227,7 +235,7 @@ def _reason(options: Sequence[Candidate], limits: Mapping[str, float]) -> Reason
 
 
 def _miss(selector: RankSelector, candidates: Candidates, budget: Budget, reached: Cost) -> str:
-    dense, lowest = candidates.dense, lowest_shares(candidates, budget)
+    dense, lowest = candidates.whole, lowest_shares(candidates, budget)
     closest = {name: getattr(reached, LIMITED[name]) / getattr(dense, LIMITED[name]) for name in budget.shares}
     if (sentence := out_of_reach(lowest, budget)) is not None:
         return f"{sentence}; raise the budget or allow more decompositions"
@@ -242,7 +250,7 @@ def lowest_shares(candidates: Candidates, budget: Budget) -> dict[str, float]:
     lowest = {}
     for name, field in ((name, LIMITED[name]) for name in budget.shares):
         floor = sum(min(getattr(o.cost, field) for o in options) for options in candidates.layers.values())
-        dense = getattr(candidates.dense, field)
+        dense = getattr(candidates.whole, field)
         lowest[name] = (getattr(candidates.rest, field) + floor) / dense if dense > 0 else 1.0
     return lowest
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.data.task import ENOUGH, Samples, Task
 from tdcompile.errors import InputError, nearest
-from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.modules import outputs_of
+from tdcompile.ir.onnx_format import OnnxFormat
 from tdcompile.ir.program import Program, sites
+from tdcompile.ir.target import INT8_OPSET, AskedPrecision, Target
 
 
 def check_training_samples(pipeline: Pipeline, task: Task) -> None:
@@ -56,6 +59,52 @@ def check_sample_inputs(program: Program) -> None:
                 raise InputError(
                     f"a {what} sample has {count} input(s), and the network was given {len(program.inputs)}"
                 )
+
+
+def check_precision(target: Target, form: OnnxFormat) -> None:
+    """Refuse a precision that the target has no kernels for.
+
+    Raises:
+        InputError: fp16 on CPU, or int8 at an opset before ``INT8_OPSET``.
+    """
+    if target.precision == "fp16" and target.device == "cpu":
+        raise InputError(
+            "fp16 on CPU is slower than fp32: onnxruntime's CPU provider has few fp16 kernels and converts to fp32 "
+            "around the rest; take --precision int8 or fp32, or --target cuda"
+        )
+    if target.precision == "int8" and form.opset is not None and form.opset < INT8_OPSET:
+        raise InputError(f"int8 needs opset {INT8_OPSET} or later, not {form.opset}: leave --opset out or raise it")
+
+
+def calibrated(target: Target, task: Task, asked: AskedPrecision) -> tuple[Target, list[Diagnostic]]:
+    """Return the target, and a message if ``auto`` leaves int8 out because there are no samples for ranges.
+
+    Raises:
+        InputError: int8 is asked for, and there are no training samples.
+    """
+    if target.precision != "int8" or (task.train is not None and len(task.train)):
+        return target, []
+    if asked != "auto":
+        raise InputError(
+            "int8 needs calibration samples, which tell the ranges of activations: give --data, or take "
+            "--precision fp32"
+        )
+    why = "precision=auto leaves int8 out: there are no calibration samples (--data), which tell the ranges"
+    return replace(target, precision="fp32"), [Diagnostic("warning", DiagnosticCode.NOT_QUANTIZED, why)]
+
+
+def float_layers(program: Program, patterns: Sequence[str]) -> frozenset[str]:
+    """Return the layers that ``--keep-fp32`` patterns match.
+
+    Raises:
+        InputError: a pattern matches no layer, or the compiled model is not int8.
+    """
+    if patterns and program.target.precision != "int8":
+        raise InputError(
+            f"keep_fp32 '{patterns[0]}' has no effect in {program.target.precision}: take --precision int8, or leave "
+            "it out"
+        )
+    return frozenset(_matched(program, patterns, "keep-fp32"))
 
 
 def check_class_names(program: Program, names: Sequence[str]) -> None:
@@ -116,10 +165,22 @@ def matched_layers(program: Program, patterns: Sequence[str]) -> dict[str, str]:
     if not found:
         said = "; ".join(entry.text for entry in program.history if isinstance(entry, Diagnostic))
         raise InputError(f"the network has no convolution or linear layer to factorise{f': {said}' if said else ''}")
-    kept: dict[str, str] = {}
+    return {
+        name: f"left alone as asked by '{pattern}'"
+        for name, pattern in _matched(program, patterns, "keep-dense").items()
+    }
+
+
+def _matched(program: Program, patterns: Sequence[str], option: str) -> dict[str, str]:
+    """Return the layers that the globs of an option match, each with the last glob that does.
+
+    Raises:
+        InputError: a pattern matches no layer.
+    """
+    found, kept = sites(program), dict[str, str]()
     for pattern in patterns:
         matched = fnmatch.filter(found, pattern)
         if not matched:
-            raise InputError(f"--keep-dense '{pattern}' matches no layer: {nearest(pattern, found)}")
-        kept |= dict.fromkeys(matched, f"left alone as asked by '{pattern}'")
+            raise InputError(f"--{option} '{pattern}' matches no layer: {nearest(pattern, found)}")
+        kept |= dict.fromkeys(matched, pattern)
     return kept

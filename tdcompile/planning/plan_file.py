@@ -76,7 +76,8 @@ def adopt(program: Program, given: str) -> Program:
     reasons |= {name: plan.reasons[name] for name in lasting if name in plan.reasons}
     reasons |= {name: reason for name, reason in kept.items() if name in reasons and changed}
     reasons |= {name: Reason(ReasonCode.EXCLUDED_BY_USER, why) for name, why in program.keep_dense.items()}
-    return program.with_(facts=program.facts.having(replace(plan, choices=choices, reasons=reasons)))
+    plan = replace(plan, choices=choices, reasons=reasons, precision=program.target.precision)
+    return program.with_(facts=program.facts.having(plan))
 
 
 def estimated(program: Program) -> Program:

@@ -41,8 +41,7 @@ def test_both_models_are_judged_on_every_sample_once(tmp_path: Path, dynamic_bat
     paths = [tmp_path / "dense.onnx", tmp_path / "model.onnx"]
     for graph, path in zip((made.dense, made.graph), paths, strict=True):
         export_lowered(made, graph, path)
-    found = evaluate(*paths, samples(), made)
-    assert found is not None
+    (found,) = evaluate(paths[0], paths[1:], samples(), made)
     assert found.samples == 37
     assert found.dense_accuracy == accuracy(made.dense, samples())
     assert found.compiled_accuracy == accuracy(made.graph, samples())
@@ -54,10 +53,9 @@ def test_both_models_are_judged_on_every_sample_once(tmp_path: Path, dynamic_bat
         float(((a - b).square().sum() / (a - a.mean(0)).square().sum()).sqrt()), rel=1e-4
     )
     assert output.agreement == pytest.approx(float((a.argmax(1) == b.argmax(1)).float().mean()))
-    limited = evaluate(*paths, samples(), made, limit=7)
-    assert limited is not None
+    (limited,) = evaluate(paths[0], paths[1:], samples(), made, limit=7)
     assert limited.samples == 7
-    assert evaluate(*paths, None, made) is None
+    assert evaluate(paths[0], paths[1:], None, made) == []
 
 
 @pytest.mark.parametrize("where", ["test", "heldout"])

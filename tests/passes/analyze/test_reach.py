@@ -10,7 +10,7 @@ from torch import nn
 import tdcompile
 from tdcompile.backend.session import Timing
 from tdcompile.core.passes import Pass
-from tdcompile.core.plan import Importances
+from tdcompile.core.plan import Importances, RankPlan
 from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError
 from tdcompile.ir.measurements import Baseline, Reachable
@@ -32,19 +32,19 @@ def graph(monkeypatch):
     """Layers of 10 s each and 2 s beside them; forms take what ``prices`` says, or another time inside the graph."""
     prices, inside, plans = {"channel": 4.0, "svd": 3.0}, {}, []
 
-    def priced(program, found, spaces, cost, timer):
+    def priced(program, found, spaces, models, precision):
         parts = {call: Cost(10, 10, 10, 10.0) for site in found.values() for call in site.calls}
         for name, forms in spaces.items():
             for form, space in forms.items():
                 chain = reach.chain_of(found[name], form, space[0])
                 parts |= {part: Cost(1, 1, 1, prices.get(form.name, 50.0) / len(chain)) for part in chain}
-        return parts
+        return dict.fromkeys(found, parts)
 
     def took(choices):
         return {n: 10.0 if c.is_dense else inside.get(c.form, c.cost.seconds) for n, c in choices.items()}
 
     @contextlib.contextmanager
-    def written(program, choices, dense):
+    def written(program, choices, dense, precision):
         plans.append(choices)
         yield Path("plan.onnx")
 
@@ -127,5 +127,5 @@ def test_a_measured_latency_within_reach_is_chosen_although_the_prices_deny_it(p
     with pytest.raises(BudgetError, match=r"keeps 0\.273"):
         Choose().run(program)
     program = program.with_(facts=facts.having(Reachable(0.24)))
-    plan = Choose().analyze(program)
+    plan = Choose().run(program).facts[RankPlan]
     assert {choice.ranks for choice in plan.choices.values()} == {(4,)}

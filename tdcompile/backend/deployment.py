@@ -1,0 +1,73 @@
+"""Convert an exported fp32 model to the precision that it is deployed in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from tdcompile.backend.evaluation import filled_batches
+from tdcompile.backend.quantize import Quantized, Ranges, activation_ranges, write_quantized
+from tdcompile.backend.quantized_form import form_of
+from tdcompile.ir.program import Program
+from tdcompile.ir.target import Precision
+from tdcompile.support.quiet import captured_output
+
+# Ranges by least and largest value are the same from 256 samples on (docs/results/precision.md).
+RANGE_SAMPLES = 256
+_BATCH = 32
+
+
+@contextlib.contextmanager
+def deployed(program: Program, model: Path, precision: Precision) -> Iterator[Path]:
+    """Write a model in a precision to a file that exists within the context, good enough to measure its latency.
+
+    Args:
+        program: gives the target and the layers that stay float.
+        model: exported in fp32.
+        precision: of the file; fp32 gives ``model`` itself.
+    """
+    if precision == "fp32":
+        yield model
+        return
+    with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
+        path = Path(folder) / model.name
+        write_deployed(program, model, path, precision)
+        yield path
+
+
+def sample_ranges(program: Program, model: Path) -> Ranges:
+    """Return the ranges of a model's activations over training samples.
+
+    Raises:
+        InputError: an activation is not finite.
+    """
+    train = program.task.train
+    assert train is not None  # ``calibrated`` has checked it
+    limit = min(program.task.calibrate, RANGE_SAMPLES)
+    batches = filled_batches(train, program, _BATCH, limit)
+    return activation_ranges(model, ([x.numpy() for x in batch.inputs] for batch, _ in batches))
+
+
+def write_deployed(
+    program: Program, model: Path, path: Path, precision: Precision, ranges: Ranges | None = None
+) -> Quantized | None:
+    """Write a model in fp16 or int8; see ``write_quantized`` for the ranges, and for what int8 returns.
+
+    Raises:
+        InputError: the model cannot be quantised.
+    """
+    if precision == "int8":
+        return write_quantized(model, path, ranges, form_of(program.target), keep=program.keep_fp32)
+    with captured_output():
+        made = convert_float_to_float16(onnx.load(model), keep_io_types=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        draft.write_bytes(made.SerializeToString(deterministic=True))
+        os.replace(draft, path)
+    return None

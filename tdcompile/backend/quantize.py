@@ -1,0 +1,277 @@
+"""Quantise an ONNX model to int8 by onnxruntime.quantization, in the form that a target's kernels take."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorData, TensorsData, create_calibrator
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+from tdcompile.backend.quantized_form import QuantizedForm
+from tdcompile.errors import InputError
+from tdcompile.ir.target import INT8_OPSET
+from tdcompile.support.quiet import captured_output
+
+Ranges = Mapping[str, tuple[float, float]]  # least and largest value of each activation, by its name
+Overrides = Mapping[str, Sequence[Mapping[str, Any]]]  # ``TensorQuantOverrides`` of onnxruntime.quantization
+
+# Operators whose weights are quantised. ConvTranspose, recurrent layers and normalisations have no integer kernel.
+_WEIGHTED = ("Conv", "Gemm", "MatMul")
+# Operators with an integer kernel that keep a region of integers together. They join a region only if all their inputs
+# come from one: between float operators they would only add conversions.
+_CARRIED = ("Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Mul", "Sigmoid")
+_MOVED = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")  # they move values and round none
+_SPATIAL = 4  # axes of an image batch
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantised model that was written.
+
+    Attributes:
+        path: the file, with QuantizeLinear and DequantizeLinear nodes (QDQ).
+        bytes: size of the file.
+        form: the target family that it is made for.
+        scales: scale and zero point of each quantised activation, by its name in the float model.
+        floats: the module of each convolution, matrix product and linear layer that stays float, with the reason.
+    """
+
+    path: Path
+    bytes: int
+    form: QuantizedForm
+    scales: Mapping[str, tuple[float, int]]
+    floats: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_quantized(
+    model: Path,
+    path: Path,
+    ranges: Ranges | None,
+    form: QuantizedForm,
+    *,
+    keep: Collection[str] = (),
+    overrides: Overrides | None = None,
+) -> Quantized:
+    """Write a model in int8: weights per output channel, activations per tensor.
+
+    Args:
+        model: written by ``export_onnx``, which names nodes ``<module>/<operator>``.
+        path: the file to write.
+        ranges: see ``activation_ranges``; None takes -1 to 1 for all, which is enough to measure latency.
+        form: the target family.
+        keep: modules that stay float, with all modules in them.
+        overrides: scales and zero points of one's own, by tensor.
+
+    Raises:
+        InputError: the model is quantised already, its opset is too low, its weights exceed one file, or a range is
+            not finite.
+    """
+    made, floats = quantized_model(_readable(model), ranges, form, keep=keep, overrides=overrides)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        draft.write_bytes(made.SerializeToString(deterministic=True))
+        os.replace(draft, path)
+    return Quantized(path, path.stat().st_size, form, _scales(made), floats)
+
+
+def quantized_model(
+    proto: onnx.ModelProto,
+    ranges: Ranges | None,
+    form: QuantizedForm,
+    *,
+    keep: Collection[str] = (),
+    overrides: Overrides | None = None,
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """Return a model in int8, and the modules that stay float with the reason; see ``write_quantized``."""
+    proto = onnx.shape_inference.infer_shapes(averages_pooled(proto))
+    nodes, floats = _chosen(proto, keep)
+    if not nodes:
+        return proto, floats
+    quantizer = QDQQuantizer(
+        proto,
+        per_channel=True,
+        reduce_range=form.reduced,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QInt8 if form.symmetric else QuantType.QUInt8,
+        tensors_range=_checked(ranges, proto),
+        nodes_to_quantize=nodes,
+        nodes_to_exclude=[],
+        op_types_to_quantize=[*_WEIGHTED, *_CARRIED, *_MOVED],
+        extra_options=form.options(overrides or {}),
+    )
+    with captured_output():
+        quantizer.quantize_model()
+    return quantizer.model.model, floats
+
+
+def activation_ranges(model: Path, batches: Iterable[Sequence[NDArray[Any]]], limit: int = 256) -> Ranges:
+    """Return the least and largest value of every activation over the inputs (MinMax).
+
+    Args:
+        model: the float model.
+        batches: inputs in the graph's order, one tuple for each run.
+        limit: upper bound on the number of runs.
+
+    Raises:
+        InputError: there is no input, or an activation is NaN or infinite; the message names the node.
+    """
+    proto = onnx.shape_inference.infer_shapes(averages_pooled(_readable(model)))
+    names = [value.name for value in proto.graph.input if not _is_stored(proto, value.name)]
+    with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder, captured_output():
+        given = Path(folder) / "model.onnx"
+        given.write_bytes(proto.SerializeToString())
+        calibrator = create_calibrator(
+            given,
+            op_types_to_calibrate=[*_WEIGHTED, *_CARRIED, *_MOVED],
+            augmented_model_path=str(Path(folder) / "augmented.onnx"),
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+        first = list(itertools.islice(batches, limit))
+        if not first:
+            raise InputError("int8 needs calibration samples: there are none")
+        calibrator.collect_data(_Reader(names, first))
+        data = calibrator.compute_data()
+    found: dict[str, tuple[float, float]] = {}
+    for name in data:
+        low, high = (float(np.asarray(value).reshape(-1)[0]) for value in data[name].range_value)
+        found[name] = (low, high)
+    for name, (low, high) in found.items():
+        if not (np.isfinite(low) and np.isfinite(high)):
+            node = next((n.name for n in proto.graph.node if name in n.output), name)
+            raise InputError(
+                f"int8 needs finite activations: the value of '{node}' is {low:g} to {high:g} on the samples"
+            )
+    return found
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+    """Give inputs to onnxruntime's calibrator."""
+
+    def __init__(self, names: Sequence[str], batches: Iterable[Sequence[NDArray[Any]]]) -> None:
+        self._names, self._batches = names, iter(batches)
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        """Return the next inputs by name, or None at the end."""
+        batch = next(self._batches, None)
+        return None if batch is None else dict(zip(self._names, batch, strict=True))
+
+
+def averages_pooled(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with means over all spatial axes as GlobalAveragePool, which has an integer kernel.
+
+    The exporter writes ``AdaptiveAvgPool2d(1)`` as ReduceMean. Only means that keep their axes are rewritten.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    stored = {weight.name: weight for weight in made.graph.initializer}
+    ranks = {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in onnx.shape_inference.infer_shapes(made).graph.value_info
+    }
+    unread: set[str] = set()
+    for node in made.graph.node:
+        if node.op_type != "ReduceMean" or ranks.get(node.output[0]) != _SPATIAL:
+            continue
+        given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        axes = given.get("axes")
+        if len(node.input) > 1 and node.input[1] in stored:
+            axes = numpy_helper.to_array(stored[node.input[1]]).tolist()
+        if given.get("keepdims", 1) and axes is not None and sorted(axis % _SPATIAL for axis in axes) == [2, 3]:
+            node.op_type = "GlobalAveragePool"
+            unread |= set(node.input[1:])
+            del node.input[1:]
+            del node.attribute[:]
+    unread -= {name for node in made.graph.node for name in node.input}
+    for name in unread & stored.keys():
+        made.graph.initializer.remove(stored[name])
+    return made
+
+
+def _readable(model: Path) -> onnx.ModelProto:
+    """Load a float model that can be quantised.
+
+    Raises:
+        InputError: it is quantised already, its opset is too low, or its weights are outside the file.
+    """
+    proto = onnx.load(model, load_external_data=False)
+    if any(node.op_type in ("QuantizeLinear", "QLinearConv", "QLinearMatMul") for node in proto.graph.node):
+        raise InputError(f"{model.name} is quantised already: give the float model")
+    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset < INT8_OPSET:
+        raise InputError(f"int8 needs opset {INT8_OPSET} or later, not {opset}: leave --opset out or raise it")
+    if any(weight.external_data for weight in proto.graph.initializer):
+        raise InputError(f"int8 needs a model in one file, and the weights of {model.name} exceed 2 GB")
+    return proto
+
+
+def _chosen(proto: onnx.ModelProto, keep: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the nodes to quantise, and for each weighted node that stays float the reason, by module.
+
+    Nodes without weights are quantised if all their inputs are integers already.
+    """
+    stored = {weight.name for weight in proto.graph.initializer}
+    produced: set[str] = set()  # values that a region of integers gives
+    chosen, floats = [], {}
+    for node in proto.graph.node:
+        module = node.name.rpartition("/")[0] or node.name
+        if node.op_type == "ConvTranspose":
+            floats[module] = "onnxruntime has no integer kernel for transposed convolutions"
+        elif node.op_type in _WEIGHTED:
+            if _is_kept(module, keep):
+                floats[module] = "kept in float"
+            elif len(node.input) < 2 or node.input[1] not in stored:  # a product of two activations
+                floats[module] = "both factors are activations, whose product stays float"
+            else:
+                chosen.append(node.name)
+                if node.op_type == "Conv":
+                    produced |= set(node.output)
+        elif node.op_type in (*_CARRIED, *_MOVED) and not _is_kept(module, keep):
+            activations = [name for name in node.input[: 1 if node.op_type in (*_MOVED, "Clip") else None] if name]
+            if activations and all(name in produced for name in activations):
+                chosen.append(node.name)
+                produced |= set(node.output)
+    return chosen, floats
+
+
+def _is_kept(module: str, keep: Collection[str]) -> bool:
+    parts = module.split(".")
+    return any(".".join(parts[:i]) in keep for i in range(1, len(parts) + 1))
+
+
+def _checked(ranges: Ranges | None, proto: onnx.ModelProto) -> TensorsData:
+    """Return the ranges in onnxruntime's form; the same for all values if none are given."""
+    if ranges is None:
+        values = [*proto.graph.input, *proto.graph.output]
+        names = {value.name for value in values} | {name for node in proto.graph.node for name in node.output}
+        ranges = dict.fromkeys(names, (-1.0, 1.0))
+    entries = {
+        name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()
+    }
+    return TensorsData(CalibrationMethod.MinMax, entries)
+
+
+def _scales(proto: onnx.ModelProto) -> dict[str, tuple[float, int]]:
+    """Return scale and zero point of each activation that a QuantizeLinear node rounds."""
+    stored = {weight.name: weight for weight in proto.graph.initializer}
+    found = {}
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear":
+            scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input[1:3])
+            found[node.input[0].removesuffix("_QuantizeLinear_Input")] = (float(scale), int(zero))
+    return found
+
+
+def _is_stored(proto: onnx.ModelProto, name: str) -> bool:
+    return any(weight.name == name for weight in proto.graph.initializer)

@@ -1,0 +1,133 @@
+"""``write_quantized`` and ``activation_ranges``: what becomes int8, what stays float and why, whose scales count."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from tdcompile.backend.export import export_onnx
+from tdcompile.backend.profile import node_seconds
+from tdcompile.backend.quantize import activation_ranges, write_quantized
+from tdcompile.backend.quantized_form import QuantizedForm
+from tdcompile.backend.quantized_parity import check_quantized
+from tdcompile.backend.session import infer, open_session
+from tdcompile.errors import InputError, ParityError
+from tdcompile.ir.target import Target
+
+X64, ARM = QuantizedForm("x64"), QuantizedForm("arm64", symmetric=True)
+
+
+class Block(nn.Module):
+    """A residual block, global pooling, a transposed convolution beside it, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.up, self.pool, self.fc = nn.ConvTranspose2d(16, 16, 2, 2), nn.AdaptiveAvgPool2d(1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = (self.inner(x) + x).relu()
+        return self.fc(self.pool(self.up(x)).flatten(1))
+
+
+def batches(count: int = 4) -> list[tuple[torch.Tensor, ...]]:
+    draw = torch.Generator().manual_seed(1)
+    return [(torch.randn(8, 3, 12, 12, generator=draw),) for _ in range(count)]
+
+
+def ranges_of(model: Path):
+    return activation_ranges(model, ([x.numpy() for x in batch] for batch in batches()))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("block") / "block.onnx"
+    export_onnx(Block().eval(), (torch.randn(2, 3, 12, 12),), path)
+    return path
+
+
+def test_convolutions_and_products_become_integer_kernels_and_the_rest_says_why(model: Path, tmp_path: Path) -> None:
+    made = write_quantized(model, tmp_path / "int8.onnx", ranges_of(model), X64)
+    proto = onnx.load(made.path)
+    weights = [numpy_helper.to_array(w) for w in proto.graph.initializer if w.name.endswith("weight_quantized")]
+    assert len(weights) == 3
+    assert all(w.dtype == np.int8 for w in weights)
+    assert made.floats == {"up": "onnxruntime has no integer kernel for transposed convolutions"}
+    assert made.bytes == made.path.stat().st_size < model.stat().st_size
+    found = check_quantized(made.path, model, batches(), Target())
+    assert 0 < found.kernels < found.error < 0.5  # random weights answer nearly the same to every sample
+    kernels = node_seconds(made.path, batches()[0], Target())
+    assert {"stem", "inner"} <= {name.rpartition("/")[0] for name in kernels}  # fused kernels keep their layer's name
+
+
+def test_a_layer_that_is_kept_stays_float_with_all_in_it(model: Path, tmp_path: Path) -> None:
+    made = write_quantized(model, tmp_path / "int8.onnx", ranges_of(model), X64, keep={"inner"})
+    assert made.floats["inner"] == "kept in float"
+    stored = {w.name for w in onnx.load(made.path).graph.initializer}
+    assert "inner.weight" in stored
+    assert "stem.weight_quantized" in stored
+
+
+def test_own_scales_and_rounded_weights_reach_the_file_exactly(model: Path, tmp_path: Path) -> None:
+    scale = np.array(0.0137, np.float32)
+    own = {"input": "x", "scale": scale, "zero_point": np.array(131, np.uint8)}
+    name = onnx.load(model).graph.input[0].name
+    overrides = {name: [{key: own[key] for key in ("scale", "zero_point")}]}
+    made = write_quantized(model, tmp_path / "int8.onnx", ranges_of(model), X64, overrides=overrides)
+    assert made.scales[name] == (float(scale), 131)
+
+
+def test_the_form_of_another_family_has_signed_activations(model: Path, tmp_path: Path) -> None:
+    made = write_quantized(model, tmp_path / "arm.onnx", ranges_of(model), ARM)
+    assert {zero for _, zero in made.scales.values()} == {0}
+    unsigned = write_quantized(model, tmp_path / "x64.onnx", ranges_of(model), X64)
+    assert any(zero for _, zero in unsigned.scales.values())
+
+
+def test_ranges_are_those_of_the_samples_and_latency_needs_none(model: Path, tmp_path: Path) -> None:
+    name = onnx.load(model).graph.input[0].name
+    low, high = ranges_of(model)[name]
+    values = torch.cat([batch[0] for batch in batches()])
+    assert (low, high) == pytest.approx((float(values.min()), float(values.max())), rel=1e-6)
+    made = write_quantized(model, tmp_path / "timed.onnx", None, X64)
+    assert infer(open_session(made.path, Target()), batches()[0])[0].shape == (8, 5)
+
+
+def test_what_cannot_be_quantised_is_one_sentence(model: Path, tmp_path: Path) -> None:
+    made = write_quantized(model, tmp_path / "int8.onnx", None, X64)
+    with pytest.raises(InputError, match="quantised already: give the float model"):
+        write_quantized(made.path, tmp_path / "again.onnx", None, X64)
+    with pytest.raises(InputError, match="there are none"):
+        activation_ranges(model, [])
+    broken = batches()[0][0].clone()
+    broken[0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="int8 needs finite activations: the value of"):
+        activation_ranges(model, [[broken.numpy()]])
+    old = onnx.load(model)
+    old.opset_import[0].version = 12
+    onnx.save(old, tmp_path / "old.onnx")
+    with pytest.raises(InputError, match="opset 13 or later, not 12"):
+        write_quantized(tmp_path / "old.onnx", tmp_path / "x.onnx", None, X64)
+
+
+def test_a_kernel_that_computes_something_else_is_told(model: Path, tmp_path: Path, monkeypatch) -> None:
+    made = write_quantized(model, tmp_path / "int8.onnx", ranges_of(model), X64)
+    from tdcompile.backend import quantized_parity as checked
+
+    def opened(path, target, *, optimised=True):
+        return open_session(path, target, optimised=optimised), optimised and path == made.path
+
+    def saturated(pair, inputs):
+        session, fused = pair
+        return [y * (0.5 if fused else 1.0) for y in infer(session, inputs)]
+
+    monkeypatch.setattr(checked, "open_session", opened)
+    monkeypatch.setattr(checked, "infer", saturated)
+    with pytest.raises(ParityError, match="integer kernels"):
+        check_quantized(made.path, model, batches(), Target())

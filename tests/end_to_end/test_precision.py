@@ -1,0 +1,106 @@
+"""``precision``: an int8 compilation from samples to four models, ``auto``, and what is refused."""
+
+import json
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import tdcompile
+from tdcompile.core.plan import RankPlan
+from tdcompile.data.task import Task, Tensors
+from tdcompile.errors import InputError
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4),
+    ).eval()  # fmt: skip
+
+
+def task() -> Task:
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(160, 3, 16, 16, generator=draw)
+    with torch.no_grad():
+        labels = network()(x).argmax(1)
+    return Task(Tensors(x[:128], labels[:128], 4), Tensors(x[128:], labels[128:], 4), calibrate=64)
+
+
+def compiled(**options):
+    options = {"budget": {"macs": 0.6}, "decompose": "spatial", **options}
+    return tdcompile.compile(network(), torch.randn(2, 3, 16, 16), **options)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return compiled(data=task(), precision="int8", keep_fp32="0")
+
+
+def test_an_int8_compilation_writes_and_reports_four_models(made, tmp_path) -> None:
+    report = made.report
+    assert [one.title for one in report.variants] == ["dense fp32", "compiled fp32", "dense int8", "compiled int8"]
+    assert report.precision == "int8"
+    assert report.compiled.onnx_bytes == report.variants[-1].onnx_bytes < report.variants[1].onnx_bytes
+    assert report.compiled.accuracy == report.variants[-1].accuracy
+    assert report.quantization is not None
+    assert report.quantization.rounding <= report.quantization.error < 0.5
+    assert report.quantization.floats == {"0": "kept in float"}
+    out = made.save(tmp_path / "out")
+    files = {path.name for path in out.iterdir()}
+    assert {"model.onnx", "model.fp32.onnx", "dense.onnx", "dense.int8.onnx"} <= files
+    kinds = {node.op_type for node in onnx.load(out / "model.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    assert json.loads((out / "plan.json").read_text())["precision"] == "int8"
+    assert "All models" in (out / "report.html").read_text()
+
+
+def test_a_plan_names_its_precision_and_fp32_plans_do_not(made) -> None:
+    assert RankPlan.from_json(made.plan.to_json()).precision == "int8"
+    plain = RankPlan({})
+    assert "precision" not in json.loads(plain.to_json())
+    again = compiled(data=task(), plan=made.plan, budget={}, decompose="auto")
+    assert again.report.precision == "int8"
+
+
+def test_int8_adds_its_own_error_to_that_of_a_form(made) -> None:
+    errors = {name: choice.error for name, choice in made.plan.choices.items() if choice.is_dense}
+    assert errors["0"] == 0.0  # kept in float
+    assert all(0 < error < 0.05 for name, error in errors.items() if name != "0")
+
+
+def test_auto_without_samples_leaves_int8_out_and_says_so() -> None:
+    found = compiled(precision="auto")
+    assert found.report.precision == "fp32"
+    assert any("precision=auto leaves int8 out" in note for note in found.report.notes)
+    assert found.report.variants == ()
+
+
+def test_auto_takes_the_plan_of_less_loss() -> None:
+    found = compiled(data=task(), precision="auto", budget={"latency": 0.9})
+    assert found.report.precision == "int8"  # dense int8 meets the budget at nearly no loss
+    assert found.report.verdict.startswith("int8 alone is enough")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"precision": "int8"}, "int8 needs calibration samples"),
+        ({"precision": "fp16"}, "fp16 on CPU is slower than fp32"),
+        ({"keep_fp32": "0"}, "keep_fp32 '0' has no effect in fp32"),
+        ({"precision": "int8", "opset": 12}, "int8 needs opset 13"),
+        ({"precision": "int4"}, "the option 'precision' cannot be 'int4'"),
+    ],
+)
+def test_what_has_no_effect_or_no_kernel_is_refused(options, told) -> None:
+    with pytest.raises(InputError, match=told):
+        compiled(**options)
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="--keep-fp32 'stem' matches no layer"):
+        compiled(data=task(), precision="int8", keep_fp32="stem")
