@@ -25,7 +25,13 @@ from tdcompile.errors import TdcompileError
 from tdcompile.ir.target import Target
 from tdcompile.support.processors import idle_processors
 
-_WORK = "import numpy as np\na = np.random.rand(512, 512)\nwhile True:\n    a @ a"  # takes cache and bandwidth, too
+# It takes cache and bandwidth too, and ends with its parent, however that ends.
+_WORK = """import os
+import numpy as np
+a, parent = np.random.rand(512, 512), os.getppid()
+while os.getppid() == parent:
+    a @ a
+"""
 _ALONE = 0.9  # idle processors with which one thread is judged
 FORMATS = {"share": ".3f", "share of the report": ".3f", "seconds": ".0f", "idle processors when judged": ".1f"}
 # The dense network stays where a compilation is refused.
@@ -47,7 +53,8 @@ def main(
 ) -> None:
     """Compile each network beside busy processes with an empty price cache; then judge it without them.
 
-    The table is written after each run. The same command continues it: runs in the file are kept.
+    The table is written after each run. The same command continues it: runs in the file are kept, except for those that
+    no idle machine judged. They have no share.
     """
     title = f"Latency at budget {budget:g} beside {busy} busy processes"
     try:
@@ -70,7 +77,7 @@ def main(
 
 
 def kept_rows(file: Path | None, title: str, seed: int) -> list[dict[str, Any]]:
-    """Return the runs of an earlier table.
+    """Return the runs of an earlier table that an idle machine judged.
 
     Raises:
         ResultsError: the file is no table, or one of another budget, load, seed or machine.
@@ -82,7 +89,7 @@ def kept_rows(file: Path | None, title: str, seed: int) -> list[dict[str, Any]]:
     if (table.title, table.seed, table.machine) != here:
         found = f"{table.title!r}, seed {table.seed}, {table.machine}"
         raise ResultsError(f"{file} has other runs ({found}): name another file")
-    return table.records()
+    return [one for one in table.records() if one["share"] is not None]
 
 
 def beside_others(module: nn.Module, sample: Tensor, budget: float, busy: int, seed: int) -> Compiled | None:
@@ -123,25 +130,30 @@ def fresh_cache() -> Iterator[None]:
 
 
 def judge(compiled: Compiled, sample: Tensor, seconds: float, patience: float) -> dict[str, float | None]:
-    """Measure both models; return the share, the one that the report has, and the idle processors before."""
+    """Measure both models; return the share, the one that the report has, and the idle processors before.
+
+    There is no share if the machine is not idle after ``patience`` seconds.
+    """
     end = time.monotonic() + patience
     while (idle := idle_processors()) < _ALONE and time.monotonic() < end:
         time.sleep(1.0)
+    reported = compiled.report.ratio.latency
+    found: dict[str, float | None] = {"share": None, "reported": 1 / reported if reported else 1.0, "idle": idle}
+    if idle < _ALONE:
+        return found
     models = [compiled.folder / "dense.onnx", compiled.onnx]
     timing = time_models(models, [sample], Target(), seconds=seconds)[1]
-    reported = compiled.report.ratio.latency
-    return {"share": 1 / timing.speedup.value, "reported": 1 / reported if reported else 1.0, "idle": idle}
+    return {**found, "share": 1 / timing.speedup.value}
 
 
 def row(name: str, number: int, judged: Mapping[str, float | None], budget: float, off: float) -> dict[str, Any]:
     """Return a row of the table."""
     share = judged["share"]
-    assert share is not None  # every run has one
     return {
         "network": name,
         "run": number,
         "share": share,
-        f"within {budget - off:.2f} and {budget + off:.2f}": abs(share - budget) <= off,
+        f"within {budget - off:.2f} and {budget + off:.2f}": None if share is None else abs(share - budget) <= off,
         "share of the report": judged["reported"],
         "seconds": judged["seconds"],
         "idle processors when judged": judged["idle"],

@@ -191,11 +191,13 @@ class Goal(_Strict):
         for name in self.tables:
             some = table(name).select([self.column], self.rows)
             for (cell,) in some.rows:
-                if not _is_number(cell) or isinstance(cell, (str, list)) or cell is None:
+                if cell is None:  # not measured
+                    continue
+                if not _is_number(cell) or isinstance(cell, (str, list)):
                     raise ResultsError(f"goal {self.goal!r}: {cell!r} in {name} is no number")
                 cells.append((cell, some.text(0, cell)))
         if not cells:
-            raise ResultsError(f"goal {self.goal!r} has no cells")
+            return "not run", "–"
         (_, lowest), (_, highest) = min(cells), max(cells)
         reached = lowest if lowest == highest else f"{lowest} – {highest}"
         return reached + self.unit, self.verdict or self._met([value for value, _ in cells])

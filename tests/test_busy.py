@@ -1,10 +1,13 @@
 """The benchmark beside busy processes writes each run, and continues from a file of its own runs only."""
 
 import importlib.util
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -71,6 +74,41 @@ def test_runs_in_the_file_are_kept_and_the_others_follow(compiled, tmp_path):
     busy.main("a,b", runs=2, json=tmp_path / "b.json")
     assert compiled.names == ["a", "a", "b", "b"]
     assert cells(tmp_path / "b.json", "network", "share") == [("a", 0.5), ("a", 0.51), ("b", 0.54), ("b", 0.49)]
+
+
+def test_a_run_without_an_idle_machine_has_no_share_and_is_repeated(compiled, monkeypatch, tmp_path):
+    compiled.shares = [None, 0.5, 0.49]
+    busy.main("a", runs=2, json=tmp_path / "b.json")
+    assert cells(tmp_path / "b.json", "run", "share", "within 0.47 and 0.53") == [(1, None, None), (2, 0.5, True)]
+    busy.main("a", runs=2, json=tmp_path / "b.json")
+    assert cells(tmp_path / "b.json", "run", "share") == [(2, 0.5), (1, 0.49)]
+
+
+@pytest.mark.parametrize(("idle", "timed"), [(0.5, False), (1.5, True)])
+def test_models_are_timed_on_an_idle_machine_only(monkeypatch, tmp_path, idle, timed):
+    ratio = types.SimpleNamespace(latency=2.0)
+    made = types.SimpleNamespace(folder=tmp_path, onnx=tmp_path, report=types.SimpleNamespace(ratio=ratio))
+    timing = types.SimpleNamespace(speedup=types.SimpleNamespace(value=4.0))
+    monkeypatch.setattr(busy, "idle_processors", lambda: idle)
+    monkeypatch.setattr(busy, "time_models", lambda *args, **options: [None, timing])
+    wanted = {"share": 0.25 if timed else None, "reported": 0.5, "idle": idle}
+    assert busy.judge(made, torch.zeros(1), 1.0, 0.0) == wanted
+
+
+def test_busy_processes_end_with_a_benchmark_that_is_killed():
+    start = (
+        "import subprocess, sys; w = subprocess.Popen([sys.executable, '-c', sys.argv[1]]);"
+        "print(w.pid, flush=True); w.wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", start, busy._WORK], stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(parent.stdout.readline()))
+    time.sleep(1.0)
+    assert worker.is_running()
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    psutil.wait_procs([worker], timeout=60)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize("other", [{"budget": 0.6}, {"busy": 3}, {"seed": 1}])

@@ -200,6 +200,13 @@ def test_a_goal_that_names_no_number_is_refused(docs):
         goal.row(results.Results(docs).table)
 
 
+def test_a_goal_leaves_out_what_was_not_measured(docs):
+    goal = results.Goal(goal="g", page=None, tables=["shares"], column="share", at_least=0.6)
+    assert goal.row(results.Results(docs).table)[2:4] == ["0.5047", "no"]
+    goal = goal.model_copy(update={"rows": {"network": ["b"]}})
+    assert goal.row(results.Results(docs).table)[2:4] == ["not run", "–"]
+
+
 def test_a_goal_without_a_measurement_was_not_run(docs):
     assert results.Goal(goal="g", page=None).row(results.Results(docs).table) == ["g", "–", "not run", "–", "–"]
 
