@@ -62,7 +62,8 @@ class Refit(TunePass):
 
     Attributes:
         samples: number of training samples to read.
-        rows: rows of the regression for each of a layer's N inputs (C·K), spread over all samples.
+        rows: rows of the regression for each of a layer's N inputs (C·K), spread over all samples. At a third of the
+            MACs of ResNet-20, 30 lose 0.7 points against 100, and more than 100 gain nothing.
         places: upper bound on the output positions of each sample in the regression; so many judge a fit.
         ridge: pull of the dense weight on a fitted map, relative to the inputs' mean variance.
         dense: also fit layers that were left dense.
@@ -74,7 +75,7 @@ class Refit(TunePass):
 
     name: ClassVar[str] = "refit"
     samples: Count = 2048
-    rows: Count = 30
+    rows: Count = 100
     places: Count = 64
     ridge: NonNegative = 1e-3
     dense: bool = True
