@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the registry fin
     from tdcompile.passes.rewrite.drop_dead import DropDead
     from tdcompile.passes.rewrite.factorize import Factorize
     from tdcompile.passes.rewrite.fold_batchnorm import FoldBatchnorm
+    from tdcompile.passes.rewrite.gauge import Gauge
     from tdcompile.passes.rewrite.transpose_spatial import TransposeSpatial
     from tdcompile.passes.tune.anneal import Anneal
     from tdcompile.passes.tune.finetune import Finetune
@@ -40,6 +41,7 @@ __all__ = [
     "Factorize",
     "Finetune",
     "FoldBatchnorm",
+    "Gauge",
     "MeasureBaseline",
     "Propose",
     "Reach",

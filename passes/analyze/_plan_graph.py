@@ -15,6 +15,7 @@ from tdcompile.backend.graft import Graft, graft_layers
 from tdcompile.backend.lowering import export_lowered
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.plan import Candidate
+from tdcompile.data.task import Task
 from tdcompile.ir.graph_edits import copy_graph, replace_module
 from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import Precision
@@ -50,7 +51,8 @@ def _write(program: Program, choices: Choices, dense: Path, file: Path) -> None:
             chain = form.blueprint(site.layer, choice.ranks) if plain else ()
             grafts[name] = Graft(site.layer, len(site.calls), chain)
     if not all(graft.chain for graft in grafts.values()) or not graft_layers(dense, grafts, file):
-        export_lowered(program, _shapes_of(program, choices), file, simplify=False)
+        unseen = program.with_(task=Task())  # samples would only fit the random factors
+        export_lowered(unseen, _shapes_of(program, choices), file, simplify=False)
 
 
 def _shapes_of(program: Program, choices: Choices) -> fx.GraphModule:
