@@ -23,7 +23,13 @@ from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.program import Change, Program, sites_of
 from tdcompile.support.options import Count, NonNegative, Part, Positive, PositiveOrInf
 from tdcompile.training.augment import AugmentOption, resolve_augment
-from tdcompile.training.distillation import Distillation, LayerwiseLoss, excluded_output, output_energies
+from tdcompile.training.distillation import (
+    Distillation,
+    LayerwiseLoss,
+    RememberedAnswers,
+    excluded_output,
+    output_energies,
+)
 from tdcompile.training.mixed_precision import Precision
 from tdcompile.training.run_state import Saved, Tuning
 from tdcompile.training.trainer import Settings, Trainer, training_state_of
@@ -51,7 +57,8 @@ class Finetune(TunePass):
         epochs: number of epochs; may be a fraction.
         lr: highest learning rate. ``none`` searches: short runs try 0.03 for a batch of 128 (in proportion for other
             batch sizes) and shares of it down to a hundredth, and the least held-out loss wins. One epoch uses the
-            winner; more epochs use √epochs times it, because they have time to recover from a high rate.
+            winner; more epochs use √epochs times it, because they have time to recover from a high rate. If the whole
+            tuning is no longer than a short run, the winner's weights are the result.
         trial: steps of each short run; 0, or no held-out samples, takes the highest rate without a search.
         batch: samples in one step.
         warmup: share of the steps in which the rate rises.
@@ -113,20 +120,25 @@ class Finetune(TunePass):
         fit, heldout = self._split(train, program)
         saved = training_state_of(self, graph, train, program)
         settings = self._settings(program)
-        watched = self.outputs or self.weights  # layer losses need the layers of the dense network
-        teacher = copy_weights(program.dense if watched else lower(program, program.dense))
+        teacher = copy_weights(program.dense if self._watched else lower(program, program.dense))
         others, left = output_energies(program.dense, train, self.others)
         lesson = _Lesson(teacher, fit, heldout, program, others)
-        settings = replace(settings, lr=self._rate(graph, lesson, settings))
-        tuning = self._trained(graph, lesson, settings, self.name, saved)
+        rate, done = self._rate(graph, lesson, settings)
+        settings = replace(settings, lr=rate)
+        tuning = done or self._trained(graph, lesson, settings, self.name, saved)
         told = [excluded_output(self.name, place, why) for place, why in left.items()]
         return Rewritten(graph, [*told, Change("", self.name, f"{_told(tuning)}, rate {settings.lr:.3g}")], [tuning])
+
+    @property
+    def _watched(self) -> bool:
+        """Whether the loss reads the layers of the dense network."""
+        return bool(self.outputs or self.weights)
 
     def _trained(
         self, graph: fx.GraphModule, lesson: _Lesson, settings: Settings, purpose: str, saved: Saved
     ) -> Tuning:
         program, layers = lesson.program, None
-        if self.outputs or self.weights:
+        if self._watched:
             plan = program.facts.get(RankPlan)
             if plan is None:
                 raise InputError("finetune{outputs=…, weights=…} looks at the layers of a plan, and there is none")
@@ -137,32 +149,48 @@ class Finetune(TunePass):
         with layers.watching() if layers else nullcontext():
             return Trainer(graph, loss, lesson.fit, lesson.heldout, settings, program, purpose, saved).run()
 
-    def _rate(self, graph: fx.GraphModule, lesson: _Lesson, settings: Settings) -> float:
+    def _rate(self, graph: fx.GraphModule, lesson: _Lesson, settings: Settings) -> tuple[float, Tuning | None]:
         """Return the requested rate, or the one whose short run ends with the least loss.
 
         A short run has its own warm-up and cosine. The best rate of a short run is too low for a long one
         (``docs/results/tuning.md``). The result never exceeds the highest rate that did not diverge.
+
+        If a short run is the whole tuning, the graph gets the weights of the best one, and its figures are returned.
         """
         if self.lr is not None or not self.trial or lesson.heldout is None:
-            return settings.lr
+            return settings.lr, None
         judges = lesson.heldout.subset(range(min(len(lesson.heldout), _JUDGES)))
-        short_lesson, epoch = replace(lesson, heldout=judges), max(1, len(lesson.fit) // self.batch)
+        # All short runs see the same batches in the same order.
+        known = None if self._watched else RememberedAnswers(lesson.teacher)
+        short_lesson = replace(lesson, heldout=judges, teacher=known or lesson.teacher)
+        epoch = max(1, len(lesson.fit) // self.batch)
         short = replace(settings, epochs=min(self.trial / epoch, self.epochs), average=0.0, patience=0)
+        whole = short == settings and self.epochs <= 1 and len(judges) == len(lesson.heldout)
+        purpose = self.name if whole else f"{self.name}/trial"
         ends: dict[float, float] = {}
+        best: tuple[float, Tuning, fx.GraphModule] | None = None
         for share in _SHARES:
-            trial = replace(short, lr=share * settings.lr)
+            trial, tried = replace(short, lr=share * settings.lr), copy_weights(graph)
+            if known is not None:
+                known.restart()
             try:
-                run = self._trained(copy_weights(graph), short_lesson, trial, f"{self.name}/trial", Saved(None, ""))
+                run = self._trained(tried, short_lesson, trial, purpose, Saved(None, ""))
                 end = run.curve[-1].heldout_loss
             except InputError:
                 raise
             except TdcompileError:  # the run diverged; a lower rate may not
                 continue
             ends[trial.lr] = math.inf if end is None else end
+            if whole and ends[trial.lr] < (math.inf if best is None else best[0]):
+                best = ends[trial.lr], run, tried
+        if best is not None:
+            _, run, tried = best
+            graph.load_state_dict(tried.state_dict())
+            return run.rate or settings.lr, run
         if not ends:
-            return settings.lr
-        best = min(ends, key=lambda rate: ends[rate])
-        return min(best * math.sqrt(max(self.epochs, 1.0)), max(ends))
+            return settings.lr, None
+        least = min(ends, key=lambda rate: ends[rate])
+        return min(least * math.sqrt(max(self.epochs, 1.0)), max(ends)), None
 
     def _split(self, train: Samples, program: Program) -> tuple[Samples, Samples | None]:
         count = min(int(self.holdout * len(train)), _HELDOUT, len(train) - 2)

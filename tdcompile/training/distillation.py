@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from tdcompile.training.mixed_precision import AUTOCAST, Precision
 # An output whose mean square is a smaller share of the largest output's carries rounding noise only.
 _MIN_ENERGY_SHARE = 1e-6
 _ENERGY_SAMPLES = 32  # number of samples for the mean squares of the outputs
+_REMEMBERED_BYTES = 2**28  # upper bound on the answers that ``RememberedAnswers`` keeps
 
 
 class Distillation(nn.Module):
@@ -151,6 +153,37 @@ class _Pair:
         """Return W̃, in the shape of the dense weight."""
         shapes = [part.weight_shape for part in self.form.blueprint(self.layer, self.ranks)]
         return self.form.reconstruct(self.layer, [f.reshape(s) for f, s in zip(self.factors, shapes, strict=True)])
+
+
+class RememberedAnswers(nn.Module):
+    """A network in eval mode that several runs ask the same batches in the same order.
+
+    The first run computes its answers, at most 256 MB of which are kept; later runs read them.
+
+    Args:
+        network: the network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._answers: list[Any] = []
+        self._asked = self._bytes = 0
+
+    def restart(self) -> None:
+        """Begin with the first batch again."""
+        self._asked = 0
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Return the network's answers to the next batch."""
+        place, self._asked = self._asked, self._asked + 1
+        if place < len(self._answers):
+            return self._answers[place]
+        answer = self.network(*inputs)
+        self._bytes += sum(y.nbytes for y in tensors_in(answer))
+        if place == len(self._answers) and self._bytes <= _REMEMBERED_BYTES:
+            self._answers.append(answer)
+        return answer
 
 
 class LayerwiseLoss:

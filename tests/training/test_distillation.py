@@ -16,7 +16,8 @@ from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.program import Program, sites_of
 from tdcompile.ir.target import Cost
-from tdcompile.training.distillation import Distillation, LayerwiseLoss, output_energies
+from tdcompile.training import distillation
+from tdcompile.training.distillation import Distillation, LayerwiseLoss, RememberedAnswers, output_energies
 
 
 def noise(labelled: bool = True) -> Tensors:
@@ -198,3 +199,23 @@ def test_of_the_other_outputs_those_count_that_are_finite_and_more_than_rounding
     scores, named, *rest = Many()(x)
     given = (scores, {"places": 3 * x, "mask": named["mask"] + 1.0}, torch.zeros(6), *rest[1:])
     assert float(loss(given, batch)) == pytest.approx(0.5 * 0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize(("kept", "asked"), [(4, [0, 1, 2, 3]), (2, [0, 1, 2, 3, 2, 3]), (0, [0, 1, 2, 3] * 2)])
+def test_answers_are_remembered_while_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, kept: int, asked: list[int]
+) -> None:
+    monkeypatch.setattr(distillation, "_REMEMBERED_BYTES", kept * 4 * 3)  # three numbers of four bytes each
+    seen: list[int] = []
+
+    class Counting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(int(x[0]))
+            return x + 1
+
+    teacher = RememberedAnswers(Counting())
+    for _ in range(2):
+        teacher.restart()
+        for batch in range(4):
+            torch.testing.assert_close(teacher(torch.full((3,), float(batch))), torch.full((3,), batch + 1.0))
+    assert seen == asked

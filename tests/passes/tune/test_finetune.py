@@ -22,6 +22,7 @@ from tdcompile.ir.target import Budget, Target
 from tdcompile.passes.tune import finetune
 from tdcompile.passes.tune.finetune import Distillation, Finetune
 from tdcompile.support.progress import progress
+from tdcompile.training import distillation
 from tdcompile.training.run_state import Epoch, Saved, Tuning
 from tdcompile.training.trainer import Settings, Trainer, set_memory_format
 
@@ -621,14 +622,15 @@ def test_of_the_rates_tried_that_with_the_least_held_out_loss_is_taken_higher_fo
     def trainer(graph: fx.GraphModule, *given: object) -> object:
         settings = next(value for value in given if isinstance(value, Settings))
         made = real(graph, *given)  # type: ignore[arg-type]
-        if f"{Finetune.name}/trial" not in given:
+        if epochs > 1 and f"{Finetune.name}/trial" not in given:
             return made
         tried.append(settings.lr)
         if settings.lr > 0.005:
             monkeypatch.setattr(made, "run", lambda: (_ for _ in ()).throw(TdcompileError("it diverged")))
         else:
             loss = abs(settings.lr - 0.00075)
-            monkeypatch.setattr(made, "run", lambda: Tuning(1, (Epoch(1, 0.0, None, loss),)))
+            done = Tuning(1, (Epoch(1, 0.0, None, loss),), rate=settings.lr)
+            monkeypatch.setattr(made, "run", lambda: done)
         return made
 
     monkeypatch.setattr(finetune, "Trainer", trainer)
@@ -643,6 +645,64 @@ def test_trials_leave_the_start_alone_and_repeat_themselves() -> None:
     assert same(tuned, form.run(program(data())))
     rate = tuned.history[-1].what.rpartition(" ")[2]  # type: ignore[union-attr]
     assert same(replace(form, lr=float(rate), trial=0).run(program(data())), tuned)
+
+
+@pytest.mark.parametrize(
+    ("changed", "runs"),
+    [
+        ({}, 5),  # the best of the five short runs is the tuning
+        ({"trial": 2}, 6),  # they are shorter than it
+        ({"average": 0.9}, 6),
+        ({"epochs": 2}, 6),  # the rate of two epochs is higher than that of the trials
+    ],
+)
+def test_a_tuning_as_short_as_its_trials_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, float], runs: int
+) -> None:
+    made, real = [], finetune.Trainer
+
+    def trainer(*given: object) -> object:
+        made.append(given)
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(finetune, "Trainer", trainer)
+    form = replace(Finetune(epochs=1, batch=32, holdout=0.2), **changed)  # type: ignore[arg-type]
+    tuned = form.run(program(data()))
+    assert len(made) == runs
+    rate = tuned.facts[Tuning].rate
+    again = replace(form, lr=rate, trial=0).run(program(data()))
+    assert same(again, tuned)
+    assert again.facts[Tuning].curve == tuned.facts[Tuning].curve
+
+
+def test_short_runs_ask_the_dense_network_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Counted(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            asked.append(len(x))
+            return self.network(x)
+
+    monkeypatch.setattr(finetune, "lower", lambda program, graph: Counted(graph))
+    counts, tuned = [], []
+    for room in (0, 2**28):
+        monkeypatch.setattr(distillation, "_REMEMBERED_BYTES", room)
+        tuned.append(Finetune(epochs=1, batch=32, holdout=0.25, trial=4).run(program(data())))
+        counts.append(len(asked))
+        asked.clear()
+    assert same(*tuned)
+    # Five short runs of 4 steps judge twice; then the tuning has 8 steps (7 are full) and judges twice.
+    assert counts == [5 * (4 + 2) + 7 + 2, 4 + 2 + 7 + 2]
+
+
+def test_short_runs_ask_a_dense_network_whose_layers_are_watched_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "RememberedAnswers", None)
+    tuned = Finetune(epochs=1, batch=32, holdout=0.25, trial=4, outputs=1.0).run(layered())
+    assert tuned.facts[Tuning].epochs == 1
 
 
 def test_a_rate_that_is_given_is_taken_untried() -> None:
