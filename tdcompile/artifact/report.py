@@ -195,6 +195,16 @@ class Variant(_Part):
         return f"{self.network} {self.precision}"
 
 
+class NoisyValue(_Part):
+    """A value in the int8 model, by the module that computes it, against the same value in fp32."""
+
+    name: str
+    snr_db: float
+    """Signal over noise of all roundings up to here, in dB."""
+    own_snr_db: float
+    """Signal over noise of this value's rounding alone, in dB."""
+
+
 class Quantization(_Part):
     """How the compiled network became int8."""
 
@@ -206,6 +216,8 @@ class Quantization(_Part):
     """What onnxruntime's integer kernels differ from the same roundings in floats, relative to the same spread."""
     floats: dict[str, str] = {}
     """Layers that stay float, with the reason."""
+    worst: tuple[NoisyValue, ...] = ()
+    """The values with most noise, the worst first."""
 
 
 class Report(_Part):

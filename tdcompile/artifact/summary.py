@@ -16,6 +16,7 @@ from tdcompile.artifact.report import (
     Gate,
     Iteration,
     LayerRow,
+    NoisyValue,
     Onnx,
     OutputAgreement,
     Quality,
@@ -304,6 +305,7 @@ def _quantization(outcome: Outcome) -> Quantization | None:
         error=last.rounding.error,
         rounding=last.rounding.kernels,
         floats=dict(last.quantized.floats),
+        worst=tuple(NoisyValue(name=one.name, snr_db=one.snr, own_snr_db=one.own) for one in last.worst),
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from tdcompile.backend.deployment import sample_ranges, write_deployed
+from tdcompile.backend.deployment import held_out_batches, sample_ranges, write_deployed
 from tdcompile.backend.evaluation import Evaluation, evaluate, filled_batches
 from tdcompile.backend.export import Exported, rewrite_metadata
 from tdcompile.backend.lowering import lower, timing_inputs
@@ -18,14 +21,25 @@ from tdcompile.backend.parity import Parity
 from tdcompile.backend.profile import LayerTimes, confirmed_slower, layer_seconds
 from tdcompile.backend.quantize import Quantized
 from tdcompile.backend.quantized_parity import QuantizedParity, check_quantized
+from tdcompile.backend.sensitive_layers import (
+    NOISE_SAMPLES,
+    SLOWER,
+    WORST,
+    TensorNoise,
+    Trial,
+    back_to_float,
+    suspects,
+    tensor_noise,
+)
 from tdcompile.backend.session import Timing, time_models
 from tdcompile.backend.verified_export import DenseModel, export_verified
 from tdcompile.core.plan import RankPlan
+from tdcompile.errors import ParityError
 from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program, Site, parameters_of, sites_of
-from tdcompile.ir.target import Precision
+from tdcompile.ir.target import LATENCY_TOLERANCE, Precision
 
 _CHECKED = 64  # samples on which an int8 model is compared with its own rounded floats
 
@@ -69,6 +83,7 @@ class Variant:
         accuracy: on the test samples; None without labels.
         quantized: what was written, if it is an int8 model.
         rounding: its agreement with its own rounded floats, and its quantisation error.
+        worst: the values with most noise, if it is an int8 model.
     """
 
     network: Literal["dense", "compiled"]
@@ -80,6 +95,7 @@ class Variant:
     accuracy: float | None
     quantized: Quantized | None = None
     rounding: QuantizedParity | None = None
+    worst: tuple[TensorNoise, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,8 +186,11 @@ def _variants(
             ("compiled", paths[1], "model.onnx"),
         ]
         for network, source, name in others:
-            ranges = sample_ranges(program, source) if precision == "int8" else None
-            written.append(write_deployed(program, source, folder / name, precision, ranges))
+            if network == "compiled" and precision == "int8":
+                written.append(_compiled_int8(program, source, folder / name, paths[0]))
+            else:
+                ranges = sample_ranges(program, source) if precision == "int8" else None
+                written.append(write_deployed(program, source, folder / name, precision, ranges))
             paths.append(folder / name)
             sizes.append(paths[-1].stat().st_size)
             kinds.append((network, precision))
@@ -183,8 +202,60 @@ def _variants(
         None if one is None else check_quantized(path, paths[place - 2], _judged(program), program.target)
         for place, (path, one) in enumerate(zip(paths, written, strict=True))
     ]
-    columns = zip(kinds, paths, sizes, timings, found, accuracies, written, rounding, strict=True)
+    worst = [() if one is None else _worst(program, one, paths[at - 2]) for at, one in enumerate(written)]
+    columns = zip(kinds, paths, sizes, timings, found, accuracies, written, rounding, worst, strict=True)
     return [Variant(*kind, *others) for kind, *others in columns]
+
+
+def _compiled_int8(program: Program, source: Path, path: Path, dense: Path) -> Quantized:
+    """Write the compiled network in int8, and let layers go back to float if the quantisation error falls enough.
+
+    The samples that judge are neither test samples nor, if there are enough, those that gave the ranges. The latency
+    budget must hold as measured; without one, the model may become slower by ``SLOWER``.
+    """
+    ranges = sample_ranges(program, source)
+    first = write_deployed(program, source, path, "int8", ranges)
+    plan = program.facts.get(RankPlan)
+    assert first is not None  # int8 is quantised
+    if plan is None:
+        return first
+    share, tolerated = program.budget.latency, 1 + LATENCY_TOLERANCE
+    judges, known = list(held_out_batches(program, _CHECKED)), {}
+    noises = tensor_noise(path, source, judges[: max(1, NOISE_SAMPLES // max(1, len(judges[0][0])))])
+    layers = [name for name in plan.choices if name not in program.keep_fp32]
+
+    def judge(model: Quantized) -> Trial:
+        if model.path not in known:
+            timings = time_models([dense, path, model.path], timing_inputs(program), program.target, seconds=1.0)
+            first_speed, own = timings[1].speedup.value, timings[2].speedup.value
+            fast = own * (1 + SLOWER) >= first_speed if share is None else 1 / own <= share * tolerated
+            try:
+                error = check_quantized(model.path, source, judges, program.target).error
+            except ParityError:  # ``measure`` raises it again if it is the model to keep
+                error = math.inf
+            known[model.path] = Trial(error, fast)
+        return known[model.path]
+
+    with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
+
+        def write(floats: frozenset[str]) -> Quantized:
+            made = Path(folder) / f"{'+'.join(sorted(floats))}.onnx"
+            trial = write_deployed(program, source, made, "int8", ranges, floats)
+            assert trial is not None  # int8 is quantised
+            return trial
+
+        _, reasons = back_to_float(first, suspects(noises, source, layers), write, judge)
+    if not reasons:
+        return first
+    final = write_deployed(program, source, path, "int8", ranges, reasons)
+    assert final is not None  # int8 is quantised
+    owners = {name: next((layer for layer in reasons if _is_of(name, layer)), "") for name in final.floats}
+    return replace(final, floats={name: reasons.get(owners[name], why) for name, why in final.floats.items()})
+
+
+def _worst(program: Program, made: Quantized, source: Path) -> tuple[TensorNoise, ...]:
+    batches = list(itertools.islice(_judged(program), 1 if not program.dynamic_batch else NOISE_SAMPLES // 8))
+    return tuple(tensor_noise(made.path, source, batches)[:WORST])
 
 
 def _judged(program: Program) -> Iterator[tuple[Tensor, ...]]:

@@ -128,7 +128,7 @@ def activation_ranges(model: Path, batches: Iterable[Sequence[NDArray[Any]]], li
         InputError: there is no input, or an activation is NaN or infinite; the message names the node.
     """
     proto = onnx.shape_inference.infer_shapes(averages_pooled(_readable(model)))
-    names = [value.name for value in proto.graph.input if not _is_stored(proto, value.name)]
+    names = float_inputs(proto)
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder, captured_output():
         given = Path(folder) / "model.onnx"
         given.write_bytes(proto.SerializeToString())
@@ -225,7 +225,7 @@ def _chosen(proto: onnx.ModelProto, keep: Collection[str]) -> tuple[list[str], d
     produced: set[str] = set()  # values that a region of integers gives
     chosen, floats = [], {}
     for node in proto.graph.node:
-        module = node.name.rpartition("/")[0] or node.name
+        module = module_of(node)
         if node.op_type == "ConvTranspose":
             floats[module] = "onnxruntime has no integer kernel for transposed convolutions"
         elif node.op_type in _WEIGHTED:
@@ -273,5 +273,12 @@ def _scales(proto: onnx.ModelProto) -> dict[str, tuple[float, int]]:
     return found
 
 
-def _is_stored(proto: onnx.ModelProto, name: str) -> bool:
-    return any(weight.name == name for weight in proto.graph.initializer)
+def float_inputs(proto: onnx.ModelProto) -> list[str]:
+    """Return the names of a model's inputs without its stored weights, in the graph's order."""
+    stored = {weight.name for weight in proto.graph.initializer}
+    return [value.name for value in proto.graph.input if value.name not in stored]
+
+
+def module_of(node: onnx.NodeProto) -> str:
+    """Return the module that a node of an exported model belongs to; ``export_onnx`` names nodes ``<module>/<op>``."""
+    return node.name.rpartition("/")[0] or node.name

@@ -49,14 +49,18 @@ def test_an_int8_compilation_writes_and_reports_four_models(made, tmp_path) -> N
     assert report.compiled.accuracy == report.variants[-1].accuracy
     assert report.quantization is not None
     assert report.quantization.rounding <= report.quantization.error < 0.5
-    assert report.quantization.floats == {"0": "kept in float"}
+    assert report.quantization.floats["0"] == "kept in float"
+    assert 1 <= len(report.quantization.worst) <= 5
+    assert all(0 < one.snr_db < 100 for one in report.quantization.worst)
     out = made.save(tmp_path / "out")
     files = {path.name for path in out.iterdir()}
     assert {"model.onnx", "model.fp32.onnx", "dense.onnx", "dense.int8.onnx"} <= files
     kinds = {node.op_type for node in onnx.load(out / "model.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
     assert json.loads((out / "plan.json").read_text())["precision"] == "int8"
-    assert "All models" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "All models" in page
+    assert "Signal over noise is lowest behind" in page
 
 
 def test_a_plan_names_its_precision_and_fp32_plans_do_not(made) -> None:
