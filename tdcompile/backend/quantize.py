@@ -18,6 +18,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
+from tdcompile.backend.pair_bound import pair_overrides
 from tdcompile.backend.quantized_form import QuantizedForm
 from tdcompile.errors import InputError
 from tdcompile.ir.target import INT8_OPSET
@@ -102,14 +103,14 @@ def quantized_model(
     quantizer = QDQQuantizer(
         proto,
         per_channel=True,
-        reduce_range=form.reduced,
+        reduce_range=False,
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QInt8 if form.symmetric else QuantType.QUInt8,
         tensors_range=_checked(ranges, proto),
         nodes_to_quantize=nodes,
         nodes_to_exclude=[],
         op_types_to_quantize=[*_WEIGHTED, *_CARRIED, *_MOVED],
-        extra_options=form.options(overrides or {}),
+        extra_options=form.options({**(pair_overrides(proto, nodes) if form.reduced else {}), **(overrides or {})}),
     )
     with captured_output():
         quantizer.quantize_model()

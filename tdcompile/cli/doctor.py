@@ -168,7 +168,7 @@ def _int8(device: str) -> str:
     form, found = form_of(Target()), integer_instructions()
     if form.reduced:
         raise UnavailableError(
-            f"this processor has {found}: int8 models take 7-bit weights and are hardly faster than fp32"
+            f"this processor has {found}: int8 models take smaller weights and are hardly faster than fp32"
         )
     return f"{found}: --precision int8 makes convolutions and products about 2 to 4 times as fast; fp16 is for GPUs"
 
