@@ -44,12 +44,14 @@ from tdcompile.planning.input_checks import (
     calibrated,
     check_class_names,
     check_labels,
+    check_not_quantised,
     check_precision,
     check_sample_inputs,
     check_samples_to_judge,
     check_training_samples,
     float_layers,
     matched_layers,
+    scale_warnings,
 )
 from tdcompile.planning.plan_file import adopt, read_plan
 from tdcompile.recipes import CompileOptions, Recipe, load_recipe, not_replaced
@@ -399,13 +401,14 @@ def prepare(
     program = program.with_(task=task, target=target, budget=budget, onnx=form)
     program = program.with_(keep_dense=matched_layers(program, recipe.keep_dense))
     program = program.with_(keep_fp32=float_layers(program, recipe.keep_fp32))
+    check_not_quantised(program)
     check_sample_inputs(program)
     check_labels(program)
     check_class_names(program, names)
     if recipe.plan is not None:
         program = adopt(program, recipe.plan)
     read = [Diagnostic("warning" if note.warning else "info", DiagnosticCode.DATA, note.text) for note in told]
-    return program.with_(history=(*notes, *read, *unquantised, *program.history))
+    return program.with_(history=(*notes, *read, *unquantised, *scale_warnings(program), *program.history))
 
 
 def _exact_rewrites(recipe: Recipe) -> Pipeline:

@@ -33,6 +33,13 @@ _WEIGHTED = ("Conv", "Gemm", "MatMul")
 # come from one: between float operators they would only add conversions.
 _CARRIED = ("Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Mul", "Sigmoid")
 _MOVED = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")  # they move values and round none
+# Layers without an integer kernel, by the operator that tells them, with the reason.
+_NO_KERNEL = {
+    "ConvTranspose": "onnxruntime has no integer kernel for transposed convolutions",
+    **dict.fromkeys(("LayerNormalization", "GroupNormalization", "InstanceNormalization"), "normalisations stay float"),
+    **dict.fromkeys(("Gelu", "Erf"), "onnxruntime has no integer kernel for GELU"),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), "recurrent layers stay float"),
+}
 _SPATIAL = 4  # axes of an image batch
 
 
@@ -218,7 +225,7 @@ def _readable(model: Path) -> onnx.ModelProto:
 
 
 def _chosen(proto: onnx.ModelProto, keep: Collection[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the nodes to quantise, and for each weighted node that stays float the reason, by module.
+    """Return the nodes to quantise, and for each weighted or normalising node that stays float the reason, by module.
 
     Nodes without weights are quantised if all their inputs are integers already.
     """
@@ -227,8 +234,8 @@ def _chosen(proto: onnx.ModelProto, keep: Collection[str]) -> tuple[list[str], d
     chosen, floats = [], {}
     for node in proto.graph.node:
         module = module_of(node)
-        if node.op_type == "ConvTranspose":
-            floats[module] = "onnxruntime has no integer kernel for transposed convolutions"
+        if node.op_type in _NO_KERNEL:
+            floats[module] = _NO_KERNEL[node.op_type]
         elif node.op_type in _WEIGHTED:
             if _is_kept(module, keep):
                 floats[module] = "kept in float"

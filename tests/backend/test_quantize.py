@@ -131,3 +131,45 @@ def test_a_kernel_that_computes_something_else_is_told(model: Path, tmp_path: Pa
     monkeypatch.setattr(checked, "infer", saturated)
     with pytest.raises(ParityError, match="integer kernels"):
         check_quantized(made.path, model, batches(), Target())
+
+
+class Tokens(nn.Module):
+    """Attention, layer normalisation and GELU between linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(16), nn.GELU()
+        self.qk, self.out = nn.Linear(16, 32), nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k = self.qk(self.norm(x)).chunk(2, -1)
+        return self.out(self.act((q @ k.transpose(1, 2)).softmax(-1) @ x))
+
+
+def test_layers_without_an_integer_kernel_stay_float_with_their_reason(tmp_path: Path) -> None:
+    export_onnx(Tokens().eval(), (torch.randn(2, 7, 16),), tmp_path / "tokens.onnx")
+    made = write_quantized(tmp_path / "tokens.onnx", tmp_path / "int8.onnx", None, X64)
+    assert made.floats["norm"] == "normalisations stay float"
+    assert made.floats["act"] == "onnxruntime has no integer kernel for GELU"
+    assert sum("both factors are activations" in why for why in made.floats.values()) >= 1
+    assert not {"qk", "out"} & made.floats.keys()
+    kinds = {node.op_type for node in onnx.load(made.path).graph.node}
+    assert "LayerNormalization" in kinds
+
+
+def test_constant_activations_get_a_scale_of_their_own(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    with torch.no_grad():
+        network[0].weight.zero_()
+        network[0].bias.fill_(-1.0)  # all zeros behind ReLU
+        network[2].weight.zero_()
+        network[2].bias.fill_(3.0)
+    x = batches()[0][0]
+    export_onnx(network, (x,), tmp_path / "constant.onnx")
+    ranges = activation_ranges(tmp_path / "constant.onnx", [[x.numpy()]])
+    assert (0.0, 0.0) in ranges.values()
+    made = write_quantized(tmp_path / "constant.onnx", tmp_path / "int8.onnx", ranges, X64)
+    assert all(0 < scale < float("inf") for scale, _ in made.scales.values())
+    assert 1.0 in {scale for scale, _ in made.scales.values()}
+    (found,) = infer(open_session(made.path, Target()), (x,))
+    np.testing.assert_allclose(found, network(x).detach().numpy(), atol=0.05)

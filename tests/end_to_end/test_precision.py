@@ -8,9 +8,13 @@ import torch
 from torch import nn
 
 import tdcompile
+from tdcompile.compiler import prepare, resolve
 from tdcompile.core.plan import RankPlan
 from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
+from tdcompile.ir.target import Target
+from tdcompile.planning.input_checks import check_not_quantised
 
 
 def network() -> nn.Module:
@@ -108,3 +112,37 @@ def test_what_has_no_effect_or_no_kernel_is_refused(options, told) -> None:
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="--keep-fp32 'stem' matches no layer"):
         compiled(data=task(), precision="int8", keep_fp32="stem")
+
+
+def trained_norm(scale: float = 1.0) -> tuple[nn.Module, torch.Tensor]:
+    """Return a network whose batch norm has seen samples of this scale, and samples of scale 1."""
+    module, x = network(), torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    module[3].momentum = None  # statistics are means over all calls
+    module.train()
+    module(x * scale)
+    return module.eval(), x
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(1.0, False), (2.0, False), (255.0, True), (0.1, True)])
+def test_samples_of_another_scale_than_in_training_are_told(scale, warned) -> None:
+    module, x = trained_norm(scale)
+    program = prepare(module, x[:2], Task(Tensors(x)), resolve(None, {"budget": {"macs": 0.6}, "precision": "int8"}))
+    told = [entry.text for entry in program.history if "another scale" in getattr(entry, "text", "")]
+    assert bool(told) == warned
+    fp32 = prepare(module, x[:2], Task(Tensors(x)), resolve(None, {"budget": {"macs": 0.6}}))
+    assert not any("another scale" in getattr(entry, "text", "") for entry in fp32.history)
+
+
+def test_a_batch_norm_that_nobody_trained_says_nothing_about_scale() -> None:
+    x = 100 * torch.randn(64, 3, 16, 16)
+    options = resolve(None, {"budget": {"macs": 0.6}, "precision": "int8"})
+    program = prepare(network(), x[:2], Task(Tensors(x)), options)
+    assert not any("another scale" in getattr(entry, "text", "") for entry in program.history)
+
+
+def test_a_network_that_is_quantised_already_is_refused() -> None:
+    told = Diagnostic("info", DiagnosticCode.QUANTISED, "left as they are: 2: they are quantised")
+    program = tdcompile.trace(network(), (torch.randn(2, 3, 16, 16),)).with_(history=(told,))
+    check_not_quantised(program)
+    with pytest.raises(InputError, match="int8 needs a float network; left as they are: 2"):
+        check_not_quantised(program.with_(target=Target(precision="int8")))
