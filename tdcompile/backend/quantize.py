@@ -40,6 +40,7 @@ _NO_KERNEL = {
     **dict.fromkeys(("Gelu", "Erf"), "onnxruntime has no integer kernel for GELU"),
     **dict.fromkeys(("LSTM", "GRU", "RNN"), "recurrent layers stay float"),
 }
+_LEAST = "tdcompile_least_float"  # a stored value
 _SPATIAL = 4  # axes of an image batch
 
 
@@ -121,6 +122,7 @@ def quantized_model(
     )
     with captured_output():
         quantizer.quantize_model()
+    _keep_floats(quantizer.model.model)
     return quantizer.model.model, floats
 
 
@@ -251,6 +253,30 @@ def _chosen(proto: onnx.ModelProto, keep: Collection[str]) -> tuple[list[str], d
                 chosen.append(node.name)
                 produced |= set(node.output)
     return chosen, floats
+
+
+def _keep_floats(proto: onnx.ModelProto) -> None:
+    """Put a Max behind each float layer that reads an integer value, so that onnxruntime leaves it float.
+
+    Between DequantizeLinear and QuantizeLinear onnxruntime quantises float weights per tensor when it loads the
+    model: the layer that was kept in float would be rounded more than in int8. It does not look through a Max.
+    """
+    graph = proto.graph
+    stored = {weight.name for weight in graph.initializer if weight.data_type == onnx.TensorProto.FLOAT}
+    rounded = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    kept = [
+        node
+        for node in graph.node
+        if node.op_type in (*_WEIGHTED, "ConvTranspose") and node.input[0] in rounded and node.input[1] in stored
+    ]
+    for node in kept:
+        name = node.output[0]
+        node.output[0] = f"{name}_float"
+        least = helper.make_node("Max", [f"{name}_float", _LEAST], [name], name=f"{module_of(node)}/keep_float")
+        graph.node.insert(list(graph.node).index(node) + 1, least)
+    if kept:
+        lowest = np.array(np.finfo(np.float32).min, np.float32)
+        graph.initializer.append(numpy_helper.from_array(lowest, _LEAST))
 
 
 def _is_kept(module: str, keep: Collection[str]) -> bool:

@@ -74,6 +74,17 @@ def test_a_layer_that_is_kept_stays_float_with_all_in_it(model: Path, tmp_path: 
     assert "stem.weight_quantized" in stored
 
 
+def test_a_kept_layer_between_integers_is_not_quantised_by_onnxruntime(model: Path, tmp_path: Path) -> None:
+    chain = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 5, 1)).eval()
+    export_onnx(chain, (torch.randn(2, 3, 12, 12),), tmp_path / "chain.onnx")
+    ranges = ranges_of(tmp_path / "chain.onnx")
+    made = write_quantized(tmp_path / "chain.onnx", tmp_path / "int8.onnx", ranges, X64, keep={"2"})
+    found = check_quantized(made.path, tmp_path / "chain.onnx", batches(), Target())
+    assert found.kernels < 0.1 * found.error
+    whole = write_quantized(tmp_path / "chain.onnx", tmp_path / "whole.onnx", ranges, X64)
+    assert "Max" not in {node.op_type for node in onnx.load(whole.path).graph.node}
+
+
 def test_own_scales_and_rounded_weights_reach_the_file_exactly(model: Path, tmp_path: Path) -> None:
     scale = np.array(0.0137, np.float32)
     own = {"input": "x", "scale": scale, "zero_point": np.array(131, np.uint8)}
