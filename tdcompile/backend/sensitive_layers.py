@@ -30,10 +30,10 @@ WORST = 5  # values that the report names
 TRIALS = 3  # each costs a model to write, to run and to time
 # A layer goes back to float if that takes at least this share off the model's quantisation error. In the dense
 # ResNet-20 each of the 20 layers alone changes it by -7 to +8 %, of either sign on 64 samples and on 64 others:
-# nothing is gained. The latency changes by -4 to +20 % (median +3 %; 2 cores with AVX-512 VNNI). The limit is twice
+# nothing is gained. The latency changes by -8 to +17 % (median +2 %; 2 cores with AVX-512 VNNI). The limit is twice
 # that noise. A chain with an outlier inside takes off far more (tests/backend/test_sensitive_layers.py).
 WORTHWHILE = 0.15
-# Without a latency budget a model may become slower by this share, about what one layer costs there.
+# Without a latency budget a model may become slower by this share, more than most layers cost there.
 SLOWER = 0.05
 
 
