@@ -226,7 +226,7 @@ class _Compilation:
             rest = Pipeline(passes.steps[before.position :])
             program = rest.run(again, [self.threads, FirstProcessDecides(), StepTimer(record)])
             result = self._first_process(program, record)
-        plan = replace(program.facts[RankPlan], rewrites=rewrites)
+        plan = replace(self._in_precision(program).facts[RankPlan], rewrites=rewrites)
         return Compiled(result.module, result.report, plan, result.folder, self.checkpoint)
 
     def _without_slower(self, program: Program | None, slower: Mapping[str, Reason]) -> Program | None:
@@ -243,6 +243,7 @@ class _Compilation:
 
     def _first_process(self, program: Program, record: RunRecord) -> _Result:
         """Export, verify and measure in the first process; the others get all but the network."""
+        program = self._in_precision(program)
         modules = [program.graph]
 
         def export_and_measure() -> tuple[Report, Path, Mapping[str, Reason]]:
@@ -257,6 +258,13 @@ class _Compilation:
 
         report, folder, slower = from_first(export_and_measure, no_gpu(program.target.device))
         return _Result(report, modules[-1], folder, slower)
+
+    def _in_precision(self, program: Program) -> Program:
+        """Return the program with a plan of the precision that was asked for: passes may make plans without one."""
+        plan, precision = program.facts.get(RankPlan), program.target.precision
+        if plan is None or self.recipe.precision == "auto" or plan.precision == precision:
+            return program
+        return program.with_(facts=program.facts.having(replace(plan, precision=precision)))
 
     def _hooks(self, record: RunRecord, resume: bool, watch: Hook | None) -> list[Hook]:
         """Return the hooks, outermost first: training state is deleted after the checkpoint that replaces it."""

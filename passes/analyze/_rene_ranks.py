@@ -181,7 +181,7 @@ class SingleRanks(Prices):
                 form, cost = self.forms[name], self.cost(name, rank)
                 choices[name] = Candidate(form, self.ranks(name, rank), self.error(name, rank), cost, form.modes)
         spent = self.network({name: choice.cost for name, choice in choices.items()})
-        return RankPlan(choices, spent, self.dense, selector=selector, reasons=reasons)
+        return RankPlan(choices, spent, self.whole, selector=selector, reasons=reasons)
 
     def _whole(self, name: str) -> Reason:
         """Return why a searched layer stays dense."""

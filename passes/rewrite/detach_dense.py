@@ -77,7 +77,7 @@ class DetachDense(RewritePass):
                 cost = prices.at(name, form, layer.ranks)
                 choices[name] = Candidate(form, layer.ranks, error, cost, form.modes)
         predicted = prices.network({name: choice.cost for name, choice in choices.items()})
-        return RankPlan(choices, predicted, prices.dense, selector=self.name, reasons=reasons)
+        return RankPlan(choices, predicted, prices.whole, selector=self.name, reasons=reasons)
 
 
 @torch.no_grad()

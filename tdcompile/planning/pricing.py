@@ -37,7 +37,7 @@ class Prices:
     Attributes:
         sites: the layers of the dense network, by name.
         layers: the cost of each of them, over all its calls.
-        dense: the cost of the dense network.
+        dense: the cost of the dense network in the target's precision.
     """
 
     def __init__(self, program: Program) -> None:
@@ -58,7 +58,17 @@ class Prices:
         Raises:
             InputError: the budget limits nothing.
         """
-        return self._budget.limits(self.dense)
+        return self._budget.limits(self.whole)
+
+    @cached_property
+    def whole(self) -> Cost:
+        """The cost of the dense network in fp32: budgets are shares of it."""
+        if self._timer is None or self._target.precision == "fp32":
+            return self.dense
+        target = replace(self._target, precision="fp32")
+        calls = [call for site in self.sites.values() for call in site.calls]
+        seconds = sum(self._timer.price(call, target).seconds for call in calls)
+        return replace(self.dense, seconds=self._rest.seconds + seconds)
 
     def of(self, chain: Sequence[Layer]) -> Cost:
         """Return the cost of a chain of layers."""
@@ -86,5 +96,5 @@ class Prices:
         if within(least, self.limits):
             return
         fields = {name: LIMITED[name] for name in self._budget.shares}
-        lowest = {name: getattr(least, field) / getattr(self.dense, field) for name, field in fields.items()}
+        lowest = {name: getattr(least, field) / getattr(self.whole, field) for name, field in fields.items()}
         raise BudgetError(f"{who}: {out_of_reach(lowest, self._budget)}; raise the budget")

@@ -56,3 +56,6 @@ def test_the_demo_runs_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> N
     report = json.loads(run(*tdcompile, "demo", "-o", "out", "--json", cwd=tmp_path, path=site))
     assert report["compiled"]["macs"] < report["dense"]["macs"]
     assert (tmp_path / "out" / "model.onnx").is_file()
+    if report["precision"] == "int8":
+        assert [one["file"] for one in report["variants"]][2:] == ["dense.int8.onnx", "model.onnx"]
+        assert (tmp_path / "out" / "dense.int8.onnx").is_file()
