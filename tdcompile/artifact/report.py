@@ -214,6 +214,11 @@ class Quantization(_Part):
     """The quantisation error: the int8 model against its own network in fp32, relative to the outputs' spread."""
     rounding: float
     """What onnxruntime's integer kernels differ from the same roundings in floats, relative to the same spread."""
+    fake: float | None = None
+    """Difference of the int8 model without optimisations and the fake-quantised PyTorch graph, relative to the outputs'
+    spread; None if the graph cannot be built. From equal inputs both round alike."""
+    fake_note: str = ""
+    """Why the fake-quantised graph cannot be built."""
     floats: dict[str, str] = {}
     """Layers that stay float, with the reason."""
     worst: tuple[NoisyValue, ...] = ()

@@ -30,6 +30,7 @@ from tdcompile.artifact.report import Variant as ReportedVariant
 from tdcompile.backend.environment import environment, peak_memory_mb
 from tdcompile.backend.evaluation import Evaluation
 from tdcompile.backend.export_and_measure import MeasuredNetwork, Outcome, Part, parts_of
+from tdcompile.backend.fake_parity import FakeParity
 from tdcompile.backend.parity import Parity
 from tdcompile.core.plan import DENSE, Candidate, RankPlan
 from tdcompile.data.task import ENOUGH, FEW, Task
@@ -304,6 +305,8 @@ def _quantization(outcome: Outcome) -> Quantization | None:
         family=last.quantized.form.family,
         error=last.rounding.error,
         rounding=last.rounding.kernels,
+        fake=last.fake.difference if isinstance(last.fake, FakeParity) else None,
+        fake_note=last.fake if isinstance(last.fake, str) else "",
         floats=dict(last.quantized.floats),
         worst=tuple(NoisyValue(name=one.name, snr_db=one.snr, own_snr_db=one.own) for one in last.worst),
     )

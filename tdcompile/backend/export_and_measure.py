@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from tdcompile.backend.deployment import held_out_batches, sample_ranges, write_deployed
 from tdcompile.backend.evaluation import Evaluation, evaluate, filled_batches
 from tdcompile.backend.export import Exported, rewrite_metadata
+from tdcompile.backend.fake_parity import FakeParity, check_fake_quantized
+from tdcompile.backend.fake_quantization import UnmatchedError, fake_quantized
 from tdcompile.backend.lowering import lower, timing_inputs
 from tdcompile.backend.parity import Parity
 from tdcompile.backend.profile import LayerTimes, confirmed_slower, layer_seconds
@@ -42,6 +44,7 @@ from tdcompile.ir.program import Program, Site, parameters_of, sites_of
 from tdcompile.ir.target import LATENCY_TOLERANCE, Precision
 
 _CHECKED = 64  # samples on which an int8 model is compared with its own rounded floats
+_COMPARED = 4  # samples whose every rounded value is compared with the fake-quantised graph's
 
 
 class Part(NamedTuple):
@@ -84,6 +87,7 @@ class Variant:
         quantized: what was written, if it is an int8 model.
         rounding: its agreement with its own rounded floats, and its quantisation error.
         worst: the values with most noise, if it is an int8 model.
+        fake: its agreement with the fake-quantised PyTorch graph, or why the graph cannot be built.
     """
 
     network: Literal["dense", "compiled"]
@@ -96,6 +100,7 @@ class Variant:
     quantized: Quantized | None = None
     rounding: QuantizedParity | None = None
     worst: tuple[TensorNoise, ...] = ()
+    fake: FakeParity | str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
         or export_verified(program, dense_graph, folder / "dense.onnx", stamps[0]),
         export_verified(program, compiled_graph, compiled, stamps[1]),
     ]
-    variants = _variants(program, verified, precision, folder, seconds)
+    variants = _variants(program, (dense_graph, compiled_graph), verified, precision, folder, seconds)
     by_kind = {(one.network, one.precision): one for one in variants}
     dense_model, deployed = by_kind["dense", "fp32"], by_kind["compiled", precision]
     verified[1] = replace(verified[1][0], path=deployed.path, bytes=deployed.bytes), verified[1][1]
@@ -171,6 +176,7 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
 
 def _variants(
     program: Program,
+    graphs: tuple[fx.GraphModule, fx.GraphModule],
     verified: Sequence[tuple[Exported, Parity]],
     precision: Precision,
     folder: Path,
@@ -203,7 +209,11 @@ def _variants(
         for place, (path, one) in enumerate(zip(paths, written, strict=True))
     ]
     worst = [() if one is None else _worst(program, one, paths[at - 2]) for at, one in enumerate(written)]
-    columns = zip(kinds, paths, sizes, timings, found, accuracies, written, rounding, worst, strict=True)
+    fake = [
+        None if one is None else _fake_parity(program, graphs[place - 2], paths[place - 2], one)
+        for place, one in enumerate(written)
+    ]
+    columns = zip(kinds, paths, sizes, timings, found, accuracies, written, rounding, worst, fake, strict=True)
     return [Variant(*kind, *others) for kind, *others in columns]
 
 
@@ -258,11 +268,21 @@ def _worst(program: Program, made: Quantized, source: Path) -> tuple[TensorNoise
     return tuple(tensor_noise(made.path, source, batches)[:WORST])
 
 
-def _judged(program: Program) -> Iterator[tuple[Tensor, ...]]:
-    """Yield inputs of test or held-out samples, else of training samples."""
+def _fake_parity(program: Program, graph: fx.GraphModule, model: Path, quantized: Quantized) -> FakeParity | str:
+    """Compare an int8 model with its graph under fake quantisation; return the reason if there is no such graph."""
+    inputs = next(_judged(program, _COMPARED))
+    try:
+        rounded = fake_quantized(graph, model, quantized, inputs)
+    except UnmatchedError as error:
+        return str(error)
+    return check_fake_quantized(rounded, quantized.path, inputs)
+
+
+def _judged(program: Program, size: int = _CHECKED // 8) -> Iterator[tuple[Tensor, ...]]:
+    """Yield inputs of test or held-out samples, else of training samples, in batches of a size."""
     samples = program.task.judges or program.task.train
     assert samples is not None  # int8 needs samples
-    for batch, _ in filled_batches(samples, program, _CHECKED // 8, min(_CHECKED, len(samples))):
+    for batch, _ in filled_batches(samples, program, size, min(_CHECKED, len(samples))):
         yield batch.inputs
 
 

@@ -56,6 +56,9 @@ def test_an_int8_compilation_writes_and_reports_four_models(made, tmp_path) -> N
     assert report.quantization.floats["0"] == "kept in float"
     assert 1 <= len(report.quantization.worst) <= 5
     assert all(0 < one.snr_db < 100 for one in report.quantization.worst)
+    assert report.quantization.fake is not None
+    assert report.quantization.fake <= report.quantization.error
+    assert report.quantization.fake_note == ""
     out = made.save(tmp_path / "out")
     files = {path.name for path in out.iterdir()}
     assert {"model.onnx", "model.fp32.onnx", "dense.onnx", "dense.int8.onnx"} <= files

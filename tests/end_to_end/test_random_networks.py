@@ -17,7 +17,11 @@ from torch.nn.utils import parametrizations
 
 import tdcompile
 from tdcompile.backend.export import export_onnx
+from tdcompile.backend.fake_parity import check_fake_quantized
+from tdcompile.backend.fake_quantization import fake_quantized
 from tdcompile.backend.parity import check_parity
+from tdcompile.backend.quantize import activation_ranges, write_quantized
+from tdcompile.backend.quantized_form import QuantizedForm
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.plan import Candidate, RankPlan
 from tdcompile.core.registry import find, make
@@ -228,6 +232,18 @@ def check_any_plan(data: st.DataObject) -> None:
         check_parity(exported.path, program.graph, program.inputs, Target(), batches=(1, 3), seeds=1)
 
 
+def check_int8(data: st.DataObject) -> None:
+    """The int8 model of a compiled network rounds what its PyTorch graph under fake quantisation rounds."""
+    _, x, program = compiled(data, exact=False)
+    samples = torch.randn(4, *x.shape[1:])
+    with TemporaryDirectory() as folder:
+        exported = export_onnx(program.graph, program.inputs, Path(folder) / "float.onnx")
+        ranges = activation_ranges(exported.path, [[samples.numpy()]])
+        made = write_quantized(exported.path, Path(folder) / "int8.onnx", ranges, QuantizedForm("x64"))
+        rounded = fake_quantized(program.graph, exported.path, made, [samples])
+        check_fake_quantized(rounded, made.path, [samples])
+
+
 def check_exact_plan(data: st.DataObject) -> None:
     """At full ranks nothing changes."""
     module, x, program = compiled(data, exact=True)
@@ -245,6 +261,20 @@ RELAXED = {"deadline": None, "suppress_health_check": HEALTH, "derandomize": Tru
 @given(st.data())
 def test_any_plan_of_any_network_is_right_in_onnxruntime(data: st.DataObject) -> None:
     check_any_plan(data)
+
+
+@settings(max_examples=8, **RELAXED)  # type: ignore[arg-type]
+@given(st.data())
+def test_any_network_in_int8_is_its_fake_quantised_graph(data: st.DataObject) -> None:
+    check_int8(data)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@settings(max_examples=300, **RELAXED)  # type: ignore[arg-type]
+@given(st.data())
+def test_three_hundred_networks_in_int8_are_their_fake_quantised_graphs(data: st.DataObject) -> None:
+    check_int8(data)
 
 
 @settings(max_examples=15, **RELAXED)  # type: ignore[arg-type]
