@@ -110,12 +110,12 @@ def _called(kind: type[Plugin]) -> str:
 def _all() -> tuple[type[Plugin], ...]:
     """Return all classes that set ``name`` themselves, in the order of their definition."""
     import_all()
-    return _listed(Plugin.defined)
+    return tuple(plugin for plugin in _listed(Plugin.defined) if vars(plugin).get("name"))
 
 
 @lru_cache(maxsize=1)
 def _listed(defined: int) -> tuple[type[Plugin], ...]:
-    return tuple(plugin for plugin in _subclasses(Plugin) if vars(plugin).get("name"))
+    return tuple(_subclasses(Plugin))  # whatever their names: a name may be set or taken away later
 
 
 def _place(plugin: type[Plugin]) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from tdcompile.artifact.checkpoint import Checkpoint
 from tdcompile.artifact.report import Report
 from tdcompile.backend.export import export_onnx
 from tdcompile.backend.lowering import lowering
+from tdcompile.backend.quantized_form import QuantizedForm
 from tdcompile.cli.compile_job import name_of, workspace_of
 from tdcompile.cli.load_job import recipe_of, to_toml
 from tdcompile.cli.main import app, main
@@ -566,14 +567,17 @@ def test_demo_compiles_the_network_that_ships(tdc: Any, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compile_command, "compile_module", compile_module)
+    monkeypatch.setattr(compile_command, "form_of", lambda target: QuantizedForm("x64"))
     assert tdc("demo", "-o", "quick", "--tune", "none").code == 130
     recipe = seen["recipe"]
-    assert (recipe.source, recipe.data, recipe.tune, recipe.budget) == (
-        "digits_net",
-        "digits",
-        "none",
-        {"latency": 0.5},
-    )
+    assert (recipe.source, recipe.data, recipe.tune) == ("digits_net", "digits", "none")
+    assert (recipe.precision, recipe.budget) == ("int8", {"latency": 0.18})
+    for flags in (("--precision", "fp32"), ("--budget", "latency=0.5")):
+        assert tdc("demo", "-o", "quick", *flags).code == 130
+        assert (seen["recipe"].precision, seen["recipe"].budget) == ("fp32", {"latency": 0.5})
+    monkeypatch.setattr(compile_command, "form_of", lambda target: QuantizedForm("x64-reduced"))
+    assert tdc("demo", "-o", "quick").code == 130
+    assert (seen["recipe"].precision, seen["recipe"].budget) == ("fp32", {"latency": 0.5})
     assert seen["data"].test is not None
     assert seen["workspace"].name == ".quick.work"
     monkeypatch.setattr(compile_command, "recipe_of", lambda flags: seen.update(flags) or stopped())

@@ -26,6 +26,19 @@ def fresh() -> Iterator[None]:
     registry.refresh()
 
 
+def test_a_class_whose_name_is_taken_away_is_no_plug_in_any_more() -> None:
+    @dataclass(frozen=True)
+    class Passing(CostModel):
+        name: ClassVar[str] = "passing"
+
+        def price(self, layer, target):
+            raise NotImplementedError
+
+    assert "passing" in registry.find(CostModel)
+    Passing.name = ""
+    assert not {"", "passing"} & registry.find(CostModel).keys()
+
+
 def test_what_is_registered_goes_by_its_name_sorted() -> None:
     forms = registry.find(Decomposition)
     assert list(forms) == sorted(forms)
