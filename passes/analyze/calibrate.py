@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -27,6 +27,7 @@ from tdcompile.numerics.shrinkage import oas_share
 from tdcompile.support.options import Count
 from tdcompile.support.progress import report_progress
 
+_LARGEST_VALUES = 2**29  # bytes of one layer's input and output in a forward pass
 FEW = 5  # patches for each input of a layer below which its covariance is shrunk (benchmarks/few_samples.py)
 
 log = logging.getLogger("tdcompile")
@@ -52,7 +53,7 @@ class Calibrate(AnalysisPass):
         largest: inputs up to which a layer gets a covariance matrix. A wider layer gets low rank plus diagonal. A
             grouped convolution whose matrices together exceed one matrix of this size gets no covariance.
         sketch: rank of a low-rank covariance; it costs four times as many numbers for each input.
-        batch: samples in one forward pass.
+        batch: most samples in one forward pass; fewer if the values of a layer would exceed 512 MB.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -78,11 +79,12 @@ class Calibrate(AnalysisPass):
         shared, graph = _Shared(), _up_to(program.graph, {tap.site.module for tap in taps.values()})
         try:
             with torch.no_grad():
-                for done, batch in enumerate(chosen.batches(self.batch, limit=count), start=1):
+                size = self._batch_size(taps.values())
+                for done, batch in enumerate(chosen.batches(size, limit=count), start=1):
                     for tap in taps.values():
                         tap.begin(len(batch.inputs[0]), shared if done == 1 else None)
                     graph(*batch.inputs)
-                    report_progress(min(done * self.batch, count), count, "samples")
+                    report_progress(min(done * size, count), count, "samples")
         finally:
             for hook in hooks:
                 hook.remove()
@@ -93,6 +95,12 @@ class Calibrate(AnalysisPass):
         names = {id(tap): name for name, tap in taps.items()}
         covariances = {name: found[name if tap.source is None else names[id(tap.source)]] for name, tap in taps.items()}
         return Calibration(covariances, skipped, count, shares)
+
+    def _batch_size(self, taps: Iterable[_Tap]) -> int:
+        """Return the samples in one forward pass: fewer if a layer's input and output would exceed the limit."""
+        calls = [call for tap in taps for call in tap.site.calls]
+        largest = max((_footprint(call) for call in calls), default=1)
+        return max(1, min(self.batch, _LARGEST_VALUES // largest))
 
     def _taps(self, program: Program, count: int) -> tuple[dict[str, _Tap], dict[str, str]]:
         taps, skipped, found = {}, {}, sites(program)
@@ -121,6 +129,11 @@ class Calibrate(AnalysisPass):
             "calibrate: the %d x %d covariance of %s is kept as rank %d plus diagonal", width, width, name, self.sketch
         )
         return NystromSketch(width, self.sketch, program.generator(f"calibrate/{name}/sketch"))
+
+
+def _footprint(layer: Layer) -> int:
+    """Return the bytes of a layer's input and output for one sample, in fp32."""
+    return 4 * (layer.in_channels * math.prod(layer.extent) + layer.out_channels * math.prod(layer.out_extent))
 
 
 def _up_to(graph: fx.GraphModule, modules: Set[nn.Module]) -> nn.Module:

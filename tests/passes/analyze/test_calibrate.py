@@ -10,6 +10,7 @@ from tdcompile.data.task import Tensors
 from tdcompile.errors import InputError
 from tdcompile.ir.measurements import Calibration
 from tdcompile.numerics.covariance import Full
+from tdcompile.passes.analyze import calibrate
 from tdcompile.passes.analyze.calibrate import Calibrate
 
 
@@ -43,6 +44,19 @@ def test_moments_are_those_of_unfolded_patches(options):
     rows = patches.transpose(1, 2).reshape(-1, 36).double()
     assert found.samples == len(rows)
     torch.testing.assert_close(found.dense(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_is_as_small_as_its_largest_values_ask(monkeypatch):
+    conv, samples, sizes = nn.Conv2d(4, 6, 3, padding=1), drawn(10, 4, 9, 8), []
+    read = Tensors.batch
+    monkeypatch.setattr(Tensors, "batch", lambda self, places: sizes.append(len(places)) or read(self, places))
+    monkeypatch.setattr(calibrate, "_LARGEST_VALUES", 3 * 4 * (4 + 6) * 9 * 8)  # bytes of three samples
+    found = moments(conv, samples, patches=10**9)
+    assert sizes[-4:] == [3, 3, 3, 1]
+    monkeypatch.setattr(calibrate, "_LARGEST_VALUES", 2**29)
+    whole = moments(conv, samples, patches=10**9)
+    assert sizes[-1] == 10
+    torch.testing.assert_close(found.covariances["0"].dense(), whole.covariances["0"].dense(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_linear_layer_over_tokens():
