@@ -109,7 +109,7 @@ def efficientnet(paths: Paths) -> Job:
 
 
 CASES = {
-    "quickstart": Case("quick start: digits_net, one epoch of tuning", ("latency", 0.5), 40, None),
+    "quickstart": Case("quick start: digits_net to int8, one epoch of tuning", ("latency", 0.18), 40, None),
     "resnet20": Case("ResNet-20, CIFAR-10", ("macs", 0.5), 35, cifar("resnet20"), needs_data=True),
     "resnet32": Case("ResNet-32, CIFAR-10", ("macs", 0.5), 60, cifar("resnet32"), needs_data=True),
     "resnet50-latency": Case("ResNet-50 at 224², no data", ("latency", 0.5), 30, random_resnet50),
