@@ -22,6 +22,7 @@ from results import Table
 from torch import Tensor, nn
 
 import tdcompile
+from tdcompile.cli.main import SPINS
 from tdcompile.cli.main import main as command
 from tdcompile.data.task import Task, Tensors
 from tdcompile.ir.target import Target
@@ -168,7 +169,7 @@ def _row(name: str, paths: Paths, cache: Path, busy: int) -> dict[str, Any]:
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [sys.executable, __file__, *arguments],
-            env={"OMP_WAIT_POLICY": "passive", **os.environ, "TDCOMPILE_CACHE": str(cache)},
+            env={"GOMP_SPINCOUNT": SPINS, **os.environ, "TDCOMPILE_CACHE": str(cache)},
             stdout=output,
         )
         _, status, usage = os.wait4(process.pid, 0)

@@ -30,7 +30,7 @@ from tdcompile.backend.lowering import lowering
 from tdcompile.backend.quantized_form import QuantizedForm
 from tdcompile.cli.compile_job import name_of, workspace_of
 from tdcompile.cli.load_job import recipe_of, to_toml
-from tdcompile.cli.main import app, main
+from tdcompile.cli.main import SPINS, app, main
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.errors import InputError
 from tdcompile.ir.program import Program
@@ -818,12 +818,15 @@ def test_bench_refuses_what_does_not_compare(tdc: Any, folder: Path, home: Path)
     assert "cannot run on (1, 3, 7, 7)" in tdc("bench", folder / "model.onnx", "--input", "1x3x7x7").sentence
 
 
-@pytest.mark.parametrize(("given", "kept"), [(None, "passive"), ("active", "active")])
-def test_threads_wait_passively_unless_the_user_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_soon_sleep_while_they_wait_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], kept: str | None
 ) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if given is not None:
-        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    environment = {key: os.environ[key] for key in os.environ if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    monkeypatch.setattr(os, "environ", {**environment, **given})
     assert main(["--version"]) == 0
-    assert os.environ["OMP_WAIT_POLICY"] == kept
+    assert os.environ.get("GOMP_SPINCOUNT") == kept
+    assert os.environ.get("OMP_WAIT_POLICY") == given.get("OMP_WAIT_POLICY")
