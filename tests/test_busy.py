@@ -1,28 +1,16 @@
 """The benchmark beside busy processes writes each run, and continues from a file of its own runs only."""
 
-import importlib.util
 import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
 from tdcompile.errors import BudgetError
-
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
+from tests.benchmark_modules import load
 
 results = load("results")
 load("common")

@@ -1,24 +1,10 @@
 """The benchmark of changed answers judges as the gate does."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from tdcompile.artifact.summary import answers_gate
 from tdcompile.backend.evaluation import Evaluation, OutputQuality
-
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
+from tests.benchmark_modules import load
 
 for needed in ("results", "common", "real_networks"):
     load(needed)

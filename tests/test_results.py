@@ -1,6 +1,5 @@
 """The pages of results show their measurements, and the generator says what is wrong where they do not."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -9,15 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmark_modules import load
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 results = load("results")

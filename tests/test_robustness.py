@@ -1,22 +1,9 @@
 """The benchmark of users' cases says what differs from what should come."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import onnx
 import pytest
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
+from tests.benchmark_modules import load
 
 for needed in ("results", "common"):
     load(needed)
