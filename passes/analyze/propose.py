@@ -131,7 +131,7 @@ class Propose(AnalysisPass):
             replace(self._proposed(program, found, spaces, precision), spectra=spectra, reasons=kept)
             for precision in formats
         ]
-        return made[0], FloatCandidates(made[-1] if self.also_fp32 else None)
+        return made[0], FloatCandidates(made[1] if len(made) > 1 else None)
 
     def _proposed(
         self, program: Program, found: Mapping[str, Site], spaces: Mapping[str, Spaces], precision: Precision

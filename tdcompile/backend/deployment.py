@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -13,14 +12,15 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor
 
 from tdcompile.backend.evaluation import filled_batches
-from tdcompile.backend.quantize import Quantized, Ranges, activation_ranges, write_quantized
+from tdcompile.backend.quantize import Quantized, Ranges, activation_ranges, save_model, write_quantized
 from tdcompile.backend.quantized_form import form_of
 from tdcompile.data.task import FEW
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Precision
 from tdcompile.support.quiet import captured_output
 
-# Ranges by least and largest value are the same from 256 samples on (docs/results/precision.md).
+# Most samples that give the ranges: least and largest values change little with more, and each sample costs a run of a
+# model that returns all its values.
 RANGE_SAMPLES = 256
 _BATCH = 32
 
@@ -92,8 +92,5 @@ def write_deployed(
         return write_quantized(model, path, ranges, form_of(program.target), keep={*program.keep_fp32, *keep})
     with captured_output():
         made = convert_float_to_float16(onnx.load(model), keep_io_types=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        draft = Path(folder) / path.name
-        draft.write_bytes(made.SerializeToString(deterministic=True))
-        os.replace(draft, path)
+    save_model(made, path)
     return None

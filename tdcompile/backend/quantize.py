@@ -87,12 +87,17 @@ def write_quantized(
             not finite.
     """
     made, floats = quantized_model(_readable(model), ranges, form, keep=keep, overrides=overrides)
+    save_model(made, path)
+    return Quantized(path, path.stat().st_size, form, _scales(made), floats)
+
+
+def save_model(proto: onnx.ModelProto, path: Path) -> None:
+    """Write a model in one file, atomically; its folder is created if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
-        draft.write_bytes(made.SerializeToString(deterministic=True))
+        draft.write_bytes(proto.SerializeToString(deterministic=True))
         os.replace(draft, path)
-    return Quantized(path, path.stat().st_size, form, _scales(made), floats)
 
 
 def quantized_model(
@@ -104,7 +109,7 @@ def quantized_model(
     overrides: Overrides | None = None,
 ) -> tuple[onnx.ModelProto, dict[str, str]]:
     """Return a model in int8, and the modules that stay float with the reason; see ``write_quantized``."""
-    proto = onnx.shape_inference.infer_shapes(averages_pooled(proto))
+    proto = averages_pooled(proto)
     nodes, floats = _chosen(proto, keep)
     if not nodes:
         return proto, floats
@@ -126,18 +131,17 @@ def quantized_model(
     return quantizer.model.model, floats
 
 
-def activation_ranges(model: Path, batches: Iterable[Sequence[NDArray[Any]]], limit: int = 256) -> Ranges:
+def activation_ranges(model: Path, batches: Iterable[Sequence[NDArray[Any]]]) -> Ranges:
     """Return the least and largest value of every activation over the inputs (MinMax).
 
     Args:
         model: the float model.
-        batches: inputs in the graph's order, one tuple for each run.
-        limit: upper bound on the number of runs.
+        batches: inputs in the graph's order, one tuple for each run; read one at a time.
 
     Raises:
         InputError: there is no input, or an activation is NaN or infinite; the message names the node.
     """
-    proto = onnx.shape_inference.infer_shapes(averages_pooled(_readable(model)))
+    proto = averages_pooled(_readable(model))
     names = float_inputs(proto)
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder, captured_output():
         given = Path(folder) / "model.onnx"
@@ -148,10 +152,11 @@ def activation_ranges(model: Path, batches: Iterable[Sequence[NDArray[Any]]], li
             augmented_model_path=str(Path(folder) / "augmented.onnx"),
             calibrate_method=CalibrationMethod.MinMax,
         )
-        first = list(itertools.islice(batches, limit))
-        if not first:
+        given_batches = iter(batches)
+        first = next(given_batches, None)
+        if first is None:
             raise InputError("int8 needs calibration samples: there are none")
-        calibrator.collect_data(_Reader(names, first))
+        calibrator.collect_data(_Reader(names, itertools.chain([first], given_batches)))
         data = calibrator.compute_data()
     found: dict[str, tuple[float, float]] = {}
     for name in data:
@@ -179,17 +184,14 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has n
 
 
 def averages_pooled(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model with means over all spatial axes as GlobalAveragePool, which has an integer kernel.
+    """Return the model with the shapes of its values, and with means over all spatial axes as GlobalAveragePool.
 
-    The exporter writes ``AdaptiveAvgPool2d(1)`` as ReduceMean. Only means that keep their axes are rewritten.
+    The exporter writes ``AdaptiveAvgPool2d(1)`` as ReduceMean, which has no integer kernel. Only means that keep their
+    axes are rewritten, so that no shape changes.
     """
-    made = onnx.ModelProto()
-    made.CopyFrom(proto)
+    made = onnx.shape_inference.infer_shapes(proto)
     stored = {weight.name: weight for weight in made.graph.initializer}
-    ranks = {
-        value.name: len(value.type.tensor_type.shape.dim)
-        for value in onnx.shape_inference.infer_shapes(made).graph.value_info
-    }
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in made.graph.value_info}
     unread: set[str] = set()
     for node in made.graph.node:
         if node.op_type != "ReduceMean" or ranks.get(node.output[0]) != _SPATIAL:
@@ -301,7 +303,7 @@ def _scales(proto: onnx.ModelProto) -> dict[str, tuple[float, int]]:
     stored = {weight.name: weight for weight in proto.graph.initializer}
     found = {}
     for node in proto.graph.node:
-        if node.op_type == "QuantizeLinear":
+        if node.op_type == "QuantizeLinear" and node.input[0] not in stored:  # TensorRT's form rounds weights too
             scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input[1:3])
             found[node.input[0].removesuffix("_QuantizeLinear_Input")] = (float(scale), int(zero))
     return found

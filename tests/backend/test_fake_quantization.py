@@ -13,22 +13,9 @@ from tdcompile.backend.fake_quantization import FakeQuantize, UnmatchedError, fa
 from tdcompile.backend.quantize import Quantized, activation_ranges, write_quantized
 from tdcompile.backend.quantized_form import QuantizedForm
 from tdcompile.errors import ParityError
+from tests.backend.test_quantize import Block
 
 X64, ARM = QuantizedForm("x64"), QuantizedForm("arm64", symmetric=True)
-
-
-class Block(nn.Module):
-    """A residual block, a transposed convolution that stays float, and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.inner = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
-        self.up, self.pool, self.fc = nn.ConvTranspose2d(16, 16, 2, 2), nn.AdaptiveAvgPool2d(1), nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x).relu()
-        x = (self.inner(x) + x).relu()
-        return self.fc(self.pool(self.up(x)).flatten(1))
 
 
 class Inside(nn.Module):

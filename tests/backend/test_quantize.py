@@ -101,6 +101,16 @@ def test_the_form_of_another_family_has_signed_activations(model: Path, tmp_path
     assert any(zero for _, zero in unsigned.scales.values())
 
 
+def test_the_form_of_tensorrt_rounds_weights_in_the_graph_and_its_scales_are_those_of_activations(
+    model: Path, tmp_path: Path
+) -> None:
+    made = write_quantized(model, tmp_path / "trt.onnx", ranges_of(model), QuantizedForm("tensorrt", symmetric=True))
+    rounded = {node.input[0] for node in onnx.load(made.path).graph.node if node.op_type == "QuantizeLinear"}
+    assert "stem.weight" in rounded
+    assert "stem.weight" not in made.scales
+    assert onnx.load(model).graph.input[0].name in made.scales
+
+
 def test_ranges_are_those_of_the_samples_and_latency_needs_none(model: Path, tmp_path: Path) -> None:
     name = onnx.load(model).graph.input[0].name
     low, high = ranges_of(model)[name]
