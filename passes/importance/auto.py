@@ -23,8 +23,8 @@ class Auto(Importance):
     of the calibration samples is as good as all of them on ResNet-20, and slightly worse on ResNet-56.
 
     A language model returns scores for every token, so that it needs no labels. Second-order Taylor then ranks plans
-    best (``docs/results/language.md``): equal scores are worse than one ratio for all layers, because the outputs of a
-    few layers have a few tokens of enormous norm, and their relative errors say nothing about the others.
+    best (``docs/results/language.md``): equal scores are worse than one ratio for all layers, probably because
+    a few tokens of enormous norm decide the relative errors of a few layers, which then say nothing about the others.
 
     Attributes:
         samples: number of labelled training samples to read.

@@ -52,9 +52,7 @@ class FakeParity:
 # steps. Values may lie exactly between two steps, as the means of two rounded values do: which one they are rounded to
 # says nothing, so ``share`` has no bound.
 _STEPS = 0.55
-_GRID = (
-    1e-2  # steps: less is the float rounding of a multiple; a scale that is wrong by 0.1 % is off by 0.25 at the end
-)
+_GRID = 1e-2  # steps: less is float rounding; a scale that is wrong by 0.1 % is off by 0.25 at the end of its range
 _OUTPUTS = 1e-3  # as between the float model and its graph (``parity.TOLERANCE``)
 
 
