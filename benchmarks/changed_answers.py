@@ -14,7 +14,7 @@ from common import publish, trained
 from torch import Tensor, nn
 
 import tdcompile
-from tdcompile.artifact.summary import CHANGED_AGREEMENT, CHANGED_ERROR
+from tdcompile.backend.quality_drop import CHANGED_AGREEMENT, CHANGED_ERROR
 from tdcompile.data.task import Batch, Samples, Tensors
 from tdcompile.ir.target import Target
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tdcompile.artifact.summary import answers_gate
 from tdcompile.backend.evaluation import Evaluation, OutputQuality
+from tdcompile.backend.quality_drop import quality_drop
 from tests.benchmark_modules import load
 
 for needed in ("results", "common", "real_networks"):
@@ -17,7 +17,7 @@ changed_answers = load("changed_answers")
 )
 def test_answers_changed_where_the_gate_of_a_compilation_fails(error, agreement, changed):
     output = OutputQuality(relative_error=error, cosine=0.5, agreement=agreement, divergence=None)
-    gate = answers_gate(None, Evaluation(200, None, None, (output,)))
-    assert gate.passed is not changed
+    drop = quality_drop(None, Evaluation(200, None, None, (output,)))
+    assert drop.passed is not changed
     reported = None if error == float("inf") else error
     assert changed_answers.is_changed(reported, agreement) is changed

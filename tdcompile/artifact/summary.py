@@ -32,8 +32,9 @@ from tdcompile.backend.evaluation import Evaluation
 from tdcompile.backend.export_and_measure import MeasuredNetwork, Outcome, Part, parts_of
 from tdcompile.backend.fake_parity import FakeParity
 from tdcompile.backend.parity import Parity
+from tdcompile.backend.quality_drop import Drop, judged, quality_drop
 from tdcompile.core.plan import DENSE, Candidate, RankPlan
-from tdcompile.data.task import ENOUGH, FEW, Task
+from tdcompile.data.task import ENOUGH, Task
 from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
 from tdcompile.ir.measurements import Rehearsal
 from tdcompile.ir.program import Change, Program, sites_of
@@ -42,12 +43,6 @@ from tdcompile.training.run_state import Tuning
 
 # Allowed excess of counted figures, which are exact except for rounding.
 ROUNDING = 1e-3
-# Without --max-drop a compiled network may lose this many points of accuracy or, without labels, this many points of
-# top-1 agreement, or have this relative error in percent, before its answers count as changed.
-# docs/results/changed-answers.md has the measurements behind them.
-CHANGED_ACCURACY = 10.0
-CHANGED_AGREEMENT = 30.0
-CHANGED_ERROR = 50.0
 _FP32_ONLY = 2  # models of a compilation to fp32: dense and compiled
 
 
@@ -202,10 +197,9 @@ def _reason(choice: Candidate | None, known: Reason | None) -> ReportedReason | 
 
 def _gates(program: Program, run: Run, outcome: Outcome) -> Iterator[Gate]:
     """Return the gates: the measured budget, ``--max-drop`` and ``--min-speedup``."""
-    dense, compiled = outcome.dense, outcome.compiled
     yield from budget_gates(program, outcome)
     if run.min_speedup is not None:
-        speedup = compiled.timing.speedup.value
+        speedup = outcome.compiled.timing.speedup.value
         yield Gate(
             name="min-speedup",
             limit=run.min_speedup,
@@ -213,10 +207,8 @@ def _gates(program: Program, run: Run, outcome: Outcome) -> Iterator[Gate]:
             passed=speedup >= run.min_speedup,
             sentence=f"{speedup:.2f} times as fast as dense, {run.min_speedup:g} wanted",
         )
-    if dense.accuracy is not None:
-        yield drop_gate(run.max_drop, dense.accuracy, compiled.accuracy)
-    elif outcome.evaluation is not None and outcome.evaluation.samples >= FEW:
-        yield answers_gate(run.max_drop, outcome.evaluation)
+    if outcome.evaluation is not None and judged(outcome.evaluation):
+        yield _quality_gate(quality_drop(run.max_drop, outcome.evaluation), run.max_drop)
 
 
 def budget_gates(program: Program, outcome: Outcome) -> Iterator[Gate]:
@@ -232,48 +224,10 @@ def budget_gates(program: Program, outcome: Outcome) -> Iterator[Gate]:
         yield Gate(name=name, limit=share, value=kept, passed=passed, sentence=sentence)
 
 
-def answers_gate(max_drop: float | None, evaluation: Evaluation) -> Gate:
-    """Return the gate on the answers of the compiled network, where there are no labels.
-
-    An output of class scores is judged by the loss of top-1 agreement, in points, another by its relative error, in
-    percent. The gate shows the output that is nearest to its limit or farthest beyond it.
-
-    Args:
-        max_drop: largest allowed loss of agreement, or relative error. None allows ``CHANGED_AGREEMENT`` points, or a
-            relative error of ``CHANGED_ERROR`` percent.
-        evaluation: both models on the same samples.
-    """
+def _quality_gate(drop: Drop, max_drop: float | None) -> Gate:
+    """Return the gate on a loss of quality; without ``max_drop`` it is ``answers``."""
     name = "answers" if max_drop is None else "max-drop"
-    on = f"on {evaluation.samples} samples without labels"
-    judged = []
-    for output in evaluation.outputs:
-        if output.agreement is not None and math.isfinite(output.relative_error):
-            value, limit = 100 * (1 - output.agreement), CHANGED_AGREEMENT if max_drop is None else max_drop
-            sentence = f"top-1 agreement with the dense network drops by {value:.2f} points {on}, {limit:g} allowed"
-        else:
-            value = 100 * output.relative_error if math.isfinite(output.relative_error) else math.inf
-            limit = CHANGED_ERROR if max_drop is None else max_drop
-            sentence = f"the outputs differ by {value:.1f}% from the dense network's {on}, {limit:g}% allowed"
-        judged.append((value / max(limit, 1e-9), value, limit, sentence))
-    if not judged:
-        return Gate(name=name, limit=0.0, value=0.0, passed=True, sentence=f"there is no output to compare {on}")
-    _, value, limit, sentence = max(judged)
-    shown = value if math.isfinite(value) else None
-    return Gate(name=name, limit=limit, value=shown, passed=value <= limit + 1e-9, sentence=sentence)
-
-
-def drop_gate(max_drop: float | None, dense: float | None, compiled: float | None) -> Gate:
-    """Return the gate on the loss of accuracy, in points; unknown accuracies do not pass.
-
-    Without ``max_drop`` the gate is ``answers``, with the limit ``CHANGED_ACCURACY``.
-    """
-    name, limit = ("answers", CHANGED_ACCURACY) if max_drop is None else ("max-drop", max_drop)
-    if dense is None or compiled is None:
-        sentence = f"accuracy may drop by {limit:g} points, and there are no labelled test samples to tell"
-        return Gate(name=name, limit=limit, value=None, passed=False, sentence=sentence)
-    drop = (dense - compiled) * 100
-    sentence = f"accuracy drops by {drop:.2f} points, {limit:g} allowed"
-    return Gate(name=name, limit=limit, value=drop, passed=drop <= limit + 1e-9, sentence=sentence)
+    return Gate(name=name, limit=drop.limit, value=drop.value, passed=drop.passed, sentence=drop.sentence)
 
 
 def _variants(outcome: Outcome) -> Iterator[ReportedVariant]:
@@ -320,10 +274,8 @@ def _int8_alone(program: Program, run: Run, outcome: Outcome) -> str:
         return ""
     speedup = dense.timing.speedup.value
     met = 1 / speedup <= share * (1 + LATENCY_TOLERANCE) and (run.min_speedup is None or speedup >= run.min_speedup)
-    if outcome.dense.accuracy is not None:
-        met = met and drop_gate(run.max_drop, outcome.dense.accuracy, dense.accuracy).passed
-    elif dense.evaluation is not None and dense.evaluation.samples >= FEW:
-        met = met and answers_gate(run.max_drop, dense.evaluation).passed
+    if dense.evaluation is not None and judged(dense.evaluation):
+        met = met and quality_drop(run.max_drop, dense.evaluation).passed
     if not met:
         return ""
     better = outcome.compiled.timing.speedup.value / speedup

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from tdcompile.artifact.report import Report, render_html, tables
-from tdcompile.artifact.summary import answers_gate, budget_gates, drop_gate, history_notes
+from tdcompile.artifact.summary import budget_gates, history_notes
 from tdcompile.backend.evaluation import Evaluation
+from tdcompile.backend.quality_drop import judged, quality_drop
 from tdcompile.backend.session import Timing
 from tdcompile.data.quality import OutputQuality
 from tdcompile.ir.diagnostics import Diagnostic
@@ -329,11 +330,11 @@ def test_a_latency_near_its_budget_counts_as_kept_and_is_told_as_it_is(kept: flo
 
 def test_accuracy_may_fall_by_the_points_allowed_and_rise_by_any() -> None:
     for limit, dense, compiled, passed in ((1.0, 0.9, 0.895, True), (1.0, 0.9, 0.85, False), (0.0, 0.8, 0.9, True)):
-        gate = drop_gate(limit, dense, compiled)
-        assert gate.passed == passed
-        assert gate.value == pytest.approx((dense - compiled) * 100)
-    unknown = drop_gate(1.0, None, None)
-    assert (unknown.passed, unknown.value) == (False, None)
+        drop = quality_drop(limit, Evaluation(4, dense, compiled, ()))
+        assert drop.passed == passed
+        assert drop.value == pytest.approx((dense - compiled) * 100)
+    assert quality_drop(None, Evaluation(4, 0.9, 0.81, ())).passed
+    assert not quality_drop(None, Evaluation(4, 0.9, 0.79, ())).passed
 
 
 def test_notes_are_messages_about_the_network_and_warnings() -> None:
@@ -352,23 +353,29 @@ def evaluation(*outputs):
 
 
 @pytest.mark.parametrize(
-    ("outputs", "max_drop", "name", "passed"),
+    ("outputs", "max_drop", "passed"),
     [
-        ([OutputQuality(0.6, 0.9, 0.71, 0.1)], None, "answers", True),
-        ([OutputQuality(0.4, 0.9, 0.69, 0.1)], None, "answers", False),
-        ([OutputQuality(0.49, 0.9)], None, "answers", True),
-        ([OutputQuality(0.51, 0.9)], None, "answers", False),
-        ([OutputQuality(0.4, 0.9, 0.9, 0.1), OutputQuality(0.51, 0.9)], None, "answers", False),
-        ([OutputQuality(0.1, 0.9), OutputQuality(math.nan, math.nan)], None, "answers", False),
-        ([OutputQuality(math.nan, math.nan), OutputQuality(0.1, 0.9)], None, "answers", False),
-        ([OutputQuality(0.6, 0.9, 0.8, 0.1)], 20.0, "max-drop", True),
-        ([OutputQuality(0.6, 0.9, 0.8, 0.1)], 19.0, "max-drop", False),
-        ([OutputQuality(0.2, 0.9)], 20.0, "max-drop", True),
-        ([OutputQuality(0.21, 0.9)], 20.0, "max-drop", False),
-        ([], None, "answers", True),
+        ([OutputQuality(0.6, 0.9, 0.71, 0.1)], None, True),
+        ([OutputQuality(0.4, 0.9, 0.69, 0.1)], None, False),
+        ([OutputQuality(0.49, 0.9)], None, True),
+        ([OutputQuality(0.51, 0.9)], None, False),
+        ([OutputQuality(0.4, 0.9, 0.9, 0.1), OutputQuality(0.51, 0.9)], None, False),
+        ([OutputQuality(0.1, 0.9), OutputQuality(math.nan, math.nan)], None, False),
+        ([OutputQuality(math.nan, math.nan), OutputQuality(0.1, 0.9)], None, False),
+        ([OutputQuality(0.6, 0.9, 0.8, 0.1)], 20.0, True),
+        ([OutputQuality(0.6, 0.9, 0.8, 0.1)], 19.0, False),
+        ([OutputQuality(0.2, 0.9)], 20.0, True),
+        ([OutputQuality(0.21, 0.9)], 20.0, False),
+        ([], None, True),
     ],
 )
-def test_without_labels_lost_agreement_or_the_relative_error_is_bounded(outputs, max_drop, name, passed):
-    gate = answers_gate(max_drop, evaluation(*outputs))
-    assert (gate.name, gate.passed) == (name, passed)
-    assert "40 samples without labels" in gate.sentence
+def test_without_labels_lost_agreement_or_the_relative_error_is_bounded(outputs, max_drop, passed):
+    drop = quality_drop(max_drop, evaluation(*outputs))
+    assert drop.passed == passed
+    assert "40 samples without labels" in drop.sentence
+
+
+def test_few_samples_judge_only_if_they_have_labels():
+    assert [judged(Evaluation(*one, ())) for one in ((7, None, None), (8, None, None), (1, 0.5, 0.5))] == [
+        *(False, True, True)
+    ]
