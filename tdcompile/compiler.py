@@ -54,6 +54,7 @@ from tdcompile.planning.input_checks import (
     scale_warnings,
 )
 from tdcompile.planning.plan_file import adopt, read_plan
+from tdcompile.planning.synthetic_data import BringSamples, check_synthetic, makers, offer
 from tdcompile.recipes import CompileOptions, Recipe, load_recipe, not_replaced
 from tdcompile.training.distributed import from_first, is_first, no_gpu
 from tdcompile.training.hooks import AccuracyBeforeTraining, DeleteTrainingState, FirstProcessDecides
@@ -140,8 +141,9 @@ def compile(  # the field's word, as in torch.compile
         module: the network; it is not changed.
         inputs: example inputs: a tensor, the arguments of ``forward`` in order, or a mapping of them by name.
         data: training samples, or a pair of (training, test) samples: as a torch ``Dataset`` or ``DataLoader``, arrays
-            ``(x, y)``, ``Samples``, or a text as of ``--data`` (see ``data.given``); or a ``Task``. None takes the data
-            that the recipe names; without data, only training and the scores that read samples are unavailable.
+            ``(x, y)``, ``Samples``, or a text as of ``--data`` (see ``data.given``); or a ``Task``. ``synthetic``, also
+            in place of the training samples of a pair, makes them from the statistics of batch norm. None takes the
+            data that the recipe names; without data, only training and the scores that read samples are unavailable.
         recipe: the name of a shipped recipe, a TOML file, or a ``Recipe``; ``options`` override it.
         workspace: a folder that keeps the state between passes until the result is saved; by default nothing is kept.
         resume: continue from the state in the workspace, if there is one. It must belong to the same compilation; only
@@ -217,7 +219,8 @@ class _Compilation:
         workspace = self.folder if self.checkpoint is None else self.checkpoint.folder
         record = RunRecord({"trace": time.perf_counter() - self.start}, start=self.start)
         rewrites = rewrites_of(program)
-        passes = Pipeline((make(Pass, EXPORT_FIRST), *self.pipeline.split_exact()[1].steps))
+        first = (*makers(program.task), make(Pass, EXPORT_FIRST))
+        passes = Pipeline((*first, *self.pipeline.split_exact()[1].steps))
         before = KeepBefore(_FACTORS)
         program = passes.run(program.with_(workspace=workspace), [*self._hooks(record, resume, watch), before])
         result = self._first_process(program, record)
@@ -273,7 +276,7 @@ class _Compilation:
             hooks.append(DeleteTrainingState(fresh=not resume))
         if self.checkpoint is not None:
             hooks.append(SaveCheckpoint(self.checkpoint, record, resume=resume))
-        hooks += [AccuracyBeforeTraining(record), FirstProcessDecides(), StepTimer(record)]
+        hooks += [BringSamples(), AccuracyBeforeTraining(record), FirstProcessDecides(), StepTimer(record)]
         return hooks if watch is None else [*hooks, watch]
 
     def _export_and_measure(
@@ -401,7 +404,7 @@ def prepare(
     )
     program = _exact_rewrites(recipe).run(program)
     task = recipe.task(data, program.inputs[0])
-    told = [note for samples in (task.train, task.test) if samples is not None for note in samples.notes]
+    said = [note for samples in (task.train, task.test) if samples is not None for note in samples.notes]
     train, test = (samples_cast_like(samples, program.inputs) for samples in (task.train, task.test))
     program = program.with_(seed=recipe.seed)
     task = replace(task, train=train, test=test).holding_out(program.generator("held out"))
@@ -410,13 +413,15 @@ def prepare(
     program = program.with_(keep_dense=matched_layers(program, recipe.keep_dense))
     program = program.with_(keep_fp32=float_layers(program, recipe.keep_fp32))
     check_not_quantised(program)
+    check_synthetic(program, recipe.max_drop)
     check_sample_inputs(program)
     check_labels(program)
     check_class_names(program, names)
     if recipe.plan is not None:
         program = adopt(program, recipe.plan)
-    read = [Diagnostic("warning" if note.warning else "info", DiagnosticCode.DATA, note.text) for note in told]
-    return program.with_(history=(*notes, *read, *unquantised, *scale_warnings(program), *program.history))
+    read = [Diagnostic("warning" if note.warning else "info", DiagnosticCode.DATA, note.text) for note in said]
+    told = (*notes, *read, *unquantised, *scale_warnings(program), *offer(program))
+    return program.with_(history=(*told, *program.history))
 
 
 def _exact_rewrites(recipe: Recipe) -> Pipeline:

@@ -66,7 +66,8 @@ class RecipeOptions(BaseModel):
     )
     frontend: Frontend = Field(default="auto", description="How the network is traced: auto, fx or export")
     data: str | None = Field(
-        default=None, description="digits, parquet:DIR, imagefolder:DIR, npz:FILE, hub:NAME or file.py:callable"
+        default=None,
+        description="digits, parquet:DIR, imagefolder:DIR, npz:FILE, hub:NAME, file.py:callable or synthetic",
     )
     normalize: str = Field(default="none", description="none, imagenet, or m,m,m/s,s,s")
     calibrate: Count = Field(default=1024, description="Training samples that calibrate and recalibrate read")

@@ -19,7 +19,9 @@ from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find, get, only
 from tdcompile.core.spec import Spec, parse_options, parse_spec, parse_specs
 from tdcompile.data.class_names import read_class_names
-from tdcompile.data.loading import Given, given
+from tdcompile.data.loading import Given, given, load_data
+from tdcompile.data.synthetic import NAME as SYNTHETIC
+from tdcompile.data.synthetic import split_synthetic
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.onnx_format import OnnxFormat
@@ -119,14 +121,38 @@ class Recipe(RecipeOptions):
         """Make a task of data, for a network whose first input is ``first``; return a ``Task`` unchanged.
 
         Raises:
-            InputError: the data cannot be read, or do not fit the input (``data.given``).
+            InputError: the data cannot be read, or do not fit the input (``data.given``); or ``normalize`` has no
+                effect.
             UnavailableError: a package that reads the data is missing.
         """
         if isinstance(data, Task):
             return data
+        asked, test = split_synthetic(data)
+        if asked:
+            return self._synthetic(asked, test, first)
         train, test = given(data, tuple(first.shape[1:]), self.normalize, self.seed, first.dtype)
         source = data if isinstance(data, str) else "none" if train is None else "given"
         return Task(train, test, self.calibrate, self.eval, source)
+
+    def _synthetic(self, asked: str, test: Any, first: Tensor) -> Task:
+        """Return a task whose training samples are still to be made, by the pass ``synthesize``."""
+        step = parse_spec(asked.replace(SYNTHETIC, "synthesize", 1))
+        get(Pass, step.name).from_options(step.options)
+        if test is None and self.normalize != "none":
+            raise InputError(
+                f"'normalize' has no effect on the data '{asked}', which are made as the network takes them: leave out "
+                f"'{self.normalize}'"
+            )
+        shape = tuple(first.shape[1:])
+        if isinstance(test, str):
+            _, judged = load_data(test, shape, self.normalize, self.seed, first.dtype)
+            if judged is None:
+                raise InputError(f"the data '{test}' have no test samples to judge by beside '{asked}'")
+        elif test is not None:
+            _, judged = given((None, test), shape, self.normalize, self.seed, first.dtype)
+        else:
+            judged = None
+        return Task(None, judged, self.calibrate, self.eval, asked, synthetic=str(step))
 
     def steps(self) -> Pipeline:
         """Return the pipeline that the options describe.

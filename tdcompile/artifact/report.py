@@ -90,6 +90,18 @@ class Quality(_Part):
     outputs: tuple[OutputAgreement, ...]
 
 
+class Synthetic(_Part):
+    """The training samples were made from the statistics of the dense network's batch norm."""
+
+    samples: int
+    norms: int
+    """Number of batch-norm layers whose statistics the samples match."""
+    shift: float
+    """How far the mean of a channel is off, in standard deviations of training; median over all channels."""
+    spread: float
+    """How far the standard deviation of a channel is off, relative to training; median over all channels."""
+
+
 class Approximation(_Part):
     """The approximation error: the compiled PyTorch network against the dense one, on equal inputs; expected."""
 
@@ -258,6 +270,8 @@ class Report(_Part):
     quality: Quality | None = None
     """Null without samples."""
     approximation_error: Approximation | None = None
+    synthetic: Synthetic | None = None
+    """Null if the training samples are real, or if there are none."""
     layers: tuple[LayerRow, ...]
     iterations: tuple[Iteration, ...] = ()
     tuning: Tuned | None = None

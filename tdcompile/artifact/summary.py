@@ -23,6 +23,7 @@ from tdcompile.artifact.report import (
     Quantization,
     Ratio,
     Report,
+    Synthetic,
     Tuned,
 )
 from tdcompile.artifact.report import Reason as ReportedReason
@@ -36,7 +37,7 @@ from tdcompile.backend.quality_drop import Drop, judged, quality_drop
 from tdcompile.core.plan import DENSE, Candidate, RankPlan
 from tdcompile.data.task import ENOUGH, Task
 from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
-from tdcompile.ir.measurements import Rehearsal
+from tdcompile.ir.measurements import Rehearsal, SyntheticSamples
 from tdcompile.ir.program import Change, Program, sites_of
 from tdcompile.ir.target import LATENCY_TOLERANCE, LIMITED, Cost
 from tdcompile.training.run_state import Tuning
@@ -104,6 +105,7 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
         dense_parity=_agreement(dense.parity),
         quality=_quality(outcome.evaluation, program),
         approximation_error=Approximation(max_abs=outcome.approximation[0], max_rel=outcome.approximation[1]),
+        synthetic=_synthetic(program.facts.get(SyntheticSamples)),
         layers=tuple(_rows(program, plan, outcome)),
         iterations=tuple(
             Iteration(
@@ -144,6 +146,12 @@ def _figures(network: MeasuredNetwork) -> dict[str, Any]:
         "onnx_bytes": network.exported.bytes,
         "accuracy": network.accuracy,
     }
+
+
+def _synthetic(made: SyntheticSamples | None) -> Synthetic | None:
+    if made is None:
+        return None
+    return Synthetic(samples=made.count, norms=made.norms, shift=made.shift, spread=made.spread)
 
 
 def _agreement(parity: Parity) -> Agreement:
@@ -299,6 +307,7 @@ def _verdict(outcome: Outcome, task: Task, ratio: Ratio, gates: Sequence[Gate], 
     else:
         accuracy = f", quality not measured, because {_unmeasured(task)}"
     head = "the network's answers have changed: " if changed else f"{enough}: " if enough else ""
+    accuracy += "; calibrated on synthetic samples" if task.synthetic else ""
     head += f"{pace}, with {ratio.macs:.2f} times fewer MACs and {ratio.params:.2f} times fewer parameters{accuracy}"
     if speed < 1.0 and "latency" not in {gate.name for gate in gates}:
         head += "; it was chosen without measuring time: --budget latency=SHARE keeps only what is faster"
@@ -309,6 +318,8 @@ def _unmeasured(task: Task) -> str:
     """Return why there are no samples to judge by."""
     if task.train is None:
         return "there are no samples"
+    if task.synthetic:
+        return "the samples are synthetic: give real ones"
     return f"{len(task.train)} training samples are too few to hold some out: give test samples, or at least {ENOUGH}"
 
 

@@ -31,6 +31,7 @@ from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan
 from tdcompile.errors import BudgetError, InputError, RuinedError, UnwrittenError
 from tdcompile.ir.target import Target
+from tdcompile.planning.synthetic_data import BringSamples, makers
 from tdcompile.recipes import Recipe
 from tdcompile.support.folder_lock import only_writer
 from tdcompile.support.formatting import count, milliseconds, percent
@@ -96,8 +97,9 @@ def make_plan(recipe: Recipe, out: Path | None, *, as_json: bool, quiet: bool) -
     with FreeThreads() as threads, tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
         program = prepare(job.module, job.inputs, job.task, recipe, job.notes).with_(workspace=Path(folder))
         rewrites = rewrites_of(program)
+        steps = Pipeline((*makers(program.task), *steps.steps))
         with watching(quiet=quiet) as watch:
-            program = steps.run(program, [threads, watch] if watch else [threads])
+            program = steps.run(program, [threads, BringSamples(), *([watch] if watch else [])])
     made = replace(program.facts[RankPlan], rewrites=rewrites)
     _write(out, made.to_json())
     return Answer((made.to_json(),)) if out is None or as_json else Answer((_choices(made), f"plan: {out}"))

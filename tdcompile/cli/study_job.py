@@ -11,6 +11,7 @@ from tdcompile.cli.console import Answer, tell
 from tdcompile.cli.interruption import was_interrupted
 from tdcompile.cli.load_job import load_job, source_of
 from tdcompile.core.spec import split
+from tdcompile.data.synthetic import is_synthetic
 from tdcompile.errors import InputError
 from tdcompile.recipes import Recipe
 from tdcompile.studies.cell import Subject
@@ -30,8 +31,8 @@ def grid_of(recipe: Recipe, methods: str | None, compressions: str | None, layer
         InputError: the recipe names no network or no data, or a value does not fit.
     """
     source_of(recipe)
-    if recipe.data is None:
-        raise InputError("a study measures accuracy and averages over training samples: give --data")
+    if recipe.data is None or is_synthetic(recipe.data):
+        raise InputError("a study measures accuracy and averages over training samples: give real ones by --data")
     return Grid(
         methods=tuple(split(methods)) if methods is not None else METHODS,
         compressions=_shares(compressions) if compressions is not None else COMPRESSIONS,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tdcompile.data import synthetic
 from tdcompile.data.arrays import array_split, read_digits, read_npz
 from tdcompile.data.image_folders import read_image_folder
 from tdcompile.data.images import Normalisation, Shape, to_tensor
@@ -107,7 +108,7 @@ def given(
 
 def kinds() -> dict[str, str]:
     """Return every form of a data text, with a line that explains it."""
-    return {kind.form: kind.about for kind in (*_KINDS.values(), _CALLABLE)}
+    return {kind.form: kind.about for kind in (*_KINDS.values(), _CALLABLE)} | {synthetic.NAME: synthetic.ABOUT}
 
 
 def _resolve(spec: str) -> tuple[_Read, str]:
@@ -120,7 +121,9 @@ def _resolve(spec: str) -> tuple[_Read, str]:
     place = spec.rpartition(":")[0]
     if place and (names_file(place) or "." in place or names_module(place)):
         return _CALLABLE.read, spec
-    raise InputError(f"unknown kind of data '{name}': {nearest(name, _KINDS)}, or {_CALLABLE.form}")
+    if synthetic.is_synthetic(spec):
+        raise InputError(f"the data '{spec}' have neither labels nor test samples: real data are needed here")
+    raise InputError(f"unknown kind of data '{name}': {nearest(name, (*_KINDS, synthetic.NAME))}, or {_CALLABLE.form}")
 
 
 def _numbered_alike(train: Part | None, test: Part | None) -> tuple[Part | None, Part | None]:

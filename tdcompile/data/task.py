@@ -174,6 +174,7 @@ class Task:
         evaluate: number of test samples for the final accuracy; None takes all.
         source: where the data came from, as text.
         heldout: without test samples, training samples that no pass reads: the outputs are compared on them.
+        synthetic: the pass that makes the training samples from the network, in text form; empty if they are real.
     """
 
     train: Samples | None = None
@@ -182,6 +183,12 @@ class Task:
     evaluate: int | None = None
     source: str = "none"
     heldout: Samples | None = None
+    synthetic: str = ""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there are training samples, or will be once synthetic ones are made."""
+        return bool(self.synthetic) or (self.train is not None and len(self.train) > 0)
 
     @property
     def tested(self) -> bool:

@@ -14,6 +14,7 @@ from tdcompile.ir.facts import Aspect, Fact, Facts
 from tdcompile.ir.target import Precision
 from tdcompile.numerics.covariance import Covariance, Identity
 
+MISSED = 0.5  # deviation of synthetic samples from the statistics above which a diagnostic is a warning
 MUCH = 0.3  # share of the identity in a covariance above which a diagnostic is a warning
 
 
@@ -48,6 +49,36 @@ class Calibration(Fact):
                 f"'{max(self.shrunk, key=self.shrunk.__getitem__)}'); more samples (--calibrate) give better factors",
             )
         ]
+
+
+@dataclass(frozen=True)
+class SyntheticSamples(Fact):
+    """Training samples that were made from the statistics of the dense network's batch norm.
+
+    Attributes:
+        file: a safetensors file with the samples ``x``, ``(count, ...)``.
+        count: number of samples.
+        norms: number of batch-norm layers whose statistics they match.
+        shift: how far the mean of a channel is off, in standard deviations of training; median over all channels.
+        spread: how far the standard deviation of a channel is off, relative to training; median over all channels.
+    """
+
+    file: Path
+    count: int
+    norms: int
+    shift: float
+    spread: float
+
+    def diagnostics(self) -> Sequence[Diagnostic]:
+        """Return a message that the samples are synthetic: a warning if they miss the statistics."""
+        missed = self.shift > MISSED or self.spread > MISSED
+        text = (
+            f"the {self.count} training samples are synthetic: made from the statistics of {self.norms} batch-norm "
+            f"layers, whose means they miss by {self.shift:.2g} standard deviations, and deviations by "
+            f"{self.spread:.2g} (medians over the channels)"
+        )
+        text += "; that is far, and the factors may be no better than without data" if missed else ""
+        return [Diagnostic("warning" if missed else "info", DiagnosticCode.SYNTHETIC, text)]
 
 
 @dataclass(frozen=True)

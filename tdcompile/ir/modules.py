@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import transformer
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 
@@ -130,6 +131,16 @@ def not_finite(module: nn.Module) -> tuple[str, int] | None:
         if bad.any():
             return name, int(bad.sum())
     return None
+
+
+def trained_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Return the batch-norm layers whose running statistics have seen data, in the order of the module tree."""
+    return [part for part in module.modules() if isinstance(part, _BatchNorm) and _is_trained(part)]
+
+
+def _is_trained(norm: _BatchNorm) -> bool:
+    mean, variance = norm.running_mean, norm.running_var
+    return mean is not None and variance is not None and (bool(mean.any()) or bool((variance != 1).any()))
 
 
 def called_differently(module: nn.Module) -> bool:

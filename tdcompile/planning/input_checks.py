@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.data.task import ENOUGH, Samples, Task
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
-from tdcompile.ir.modules import outputs_of
+from tdcompile.ir.modules import outputs_of, trained_norms
 from tdcompile.ir.onnx_format import OnnxFormat
 from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import INT8_OPSET, AskedPrecision, Target
@@ -33,7 +32,7 @@ def check_training_samples(pipeline: Pipeline, task: Task) -> None:
     Raises:
         InputError: a pass trains, and the task has no training samples.
     """
-    if pipeline.trainer and task.train is None:
+    if pipeline.trainer and not task.trainable:
         raise InputError(f"'{pipeline.trainer}' trains, and there is nothing to train on: give data")
 
 
@@ -93,7 +92,7 @@ def calibrated(target: Target, task: Task, asked: AskedPrecision) -> tuple[Targe
     Raises:
         InputError: int8 is asked for, and there are no training samples.
     """
-    if target.precision != "int8" or (task.train is not None and len(task.train)):
+    if target.precision != "int8" or task.trainable:
         return target, []
     if asked != "auto":
         raise InputError(
@@ -125,11 +124,11 @@ def scale_warnings(program: Program) -> list[Diagnostic]:
     is above ``SHIFT`` standard deviations. Networks without batch norm do not say what they expect.
     """
     train = program.task.train
-    norm = next((part for part in program.graph.modules() if _is_trained_norm(part)), None)
+    norm = next(iter(trained_norms(program.graph)), None)
     if norm is None or train is None or program.target.precision != "int8":
         return []
     mean, variance = norm.running_mean, norm.running_var
-    assert isinstance(mean, Tensor)  # ``_is_trained_norm`` has looked
+    assert isinstance(mean, Tensor)  # ``trained_norms`` has looked
     assert isinstance(variance, Tensor)
     seen: list[Tensor] = []
     handle = norm.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().transpose(0, 1).flatten(1)))
@@ -156,13 +155,6 @@ def scale_warnings(program: Program) -> list[Diagnostic]:
         "its ranges from them, so check --normalize and the preprocessing"
     )
     return [Diagnostic("warning", DiagnosticCode.DATA, why)]
-
-
-def _is_trained_norm(part: nn.Module) -> bool:
-    mean, variance = getattr(part, "running_mean", None), getattr(part, "running_var", None)
-    if not isinstance(part, _BatchNorm) or mean is None or variance is None:
-        return False
-    return bool(mean.any()) or bool((variance != 1).any())  # else nobody has trained it
 
 
 def float_layers(program: Program, patterns: Sequence[str]) -> frozenset[str]:

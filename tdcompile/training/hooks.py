@@ -33,11 +33,12 @@ class FirstProcessDecides(Hook):
         return program, done
 
     def around(self, step: Pass, position: int, program: Program, work: Work) -> Program:
-        """Run the step here, or take its facts from the first process."""
+        """Run the step here, or take its facts, and what they tell the report, from the first process."""
         if not step.decides:
             return work()
         facts = from_first(partial(_given, step, work), no_gpu(program.target.device))
-        return program.with_(facts=program.facts.having(*facts))
+        told = [diagnostic for fact in facts for diagnostic in fact.diagnostics()]
+        return program.with_(facts=program.facts.having(*facts), history=(*program.history, *told))
 
 
 class AccuracyBeforeTraining(Hook):

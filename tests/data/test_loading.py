@@ -615,7 +615,15 @@ def test_python_may_hand_over_samples_as_they_are_an_array_a_text_and_nothing() 
 
 
 def test_every_kind_says_what_it_reads() -> None:
-    assert list(kinds()) == ["digits", "parquet:DIR", "imagefolder:DIR", "npz:FILE", "hub:NAME", "file.py:callable"]
+    assert list(kinds()) == [
+        "digits",
+        "parquet:DIR",
+        "imagefolder:DIR",
+        "npz:FILE",
+        "hub:NAME",
+        "file.py:callable",
+        "synthetic",
+    ]
     assert all(kinds().values())
 
 

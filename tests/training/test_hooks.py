@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +17,7 @@ from tdcompile.core.passes import AnalysisPass, Pass, Rewritten, TunePass
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import InputError
+from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.program import Program
 from tdcompile.training import hooks as hooks_file
@@ -28,6 +30,9 @@ class Found(Fact):
     """A fact."""
 
     value: int = 0
+
+    def diagnostics(self) -> Sequence[Diagnostic]:
+        return [Diagnostic("info", "found", f"found {self.value}")]
 
 
 class Look(AnalysisPass):
@@ -100,6 +105,7 @@ def test_only_passes_that_decide_go_through_the_first_process(
     after = Pipeline((Look(), Settle())).run(program, [FirstProcessDecides()])
     assert sent == [0, [Found(3)]]
     assert after.facts[Found] == Found(3)
+    assert [entry.text for entry in after.history if isinstance(entry, Diagnostic)] == ["found 3"]
 
 
 def test_processes_that_start_at_different_steps_are_refused(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
