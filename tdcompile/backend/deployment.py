@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx
+from numpy.typing import NDArray
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor
 
+from tdcompile.backend.bias_correction import Means, correct_biases, input_means
 from tdcompile.backend.evaluation import filled_batches
 from tdcompile.backend.quantize import Quantized, Ranges, activation_ranges, save_model, write_quantized
 from tdcompile.backend.quantized_form import form_of
@@ -22,7 +26,23 @@ from tdcompile.support.quiet import captured_output
 # Most samples that give the ranges: least and largest values change little with more, and each sample costs a run of a
 # model that returns all its values.
 RANGE_SAMPLES = 256
+# Most samples that give the means of layers' inputs: each has many places, and a mean needs few.
+MEAN_SAMPLES = 64
 _BATCH = 32
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What samples tell about a model's activations.
+
+    Attributes:
+        ranges: see ``activation_ranges``.
+        means: see ``input_means``; biases are corrected by them. Empty leaves biases as they are, for a network that
+            was trained with its rounded weights.
+    """
+
+    ranges: Ranges
+    means: Means = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -43,17 +63,22 @@ def deployed(program: Program, model: Path, precision: Precision) -> Iterator[Pa
         yield path
 
 
-def sample_ranges(program: Program, model: Path) -> Ranges:
-    """Return the ranges of a model's activations over training samples.
+def sample_activations(program: Program, model: Path) -> Activations:
+    """Return the ranges of a model's activations and the means of its layers' inputs, over training samples.
 
     Raises:
         InputError: an activation is not finite.
     """
     train = program.task.train
     assert train is not None  # ``calibrated`` has checked it
-    limit = min(program.task.calibrate, RANGE_SAMPLES)
-    batches = filled_batches(train, program, _BATCH, limit)
-    return activation_ranges(model, ([x.numpy() for x in batch.inputs] for batch, _ in batches))
+    most = min(program.task.calibrate, RANGE_SAMPLES)
+
+    def batches(limit: int) -> Iterator[list[NDArray[Any]]]:
+        for batch, _ in filled_batches(train, program, _BATCH, limit):
+            yield [x.numpy() for x in batch.inputs]
+
+    ranges = activation_ranges(model, batches(most))
+    return Activations(ranges, input_means(model, batches(min(most, MEAN_SAMPLES))))
 
 
 def held_out_batches(program: Program, count: int) -> Iterator[tuple[Tensor, ...]]:
@@ -72,25 +97,29 @@ def write_deployed(
     model: Path,
     path: Path,
     precision: Precision,
-    ranges: Ranges | None = None,
+    activations: Activations | None = None,
     keep: Collection[str] = (),
 ) -> Quantized | None:
-    """Write a model in fp16 or int8; see ``write_quantized`` for the ranges, and for what int8 returns.
+    """Write a model in fp16 or int8; see ``write_quantized`` for what int8 returns.
 
     Args:
         program: gives the target and the layers that stay float.
         model: exported in fp32.
         path: the file to write.
         precision: of the file.
-        ranges: of the activations, for int8.
+        activations: over samples, for int8; None is enough to measure latency.
         keep: more layers that stay float.
 
     Raises:
         InputError: the model cannot be quantised.
     """
     if precision == "int8":
-        return write_quantized(model, path, ranges, form_of(program.target), keep={*program.keep_fp32, *keep})
+        ranges, floats = None if activations is None else activations.ranges, {*program.keep_fp32, *keep}
+        made = write_quantized(model, path, ranges, form_of(program.target), keep=floats)
+        if activations is not None and activations.means:
+            correct_biases(path, model, activations.means)
+        return made
     with captured_output():
-        made = convert_float_to_float16(onnx.load(model), keep_io_types=True)
-    save_model(made, path)
+        half = convert_float_to_float16(onnx.load(model), keep_io_types=True)
+    save_model(half, path)
     return None

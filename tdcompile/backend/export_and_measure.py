@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from tdcompile.backend.deployment import held_out_batches, sample_ranges, write_deployed
+from tdcompile.backend.deployment import held_out_batches, sample_activations, write_deployed
 from tdcompile.backend.evaluation import Evaluation, evaluate, filled_batches
 from tdcompile.backend.export import Exported, rewrite_metadata
 from tdcompile.backend.fake_parity import FakeParity, check_fake_quantized
@@ -195,8 +195,8 @@ def _variants(
             if network == "compiled" and precision == "int8":
                 written.append(_compiled_int8(program, source, folder / name, paths[0]))
             else:
-                ranges = sample_ranges(program, source) if precision == "int8" else None
-                written.append(write_deployed(program, source, folder / name, precision, ranges))
+                seen = sample_activations(program, source) if precision == "int8" else None
+                written.append(write_deployed(program, source, folder / name, precision, seen))
             paths.append(folder / name)
             sizes.append(paths[-1].stat().st_size)
             kinds.append((network, precision))
@@ -223,8 +223,8 @@ def _compiled_int8(program: Program, source: Path, path: Path, dense: Path) -> Q
     The samples that judge are neither test samples nor, if there are enough, those that gave the ranges. The latency
     budget must hold as measured; without one, the model may become slower by ``SLOWER``.
     """
-    ranges = sample_ranges(program, source)
-    first = write_deployed(program, source, path, "int8", ranges)
+    seen = sample_activations(program, source)
+    first = write_deployed(program, source, path, "int8", seen)
     plan = program.facts.get(RankPlan)
     assert first is not None  # int8 is quantised
     if plan is None:
@@ -250,14 +250,14 @@ def _compiled_int8(program: Program, source: Path, path: Path, dense: Path) -> Q
 
         def write(floats: frozenset[str]) -> Quantized:
             made = Path(folder) / f"{'+'.join(sorted(floats))}.onnx"
-            trial = write_deployed(program, source, made, "int8", ranges, floats)
+            trial = write_deployed(program, source, made, "int8", seen, floats)
             assert trial is not None  # int8 is quantised
             return trial
 
         _, reasons = back_to_float(first, suspects(noises, source, layers), write, judge)
     if not reasons:
         return first
-    final = write_deployed(program, source, path, "int8", ranges, reasons)
+    final = write_deployed(program, source, path, "int8", seen, reasons)
     assert final is not None  # int8 is quantised
     owners = {name: next((layer for layer in reasons if _is_of(name, layer)), "") for name in final.floats}
     return replace(final, floats={name: reasons.get(owners[name], why) for name, why in final.floats.items()})

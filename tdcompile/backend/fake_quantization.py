@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 from torch.export import Dim
 
-from tdcompile.backend.quantize import Quantized
+from tdcompile.backend.quantize import Quantized, rounded_weights
 from tdcompile.backend.session import infer, open_session
 from tdcompile.errors import TdcompileError
 from tdcompile.ir.modules import evaluating, separate_attention
@@ -280,7 +280,7 @@ def _with_rounded_weights(graph: fx.GraphModule, floats: onnx.ModelProto, rounde
         if value.is_floating_point()
     }
     originals = {name: value.detach().clone() for name, value in own.items()}
-    for name, value in _stored_weights(rounded):
+    for name, value in (*rounded_weights(rounded), *_changed_floats(floats, rounded)):
         if name not in before:
             continue
         original = torch.from_numpy(numpy_helper.to_array(before[name]).copy())
@@ -296,17 +296,16 @@ def _with_rounded_weights(graph: fx.GraphModule, floats: onnx.ModelProto, rounde
     return copied
 
 
-def _stored_weights(proto: onnx.ModelProto) -> Iterator[tuple[str, Array]]:
-    """Yield the float name and the rounded values of every stored integer tensor."""
-    stored = {weight.name: weight for weight in proto.graph.initializer}
-    for node in proto.graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[0] not in stored:
+def _changed_floats(floats: onnx.ModelProto, rounded: onnx.ModelProto) -> Iterator[tuple[str, Array]]:
+    """Yield the stored floats of the int8 model that differ from the float model's: biases of products, corrected."""
+    before = {weight.name: weight for weight in floats.graph.initializer}
+    for weight in rounded.graph.initializer:
+        known = before.get(weight.name)
+        if known is None or weight.data_type != onnx.TensorProto.FLOAT:
             continue
-        integers, scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input[:3])
-        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-        shape = [-1 if place == axis and scale.size > 1 else 1 for place in range(integers.ndim)]
-        steps = (integers.astype(np.int64) - zero.astype(np.int64).reshape(shape)).astype(np.float32)
-        yield node.input[0].removesuffix("_quantized"), steps * scale.astype(np.float32).reshape(shape)
+        value = numpy_helper.to_array(weight)  # one tensor may be stored in several ways
+        if not np.array_equal(value, numpy_helper.to_array(known)):
+            yield weight.name, value.copy()
 
 
 def _oriented(own: Tensor, original: Tensor, value: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ Ranges = Mapping[str, tuple[float, float]]  # least and largest value of each ac
 Overrides = Mapping[str, Sequence[Mapping[str, Any]]]  # ``TensorQuantOverrides`` of onnxruntime.quantization
 
 # Operators whose weights are quantised. ConvTranspose, recurrent layers and normalisations have no integer kernel.
-_WEIGHTED = ("Conv", "Gemm", "MatMul")
+WEIGHTED = ("Conv", "Gemm", "MatMul")
 # Operators with an integer kernel that keep a region of integers together. They join a region only if all their inputs
 # come from one: between float operators they would only add conversions.
 _CARRIED = ("Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Mul", "Sigmoid")
@@ -122,7 +122,7 @@ def quantized_model(
         tensors_range=_checked(ranges, proto),
         nodes_to_quantize=nodes,
         nodes_to_exclude=[],
-        op_types_to_quantize=[*_WEIGHTED, *_CARRIED, *_MOVED],
+        op_types_to_quantize=[*WEIGHTED, *_CARRIED, *_MOVED],
         extra_options=form.options({**(pair_overrides(proto, nodes) if form.reduced else {}), **(overrides or {})}),
     )
     with captured_output():
@@ -148,7 +148,7 @@ def activation_ranges(model: Path, batches: Iterable[Sequence[NDArray[Any]]]) ->
         given.write_bytes(proto.SerializeToString())
         calibrator = create_calibrator(
             given,
-            op_types_to_calibrate=[*_WEIGHTED, *_CARRIED, *_MOVED],
+            op_types_to_calibrate=[*WEIGHTED, *_CARRIED, *_MOVED],
             augmented_model_path=str(Path(folder) / "augmented.onnx"),
             calibrate_method=CalibrationMethod.MinMax,
         )
@@ -240,7 +240,7 @@ def _chosen(proto: onnx.ModelProto, keep: Collection[str]) -> tuple[list[str], d
         module = module_of(node)
         if node.op_type in _NO_KERNEL:
             floats[module] = _NO_KERNEL[node.op_type]
-        elif node.op_type in _WEIGHTED:
+        elif node.op_type in WEIGHTED:
             if _is_kept(module, keep):
                 floats[module] = "kept in float"
             elif len(node.input) < 2 or node.input[1] not in stored:  # a product of two activations
@@ -269,7 +269,7 @@ def _keep_floats(proto: onnx.ModelProto) -> None:
     kept = [
         node
         for node in graph.node
-        if node.op_type in (*_WEIGHTED, "ConvTranspose") and node.input[0] in rounded and node.input[1] in stored
+        if node.op_type in (*WEIGHTED, "ConvTranspose") and node.input[0] in rounded and node.input[1] in stored
     ]
     for node in kept:
         name = node.output[0]
@@ -307,6 +307,19 @@ def _scales(proto: onnx.ModelProto) -> dict[str, tuple[float, int]]:
             scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input[1:3])
             found[node.input[0].removesuffix("_QuantizeLinear_Input")] = (float(scale), int(zero))
     return found
+
+
+def rounded_weights(proto: onnx.ModelProto) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield the float name and the rounded values of every tensor that an int8 model stores in integers."""
+    stored = {weight.name: weight for weight in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in stored:
+            continue
+        integers, scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input[:3])
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+        shape = [-1 if place == axis and scale.size > 1 else 1 for place in range(integers.ndim)]
+        steps = (integers.astype(np.int64) - zero.astype(np.int64).reshape(shape)).astype(np.float32)
+        yield node.input[0].removesuffix("_quantized"), steps * scale.astype(np.float32).reshape(shape)
 
 
 def float_inputs(proto: onnx.ModelProto) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import tdcompile
+from tdcompile.backend.bias_correction import correct_biases, input_means
 from tdcompile.backend.export import export_onnx
 from tdcompile.backend.fake_parity import check_fake_quantized
 from tdcompile.backend.fake_quantization import fake_quantized
@@ -240,6 +241,7 @@ def check_int8(data: st.DataObject) -> None:
         exported = export_onnx(program.graph, program.inputs, Path(folder) / "float.onnx")
         ranges = activation_ranges(exported.path, [[samples.numpy()]])
         made = write_quantized(exported.path, Path(folder) / "int8.onnx", ranges, QuantizedForm("x64"))
+        correct_biases(made.path, exported.path, input_means(exported.path, [[samples.numpy()]]))
         rounded = fake_quantized(program.graph, exported.path, made, [samples])
         check_fake_quantized(rounded, made.path, [samples])
 
