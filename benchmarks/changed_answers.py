@@ -188,8 +188,8 @@ def _top_tokens(module: nn.Module, samples: Samples) -> Tensor:
 
 
 def _right(module: nn.Module, batch: Batch) -> float:
-    assert batch.labels is not None
-    return float((_outputs(module, batch.inputs[0]).argmax(1) == batch.labels).float().mean())
+    assert batch.targets is not None
+    return float((_outputs(module, batch.inputs[0]).argmax(1) == batch.targets).float().mean())
 
 
 @torch.no_grad()

@@ -59,9 +59,9 @@ def _row(title: str, compiled: Compiled) -> dict[str, Any]:
     report = compiled.report
     return {
         "how": title,
-        "dense %": percent(report.dense.accuracy),
-        "before tuning %": percent(report.compiled.accuracy_before_tuning),
-        "compiled %": percent(report.compiled.accuracy),
+        "dense %": percent(report.dense.score),
+        "before tuning %": percent(report.compiled.score_before_tuning),
+        "compiled %": percent(report.compiled.score),
         "MACs dense / compiled": report.ratio.macs,
         "params dense / compiled": report.ratio.params,
         "latency dense / compiled": report.ratio.latency,

@@ -117,7 +117,7 @@ def measured(case: Case, times: float, tune: str, seed: int) -> Iterator[dict[st
         if case.metric is not None:
             quality = round(100 * case.metric(made.folder / one.file), 2)
         elif case.measure != "none":
-            quality = percent(one.accuracy)
+            quality = percent(one.score)
         yield {
             "network": case.name,
             "tune": tune,

@@ -111,13 +111,13 @@ def main(
             continue
         finally:
             searched = passes.close()
-        before = report.compiled.accuracy_before_tuning
+        before = report.compiled.score_before_tuning
         rows.append(
             {
                 "system": name,
-                "dense %": percent(report.dense.accuracy),
+                "dense %": percent(report.dense.score),
                 "before tuning %": percent(before) if epochs else None,
-                "accuracy %": percent(report.compiled.accuracy),
+                "accuracy %": percent(report.compiled.score),
                 "MACs dense / compiled": report.ratio.macs,
                 "params dense / compiled": report.ratio.params,
                 "latency dense / compiled": report.ratio.latency,

@@ -50,8 +50,8 @@ def main(
             {
                 "finetune": options,
                 "rate": tuning.rate,
-                "held-out before %": percent(tuning.start_accuracy),
-                "held-out last %": percent(last.heldout_accuracy),
+                "held-out before %": percent(tuning.start_score),
+                "held-out last %": percent(last.heldout_score),
                 "kept": f"epoch {tuning.best_epoch}" if tuning.best_epoch else "the start",
                 "test before %": percent(before),
                 "test last %": percent(ended),

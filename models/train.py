@@ -101,7 +101,7 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
         losses = []
         with strided_depthwise_in_fp32(module, schedule.precision, accelerator.device):
             for batch in loader:
-                loss = F.cross_entropy(logits(model(*batch.inputs)), batch.labels, label_smoothing=schedule.smoothing)
+                loss = F.cross_entropy(logits(model(*batch.inputs)), batch.targets, label_smoothing=schedule.smoothing)
                 accelerator.backward(loss)
                 optimizer.step()
                 scheduler.step()

@@ -28,7 +28,6 @@ from tdcompile.core.passes import Pass, RewritePass
 from tdcompile.core.pipeline import Pipeline, check_hooks
 from tdcompile.core.plan import Candidates, RankPlan, dense_of
 from tdcompile.core.registry import declaring, make
-from tdcompile.core.spec import parse_spec
 from tdcompile.data.loading import Given
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError
@@ -38,12 +37,12 @@ from tdcompile.frontend.wrappers import unwrapped
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode, Reason
 from tdcompile.ir.modules import evaluating
 from tdcompile.ir.program import Change, Program
+from tdcompile.ir.scoring import scoring
 from tdcompile.ir.target import Budget, total
 from tdcompile.planning.allocation import keeps_counts
 from tdcompile.planning.input_checks import (
     calibrated,
     check_class_names,
-    check_labels,
     check_not_quantised,
     check_precision,
     check_sample_inputs,
@@ -56,8 +55,10 @@ from tdcompile.planning.input_checks import (
 from tdcompile.planning.plan_file import adopt, read_plan
 from tdcompile.planning.synthetic_data import BringSamples, check_synthetic, makers, offer
 from tdcompile.recipes import CompileOptions, Recipe, load_recipe, not_replaced
+from tdcompile.support.allowed_drop import AllowedDrop
+from tdcompile.support.spec import parse_spec
 from tdcompile.training.distributed import from_first, is_first, no_gpu
-from tdcompile.training.hooks import AccuracyBeforeTraining, DeleteTrainingState, FirstProcessDecides
+from tdcompile.training.hooks import DeleteTrainingState, FirstProcessDecides, ScoreBeforeTraining
 from tdcompile.training.run_state import key_of
 
 _FACTORS = "factorize"  # the first pass that depends on the plan
@@ -156,7 +157,7 @@ def compile(  # the field's word, as in torch.compile
     Raises:
         InputError: an argument cannot be used.
         BudgetError: no plan meets the budget.
-        RuinedError: without labels, the outputs differ from the dense network's by as much as those vary.
+        RuinedError: without targets, the outputs differ from the dense network's by as much as those vary.
         ParityError: the outputs of an exported model differ from those of its PyTorch network.
         UnavailableError: the target's execution provider does not load.
     """
@@ -276,7 +277,7 @@ class _Compilation:
             hooks.append(DeleteTrainingState(fresh=not resume))
         if self.checkpoint is not None:
             hooks.append(SaveCheckpoint(self.checkpoint, record, resume=resume))
-        hooks += [BringSamples(), AccuracyBeforeTraining(record), FirstProcessDecides(), StepTimer(record)]
+        hooks += [BringSamples(), ScoreBeforeTraining(record), FirstProcessDecides(), StepTimer(record)]
         return hooks if watch is None else [*hooks, watch]
 
     def _export_and_measure(
@@ -297,8 +298,8 @@ class _Compilation:
             str(self.pipeline),
             dict(record.seconds),
             record.total,
-            outcome.compiled.accuracy if record.before_tuning is None else record.before_tuning,
-            max_drop=self.recipe.max_drop,
+            outcome.compiled.score if record.before_tuning is None else record.before_tuning,
+            max_drop=None if self.recipe.max_drop is None else AllowedDrop.parse(self.recipe.max_drop),
             min_speedup=self.recipe.min_speedup,
             peak_memory_mb=record.peak_memory_mb,
             metadata=self.recipe.metadata,
@@ -403,7 +404,7 @@ def prepare(
         batch_axis=recipe.batch_axis,
     )
     program = _exact_rewrites(recipe).run(program)
-    task = recipe.task(data, program.inputs[0])
+    task = recipe.make_task(data, program.inputs, program.input_names)
     said = [note for samples in (task.train, task.test) if samples is not None for note in samples.notes]
     train, test = (samples_cast_like(samples, program.inputs) for samples in (task.train, task.test))
     program = program.with_(seed=recipe.seed)
@@ -415,10 +416,11 @@ def prepare(
     check_not_quantised(program)
     check_synthetic(program, recipe.max_drop)
     check_sample_inputs(program)
-    check_labels(program)
+    scored = scoring(program).notes
     check_class_names(program, names)
     if recipe.plan is not None:
         program = adopt(program, recipe.plan)
+    said += scored
     read = [Diagnostic("warning" if note.warning else "info", DiagnosticCode.DATA, note.text) for note in said]
     told = (*notes, *read, *unquantised, *scale_warnings(program), *offer(program))
     return program.with_(history=(*told, *program.history))

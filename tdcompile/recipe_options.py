@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_serializer, field_validator
 
-from tdcompile.core.spec import split
 from tdcompile.errors import InputError
 from tdcompile.ir.target import AskedPrecision, Budget, Device
+from tdcompile.support.allowed_drop import AllowedDrop
 from tdcompile.support.options import Count, Workers
+from tdcompile.support.spec import split
 
 Frontend = Literal["auto", "fx", "export"]
 
@@ -94,9 +95,24 @@ class RecipeOptions(BaseModel):
     keep_fp32: tuple[str, ...] = Field(
         default=(), description="Layers that stay float in an int8 model, as a name or a glob"
     )
-    max_drop: _Bound | None = Field(
-        default=None, description="Exit with 4 if accuracy, or agreement without labels, falls by more points"
+    max_drop: float | str | None = Field(
+        default=None,
+        description="Exit with 4 if the metric loses more than this, e.g. 1 (points, or the metric's unit) or 2%",
     )
+    task: str | None = Field(
+        default=None,
+        description="classification, multilabel, segmentation, restoration, regression, language or agreement; default "
+        "guessed from the targets",
+    )
+    loss: Any = Field(default=None, description="Your own loss for tuning, file.py:callable of (outputs, targets)")
+    metric: Any = Field(
+        default=None,
+        description="Your own metric, file.py:callable{higher=true,unit=%}, or a name of torchmetrics with its options",
+    )
+    output: str | None = Field(
+        default=None, description="Name or number of the output that is scored; default the first"
+    )
+    targets: str | None = Field(default=None, description="Key of the targets in samples that are dicts")
     min_speedup: _Bound | None = Field(default=None, description="Exit with 4 if the speed-up is smaller")
     pipeline: str | None = Field(
         default=None,
@@ -113,6 +129,25 @@ class RecipeOptions(BaseModel):
         if isinstance(value, bool) and cls.model_fields[name].annotation is not bool:
             raise InputError(f"the option '{name}' cannot be {value!r}: it is not true or false")
         return value
+
+    @field_validator("max_drop")
+    @classmethod
+    def _check_max_drop(cls, value: float | str | None) -> float | str | None:
+        allowed = None if value is None else AllowedDrop.parse(value)
+        return allowed if allowed is None else str(allowed) if allowed.relative else allowed.value
+
+    @field_serializer("loss", "metric")
+    def _name_of_code(self, value: Any) -> str | None:
+        """Return the text of a loss or metric; code given from Python is named, with its class or module."""
+        if value is None or isinstance(value, str):
+            return value
+        kind = value if hasattr(value, "__qualname__") else type(value)
+        return f"{kind.__module__}.{kind.__qualname__}"
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _output_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("budget", mode="before")
     @classmethod

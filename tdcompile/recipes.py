@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
@@ -17,9 +17,9 @@ from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import find, get, only
-from tdcompile.core.spec import Spec, parse_options, parse_spec, parse_specs
 from tdcompile.data.class_names import read_class_names
 from tdcompile.data.loading import Given, given, load_data
+from tdcompile.data.network_input import SampleFields
 from tdcompile.data.synthetic import NAME as SYNTHETIC
 from tdcompile.data.synthetic import split_synthetic
 from tdcompile.data.task import Task
@@ -27,8 +27,10 @@ from tdcompile.errors import InputError, nearest
 from tdcompile.ir.onnx_format import OnnxFormat
 from tdcompile.ir.target import UNLIMITED, AskedPrecision, Budget, Device, Precision, Target
 from tdcompile.recipe_options import Frontend, RecipeOptions, budget_of
+from tdcompile.support.spec import Spec, parse_options, parse_spec, parse_specs
 
 SHIPPED = "recipes.toml"
+_TRAINED_STREAM = 20_000  # samples that are read of a stream if a pass trains
 _PLANNING = ("decompose", "ranks", "importance", "grain")  # the options that decide a plan
 _PIPELINE = (*_PLANNING, "tune", "plan")  # the options that decide a pipeline
 _OF_STEPS = ("decompose", "importance", "ranks")  # the options that a pipeline in text form states itself
@@ -72,7 +74,12 @@ class CompileOptions(TypedDict, total=False):
     tune: str | None
     keep_dense: str | Sequence[str]
     keep_fp32: str | Sequence[str]
-    max_drop: float | None
+    max_drop: float | str | None
+    task: str | None
+    loss: str | Callable[..., Any] | None
+    metric: Any
+    output: str | int | None
+    targets: str | None
     min_speedup: float | None
     pipeline: str | Pipeline | None
     jobs: int
@@ -117,24 +124,35 @@ class Recipe(RecipeOptions):
         """
         return read_class_names(Path(self.labels)) if isinstance(self.labels, str) else self.labels or ()
 
-    def task(self, data: Task | Given, first: Tensor) -> Task:
-        """Make a task of data, for a network whose first input is ``first``; return a ``Task`` unchanged.
+    def make_task(self, data: Task | Given, inputs: Sequence[Tensor], names: Sequence[str]) -> Task:
+        """Make a task of data, for a network with these example inputs and their names; keep that of a ``Task``.
 
         Raises:
             InputError: the data cannot be read, or do not fit the input (``data.given``); or ``normalize`` has no
                 effect.
             UnavailableError: a package that reads the data is missing.
         """
+        asked = {"kind": self.task, "loss": self.loss, "metric": self.metric, "output": self.output}
+        chosen = {name: value for name, value in asked.items() if value is not None}
         if isinstance(data, Task):
-            return data
-        asked, test = split_synthetic(data)
-        if asked:
-            return self._synthetic(asked, test, first)
-        train, test = given(data, tuple(first.shape[1:]), self.normalize, self.seed, first.dtype)
+            return replace(data, **chosen)
+        fields = self._fields(inputs, names)
+        synthetic, test = split_synthetic(data)
+        if synthetic:
+            return replace(self._synthetic(synthetic, test, fields), **chosen)
+        first = inputs[0]
+        train, test = given(data, tuple(first.shape[1:]), self.normalize, self.seed, first.dtype, fields)
         source = data if isinstance(data, str) else "none" if train is None else "given"
-        return Task(train, test, self.calibrate, self.eval, source)
+        return Task(train, test, self.calibrate, self.eval, source, **chosen)
 
-    def _synthetic(self, asked: str, test: Any, first: Tensor) -> Task:
+    def _fields(self, inputs: Sequence[Tensor], names: Sequence[str]) -> SampleFields:
+        """Return how samples are told apart for example inputs with these names."""
+        # Without training, a stream is read for calibration and for a part that is held out.
+        needed = _TRAINED_STREAM if self.steps().trainer else self.calibrate + self.calibrate // 4
+        limits = {"stream": needed, **({"stream_test": self.eval} if self.eval else {})}
+        return SampleFields.of(tuple(inputs), tuple(names), targets=self.targets, **limits)
+
+    def _synthetic(self, asked: str, test: Any, fields: SampleFields) -> Task:
         """Return a task whose training samples are still to be made, by the pass ``synthesize``."""
         step = parse_spec(asked.replace(SYNTHETIC, "synthesize", 1))
         get(Pass, step.name).from_options(step.options)
@@ -143,13 +161,13 @@ class Recipe(RecipeOptions):
                 f"'normalize' has no effect on the data '{asked}', which are made as the network takes them: leave out "
                 f"'{self.normalize}'"
             )
-        shape = tuple(first.shape[1:])
+        shape, dtype = fields.inputs[0].shape, fields.inputs[0].dtype
         if isinstance(test, str):
-            _, judged = load_data(test, shape, self.normalize, self.seed, first.dtype)
+            _, judged = load_data(test, shape, self.normalize, self.seed, dtype, fields)
             if judged is None:
                 raise InputError(f"the data '{test}' have no test samples to judge by beside '{asked}'")
         elif test is not None:
-            _, judged = given((None, test), shape, self.normalize, self.seed, first.dtype)
+            _, judged = given((None, test), shape, self.normalize, self.seed, dtype, fields)
         else:
             judged = None
         return Task(None, judged, self.calibrate, self.eval, asked, synthetic=str(step))

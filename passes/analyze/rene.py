@@ -8,7 +8,6 @@ from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
@@ -17,11 +16,12 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.core.plan import RankPlan
 from tdcompile.core.registry import make
-from tdcompile.data.class_scores import logits
 from tdcompile.data.task import Batch
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.facts import Fact
+from tdcompile.ir.modules import tensors_in
 from tdcompile.ir.program import Program, Site, kept_dense, sites
+from tdcompile.ir.scoring import objective_of
 from tdcompile.passes.analyze._rene_ranks import WHOLE, SingleRanks
 from tdcompile.passes.analyze._rene_relaxation import Interval, Relaxed, intervals, rank_loss
 from tdcompile.support.options import Count, NonNegative, Positive
@@ -219,8 +219,9 @@ class Rene(AnalysisPass):
 
     def _data(self, program: Program, generator: torch.Generator) -> _Batches:
         train = program.task.train
-        if train is None or train.classes is None:
-            raise InputError("rene{mode=data} needs labels: give labelled data, or use mode=recon")
+        objective = objective_of(program)
+        if train is None or objective is None or not objective.trains or train.batch([0]).targets is None:
+            raise InputError("rene{mode=data} needs targets and a loss: give data with targets, or use mode=recon")
         return _Batches(program, list(train.shuffled(generator).batches(self.batch, limit=self.samples)))
 
 
@@ -240,15 +241,16 @@ class _Settled:
 
 
 class _Batches:
-    """The cross-entropy of the network with given weights, batch by batch."""
+    """The task's loss of the network with given weights, batch by batch."""
 
     def __init__(self, program: Program, batches: list[Batch]) -> None:
         self._graph, self._batches, self._next = program.graph, batches, 0
+        self._objective = objective_of(program)
 
     def loss(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Return the loss on the next batch."""
         batch = self._batches[self._next % len(self._batches)]
         self._next += 1
-        scores = logits(functional_call(self._graph, dict(weights), batch.copies()))
-        assert batch.labels is not None  # ``_data`` has looked
-        return F.cross_entropy(scores, batch.labels)
+        outputs = [*tensors_in(functional_call(self._graph, dict(weights), batch.copies()))]
+        assert self._objective is not None  # ``_data`` has looked
+        return self._objective.loss(outputs, batch)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from tdcompile.core.decomposition import Decomposition, several_groups
 from tdcompile.core.registry import find, make
-from tdcompile.core.spec import parse_spec
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Reason, ReasonCode
 from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.numerics.covariance import Covariance
+from tdcompile.support.spec import parse_spec
 
 
 @dataclass(frozen=True)

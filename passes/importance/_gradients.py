@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdcompile.data.class_scores import logits, of_tokens
+from tdcompile.data.class_scores import of_tokens
+from tdcompile.data.objective import Objective
 from tdcompile.data.task import Batch
 from tdcompile.errors import InputError
-from tdcompile.ir.modules import evaluating, input_of
+from tdcompile.ir.modules import evaluating, input_of, tensors_in
 from tdcompile.ir.program import Program
+from tdcompile.ir.scoring import objective_of
 
 
 class GradientMeter(ABC):
@@ -60,17 +62,17 @@ def backward_passes(
 ) -> Iterator[int]:
     """Run each batch forward and backward past the meters; yield its number of samples.
 
-    The loss is cross-entropy on the labels, or without labels on classes drawn from the network's own predictions. In a
-    language model every token is a sample, and its class is drawn.
+    The loss is that of the task, such as cross-entropy on the labels, or without targets cross-entropy on classes drawn
+    from the network's own predictions. In a language model every token is a sample, and its class is drawn.
 
     Args:
         generator: draws the classes.
         score: name of the importance score, for messages.
 
     Raises:
-        InputError: the network returns no class scores, or NaN or Inf.
+        InputError: there are neither targets nor class scores, or the network returns NaN or Inf.
     """
-    graph = program.graph
+    graph, objective = program.graph, objective_of(program)  # found before the hooks see a forward pass
     device = next((p.device for p in graph.parameters()), torch.device("cpu"))
     with ExitStack() as stack:
         stack.enter_context(evaluating(graph))
@@ -79,26 +81,30 @@ def backward_passes(
             stack.callback(hook.remove)
         for batch in batches:
             with torch.enable_grad():
-                scores = logits(graph(*(x.to(device) for x in batch.inputs)))
-                labels, count = batch.labels, len(scores)
-                if of_tokens(batch.inputs, scores):
-                    scores, labels = scores.flatten(0, 1), None  # every token is a sample of the loss
-                loss = _loss(scores, labels, generator, score)
+                outputs = [*tensors_in(graph(*(x.to(device) for x in batch.inputs)))]
+                count = len(outputs[0])
+                loss = _loss(objective, outputs, batch, generator, score)
             probes = [probe for meter in meters for probe in meter.take()]
             if loss.requires_grad:  # a network may detach its output
                 torch.autograd.grad(loss, probes, allow_unused=True)
             yield count
 
 
-def _loss(scores: Tensor, labels: Tensor | None, generator: torch.Generator, score: str) -> Tensor:
-    """Return the cross-entropy summed over the samples, so that each sample has its own gradient."""
+def _loss(
+    objective: Objective | None, outputs: Sequence[Tensor], batch: Batch, generator: torch.Generator, score: str
+) -> Tensor:
+    """Return the loss summed over the samples, so that each sample has its own gradient."""
+    scores = outputs[objective.output if objective else 0]
+    if not bool(torch.isfinite(scores).all()):
+        raise InputError("NaN or Inf appears in the network's output on the training samples")
+    if of_tokens(batch.inputs, scores):
+        scores = scores.flatten(0, 1)  # every token is a sample of the loss
+    elif objective is not None and objective.trains and batch.targets is not None:
+        return objective.loss(outputs, batch) * len(scores)
     if scores.dim() != 2:
         shape = "x".join(map(str, scores.shape))
         raise InputError(
-            f"the importance '{score}' needs class scores (samples, classes), and the network returns {shape}"
+            f"the importance '{score}' needs targets, or class scores (samples, classes); the network returns {shape}"
         )
-    if not bool(torch.isfinite(scores).all()):
-        raise InputError("NaN or Inf appears in the network's output on the training samples")
-    if labels is None:
-        labels = torch.multinomial(scores.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
+    labels = torch.multinomial(scores.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
     return F.cross_entropy(scores, labels.to(scores.device), reduction="sum")

@@ -1,4 +1,4 @@
-"""``auto``: Taylor if the data has labels or the network is a language model, otherwise ``none``."""
+"""``auto``: Taylor if the data has classes or the network is a language model, otherwise ``none``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tdcompile.core.registry import make
 from tdcompile.data.class_scores import of_tokens
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program
+from tdcompile.ir.scoring import objective_of
 from tdcompile.support.options import Count
 
 
@@ -61,6 +62,7 @@ class Auto(Importance):
         if of_tokens(first, outputs[0]):
             samples = math.ceil(self.tokens / outputs[0].shape[1])
             return f"taylor{{order=2,samples={samples},batch={self.batch},largest={self.largest}}}"
-        if not train.classes or len(outputs) > 1 or outputs[0].dim() != 2:
+        objective = objective_of(program)
+        if objective is None or objective.class_axis is None or train.batch([0]).targets is None:
             return None
         return f"taylor{{order=1,samples={self.samples},batch={self.batch},largest={self.largest}}}"

@@ -101,7 +101,10 @@ class Lwiq(Importance):
         """Return training samples to imprint, and others that measure the accuracy."""
         train = program.task.train
         if train is None or train.classes is None:
-            raise InputError("the importance 'lwiq' imprints classes: give labelled data, or take 'noise' or 'none'")
+            raise InputError(
+                "the importance 'lwiq' imprints classes, and the data have no class numbers (N,) as targets: give such "
+                "data, or take 'noise' or 'none'"
+            )
         first = min(self.samples or program.task.calibrate, math.floor(len(train) / (1 + self.judged)))
         second = min(math.ceil(first * self.judged), len(train) - first)
         if first < 1 or second < 1:
@@ -179,8 +182,8 @@ class _Tapped(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, proxies: Mapping[fx.Node, _Proxy], batch: Batch) -> None:
         super().__init__(graph)
-        assert batch.labels is not None  # ``_split`` checks it
-        self._proxies, self._labels = proxies, batch.labels
+        assert batch.targets is not None  # ``_split`` checks it
+        self._proxies, self._labels = proxies, batch.targets
 
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)

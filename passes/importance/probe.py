@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from tdcompile.core.importance import Importance, normalised
+from tdcompile.data.objective import Objective, has_targets
 from tdcompile.data.task import Batch
 from tdcompile.errors import InputError
+from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program, sites
+from tdcompile.ir.scoring import objective_of
 from tdcompile.passes.importance._divergence import answers, divergence, drawn
 from tdcompile.passes.importance._trial import FORMS, trials
 from tdcompile.support.options import Count, Share
@@ -28,14 +31,15 @@ class Probe(Importance):
 
     Attributes:
         share: share of the layer's weights that are kept.
-        measure: ``kl`` of the dense outputs from the compressed ones, or lost ``accuracy``, which needs labels.
+        measure: ``kl`` of the dense outputs from the compressed ones, or the loss of the task's ``metric``, which needs
+            targets.
         samples: number of training samples, read once for each layer and once for the dense network.
         forms: decompositions; a layer takes the first that applies, and scores 0 if none does.
     """
 
     name: ClassVar[str] = "probe"
     share: Share = 0.5
-    measure: Literal["kl", "accuracy"] = "kl"
+    measure: Literal["kl", "metric"] = "kl"
     samples: Count = 512
     forms: tuple[str, ...] = FORMS
 
@@ -43,28 +47,27 @@ class Probe(Importance):
     def score(self, program: Program) -> Mapping[str, float]:
         """See ``Importance.score``."""
         batches = drawn(program, self.samples, self.name, "the importance 'probe'")
-        if self.measure == "accuracy" and any(batch.labels is None for batch in batches):
-            raise InputError("'probe{measure=accuracy}' needs labels: give labelled data, or take measure=kl")
+        objective = objective_of(program)
+        if self.measure == "metric" and (objective is None or not has_targets(objective, batches[0])):
+            raise InputError("'probe{measure=metric}' needs targets: give data with targets, or take measure=kl")
+        before = _score(objective, program.graph, batches) if objective and self.measure == "metric" else 0.0
         wanted, tried = answers(program.graph, batches), trials(program, self.share, self.forms)
         scores = dict.fromkeys(sites(program), 0.0)
         for done, (name, trial) in enumerate(tried.items(), start=1):
             with trial.applied():
-                given = answers(program.graph, batches)
-            if self.measure == "kl":
-                lost = divergence(wanted, given)
-            else:
-                lost = max(_right(wanted, batches) - _right(given, batches), 0.0)
+                if objective is not None and self.measure == "metric":
+                    after = _score(objective, program.graph, batches)
+                    lost = max(objective.metric.about.drop(before, after), 0.0)
+                else:
+                    lost = divergence(wanted, answers(program.graph, batches))
             scores[name] = lost / max(trial.error**2, 1e-12)
             report_progress(done, len(tried), name)
         log.info("probe: %d forward passes over %d samples", len(tried) + 1, sum(len(b.inputs[0]) for b in batches))
         return normalised(scores)
 
 
-def _right(scores: list[Tensor], batches: list[Batch]) -> float:
-    """Return the accuracy in [0, 1]."""
-    right, count = 0, 0
-    for given, batch in zip(scores, batches, strict=True):
-        assert batch.labels is not None  # ``score`` checks it
-        right += int((given.argmax(1) == batch.labels).sum())
-        count += len(given)
-    return right / count
+def _score(objective: Objective, module: nn.Module, batches: list[Batch]) -> float:
+    meter = objective.meter()
+    for batch in batches:
+        meter.update(outputs_of(module, batch.inputs), batch)
+    return meter.compute()

@@ -19,13 +19,14 @@ from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode, Reason, ReasonC
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.layer import Ranks
 from tdcompile.ir.program import Change, Program
+from tdcompile.ir.scoring import objective_of
 from tdcompile.ir.target import Cost
 from tdcompile.planning.allocation import gainful
 from tdcompile.planning.pricing import Prices
 from tdcompile.support.options import Count, NonNegative, Positive, PositiveOrInf
 from tdcompile.training.adapters import Parallel, energy_ranks, parallel_layers
 from tdcompile.training.augment import AugmentOption, resolve_augment
-from tdcompile.training.distillation import Distillation, excluded_output, output_energies
+from tdcompile.training.distillation import Distillation, excluded_output, scored_outputs
 from tdcompile.training.distributed import from_first, no_gpu
 from tdcompile.training.mixed_precision import Precision
 from tdcompile.training.trainer import Settings, Trainer, training_state_of
@@ -97,14 +98,13 @@ class Anneal(TunePass):
             momentum=0.9,
             warmup=0.05,
             clip=self.clip,
-            augment=resolve_augment(self.augment, program.inputs),
+            augment=resolve_augment(self.augment, program.inputs, objective_of(program)),
             frozen=False,
             precision=self.precision,
         )
         teacher = copy_weights(lower(program, program.dense))
-        labels = self.labels if train.classes else 0.0
-        others, left = output_energies(program.dense, train, self.others)
-        loss = Distillation(teacher, self.temperature, labels, precision=self.precision, others=others)
+        scored, left = scored_outputs(program, train, self.others)
+        loss = Distillation(teacher, self.temperature, self.labels, precision=self.precision, scored=scored)
         # No held-out split: an epoch that still has a dense share must not be chosen as the best one.
         saved, moving = training_state_of(self, graph, train, program), _moving(graph)
         Trainer(graph, loss, train, None, settings, program, self.name, saved, schedule, moving).run()

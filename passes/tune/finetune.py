@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
@@ -15,20 +14,23 @@ from torch import fx, nn
 from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.core.plan import RankPlan
+from tdcompile.data.metric import About
 from tdcompile.data.task import Samples
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.program import Change, Program, sites_of
+from tdcompile.ir.scoring import objective_of
 from tdcompile.support.options import Count, NonNegative, Part, Positive, PositiveOrInf
 from tdcompile.training.augment import AugmentOption, resolve_augment
 from tdcompile.training.distillation import (
     Distillation,
     LayerwiseLoss,
     RememberedAnswers,
+    ScoredOutputs,
     excluded_output,
-    output_energies,
+    scored_outputs,
 )
 from tdcompile.training.mixed_precision import Precision
 from tdcompile.training.run_state import Saved, Tuning
@@ -48,10 +50,11 @@ _HELDOUT = 5000  # upper bound: more samples do not change which epoch wins
 
 @dataclass(frozen=True)
 class Finetune(TunePass):
-    """Train the compressed network by distillation from the dense one, and by labels if there are any.
+    """Train the compressed network by distillation from the dense one, and by the task's loss if there are targets.
 
     The loss is (1 - labels) · T² · KL(dense ‖ compressed), both softened by the temperature T (Hinton, Vinyals and
-    Dean, 2015), plus labels · cross-entropy. There is no weight decay: decay on factors shrinks their product unevenly.
+    Dean, 2015), plus labels · the loss of the task, such as cross-entropy. There is no weight decay: decay on factors
+    shrinks their product unevenly.
 
     Attributes:
         epochs: number of epochs; may be a fraction.
@@ -64,7 +67,7 @@ class Finetune(TunePass):
         warmup: share of the steps in which the rate rises.
         clip: largest norm of the gradient; a chain of factors multiplies its gradients.
         temperature: T.
-        labels: weight of the label loss; ignored without labels.
+        labels: weight of the loss on targets; ignored without targets.
         others: weight of the outputs after the first, each by its squared difference over its energy; 0 ignores them.
         outputs: weight of layer-output distillation, the mean squared difference of each replaced layer's output.
         weights: weight of weight distillation, the mean squared difference of each replaced layer's weight (RENE,
@@ -121,13 +124,17 @@ class Finetune(TunePass):
         saved = training_state_of(self, graph, train, program)
         settings = self._settings(program)
         teacher = copy_weights(program.dense if self._watched else lower(program, program.dense))
-        others, left = output_energies(program.dense, train, self.others)
-        lesson = _Lesson(teacher, fit, heldout, program, others)
+        scored, left = scored_outputs(program, train, self.others)
+        lesson = _Lesson(teacher, fit, heldout, program, scored)
         rate, done = self._rate(graph, lesson, settings)
         settings = replace(settings, lr=rate)
         tuning = done or self._trained(graph, lesson, settings, self.name, saved)
+        objective = objective_of(program)
+        about = objective.metric.about if objective else None
         told = [excluded_output(self.name, place, why) for place, why in left.items()]
-        return Rewritten(graph, [*told, Change("", self.name, f"{_told(tuning)}, rate {settings.lr:.3g}")], [tuning])
+        return Rewritten(
+            graph, [*told, Change("", self.name, f"{_told(tuning, about)}, rate {settings.lr:.3g}")], [tuning]
+        )
 
     @property
     def _watched(self) -> bool:
@@ -144,8 +151,7 @@ class Finetune(TunePass):
                 raise InputError("finetune{outputs=…, weights=…} looks at the layers of a plan, and there is none")
             known = {name: site.layer for name, site in sites_of(program.dense, program.inputs).items()}
             layers = LayerwiseLoss(lesson.teacher, graph, plan, known, self.outputs, self.weights)
-        labels = self.labels if lesson.fit.classes else 0.0
-        loss = Distillation(lesson.teacher, self.temperature, labels, layers, settings.precision, lesson.others)
+        loss = Distillation(lesson.teacher, self.temperature, self.labels, layers, settings.precision, lesson.scored)
         with layers.watching() if layers else nullcontext():
             return Trainer(graph, loss, lesson.fit, lesson.heldout, settings, program, purpose, saved).run()
 
@@ -205,7 +211,7 @@ class Finetune(TunePass):
             momentum=self.momentum,
             warmup=self.warmup,
             clip=self.clip,
-            augment=resolve_augment(self.augment, program.inputs),
+            augment=resolve_augment(self.augment, program.inputs, objective_of(program)),
             frozen=self.bn == "frozen",
             average=self.average,
             patience=self.patience,
@@ -221,12 +227,13 @@ class _Lesson:
     fit: Samples
     heldout: Samples | None
     program: Program
-    others: Mapping[int, float]
+    scored: ScoredOutputs
 
 
-def _told(tuning: Tuning) -> str:
+def _told(tuning: Tuning, about: About | None) -> str:
     best = next((e for e in tuning.curve if e.epoch == tuning.best_epoch), None)
     kept = f"{tuning.epochs} epochs, epoch {tuning.best_epoch} kept" if best else "every epoch did worse than the start"
-    if best is None or best.heldout_accuracy is None or tuning.start_accuracy is None:
+    if best is None or best.heldout_score is None or tuning.start_score is None or about is None:
         return kept
-    return f"{kept}, held-out accuracy {tuning.start_accuracy:.1%} before and {best.heldout_accuracy:.1%} after"
+    before, after = about.text(tuning.start_score), about.text(best.heldout_score)
+    return f"{kept}, held-out {about.name} {before} before and {after} after"

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 from rich.text import Text
 
+from tdcompile.data.metric import About
 from tdcompile.support.formatting import change, count, milliseconds, percent, size, times
 
 
@@ -31,14 +32,30 @@ class Figures(_Part):
 
     On a CPU with one thread it is processor time, which other processes do not change."""
     onnx_bytes: int
-    accuracy: float | None
-    """Top-1 on the test samples, in [0, 1]; null without labels."""
+    score: float | None
+    """The metric on the test samples, a share in [0, 1] if its unit is %; null without targets."""
 
 
 class CompiledFigures(Figures):
     """The figures of the compiled network."""
 
-    accuracy_before_tuning: float | None = None
+    score_before_tuning: float | None = None
+
+
+class ReportedMetric(_Part):
+    """The metric of all scores."""
+
+    task: str
+    """What the targets are: a built-in task, or ``own``."""
+    name: str
+    unit: str
+    """Empty if the metric has none. Scores in % are shares in [0, 1]; they differ by points."""
+    higher_is_better: bool
+
+    @property
+    def about(self) -> About:
+        """How scores are read and shown."""
+        return About(self.name, self.higher_is_better, self.unit)
 
 
 class Ratio(_Part):
@@ -150,7 +167,7 @@ class Epoch(_Part):
 
     epoch: int
     train_loss: float
-    heldout_accuracy: float | None
+    heldout_score: float | None
 
 
 class Iteration(_Part):
@@ -195,7 +212,8 @@ class Variant(_Part):
     """Latency of the dense model in fp32 over this one's, paired by rounds."""
     speedup_interval: tuple[float, float] | None = None
     onnx_bytes: int
-    accuracy: float | None = None
+    score: float | None = None
+    """The metric on the test samples; null without targets."""
     agreement: float | None = None
     """Share of samples with the top-1 class of the dense model in fp32; null if the output is not class scores."""
     relative_error: float | None = None
@@ -240,7 +258,7 @@ class Quantization(_Part):
 class Report(_Part):
     """Every figure of one compilation."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     source: str
     verdict: str
     """One sentence."""
@@ -254,6 +272,8 @@ class Report(_Part):
     budget: dict[str, float]
     """The share of each dense figure that may be kept."""
     gates: tuple[Gate, ...] = ()
+    metric: ReportedMetric | None = None
+    """What the scores are; null without targets."""
     dense: Figures
     compiled: CompiledFigures
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
@@ -284,6 +304,11 @@ class Report(_Part):
     onnx: Onnx | None = None
     notes: tuple[str, ...] = ()
     """What did not go the usual way, a sentence each."""
+
+    @property
+    def scored(self) -> About | None:
+        """The metric, if the test samples have targets."""
+        return self.metric.about if self.metric is not None and self.dense.score is not None else None
 
     @property
     def met(self) -> bool:
@@ -330,9 +355,10 @@ def comparison(report: Report) -> list[tuple[str, str, str, str]]:
             times(dense.onnx_bytes / compiled.onnx_bytes if compiled.onnx_bytes else None),
         ),
     ]
-    if dense.accuracy is not None and compiled.accuracy is not None:
-        drop = f"{(compiled.accuracy - dense.accuracy) * 100:+.2f} points"
-        rows.append(("accuracy", percent(dense.accuracy), percent(compiled.accuracy), drop))
+    if report.metric is not None and dense.score is not None and compiled.score is not None:
+        about = report.metric.about
+        change = about.change(dense.score, compiled.score)
+        rows.append((about.name, about.text(dense.score), about.text(compiled.score), change))
     return rows + (_quality_rows(report.quality) if report.quality else [])
 
 
@@ -359,14 +385,15 @@ def _networks(report: Report) -> Table:
 
 
 def variant_rows(report: Report) -> list[tuple[str, ...]]:
-    """Return a row of text for each model: what it is, latency, speed-up, file size, accuracy or agreement."""
+    """Return a row of text for each model: what it is, latency, speed-up, file size, score or agreement."""
+    about = report.scored
     return [
         (
             one.title,
             milliseconds(one.latency_ms),
             times(one.speedup),
             size(one.onnx_bytes),
-            percent(one.accuracy if report.dense.accuracy is not None else one.agreement),
+            percent(one.agreement) if about is None else about.text(one.score),
         )
         for one in report.variants
     ]
@@ -374,7 +401,7 @@ def variant_rows(report: Report) -> list[tuple[str, ...]]:
 
 def variant_headings(report: Report) -> tuple[str, ...]:
     """Return the headings of ``variant_rows``."""
-    quality = "accuracy" if report.dense.accuracy is not None else "top-1 agreement"
+    quality = report.scored.name if report.scored else "top-1 agreement"
     return ("model", "latency", "faster", "ONNX file", quality)
 
 

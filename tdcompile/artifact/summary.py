@@ -23,6 +23,7 @@ from tdcompile.artifact.report import (
     Quantization,
     Ratio,
     Report,
+    ReportedMetric,
     Synthetic,
     Tuned,
 )
@@ -39,7 +40,9 @@ from tdcompile.data.task import ENOUGH, Task
 from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
 from tdcompile.ir.measurements import Rehearsal, SyntheticSamples
 from tdcompile.ir.program import Change, Program, sites_of
+from tdcompile.ir.scoring import objective_of
 from tdcompile.ir.target import LATENCY_TOLERANCE, LIMITED, Cost
+from tdcompile.support.allowed_drop import AllowedDrop
 from tdcompile.training.run_state import Tuning
 
 # Allowed excess of counted figures, which are exact except for rounding.
@@ -49,11 +52,11 @@ _FP32_ONLY = 2  # models of a compilation to fp32: dense and compiled
 
 @dataclass(frozen=True)
 class Run:
-    """Figures of all runs of a compilation: seconds of each pass and in total, accuracy before the first training pass.
+    """Figures of all runs of a compilation: seconds of each pass and in total, score before the first training pass.
 
     Attributes:
         source: the source of the network, or the name of its class.
-        max_drop: gate: largest allowed loss of accuracy, in points.
+        max_drop: gate: largest allowed loss of quality.
         min_speedup: gate: smallest allowed ratio of dense to compiled latency.
         peak_memory_mb: the highest memory of earlier runs of a resumed compilation, in MB.
         metadata: the user's entries of the models' metadata.
@@ -65,7 +68,7 @@ class Run:
     seconds: Mapping[str, float]
     total: float
     before_tuning: float | None
-    max_drop: float | None = None
+    max_drop: AllowedDrop | None = None
     min_speedup: float | None = None
     peak_memory_mb: float = 0.0
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -85,7 +88,7 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
     gates = tuple(_gates(program, run, outcome))
     return Report(
         source=run.source,
-        verdict=_verdict(outcome, program.task, ratio, gates, enough=_int8_alone(program, run, outcome)),
+        verdict=_verdict(outcome, program, ratio, gates, enough=_int8_alone(program, run, outcome)),
         seed=program.seed,
         pipeline=run.pipeline,
         frontend=program.frontend,
@@ -93,8 +96,9 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
         gap=plan.gap if plan else None,
         budget=program.budget.shares,
         gates=gates,
+        metric=_metric(program),
         dense=Figures(**_figures(dense)),
-        compiled=CompiledFigures(**_figures(compiled), accuracy_before_tuning=run.before_tuning),
+        compiled=CompiledFigures(**_figures(compiled), score_before_tuning=run.before_tuning),
         precision=plan.precision if plan else program.target.precision,
         variants=tuple(_variants(outcome)),
         quantization=_quantization(outcome),
@@ -120,7 +124,7 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
         if tuning and tuning.epochs
         else None,
         tuning_curve=tuple(
-            Epoch(epoch=e.epoch, train_loss=e.train_loss, heldout_accuracy=e.heldout_accuracy)
+            Epoch(epoch=e.epoch, train_loss=e.train_loss, heldout_score=e.heldout_score)
             for e in (tuning.curve if tuning else ())
         ),
         seconds={**run.seconds, "total": run.total},
@@ -144,7 +148,7 @@ def _figures(network: MeasuredNetwork) -> dict[str, Any]:
         "macs": network.macs,
         "latency_ms": network.timing.median * 1e3,
         "onnx_bytes": network.exported.bytes,
-        "accuracy": network.accuracy,
+        "score": network.score,
     }
 
 
@@ -232,10 +236,20 @@ def budget_gates(program: Program, outcome: Outcome) -> Iterator[Gate]:
         yield Gate(name=name, limit=share, value=kept, passed=passed, sentence=sentence)
 
 
-def _quality_gate(drop: Drop, max_drop: float | None) -> Gate:
+def _quality_gate(drop: Drop, max_drop: AllowedDrop | None) -> Gate:
     """Return the gate on a loss of quality; without ``max_drop`` it is ``answers``."""
     name = "answers" if max_drop is None else "max-drop"
     return Gate(name=name, limit=drop.limit, value=drop.value, passed=drop.passed, sentence=drop.sentence)
+
+
+def _metric(program: Program) -> ReportedMetric | None:
+    objective = objective_of(program)
+    if objective is None:
+        return None
+    about = objective.metric.about
+    return ReportedMetric(
+        task=objective.kind.name, name=about.name, unit=about.unit, higher_is_better=about.higher_is_better
+    )
 
 
 def _variants(outcome: Outcome) -> Iterator[ReportedVariant]:
@@ -253,7 +267,7 @@ def _variants(outcome: Outcome) -> Iterator[ReportedVariant]:
             speedup=one.timing.speedup.value,
             speedup_interval=(one.timing.speedup.low, one.timing.speedup.high),
             onnx_bytes=one.bytes,
-            accuracy=one.accuracy,
+            score=one.score,
             agreement=1.0 if reference and outcome.evaluation else min(agreeing, default=None),
             relative_error=0.0 if reference and outcome.evaluation else max(errors, default=None),
         )
@@ -293,22 +307,24 @@ def _int8_alone(program: Program, run: Run, outcome: Outcome) -> str:
     )
 
 
-def _verdict(outcome: Outcome, task: Task, ratio: Ratio, gates: Sequence[Gate], enough: str) -> str:
+def _verdict(outcome: Outcome, program: Program, ratio: Ratio, gates: Sequence[Gate], enough: str) -> str:
     missed = [gate.sentence for gate in gates if not gate.passed]
     changed = any(gate.name == "answers" and not gate.passed for gate in gates)
     speed = ratio.latency or 1.0
     pace = f"{speed:.2f} times as fast" if speed >= 1.0 else f"{1 / speed:.2f} times as slow"
     pace += " as the dense network"
-    accuracy = ""
-    if outcome.dense.accuracy is not None and outcome.compiled.accuracy is not None:
-        accuracy = f", accuracy {outcome.dense.accuracy:.2%} to {outcome.compiled.accuracy:.2%}"
+    objective = objective_of(program)
+    before, after = outcome.dense.score, outcome.compiled.score
+    if objective is not None and before is not None and after is not None:
+        about = objective.metric.about
+        quality = f", {about.name} {about.text(before)} to {about.text(after)}"
     elif outcome.evaluation is not None:
-        accuracy = f", {_kept(outcome.evaluation)}"
+        quality = f", {_kept(outcome.evaluation)}"
     else:
-        accuracy = f", quality not measured, because {_unmeasured(task)}"
+        quality = f", quality not measured, because {_unmeasured(program.task)}"
     head = "the network's answers have changed: " if changed else f"{enough}: " if enough else ""
-    accuracy += "; calibrated on synthetic samples" if task.synthetic else ""
-    head += f"{pace}, with {ratio.macs:.2f} times fewer MACs and {ratio.params:.2f} times fewer parameters{accuracy}"
+    quality += "; calibrated on synthetic samples" if program.task.synthetic else ""
+    head += f"{pace}, with {ratio.macs:.2f} times fewer MACs and {ratio.params:.2f} times fewer parameters{quality}"
     if speed < 1.0 and "latency" not in {gate.name for gate in gates}:
         head += "; it was chosen without measuring time: --budget latency=SHARE keeps only what is faster"
     return f"{head}; not met: {'; '.join(missed)}" if missed else f"{head}; verified in onnxruntime"
@@ -328,7 +344,7 @@ def _kept(evaluation: Evaluation) -> str:
     error = _largest_error(evaluation)
     agreeing = [output.agreement for output in evaluation.outputs if output.agreement is not None]
     kept = f"top-1 agreement {min(agreeing):.1%} and " if agreeing else ""
-    return f"{kept}relative error {error:.1%} on {evaluation.samples} samples without labels"
+    return f"{kept}relative error {error:.1%} on {evaluation.samples} samples without targets"
 
 
 def _largest_error(evaluation: Evaluation) -> float:

@@ -1,4 +1,4 @@
-"""``evaluate``: run both exported models in onnxruntime over samples: accuracy, and agreement with the dense model."""
+"""``evaluate``: run exported models in onnxruntime over samples: the metric, and agreement with the dense model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch import Tensor
 import onnxruntime as ort
 
 from tdcompile.backend.session import infer, open_session
+from tdcompile.data.metric import About
 from tdcompile.data.quality import OutputComparison, OutputQuality, compare_outputs
 from tdcompile.data.task import FEW, Batch, Samples
 from tdcompile.errors import RuinedError
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program
+from tdcompile.ir.scoring import is_scored, objective_of
 from tdcompile.support.processors import free_processors
 
 # Upper bound on the bytes of one model's outputs for a batch; the comparison holds both outputs in float64.
@@ -35,15 +37,17 @@ class Evaluation:
 
     Attributes:
         samples: number of samples.
-        dense_accuracy: top-1 accuracy of the dense model in [0, 1]; None without labels.
-        compiled_accuracy: top-1 accuracy of the compiled model.
+        dense_score: the task's metric of the dense model; None without targets.
+        compiled_score: the metric of the compiled model.
         outputs: each output of the compiled model against the dense model's.
+        metric: what the scores are.
     """
 
     samples: int
-    dense_accuracy: float | None
-    compiled_accuracy: float | None
+    dense_score: float | None
+    compiled_score: float | None
     outputs: tuple[OutputQuality, ...]
+    metric: About | None = None
 
 
 def evaluate(
@@ -65,9 +69,10 @@ def evaluate(
         return []
     target = replace(program.target, threads=max(program.target.threads, free_processors()))
     sessions = [open_session(path, target) for path in (dense, *others)]
-    labelled = samples.classes is not None
+    objective = objective_of(program)
+    about = objective.metric.about if objective else None
     comparisons: list[list[OutputComparison]] = [[] for _ in others]
-    right, seen = [0] * len(sessions), 0
+    meters, seen = [objective.meter() if objective else None for _ in sessions], 0
     each = sum(y.nbytes for y in infer(sessions[0], program.inputs)) // len(program.inputs[0])
     size = max(1, min(_BATCH, _OUTPUT_BYTES // max(each, 1)))
     for batch, count in filled_batches(samples, program, size, limit):
@@ -76,29 +81,27 @@ def evaluate(
             comparisons[place] = comparisons[place] or [OutputComparison() for _ in theirs]
             compare_outputs(comparisons[place], theirs, own)
         seen += count
-        if labelled:
-            assert batch.labels is not None  # labels exist, because ``classes`` is set
-            for place, answers in enumerate((theirs, *ours)):
-                right[place] += int((answers[0].argmax(1) == batch.labels[:count]).sum())
-    first, *accuracies = [number / seen if labelled else None for number in right]
+        for meter, answers in zip(meters, (theirs, *ours), strict=True):
+            if meter is not None:
+                meter.update(answers, batch.first(count))
+    first, *scores = [None if meter is None else meter.compute() for meter in meters]
     return [
-        Evaluation(seen, first, accuracy, tuple(one.result() for one in compared if one.samples))
-        for accuracy, compared in zip(accuracies, comparisons, strict=True)
+        Evaluation(seen, first, score, tuple(one.result() for one in compared if one.samples), about)
+        for score, compared in zip(scores, comparisons, strict=True)
     ]
 
 
 def check_answers(program: Program) -> None:
     """Require, before the export, that the outputs of the network still depend on its inputs as the dense ones do.
 
-    Without labels, both PyTorch networks are run on a few test or held-out samples.
+    Without targets, both PyTorch networks are run on a few test or held-out samples.
 
     Raises:
         RuinedError: the relative error of an output is not below 1, that of a network that always answers with the
             mean, and class scores agree on fewer than half of the samples.
     """
-    labelled = program.task.test is not None and program.task.test.classes is not None
     samples = program.task.judges
-    if labelled or samples is None or len(samples) < FEW:
+    if is_scored(program) or samples is None or len(samples) < FEW:
         return
     comparisons: list[OutputComparison] = []
     for batch in samples.batches(_CHECKED_BATCH, limit=_CHECKED):
@@ -113,7 +116,7 @@ def check_answers(program: Program) -> None:
     agreeing = "" if worst.agreement is None else f", top-1 agrees on {worst.agreement:.1%}"
     raise RuinedError(
         f"the compiled network is ruined: its outputs differ by {worst.relative_error:.3g} times the spread of the "
-        f"dense network's on {comparisons[0].samples} samples without labels{agreeing}; raise the budget, give more "
+        f"dense network's on {comparisons[0].samples} samples without targets{agreeing}; raise the budget, give more "
         "samples or tune; --max-drop 100 exports it all the same"
     )
 

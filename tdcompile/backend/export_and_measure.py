@@ -62,7 +62,7 @@ class MeasuredNetwork:
         parts: the convolutions and linear layers that compute it, by the names of their modules.
         macs: multiply-accumulates of ``parts`` for one sample.
         layer_seconds: seconds of each layer of the dense network, measured inside this model's graph.
-        accuracy: accuracy on the test samples; None without labels.
+        score: the metric on the test samples; None without targets.
     """
 
     module: fx.GraphModule
@@ -73,7 +73,7 @@ class MeasuredNetwork:
     parity: Parity
     timing: Timing
     layer_seconds: Mapping[str, float]
-    accuracy: float | None
+    score: float | None
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Variant:
     Attributes:
         network: the dense or the compiled network.
         evaluation: the model against the dense model in fp32, on the samples; None without samples, and for that model.
-        accuracy: on the test samples; None without labels.
+        score: the metric on the test samples; None without targets.
         quantized: what was written, if it is an int8 model.
         rounding: its agreement with its own rounded floats, and its quantisation error.
         worst: the values with most noise, if it is an int8 model.
@@ -96,7 +96,7 @@ class Variant:
     bytes: int
     timing: Timing
     evaluation: Evaluation | None
-    accuracy: float | None
+    score: float | None
     quantized: Quantized | None = None
     rounding: QuantizedParity | None = None
     worst: tuple[TensorNoise, ...] = ()
@@ -110,7 +110,7 @@ class Outcome:
     Attributes:
         variants: all exported models: dense and compiled, in fp32 and in the plan's precision.
         approximation: largest difference of the outputs, and the same relative to the largest dense output.
-        evaluation: accuracy and agreement on test samples, else on samples held out of training; None without samples.
+        evaluation: metric and agreement on test samples, else on samples held out of training; None without samples.
         slower: under a latency budget, the replaced layers that are not faster in the compiled model, with the reason.
     """
 
@@ -151,7 +151,7 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
     own = (dense_model.path, reference, deployed.path)
     times, slower = _layer_times(program, own, plan) if plan else (({}, {}), {})
     evaluation, timings = deployed.evaluation, (dense_model.timing, deployed.timing)
-    accuracies = (evaluation.dense_accuracy, evaluation.compiled_accuracy) if evaluation else (None, None)
+    scores = (evaluation.dense_score, evaluation.compiled_score) if evaluation else (None, None)
     dense_parts = _parts(sites_of(dense_graph, program.inputs))
     parts = _compiled_parts(program, compiled_graph, dense_parts)
     networks = [
@@ -164,10 +164,10 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
             parity=parity,
             timing=timing,
             layer_seconds=by_layer,
-            accuracy=accuracy,
+            score=score,
         )
-        for graph, layers, (exported, parity), timing, by_layer, accuracy in zip(
-            (dense_graph, compiled_graph), (dense_parts, parts), verified, timings, times, accuracies, strict=True
+        for graph, layers, (exported, parity), timing, by_layer, score in zip(
+            (dense_graph, compiled_graph), (dense_parts, parts), verified, timings, times, scores, strict=True
         )
     ]
     approximation = _approximation(dense_graph, compiled_graph, program)
@@ -202,8 +202,8 @@ def _variants(
             kinds.append((network, precision))
     timings = time_models(paths, timing_inputs(program), program.target, seconds=seconds)
     found = [None, *_evaluations(program, paths)]
-    accuracies = [None if one is None else one.compiled_accuracy for one in found]
-    accuracies[0] = None if found[1] is None else found[1].dense_accuracy
+    scores = [None if one is None else one.compiled_score for one in found]
+    scores[0] = None if found[1] is None else found[1].dense_score
     rounding = [
         None if one is None else check_quantized(path, paths[place - 2], _judged(program), program.target)
         for place, (path, one) in enumerate(zip(paths, written, strict=True))
@@ -213,7 +213,7 @@ def _variants(
         None if one is None else _fake_parity(program, graphs[place - 2], paths[place - 2], one)
         for place, one in enumerate(written)
     ]
-    columns = zip(kinds, paths, sizes, timings, found, accuracies, written, rounding, worst, fake, strict=True)
+    columns = zip(kinds, paths, sizes, timings, found, scores, written, rounding, worst, fake, strict=True)
     return [Variant(*kind, *others) for kind, *others in columns]
 
 
@@ -309,14 +309,14 @@ def _layer_times(
 
 
 def _evaluations(program: Program, paths: Sequence[Path]) -> list[Evaluation | None]:
-    """Compare the others with the first on the test samples, else on held-out samples, whose labels say nothing."""
+    """Compare the others with the first on the test samples, else on held-out ones, whose targets were trained on."""
     task = program.task
     found = evaluate(paths[0], paths[1:], task.judges, program, task.evaluate if task.tested else None)
     if not found:
         return [None] * (len(paths) - 1)
     if task.tested:
         return list(found)
-    return [replace(one, dense_accuracy=None, compiled_accuracy=None) for one in found]
+    return [replace(one, dense_score=None, compiled_score=None) for one in found]
 
 
 def parts_of(parts: Mapping[str, Part], name: str) -> list[Part]:

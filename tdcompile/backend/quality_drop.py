@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 from tdcompile.backend.evaluation import Evaluation
 from tdcompile.data.task import FEW
+from tdcompile.support.allowed_drop import AllowedDrop
 
-# Without --max-drop a compiled network may lose this many points of accuracy or, without labels, this many points of
-# top-1 agreement, or have this relative error in percent, before its answers count as changed.
-# docs/results/changed-answers.md has the measurements behind them.
-CHANGED_ACCURACY = 10.0
+# Without --max-drop a compiled network may lose this many points of a metric in percent, this many percent of another
+# metric or, without targets, this many points of top-1 agreement, or have this relative error in percent, before
+# its answers count as changed. docs/results/changed-answers.md has the measurements behind the first and the others.
+CHANGED_POINTS = AllowedDrop(10.0)
+CHANGED_SCORE = AllowedDrop(50.0, relative=True)
 CHANGED_AGREEMENT = 30.0
 CHANGED_ERROR = 50.0
 _ROUNDING = 1e-9  # differences of shares are sums of rounded floats
@@ -25,8 +27,8 @@ class Drop:
     """A loss of quality and its limit.
 
     Attributes:
-        value: the loss in the unit of the limit: points of accuracy or agreement, or percent of relative error; None if
-            an output is not finite.
+        value: the loss in the unit of the limit: that of the metric, points of agreement, or percent of relative error;
+            None if an output is not finite.
         limit: the largest allowed loss.
         sentence: both, for people.
     """
@@ -42,39 +44,41 @@ class Drop:
 
 
 def judged(evaluation: Evaluation) -> bool:
-    """Return whether the samples tell a loss of quality: labelled ones do, others if there are at least ``FEW``."""
-    return evaluation.dense_accuracy is not None or evaluation.samples >= FEW
+    """Return whether the samples tell a loss of quality: with targets any do, else at least ``FEW``."""
+    return evaluation.dense_score is not None or evaluation.samples >= FEW
 
 
-def quality_drop(max_drop: float | None, evaluation: Evaluation) -> Drop:
-    """Return the loss of accuracy, in points; without labels that of the answers.
+def quality_drop(max_drop: AllowedDrop | None, evaluation: Evaluation) -> Drop:
+    """Return the loss of the metric, in its direction and unit; without targets that of the answers.
 
     Args:
         max_drop: the largest allowed loss; None allows one of the constants above, by the kind of figure.
         evaluation: a model and the dense one on the same samples.
     """
-    if evaluation.dense_accuracy is None or evaluation.compiled_accuracy is None:
+    about, dense, compiled = evaluation.metric, evaluation.dense_score, evaluation.compiled_score
+    if about is None or dense is None or compiled is None:
         return _answers_drop(max_drop, evaluation)
-    limit = CHANGED_ACCURACY if max_drop is None else max_drop
-    drop = (evaluation.dense_accuracy - evaluation.compiled_accuracy) * 100
-    return Drop(drop, limit, f"accuracy drops by {drop:.2f} points, {limit:g} allowed")
+    changed = CHANGED_POINTS if about.scale > 1 else CHANGED_SCORE
+    limit = (max_drop or changed).of(dense * about.scale)
+    drop = about.drop(dense, compiled)
+    return Drop(drop, limit, f"{about.dropping(drop)}, {limit:.4g} allowed")
 
 
-def _answers_drop(max_drop: float | None, evaluation: Evaluation) -> Drop:
+def _answers_drop(max_drop: AllowedDrop | None, evaluation: Evaluation) -> Drop:
     """Return the loss of the output that is nearest to its limit or farthest beyond it.
 
     An output of class scores is judged by the loss of top-1 agreement, in points, another by its relative error, in
     percent.
     """
-    on = f"on {evaluation.samples} samples without labels"
+    on = f"on {evaluation.samples} samples without targets"
     found: list[tuple[float, Drop]] = []
     for output in evaluation.outputs:
         if output.agreement is not None and math.isfinite(output.relative_error):
-            value, limit = 100 * (1 - output.agreement), CHANGED_AGREEMENT if max_drop is None else max_drop
+            value, limit = 100 * (1 - output.agreement), CHANGED_AGREEMENT if max_drop is None else max_drop.of(100)
             sentence = f"top-1 agreement with the dense network drops by {value:.2f} points {on}, {limit:g} allowed"
         else:
             value = 100 * output.relative_error if math.isfinite(output.relative_error) else math.inf
-            limit = CHANGED_ERROR if max_drop is None else max_drop
+            limit = CHANGED_ERROR if max_drop is None else max_drop.of(100)
             sentence = f"the outputs differ by {value:.1f}% from the dense network's {on}, {limit:g}% allowed"
         found.append((value / max(limit, _ROUNDING), Drop(value if math.isfinite(value) else None, limit, sentence)))
     if not found:

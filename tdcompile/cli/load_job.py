@@ -22,7 +22,6 @@ from tdcompile.core.network import Network
 from tdcompile.core.plan import RankPlan
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make
-from tdcompile.core.spec import split
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError
 from tdcompile.frontend.load_network import load_source, load_weights
@@ -30,9 +29,9 @@ from tdcompile.frontend.signature import Call
 from tdcompile.frontend.wrappers import unwrapped
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Facts
-from tdcompile.ir.modules import tensors_in
 from tdcompile.ir.target import Budget, Cost
 from tdcompile.recipes import Recipe, load_recipe
+from tdcompile.support.spec import split
 
 _CHECKED = 256  # samples of the data that are compared with the ranges of inputs
 log = logging.getLogger("tdcompile")
@@ -138,11 +137,11 @@ def load_job(recipe: Recipe) -> Job:
     inputs = example_inputs(recipe, module)
     if recipe.weights is None and ":" not in str(recipe.source):
         log.warning("%s has random weights: give --weights", recipe.source)
-    task = recipe.task(recipe.data, next(tensors_in(inputs)))
+    call = Call.of(unwrapped(module), inputs)
+    task = recipe.make_task(recipe.data, call.tensors, call.names)
     samples = task.train or task.test
     if samples is not None and len(samples) and any("[" in text for text in recipe.input):
-        names = Call.of(unwrapped(module), inputs).names
-        check_data_ranges(recipe.input, names, next(samples.batches(_CHECKED)).inputs)
+        check_data_ranges(recipe.input, call.names, next(samples.batches(_CHECKED)).inputs)
     return Job(module, inputs, task, notes)
 
 

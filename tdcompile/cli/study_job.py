@@ -10,7 +10,6 @@ from tdcompile.cli.compile_job import Output, name_of
 from tdcompile.cli.console import Answer, tell
 from tdcompile.cli.interruption import was_interrupted
 from tdcompile.cli.load_job import load_job, source_of
-from tdcompile.core.spec import split
 from tdcompile.data.synthetic import is_synthetic
 from tdcompile.errors import InputError
 from tdcompile.recipes import Recipe
@@ -20,6 +19,7 @@ from tdcompile.studies.findings import Cell, Failure, level_name, notes, tables
 from tdcompile.studies.ledger import NAME
 from tdcompile.support.folder_lock import only_writer
 from tdcompile.support.formatting import percent
+from tdcompile.support.spec import split
 
 log = logging.getLogger("tdcompile")
 

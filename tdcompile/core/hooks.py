@@ -58,7 +58,7 @@ class RunRecord:
 
     Attributes:
         seconds: the duration of each pass by name, summed over passes of one name.
-        before_tuning: the test accuracy before the first pass that trains; None before that, or without labels.
+        before_tuning: the metric on test samples before the first pass that trains; None before that.
         earlier: seconds that earlier runs took in total.
         peak_memory_mb: the highest memory of earlier runs, in MB.
         start: the time by ``time.perf_counter`` at which this run started.

@@ -12,13 +12,13 @@ from tdcompile.core.hooks import Hook, Work
 from tdcompile.core.passes import Pass, RewritePass
 from tdcompile.core.plan import RankPlan
 from tdcompile.core.registry import find, make, only
-from tdcompile.core.spec import Spec, parse_options, parse_specs
 from tdcompile.errors import InputError, TdcompileError, during
 from tdcompile.ir.facts import Facts
 from tdcompile.ir.modules import separate_attention
 from tdcompile.ir.program import Program
 from tdcompile.support.heap import keep_freed_memory
 from tdcompile.support.progress import progress
+from tdcompile.support.spec import Spec, parse_options, parse_specs
 
 
 def fine_tuner(options: str) -> Pass:

@@ -18,13 +18,13 @@ from torch import Tensor
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import make
 from tdcompile.core.serialization import fact_from_plain, fact_to_plain
-from tdcompile.core.spec import Spec
 from tdcompile.errors import InputError, first_line, nearest
 from tdcompile.ir.diagnostics import Reason
 from tdcompile.ir.facts import Aspect, Fact
 from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.ir.target import Cost, Precision, total
 from tdcompile.numerics.covariance import Covariance
+from tdcompile.support.spec import Spec
 
 FORMAT = 1  # the format of plan files
 # The keys of a plan file, in order.

@@ -7,9 +7,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from tdcompile.core.spec import Spec
 from tdcompile.errors import InputError, nearest
 from tdcompile.support.options import Options, check_option, text_of, types_of
+from tdcompile.support.spec import Spec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import TypeVar
 from pydantic import AfterValidator
 
 from tdcompile.core.plugin import Plugin
-from tdcompile.core.spec import Spec, parse_spec
 from tdcompile.errors import InputError, TdcompileError, nearest
+from tdcompile.support.spec import Spec, parse_spec
 
 PACKAGES = ("tdcompile.passes", "tdcompile.models")
 ENTRY_POINTS = "tdcompile.plugins"

@@ -18,6 +18,8 @@ from tdcompile.data.labels import Labels
 from tdcompile.data.network_input import NetworkInput
 from tdcompile.data.readers import ArrayReader
 from tdcompile.data.samples import Split
+from tdcompile.data.structured import are_labels, array_samples
+from tdcompile.data.task import Samples
 from tdcompile.errors import InputError, nearest
 from tdcompile.support.optional_import import import_optional
 
@@ -47,8 +49,10 @@ def read_digits(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split, 
     return part("train", order[~test]), part("test", order[test])
 
 
-def read_npz(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split, Split | None]:
-    """Read ``x``, ``y``, ``x_test``, ``y_test`` of an ``.npz`` file; without test samples, hold a tenth out.
+def read_npz(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split | Samples, Split | Samples | None]:
+    """Read ``x``, ``y``, ``x_test``, ``y_test`` of an ``.npz`` file, or arrays named like the network's inputs.
+
+    Without test samples, a tenth is held out. Targets ``y`` have any shape ``(N, ...)``.
 
     Raises:
         InputError: there is no such file, it is damaged, or its arrays do not fit.
@@ -57,25 +61,65 @@ def read_npz(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split, Spl
     if not path.is_file():
         raise InputError(f"npz: there is no file '{path}'")
     held = _archive(path)
+    train, test = f"train of 'npz:{path}'", f"test of 'npz:{path}'"
+    names = wanted.members.names
+    if names != ("x",) and "x" not in held and all(name in held for name in names if "mask" not in name):
+        return _by_name(held, (train, test), wanted, seed)
     if "x" not in held:
         raise InputError(f"npz: '{path}' has no array 'x': {nearest('x', held)}")
-    train, test = f"train of 'npz:{path}'", f"test of 'npz:{path}'"
     x, y = to_tensor(held["x"], f"npz: 'x' in '{path}'"), held.get("y")
-    if "x_test" in held:
-        x_test = to_tensor(held["x_test"], f"npz: 'x_test' in '{path}'")
-        return array_split(train, x, y, wanted), array_split(test, x_test, held.get("y_test"), wanted)
     if x.ndim == 0:
         raise InputError(f"npz: 'x' in '{path}' is a single number, not an array of samples")
+    if "x_test" in held:
+        x_test = to_tensor(held["x_test"], f"npz: 'x_test' in '{path}'")
+        return _split(train, x, y, wanted), _split(test, x_test, held.get("y_test"), wanted)
+    if "y_test" in held:
+        raise InputError(f"npz: '{path}' has 'y_test' and no 'x_test': add the inputs, or remove the targets")
     if len(x) < 2:
         count = "1 sample" if len(x) else "0 samples"
         raise InputError(f"npz: '{path}' holds {count}; two at least are needed to hold one out")
+    if y is not None and not are_labels(y):
+        kept, out = _held_out(len(x), seed)
+        targets = to_tensor(y, f"npz: 'y' in '{path}'")
+        if targets.ndim == 0 or len(targets) != len(x):
+            raise InputError(f"npz: '{path}' has {len(x)} samples but targets of shape {tuple(targets.shape)}")
+        return array_samples(train, (x[kept], targets[kept]), wanted), array_samples(
+            test, (x[out], targets[out]), wanted
+        )
     labels = None if y is None else Labels.of(y, f"'npz:{path}'")
     if labels is not None and len(labels) != len(x):
         raise InputError(f"npz: '{path}' has {len(x)} samples but {len(labels)} labels")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    held_out = max(1, len(x) // _TENTH)
-    kept, out = order[held_out:], order[:held_out]
+    kept, out = _held_out(len(x), seed)
     return array_split(train, x, labels, wanted, kept), array_split(test, x, labels, wanted, out)
+
+
+def _held_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the indices of the samples that are kept, and of a tenth that is held out."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held_out = max(1, count // _TENTH)
+    return order[held_out:], order[:held_out]
+
+
+def _split(name: str, x: Tensor, y: object | None, wanted: NetworkInput) -> Split | Samples:
+    if y is None or are_labels(y):
+        return array_split(name, x, y, wanted)
+    return array_samples(name, (x, y), wanted)
+
+
+def _by_name(
+    held: dict[str, NDArray[Any]], names: tuple[str, str], wanted: NetworkInput, seed: int
+) -> tuple[Samples, Samples]:
+    """Return samples of arrays that are named like the network's inputs; those of the test end in ``_test``."""
+    tested = {key.removesuffix("_test"): value for key, value in held.items() if key.endswith("_test")}
+    trained = {key: value for key, value in held.items() if not key.endswith("_test")}
+    if tested:
+        return array_samples(names[0], trained, wanted), array_samples(names[1], tested, wanted)
+    counts = {len(value) if value.ndim else 0 for value in trained.values()}
+    if len(counts) != 1 or min(counts) < 2:
+        raise InputError(f"{names[0]}: its arrays need one count of at least 2; their counts are {sorted(counts)}")
+    kept, out = _held_out(counts.pop(), seed)
+    parts = [{key: value[chosen.numpy()] for key, value in trained.items()} for chosen in (kept, out)]
+    return array_samples(names[0], parts[0], wanted), array_samples(names[1], parts[1], wanted)
 
 
 def array_split(name: str, x: Tensor, y: object | None, wanted: NetworkInput, chosen: Tensor | None = None) -> Split:

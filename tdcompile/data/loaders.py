@@ -17,14 +17,13 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
-    default_collate,
-    default_convert,
 )
 
 from tdcompile.data.images import to_input, to_tensor
 from tdcompile.data.network_input import NetworkInput
 from tdcompile.data.readers import DatasetReader
 from tdcompile.data.samples import Split
+from tdcompile.data.structured import collate_of, read_structured
 from tdcompile.data.task import Note, Samples
 from tdcompile.errors import InputError, TdcompileError
 
@@ -42,11 +41,10 @@ def read_loader(loader: DataLoader[Any], name: str, wanted: NetworkInput, seed: 
         seed: seeds the draw of a random sampler.
 
     Raises:
-        InputError: the data set is a stream, its samples, labels or indices cannot be used, or a sampler chooses among
+        InputError: its samples, labels or indices cannot be used, or a sampler chooses among
             ``Samples``.
     """
     dataset: Any = loader.dataset
-    DatasetReader(dataset, wanted)  # refuses a stream, which has no indices
     indices, notes = _chosen(loader, seed, name)
     if isinstance(dataset, Samples):
         if indices is not None:
@@ -54,12 +52,21 @@ def read_loader(loader: DataLoader[Any], name: str, wanted: NetworkInput, seed: 
         return dataset
     if indices is not None:
         dataset = _Part(dataset, indices)
-    collate = loader.collate_fn
-    if collate in (default_collate, default_convert):
+    return _read_items(dataset, name, wanted, loader, tuple(notes))
+
+
+def _read_items(
+    dataset: Any, name: str, wanted: NetworkInput, loader: DataLoader[Any], notes: tuple[Note, ...]
+) -> Split | Samples:
+    collate = collate_of(loader)
+    samples = read_structured(dataset, name, wanted, collate)
+    if samples is not None:
+        return samples.told(notes)
+    if collate is None:
         reader: DatasetReader = DatasetReader(dataset, wanted)
     else:
         reader = CollatedReader(dataset, wanted, collate, loader.batch_size or _BATCH)
-    return Split.checked(name, reader, reader.labels(), tuple(notes))
+    return Split.checked(name, reader, reader.labels(), notes)
 
 
 class CollatedReader(DatasetReader):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,18 @@ from tdcompile.data.image_folders import read_image_folder
 from tdcompile.data.images import Normalisation, Shape, to_tensor
 from tdcompile.data.labels import described, renumbered
 from tdcompile.data.loaders import read_loader
-from tdcompile.data.network_input import NetworkInput
+from tdcompile.data.network_input import NetworkInput, SampleFields
 from tdcompile.data.readers import DatasetReader
 from tdcompile.data.samples import Loaded, Split
+from tdcompile.data.structured import (
+    StreamSamples,
+    StructuredSamples,
+    are_labels,
+    array_samples,
+    is_stream,
+    read_stream,
+    read_structured,
+)
 from tdcompile.data.tables import read_hub, read_parquet
 from tdcompile.data.task import Note, Samples
 from tdcompile.errors import InputError, nearest
@@ -28,7 +37,7 @@ from tdcompile.support.user_code import call_user_function, names_file, names_mo
 
 Part = Split | Samples
 # The types that a caller may hand over as data; see ``given``.
-Given = str | Dataset[Any] | DataLoader[Any] | Tensor | NDArray[Any] | Sequence[Any] | None
+Given = str | Dataset[Any] | DataLoader[Any] | Tensor | NDArray[Any] | Sequence[Any] | Mapping[str, Any] | None
 
 _Read = Callable[[str, NetworkInput, int], tuple[Part, Part | None]]
 
@@ -46,6 +55,7 @@ def load_data(
     normalize: str = "none",
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    fields: SampleFields | None = None,
 ) -> tuple[Samples, Samples | None]:
     """Return train and test samples; test is None if the data has none.
 
@@ -55,6 +65,7 @@ def load_data(
         normalize: ``none``, ``imagenet`` or ``m,m,m/s,s,s``.
         seed: seeds the hold-out split if the data has no test set.
         dtype: target input dtype; integer data is cast if it is floating. None leaves integers as they are.
+        fields: all inputs of the network by name, and how targets are told from them.
 
     Raises:
         InputError: there is no such data, or the first sample of a part does not fit the input.
@@ -63,7 +74,7 @@ def load_data(
     shape = tuple(input_shape)
     normalisation = Normalisation.parse(normalize, shape, dtype)
     read, argument = _resolve(spec)
-    train, test = read(argument, NetworkInput(shape, dtype), seed)
+    train, test = read(argument, NetworkInput(shape, dtype, fields), seed)
     made = _finished((train, test), normalisation, shape)
     assert made[0] is not None  # readers return training samples
     return made[0], made[1]
@@ -75,17 +86,20 @@ def given(
     normalize: str = "none",
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    fields: SampleFields | None = None,
 ) -> tuple[Samples | None, Samples | None]:
     """Return train and test samples of data that a caller hands over; a missing part is None.
 
     Args:
         data: a text for ``load_data``, training samples, or a pair (training, test). Samples are ``Samples``, a
-            map-style torch ``Dataset``, a ``DataLoader`` (read by index, with its ``collate_fn`` and sampler), an array
-            ``x`` ``(N, ...)``, or arrays ``(x, y)``. Class numbers or texts ``y`` have the shape ``(N,)``.
+            torch ``Dataset``, a ``DataLoader`` (read by index, with its ``collate_fn`` and sampler), an array
+            ``x`` ``(N, ...)``, arrays ``(x, y)``, or a mapping of arrays by the names of inputs. Targets ``y`` have any
+            shape ``(N, ...)``. Streams (``IterableDataset``) are read from their beginning.
         input_shape: shape of the network's input, without the batch.
         normalize: ``none``, ``imagenet`` or ``m,m,m/s,s,s``; ``Samples`` allow only ``none``.
         seed: seeds the hold-out split if the data of a text has no test set, and the draw of a loader's sampler.
         dtype: target input dtype; integer data is cast if it is floating. None leaves integers as they are.
+        fields: all inputs of the network by name, and how targets are told from them.
 
     Raises:
         InputError: the data is none of these, its first sample does not fit the input, or ``normalize`` is given
@@ -96,12 +110,13 @@ def given(
             raise InputError(f"there are no data to normalise by '{normalize}': give --data (from Python data=) too")
         return None, None
     if isinstance(data, str):
-        return load_data(data, input_shape, normalize, seed, dtype)
+        return load_data(data, input_shape, normalize, seed, dtype, fields)
     shape = tuple(input_shape)
     named = zip(_halves(data), ("the data", "the test data"), strict=True)
-    wanted = NetworkInput(shape, dtype)
+    wanted = NetworkInput(shape, dtype, fields)
     parts = [None if part is None else _part(part, what, wanted, seed) for part, what in named]
-    if not any(isinstance(part, Split) for part in parts) and normalize == "none":
+    ours = (Split, StructuredSamples, StreamSamples)
+    if not any(isinstance(part, ours) for part in parts) and normalize == "none":
         return parts[0], parts[1]  # type: ignore[return-value]  # Samples
     return _finished((parts[0], parts[1]), Normalisation.parse(normalize, shape, dtype), shape)
 
@@ -166,6 +181,9 @@ def _finish(part: Part, classes: int, normalisation: Normalisation, shape: Shape
         made: Samples = Loaded(part, classes, normalisation)
         made.batch([0])
         return made
+    if isinstance(part, StructuredSamples | StreamSamples):
+        part.normalised(normalisation).batch([0])
+        return part
     if normalisation.mean:
         raise InputError("--normalize cannot be given with data that are Samples already: they normalise themselves")
     if len(part) == 0:
@@ -187,7 +205,8 @@ def _hub(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split, Split |
 def _callable(spec: str, wanted: NetworkInput, seed: int) -> tuple[Part, Part | None]:
     made = call_user_function(spec)
     paired = isinstance(made, tuple | list) and len(made) == 2
-    if not paired and not isinstance(made, Dataset | DataLoader | Tensor | np.ndarray):
+    arrays = isinstance(made, Mapping) or (isinstance(made, tuple | list) and len(made) > 2)
+    if not paired and not arrays and not isinstance(made, Dataset | DataLoader | Tensor | np.ndarray):
         raise InputError(
             f"'{spec}' returned a {type(made).__name__}; a pair (train, test) is needed, test may be None, "
             "or arrays (x, y)"
@@ -209,8 +228,14 @@ def _part(made: object, name: str, wanted: NetworkInput, seed: int) -> Part:
         return made
     if isinstance(made, DataLoader | Dataset):
         try:
+            if is_stream(made):
+                fields = wanted.members
+                return read_stream(made, name, wanted, fields.stream_test if "test" in name else fields.stream)
             if isinstance(made, DataLoader):
                 return read_loader(made, name, wanted, seed)
+            structured = read_structured(made, name, wanted)
+            if structured is not None:
+                return structured
             reader = DatasetReader(made, wanted)
             labels = reader.labels()
         except InputError as error:
@@ -218,12 +243,16 @@ def _part(made: object, name: str, wanted: NetworkInput, seed: int) -> Part:
         return Split.checked(name, reader, labels)
     if isinstance(made, Tensor | np.ndarray):
         made = (made,)
-    if isinstance(made, tuple | list) and len(made) in (1, 2):
-        x, y = (*made, None)[:2]
-        return array_split(name, to_tensor(x, name), y, wanted)
+    if isinstance(made, Mapping):
+        return array_samples(name, made, wanted)
+    if isinstance(made, tuple | list) and made:
+        if len(made) in (1, 2) and len(wanted.members.names) == 1 and (len(made) == 1 or are_labels(made[1])):
+            x, y = (*made, None)[:2]
+            return array_split(name, to_tensor(x, name), y, wanted)
+        return array_samples(name, tuple(made), wanted)
     raise InputError(
-        f"{name} is a {type(made).__name__}; Samples, a torch Dataset or DataLoader, or a pair of arrays (x, y) is "
-        "needed"
+        f"{name} is a {type(made).__name__}; Samples, a torch Dataset or DataLoader, or arrays (x, y) or by name "
+        "are needed"
     )
 
 

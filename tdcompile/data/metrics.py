@@ -23,9 +23,9 @@ def accuracy(module: nn.Module, samples: Samples | None, limit: int | None = Non
     training, right, seen = module.training, 0, 0
     module.eval()
     for batch in samples.batches(limit=limit):
-        assert batch.labels is not None  # labels exist, because ``classes`` is set
+        assert batch.targets is not None  # labels exist, because ``classes`` is set
         scores = logits(module(*(x.to(device) for x in batch.inputs)))
-        right += int((scores.argmax(1).cpu() == batch.labels).sum())
-        seen += len(batch.labels)
+        right += int((scores.argmax(1).cpu() == batch.targets).sum())
+        seen += len(batch.targets)
     module.train(training)
     return right / seen

@@ -6,12 +6,13 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tdcompile.data.nesting import map_tensors, rows, tensors_of
 from tdcompile.errors import InputError
 
 # Without test samples an eighth of the training samples is held out, at most 256: the share of agreeing samples then
@@ -24,10 +25,16 @@ ENOUGH = _SHARE * FEW
 
 
 class Batch(NamedTuple):
-    """Inputs of the network in argument order, each ``(N, ...)``, and class labels ``(N,)`` or None."""
+    """Samples as the network takes them.
+
+    Attributes:
+        inputs: inputs of the network in argument order, each ``(N, ...)``.
+        targets: what the network should answer: a tensor ``(N, ...)``, such as class numbers ``(N,)``, or sequences and
+            mappings of tensors; None without targets.
+    """
 
     inputs: tuple[Tensor, ...]
-    labels: Tensor | None
+    targets: Any
 
     def copies(self) -> tuple[Tensor, ...]:
         """Return copies of the inputs, for a network that may change them in place."""
@@ -35,7 +42,11 @@ class Batch(NamedTuple):
 
     def on(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        return Batch(tuple(x.to(device) for x in self.inputs), None if self.labels is None else self.labels.to(device))
+        return Batch(tuple(x.to(device) for x in self.inputs), map_tensors(lambda y: y.to(device), self.targets))
+
+    def first(self, count: int) -> Batch:
+        """Return the first samples of the batch."""
+        return Batch(tuple(x[:count] for x in self.inputs), map_tensors(lambda y: y[:count], self.targets))
 
 
 class Note(NamedTuple):
@@ -56,9 +67,9 @@ class Samples(Dataset[Batch], ABC):
         """Return the samples at these indices, normalised, as float tensors."""
 
     @property
-    @abstractmethod
     def classes(self) -> int | None:
-        """Number of classes; None without labels."""
+        """Number of classes if the targets are class numbers ``(N,)``; None by default."""
+        return None
 
     @property
     def notes(self) -> tuple[Note, ...]:
@@ -115,34 +126,25 @@ class _Subset(Samples):
 
 
 class Tensors(Samples):
-    """Samples held in memory, for networks of any number of inputs.
+    """Samples held in memory, for networks of any number of inputs and any targets.
 
     Args:
         inputs: inputs of the network in argument order, each ``(N, ...)``; one tensor if it has one input.
-        labels: class numbers from 0 ``(N,)``.
-        classes: number of classes; None takes the largest label plus one.
+        targets: a tensor ``(N, ...)``, or sequences and mappings of tensors. Integers ``(N,)`` are class numbers from
+            0; regression targets are floats.
+        classes: number of classes; None takes the largest class number plus one.
 
     Raises:
-        InputError: there is no sample, the counts differ, or a label is not a class number below ``classes``.
+        InputError: there is no sample, the counts differ, or a class number is negative or not below ``classes``.
     """
 
-    def __init__(
-        self, inputs: Tensor | Sequence[Tensor], labels: Tensor | None = None, classes: int | None = None
-    ) -> None:
+    def __init__(self, inputs: Tensor | Sequence[Tensor], targets: Any = None, classes: int | None = None) -> None:
         self.inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-        self.labels = labels
-        counts = {len(x) for x in (*self.inputs, *(() if labels is None else (labels,)))}
+        self.targets = targets
+        counts = {len(x) if x.dim() else 0 for x in (*self.inputs, *tensors_of(targets))}
         if len(counts) != 1 or counts == {0}:
-            raise InputError(f"inputs and labels need one count above 0; their counts are {sorted(counts)}")
-        self._classes: int | None = None
-        if labels is not None:
-            known = int(labels.max()) + 1
-            self._classes = known if classes is None else classes
-            if labels.ndim != 1 or labels.is_floating_point() or int(labels.min()) < 0 or known > self._classes:
-                raise InputError(
-                    f"labels are class numbers (N,) from 0 to {self._classes - 1}; these are {labels.dtype} of shape "
-                    f"{tuple(labels.shape)} from {labels.min().item()} to {labels.max().item()}"
-                )
+            raise InputError(f"inputs and targets need one count above 0; their counts are {sorted(counts)}")
+        self._classes = _classes_of(targets, classes)
 
     def __len__(self) -> int:
         return len(self.inputs[0])
@@ -150,17 +152,39 @@ class Tensors(Samples):
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return the samples at these indices."""
         places = list(indices)
-        return Batch(tuple(x[places] for x in self.inputs), None if self.labels is None else self.labels[places])
+        return Batch(tuple(x[places] for x in self.inputs), rows(self.targets, places))
 
     @property
     def classes(self) -> int | None:
-        """Number of classes; None without labels."""
+        """Number of classes; None if the targets are not class numbers."""
         return self._classes
 
     @property
     def notes(self) -> tuple[Note, ...]:
         """A caution if all samples are of one class."""
-        return () if self.labels is None else one_class(self.labels, "the samples given")
+        return one_class(self.targets, "the samples given") if self._classes is not None else ()
+
+
+def _classes_of(targets: Any, classes: int | None) -> int | None:
+    """Return the number of classes of class numbers ``(N,)``, or None for other targets.
+
+    Raises:
+        InputError: a class number is negative or not below ``classes``, or ``classes`` is given for other targets.
+    """
+    numbers = isinstance(targets, Tensor) and targets.dim() == 1 and is_whole(targets)
+    if not numbers:
+        if classes is not None:
+            found = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+            raise InputError(f"classes={classes} needs class numbers, integers (N,), as targets; these are {found}")
+        return None
+    known = int(targets.max()) + 1
+    most = known if classes is None else classes
+    if int(targets.min()) < 0 or known > most:
+        raise InputError(
+            f"class numbers (N,) go from 0 to {most - 1}; these go from {int(targets.min())} to {known - 1} (targets "
+            "of a regression are floats)"
+        )
+    return most
 
 
 @dataclass(frozen=True)
@@ -175,6 +199,10 @@ class Task:
         source: where the data came from, as text.
         heldout: without test samples, training samples that no pass reads: the outputs are compared on them.
         synthetic: the pass that makes the training samples from the network, in text form; empty if they are real.
+        kind: name of a built-in task (``data/objective.py``); None guesses it from the targets.
+        loss: loss of one's own: a function (outputs, targets) -> scalar, or its text ``file.py:callable``.
+        metric: metric of one's own: such a function, a torchmetrics metric, or the text form of either.
+        output: name or number of the output that is scored, of several.
     """
 
     train: Samples | None = None
@@ -184,6 +212,10 @@ class Task:
     source: str = "none"
     heldout: Samples | None = None
     synthetic: str = ""
+    kind: str | None = None
+    loss: Any = None
+    metric: Any = None
+    output: str | int | None = None
 
     @property
     def trainable(self) -> bool:
@@ -217,6 +249,11 @@ class Task:
                 )
 
 
+def is_whole(x: Tensor) -> bool:
+    """Return whether a tensor holds integers, not booleans."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool)
+
+
 def one_class(labels: Tensor, name: str) -> tuple[Note, ...]:
     """Return a caution if several samples are all of one class."""
     if len(labels) < 2 or bool((labels != labels[0]).any()):
@@ -225,7 +262,7 @@ def one_class(labels: Tensor, name: str) -> tuple[Note, ...]:
 
 
 def _digest(batch: Batch) -> str:
-    content = hashlib.sha256(repr(None if batch.labels is None else batch.labels.tolist()).encode())
+    content = hashlib.sha256(repr(map_tensors(lambda y: y.tolist(), batch.targets)).encode())
     for x in batch.inputs:
         content.update(f"{x.dtype}{tuple(x.shape)}".encode())
         content.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -99,6 +99,36 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
+def output_names(value: object) -> list[str]:
+    """Return a name for each tensor of an output: the keys of mappings and dataclasses, else ``output_0``, ...
+
+    The exported model has the same names, unless one is that of an input.
+    """
+    if isinstance(value, Tensor):
+        return ["output"]
+    named = isinstance(value, Mapping) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+    if named:
+        return list(_keys(value, ""))
+    return [f"output_{place}" for place in range(sum(1 for _ in tensors_in(value)))]
+
+
+def _keys(value: object, prefix: str) -> Iterator[str]:
+    """Yield the path of keys to each tensor, joined by ``_``."""
+    if isinstance(value, Tensor):
+        yield prefix
+        return
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[object, object]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    elif dataclasses.is_dataclass(value):
+        items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    else:
+        return
+    for key, item in items:
+        yield from _keys(item, f"{prefix}_{key}" if prefix else str(key))
+
+
 def register_trees(value: object) -> None:
     """Register all nested dataclasses by ``torch.export.register_dataclass``."""
     if isinstance(value, Tensor | str) or (type(value) in pytree.SUPPORTED_NODES and dataclasses.is_dataclass(value)):

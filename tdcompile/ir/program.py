@@ -129,13 +129,19 @@ class Program:
             return (None,) * len(self.inputs)
         return self.samples_along or default_batch_axes(self.inputs)
 
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs: those of the graph's placeholders."""
+        found = [str(node.target) for node in self.graph.graph.nodes if node.op == "placeholder"]
+        return tuple(found) if len(found) == len(self.inputs) else tuple(f"x{i}" for i in range(len(self.inputs)))
+
     def generator(self, purpose: str) -> torch.Generator:
         """Return a generator seeded by the seed and the purpose: draws of one pass do not change those of another."""
         return torch.Generator().manual_seed(hash_text(f"{self.seed}/{purpose}"))
 
     def with_(self, **changes: object) -> Program:
-        """Return a copy with some attributes replaced; derived facts are dropped if the graph or inputs are."""
-        if changes.keys() & {"graph", "inputs"} and "facts" not in changes:
+        """Return a copy with some attributes replaced; derived facts are dropped if graph, inputs or task are."""
+        if changes.keys() & {"graph", "inputs", "task"} and "facts" not in changes:
             changes["facts"] = self.facts.without_derived()
         return replace(self, **changes)  # type: ignore[arg-type]  # the names are attributes of this class
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdcompile.core.pipeline import Pipeline
-from tdcompile.data.task import ENOUGH, Samples, Task
+from tdcompile.data.task import ENOUGH, Task
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.modules import outputs_of, trained_norms
@@ -36,7 +36,7 @@ def check_training_samples(pipeline: Pipeline, task: Task) -> None:
         raise InputError(f"'{pipeline.trainer}' trains, and there is nothing to train on: give data")
 
 
-def check_samples_to_judge(max_drop: float | None, task: Task) -> None:
+def check_samples_to_judge(max_drop: float | str | None, task: Task) -> None:
     """Require samples to judge the compiled network on if its loss of quality is bounded.
 
     Raises:
@@ -44,7 +44,7 @@ def check_samples_to_judge(max_drop: float | None, task: Task) -> None:
     """
     if max_drop is not None and (task.judges is None or not len(task.judges)):
         raise InputError(
-            f"max_drop={max_drop:g} bounds the loss of accuracy or agreement, and there are no samples to measure it "
+            f"max_drop={max_drop} bounds the loss of quality, and there are no samples to measure it "
             f"on: give data with test samples, or at least {ENOUGH} training samples"
         )
 
@@ -182,41 +182,6 @@ def check_class_names(program: Program, names: Sequence[str]) -> None:
     if names and len(names) not in scores | ({2} if 1 in scores else set()):
         told = ", ".join("×".join(map(str, shape)) for shape in shapes)
         raise InputError(f"{len(names)} class names are given as labels, and the network's output is {told}")
-
-
-def check_labels(program: Program) -> None:
-    """Require a score in the network's output for every class of the labels.
-
-    Raises:
-        InputError: the labels have more classes than the network, or those of the first samples are no class numbers.
-    """
-    for samples, what in ((program.task.train, "training"), (program.task.test, "test")):
-        if samples is not None and len(samples):
-            _check_first_labels(samples, what)
-    classes = max((s.classes or 0 for s in (program.task.train, program.task.test) if s is not None), default=0)
-    if not classes:
-        return
-    scores = outputs_of(program.graph, program.inputs)[0]
-    if scores.dim() != 2 or max(classes, 2) > scores.shape[1]:
-        shape = "x".join(map(str, scores.shape))
-        raise InputError(
-            f"the labels go up to {classes - 1}, and the network's output is {shape}: expected a score for each class"
-        )
-
-
-def _check_first_labels(samples: Samples, what: str) -> None:
-    """Check labels of samples that users make themselves; those that this package reads are checked already."""
-    labels, classes = next(samples.batches(limit=8)).labels, samples.classes
-    if (labels is None) != (classes is None):
-        has, lacks = ("no labels", f"{classes} classes") if labels is None else ("labels", "no number of 'classes'")
-        raise InputError(f"the {what} samples have {has}, and {lacks}")
-    if labels is None or classes is None:
-        return
-    if labels.dim() != 1 or labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise InputError(
-            f"the labels of the {what} samples are {labels.dtype} of shape {tuple(labels.shape)} from "
-            f"{labels.min().item()} to {labels.max().item()}: class numbers (N,) from 0 to {classes - 1} are needed"
-        )
 
 
 def matched_layers(program: Program, patterns: Sequence[str]) -> dict[str, str]:

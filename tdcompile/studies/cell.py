@@ -194,7 +194,7 @@ class Bench:
         chosen = self.task.train.shuffled(program.generator("study/calibrate"))
         device = self.program.inputs[0].device
         batches = chosen.batches(limit=self.task.calibrate)
-        return [Batch(tuple(x.to(device) for x in batch.inputs), batch.labels) for batch in batches]
+        return [Batch(tuple(x.to(device) for x in batch.inputs), batch.targets) for batch in batches]
 
     def _accuracy(self, graph: nn.Module) -> float:
         share = accuracy(graph, self.task.test, self.task.evaluate)

@@ -17,7 +17,6 @@ from tdcompile.backend.environment import environment
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.pipeline import fine_tuner
 from tdcompile.core.registry import make, registered
-from tdcompile.core.spec import split
 from tdcompile.data.loading import Given
 from tdcompile.data.loading import given as samples_of
 from tdcompile.data.task import Task
@@ -31,6 +30,7 @@ from tdcompile.studies.findings import Cell, Failure, Findings, Omission
 from tdcompile.studies.ledger import Ledger
 from tdcompile.studies.page import render_html
 from tdcompile.support.options import MOST_WORKERS, Count, Options
+from tdcompile.support.spec import split
 
 METHODS = ("cp4", "tucker2", "tt")
 COMPRESSIONS = (0.5, 0.75, 0.9)

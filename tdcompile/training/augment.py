@@ -8,7 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tdcompile.data.nesting import map_tensors
+from tdcompile.data.objective import Objective
 from tdcompile.data.task import Batch, Samples
+from tdcompile.data.task_kinds import Classification, Multilabel, Restoration, Segmentation
 from tdcompile.errors import InputError
 
 Augment = Literal["none", "shift", "shift-flip"]
@@ -17,10 +20,15 @@ _SHIFT = 8  # a shift is at most an eighth of the side: the customary 4 of 32 pi
 _SHIFTABLE = 16  # pixels a side; in a smaller image a shift moves the object out of the image
 
 
-def resolve_augment(asked: AugmentOption, inputs: Sequence[Tensor]) -> Augment:
-    """Resolve ``auto``: shift images of at least 16 pixels a side, and mirror colour images too."""
+def resolve_augment(asked: AugmentOption, inputs: Sequence[Tensor], objective: Objective | None = None) -> Augment:
+    """Resolve ``auto``: shift images of at least 16 pixels a side, and mirror colour images too.
+
+    Targets that are numbers may change with the image in an unknown way: ``auto`` then moves nothing.
+    """
     if asked != "auto":
         return asked
+    if objective is not None and not isinstance(objective.kind, Classification | Multilabel | Segmentation):
+        return "none"
     if not all(x.ndim == 4 and min(x.shape[2:]) >= _SHIFTABLE for x in inputs):
         return "none"
     return "shift-flip" if all(x.shape[1] == 3 for x in inputs) else "shift"
@@ -34,12 +42,14 @@ class Augmented(Samples):
 
     Args:
         samples: samples whose inputs are images ``(n, C, H, W)``.
+        objective: of a segmentation or a restoration, targets ``(n, H, W)`` or ``(n, C, H, W)`` move with their image.
         augment: ``shift`` by up to an eighth of each side, the border reflected; ``shift-flip`` also mirrors half.
         seed: seeds the first draw.
     """
 
-    def __init__(self, samples: Samples, augment: Augment, seed: int = 0) -> None:
+    def __init__(self, samples: Samples, augment: Augment, seed: int = 0, objective: Objective | None = None) -> None:
         self._samples, self._augment = samples, augment
+        self._spatial = objective is not None and isinstance(objective.kind, Segmentation | Restoration)
         self.redraw(seed)
 
     def redraw(self, seed: int) -> None:
@@ -53,18 +63,30 @@ class Augmented(Samples):
         """Return the samples at these indices, each with its own shift and flip.
 
         Raises:
-            InputError: an input is not an image batch ``(n, C, H, W)``.
+            InputError: an input is not an image batch ``(n, C, H, W)``, or a target of places has another size.
         """
         batch = self._samples.batch(indices)
         if self._augment == "none":
             return batch
         draws = self._draws[torch.as_tensor(indices)]
-        return Batch(tuple(self._moved(x, draws) for x in batch.inputs), batch.labels)
+        moved = tuple(self._moved(x, draws) for x in batch.inputs)
+        if not self._spatial or batch.targets is None:
+            return Batch(moved, batch.targets)
+        size = batch.inputs[0].shape[-2:]
+        return Batch(moved, map_tensors(lambda y: self._moved_target(y, draws, size), batch.targets))
 
     @property
     def classes(self) -> int | None:
         """Return the number of classes of the samples, None without labels."""
         return self._samples.classes
+
+    def _moved_target(self, y: Tensor, draws: Tensor, size: torch.Size) -> Tensor:
+        if y.shape[-2:] != size:
+            raise InputError(
+                f"augment={self._augment} moves targets of the images' size {tuple(size)}, not {tuple(y.shape[-2:])}: "
+                "take augment=none"
+            )
+        return self._moved(y[:, None] if y.dim() == 3 else y, draws).view_as(y)
 
     def _moved(self, x: Tensor, draws: Tensor) -> Tensor:
         if x.ndim != 4:

@@ -1,11 +1,11 @@
-"""Losses of tuning: distillation from the dense network, from labels if there are any, and layer by layer."""
+"""Losses of tuning: distillation from the dense network, the task's loss if there are targets, and layer by layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.plan import RankPlan
-from tdcompile.data.class_scores import classified
+from tdcompile.data.class_scores import classified, of_tokens
+from tdcompile.data.objective import Objective, has_targets
 from tdcompile.data.task import Batch, Samples
+from tdcompile.data.task_kinds import Classification, Segmentation
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.ir.modules import outputs_of, tensors_in
+from tdcompile.ir.program import Program
+from tdcompile.ir.scoring import objective_of
 from tdcompile.training.distributed import mean_of_all
 from tdcompile.training.mixed_precision import AUTOCAST, Precision
 
@@ -29,19 +33,37 @@ _ENERGY_SAMPLES = 32  # number of samples for the mean squares of the outputs
 _REMEMBERED_BYTES = 2**28  # upper bound on the answers that ``RememberedAnswers`` keeps
 
 
+@dataclass(frozen=True)
+class ScoredOutputs:
+    """The outputs that tuning trains.
+
+    Attributes:
+        objective: the task's loss, and the index of the scored output; None scores the first output without targets.
+        others: energy by index of every other output that is trained; divides that output's squared error.
+    """
+
+    objective: Objective | None = None
+    others: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def place(self) -> int:
+        """Index of the scored output."""
+        return self.objective.output if self.objective else 0
+
+
 class Distillation(nn.Module):
     """Loss that maps the compressed network's outputs and their batch to a scalar.
 
-    The first output holds class scores ``(N, classes)`` or other values. The dense network computes in the precision
+    The scored output holds class scores along one axis, or other values. The dense network computes in the precision
     of the training; the loss itself is fp32.
 
     Args:
         teacher: the dense network.
         temperature: T, the divisor of the class scores.
-        labels: share of the cross-entropy with the labels.
+        labels: share of the task's loss, where there are targets.
         layers: a layerwise loss to add.
         precision: precision in which the compressed network trains.
-        others: energy by index of an output other than the first; divides that output's squared error.
+        scored: the outputs that are trained.
     """
 
     def __init__(
@@ -51,17 +73,18 @@ class Distillation(nn.Module):
         labels: float,
         layers: LayerwiseLoss | None = None,
         precision: Precision = "fp32",
-        others: Mapping[int, float] | None = None,
+        scored: ScoredOutputs | None = None,
     ) -> None:
         super().__init__()
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature, self.labels, self.layers = temperature, labels, layers
-        self._computed_in, self._others = AUTOCAST[precision], dict(others or {})
+        self._computed_in, self._scored = AUTOCAST[precision], scored or ScoredOutputs()
 
     def forward(self, outputs: object, batch: Batch) -> Tensor:
-        """Return (1 - labels) · T² · KL + labels · cross-entropy, plus the losses of other outputs and of layers.
+        """Return (1 - labels) · T² · KL + labels · the task's loss, plus the losses of other outputs and of layers.
 
-        A first output without class scores has its squared error over the teacher's energy instead.
+        KL is along the axis of the class scores. An output without class scores has its squared error over the
+        teacher's energy instead.
 
         Args:
             outputs: a tensor, or a nesting of them.
@@ -70,26 +93,50 @@ class Distillation(nn.Module):
         device = given[0].device.type
         with torch.no_grad(), torch.autocast(device, self._computed_in, self._computed_in is not None):
             wanted = [*tensors_in(self.teacher(*batch.inputs))]
-        loss = self._of_answers(given[0], wanted[0].to(given[0].dtype), batch.labels)
-        for place, energy in self._others.items():
+        place, objective = self._scored.place, self._scored.objective
+        loss = self._of_answers(given[place], wanted[place].to(given[place].dtype), batch)
+        if self.labels and objective is not None and objective.trains and has_targets(objective, batch):
+            loss = (1 - self.labels) * loss + self.labels * objective.loss(given, batch)
+        for place, energy in self._scored.others.items():
             loss = loss + F.mse_loss(given[place], wanted[place].to(given[place].dtype)) / energy
         return loss if self.layers is None else loss + self.layers.take()
 
-    def _of_answers(self, scores: Tensor, wanted: Tensor, labels: Tensor | None) -> Tensor:
-        if not classified(scores):
+    def _of_answers(self, scores: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
+        axis = class_axis(self._scored.objective, batch, scores)
+        if axis is None:
             energy = wanted.square().mean()
             if torch.is_grad_enabled():  # in training all processes are at this step; the first alone evaluates
                 energy = mean_of_all(energy)
             return F.mse_loss(scores, wanted) / energy.clamp_min(torch.finfo(wanted.dtype).tiny)
-        soft, target = ((x / self.temperature).log_softmax(1) for x in (scores, wanted))
-        loss = F.kl_div(soft, target, reduction="batchmean", log_target=True) * self.temperature**2
-        if self.labels and labels is not None:
-            loss = (1 - self.labels) * loss + self.labels * F.cross_entropy(scores, labels)
-        return loss
+        if scores.shape[axis] == 1:  # one score for two classes: that of the other is 0
+            scores, wanted = (torch.cat((torch.zeros_like(x), x), axis) for x in (scores, wanted))
+        soft, target = ((x / self.temperature).log_softmax(axis) for x in (scores, wanted))
+        divergence = F.kl_div(soft, target, reduction="sum", log_target=True) * scores.shape[axis] / scores.numel()
+        return divergence * self.temperature**2
 
 
-def output_energies(teacher: nn.Module, train: Samples, weight: float) -> tuple[dict[int, float], dict[int, str]]:
-    """Return ``others`` of ``Distillation`` for a network, and why some outputs are excluded, both by output index.
+def class_axis(objective: Objective | None, batch: Batch, scores: Tensor) -> int | None:
+    """Return the axis of the class scores in the scored output; None if it holds other values, or probabilities."""
+    if objective is not None and isinstance(objective.kind, Classification | Segmentation) and scores.dim() > 1:
+        return None if objective.kind.probabilities else objective.class_axis
+    if objective is not None and objective.class_axis is not None:
+        return objective.class_axis if scores.dim() > objective.class_axis else None
+    if objective is None and classified(scores):
+        return 1
+    return 2 if of_tokens(batch.inputs, scores) else None
+
+
+def scored_outputs(program: Program, train: Samples, weight: float) -> tuple[ScoredOutputs, dict[int, str]]:
+    """Return the outputs that tuning trains, and why some are excluded, by index; see ``output_energies``."""
+    scored = ScoredOutputs(objective_of(program))
+    energies, left = output_energies(program.dense, train, weight, scored.place)
+    return replace(scored, others=energies), left
+
+
+def output_energies(
+    teacher: nn.Module, train: Samples, weight: float, scored: int = 0
+) -> tuple[dict[int, float], dict[int, str]]:
+    """Return the energies of all outputs but the scored one, and why some are excluded, both by output index.
 
     An output that is not finite or nearly zero, as masks are, is excluded: its rounding noise would outweigh all else.
     Integer and complex outputs are in neither result.
@@ -98,6 +145,7 @@ def output_energies(teacher: nn.Module, train: Samples, weight: float) -> tuple[
         teacher: the dense network.
         train: samples, the first of which give the energies.
         weight: weight of these outputs in the loss; 0 excludes all of them.
+        scored: index of the scored output.
     """
     if not weight:
         return {}, {}
@@ -108,7 +156,7 @@ def output_energies(teacher: nn.Module, train: Samples, weight: float) -> tuple[
     squares = {place: float(y.square().mean()) for place, y in learnt.items()}
     largest = max((square for square in squares.values() if math.isfinite(square)), default=0.0)
     for place, square in squares.items():
-        if place == 0:
+        if place == scored:
             continue
         if not math.isfinite(square):
             left[place] = "it is not finite everywhere"

@@ -1,4 +1,4 @@
-"""Hooks for training: decisions of the first process, accuracy before training, deletion of training state."""
+"""Hooks for training: decisions of the first process, score before training, deletion of training state."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from functools import partial
 
 from tdcompile.core.hooks import Hook, RunRecord, Work
 from tdcompile.core.passes import Pass
-from tdcompile.data.metrics import accuracy
 from tdcompile.errors import InputError
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.program import Program
+from tdcompile.ir.scoring import network_score
 from tdcompile.training.distributed import from_first, no_gpu
 from tdcompile.training.run_state import delete_state
 
@@ -41,14 +41,14 @@ class FirstProcessDecides(Hook):
         return program.with_(facts=program.facts.having(*facts), history=(*program.history, *told))
 
 
-class AccuracyBeforeTraining(Hook):
-    """Record the test accuracy of the network before the first pass that trains."""
+class ScoreBeforeTraining(Hook):
+    """Record the metric of the network on the test samples before the first pass that trains."""
 
     def __init__(self, record: RunRecord) -> None:
         self._record = record
 
     def around(self, step: Pass, position: int, program: Program, work: Work) -> Program:
-        """Test the network first if the step trains and the accuracy is not known."""
+        """Test the network first if the step trains and the score is not known."""
         if step.trains and self._record.before_tuning is None:
             self._record.before_tuning = from_first(partial(_tested, program), no_gpu(program.target.device))
         return work()
@@ -84,7 +84,7 @@ def _given(step: Pass, work: Work) -> list[Fact]:
 
 
 def _tested(program: Program) -> float | None:
-    return accuracy(program.graph, program.task.test, program.task.evaluate)
+    return network_score(program, program.graph)
 
 
 def _delete(step: Pass, program: Program) -> None:

@@ -28,7 +28,7 @@ class Epoch(NamedTuple):
 
     epoch: int
     train_loss: float
-    heldout_accuracy: float | None
+    heldout_score: float | None
     heldout_loss: float | None
 
 
@@ -41,7 +41,7 @@ class Tuning(Fact):
         curve: one entry an epoch.
         best_epoch: the epoch whose weights were kept; 0 keeps the weights before training.
         seconds: the duration of all epochs, including epochs before an interruption.
-        start_accuracy: the accuracy on the held-out split before training.
+        start_score: the metric on the held-out split before training; None without targets.
         rate: the highest learning rate.
     """
 
@@ -49,7 +49,7 @@ class Tuning(Fact):
     curve: tuple[Epoch, ...] = ()
     best_epoch: int = 0
     seconds: float = 0.0
-    start_accuracy: float | None = None
+    start_score: float | None = None
     rate: float | None = None
 
 

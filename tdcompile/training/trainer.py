@@ -18,10 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, RandomSampler
 
 from tdcompile.core.plugin import Plugin
+from tdcompile.data.objective import has_targets
 from tdcompile.data.task import Batch, Samples
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.ir.modules import evaluating, tensors_in
+from tdcompile.ir.modules import evaluating, outputs_of, tensors_in
 from tdcompile.ir.program import Program
+from tdcompile.ir.scoring import objective_of
 from tdcompile.ir.target import Target
 from tdcompile.support.progress import report_progress
 from tdcompile.training.augment import Augment, Augmented
@@ -31,10 +33,13 @@ from tdcompile.training.run_state import Epoch, Saved, Tuning, key_of, state_fol
 from tdcompile.training.schedule import warmup_cosine
 from tdcompile.training.sync_batchnorm import synchronized_batchnorm
 
-# Discount on the start's held-out accuracy when the best weights are selected. Held-out samples are often part of the
+# Discount on the start's held-out score when the best weights are selected. Held-out samples are often part of the
 # dense network's training data, which the start has memorised and no epoch learns again (measured by this project). The
 # addend keeps an epoch that is worse by exactly 0.01.
 _START_DISCOUNT = 0.01 + 1e-9
+
+# Upper bound on the bytes of a network's outputs for the held-out samples that are judged at once.
+_OUTPUT_BYTES = 2**28
 
 # Consecutive steps that fp16 may skip: its loss scale starts at 2^16 and is halved by each.
 _MAX_SKIPPED_STEPS = 20
@@ -74,8 +79,8 @@ class Settings:
 class Trainer:
     """Trains a graph in place and leaves it with the weights that score best on the held-out split.
 
-    The initial weights are kept only if every epoch's accuracy on that split is lower by more than 0.01. Without labels
-    they are kept if no epoch has a lower loss.
+    The initial weights are kept only if every epoch's metric on that split is worse by more than a hundredth (one point
+    of accuracy, 1 % of other metrics). Without targets they are kept if no epoch has a lower loss.
 
     All randomness of an epoch comes from the program's seed, the purpose and the epoch's number. A run that resumes
     from a saved epoch therefore equals a run that was not interrupted.
@@ -114,6 +119,9 @@ class Trainer:
         self._schedule = schedule
         self._graph, self._heldout, self._settings, self._saved = graph, heldout, settings, saved
         self._program, self._purpose = program, purpose
+        self._task = objective_of(program)
+        self._about = self._task.metric.about if self._task else None
+        self._judged_at_once = _judged_at_once(program)
         self._home = program.inputs[0].device
         trained = [p for p in (graph.parameters() if only is None else only) if p.is_floating_point()]
         moving = set(map(id, trained))
@@ -131,7 +139,7 @@ class Trainer:
         if count() > 1 and not self._objective.reaches(trained, fit.batch([0, 1]).on(accelerator.device)):
             # not by default: the search costs time in every step
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self._order, self._images = torch.Generator(), Augmented(fit, settings.augment)
+        self._order, self._images = torch.Generator(), Augmented(fit, settings.augment, 0, self._task)
         processes = accelerator.num_processes
         loader = DataLoader(
             self._images,
@@ -170,7 +178,7 @@ class Trainer:
             loss = self._epoch(number, curve)
             with self._average.applied() if self._average else nullcontext():
                 curve.append(Epoch(number, loss, *self._judge()))
-                if self._heldout is None or _merit(curve[-1]) > _merit(Epoch(*state["best"])):
+                if self._heldout is None or self._merit(curve[-1]) > self._merit(Epoch(*state["best"])):
                     state |= {"best": tuple(curve[-1]), "weights": _copy_state(self._graph)}
             state |= {
                 "average": self._average.state if self._average else {},
@@ -218,8 +226,8 @@ class Trainer:
         steps = min(len(self._loader), self._steps - done)
         self._order.manual_seed(self._seed("order", number))
         self._images.redraw(self._seed("draws", number))
-        known = [entry.heldout_accuracy for entry in curve[-1:] if entry.heldout_accuracy is not None]
-        before = "".join(f", held-out accuracy {share:.1%}" for share in known)
+        about, last = self._about, [entry.heldout_score for entry in curve[-1:]]
+        before = f", held-out {about.name} {about.text(last[0])}" if about and last and last[0] is not None else ""
         device, total = self._accelerator.device, 0.0
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self._seed("dropout", number))
@@ -267,7 +275,7 @@ class Trainer:
                     module.eval()
 
     def _judge(self) -> tuple[float | None, float | None]:
-        """Return accuracy and loss on the held-out split; accuracy is None without labels, both without a split.
+        """Return metric and loss on the held-out split; the metric is None without targets, both without a split.
 
         The first of several processes evaluates, with batch-norm statistics that are equal in all. All processes then
         agree on the epoch to keep and on when to stop.
@@ -281,14 +289,31 @@ class Trainer:
     def _judged(self) -> tuple[float | None, float | None]:
         assert self._heldout is not None  # ``_judge`` ensures this
         self._graph.eval()
-        loss, right, device = 0.0, 0, self._accelerator.device
-        for batch in self._heldout.batches():
+        loss, device, meter = 0.0, self._accelerator.device, None
+        for number, batch in enumerate(self._heldout.batches(self._judged_at_once)):
             batch = batch.on(device)
-            lost, scores = self._objective(batch)
-            loss += float(lost) * len(scores)
-            right += 0 if batch.labels is None else int((scores.argmax(1) == batch.labels).sum())
-        judged = len(self._heldout)
-        return (None if self._heldout.classes is None else right / judged), loss / judged
+            lost, outputs = self._objective(batch)
+            loss += float(lost) * len(batch.inputs[0])
+            if not number and self._task is not None and has_targets(self._task, batch):
+                meter = self._task.meter()
+            if meter is not None:
+                meter.update(outputs, batch)
+        return (None if meter is None else meter.compute()), loss / len(self._heldout)
+
+    def _merit(self, epoch: Epoch) -> tuple[float, float]:
+        """Return the selection key of an epoch: held-out metric in its direction, discounted for the start, then loss.
+
+        Without targets the loss alone decides.
+        """
+        score, loss = epoch.heldout_score, epoch.heldout_loss or 0.0
+        if not math.isfinite(loss):
+            return -math.inf, -math.inf
+        if score is None or self._about is None:
+            return 0.0, -loss
+        merit = score if self._about.higher_is_better else -score
+        if epoch.epoch == 0:
+            merit -= _START_DISCOUNT * (1.0 if self._about.unit == "%" else abs(score))
+        return (max(0.0, merit) if self._about.unit == "%" else merit), -loss
 
     def _seed(self, what: str, epoch: int) -> int:
         return self._program.generator(f"{self._purpose}/{what}/{epoch}").initial_seed()
@@ -306,14 +331,14 @@ class _Objective(nn.Module):
         self.graph = graph
         self._loss = (loss,)  # a tuple hides the loss from the submodules, because nothing in it is trained
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss and the first output, detached."""
+    def forward(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Return the loss and the outputs, detached."""
         given = [*tensors_in(self.graph(*batch.copies()))]
         device = given[0].device.type
         if torch.is_autocast_enabled(device):
             given = [x.float() if x.is_floating_point() else x for x in given]
         with torch.autocast(device, enabled=False):
-            return self._loss[0](given, batch), given[0].detach()
+            return self._loss[0](given, batch), [x.detach() for x in given]
 
     def reaches(self, trained: Sequence[nn.Parameter], batch: Batch) -> bool:
         """Return whether every parameter gets a gradient; one that only leads to integers does not."""
@@ -380,13 +405,10 @@ def make_accelerator(target: Target, precision: str) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision=mixed, dataloader_config=DataLoaderConfiguration(split_batches=True))
 
 
-def _merit(epoch: Epoch) -> tuple[float, float]:
-    """Return the selection key of an epoch: held-out accuracy, discounted for the start, then loss."""
-    accuracy, loss = epoch.heldout_accuracy or 0.0, epoch.heldout_loss or 0.0
-    if not math.isfinite(loss):
-        return -1.0, -math.inf
-    discount = _START_DISCOUNT if epoch.epoch == 0 else 0.0
-    return max(0.0, accuracy - discount), -loss
+def _judged_at_once(program: Program) -> int:
+    """Return the number of held-out samples in one forward pass: 256, or fewer if their outputs take much memory."""
+    outputs = sum(y.nbytes for y in outputs_of(program.dense, program.inputs)) // len(program.inputs[0])
+    return max(1, min(256, _OUTPUT_BYTES // max(outputs, 1)))
 
 
 def _copy_state(module: nn.Module) -> dict[str, Tensor]:

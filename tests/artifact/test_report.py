@@ -18,14 +18,18 @@ from tdcompile.artifact.summary import budget_gates, history_notes
 from tdcompile.backend.evaluation import Evaluation
 from tdcompile.backend.quality_drop import judged, quality_drop
 from tdcompile.backend.session import Timing
+from tdcompile.data.metric import About
 from tdcompile.data.quality import OutputQuality
+from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.program import Change
 from tdcompile.ir.target import Budget
+from tdcompile.support.allowed_drop import AllowedDrop
 from tdcompile.support.formatting import count, milliseconds, size
 
 VOID = {"meta", "line", "rect", "polyline"}
-FIGURES = {"params": 2000, "macs": 40_000, "latency_ms": 3.0, "onnx_bytes": 9000, "accuracy": 0.9}
+ACCURACY = About("accuracy", True, "%")
+FIGURES = {"params": 2000, "macs": 40_000, "latency_ms": 3.0, "onnx_bytes": 9000, "score": 0.9}
 PARITY = {"provider": "CPUExecutionProvider", "max_abs": 1e-5, "max_rel": 2e-6, "cases": 5}
 DENSE_ROW = {"decomposition": "dense", "ranks": [], "error": 0.0, "macs_before": 7000, "macs_after": 7000}
 
@@ -39,6 +43,7 @@ def document(**changes: Any) -> dict[str, Any]:
         "selector": "knapsack",
         "gap": 0.001,
         "budget": {"latency": 0.5},
+        "metric": {"task": "classification", "name": "accuracy", "unit": "%", "higher_is_better": True},
         "gates": [
             {"name": "min-speedup", "limit": 1.5, "value": 2.0, "passed": True, "sentence": "2.00× is enough"},
             {"name": "max-drop", "limit": 1.0, "value": None, "passed": False, "sentence": "there are no labels"},
@@ -49,8 +54,8 @@ def document(**changes: Any) -> dict[str, Any]:
             "macs": 16_000,
             "latency_ms": 1.5,
             "onnx_bytes": 5000,
-            "accuracy": 0.88,
-            "accuracy_before_tuning": 0.5,
+            "score": 0.88,
+            "score_before_tuning": 0.5,
         },
         "ratio": {"params": 2.0, "macs": 2.5, "latency": 2.0, "latency_interval": [1.98, 2.03]},
         "realised": 0.8,
@@ -82,8 +87,8 @@ def document(**changes: Any) -> dict[str, Any]:
         "iterations": [{"round": 1, "predicted_ms": 1.4, "measured_ms": 1.6, "put_back": ["fc[bold]"]}],
         "tuning": {"epochs": 2, "kept_epoch": 2, "rate": 0.03, "seconds": 60.0},
         "tuning_curve": [
-            {"epoch": 1, "train_loss": 1.5, "heldout_accuracy": 0.7},
-            {"epoch": 2, "train_loss": 0.5, "heldout_accuracy": 0.86},
+            {"epoch": 1, "train_loss": 1.5, "heldout_score": 0.7},
+            {"epoch": 2, "train_loss": 0.5, "heldout_score": 0.86},
         ],
         "seconds": {"calibrate": 1.0, "choose": 2.0, "total": 3.5},
         "peak_memory_mb": 512.0,
@@ -98,8 +103,8 @@ def report(**changes: Any) -> Report:
 
 
 BARE = {
-    "dense": FIGURES | {"latency_ms": None, "accuracy": None},
-    "compiled": FIGURES | {"latency_ms": None, "accuracy": None},
+    "dense": FIGURES | {"latency_ms": None, "score": None},
+    "compiled": FIGURES | {"latency_ms": None, "score": None},
     "ratio": {"params": 1.0, "macs": 1.0, "latency": None},
     "realised": None,
     "predicted_latency_ms": None,
@@ -167,15 +172,15 @@ def test_it_says_at_which_rate_the_tuning_was_and_what_it_kept() -> None:
 def test_the_names_that_others_rely_on_are_there() -> None:
     found = json.loads(report().to_json())
     for name in ("dense", "compiled"):
-        assert {"params", "macs", "latency_ms", "onnx_bytes", "accuracy"} <= set(found[name])
-    assert found["compiled"]["accuracy_before_tuning"] == 0.5
+        assert {"params", "macs", "latency_ms", "onnx_bytes", "score"} <= set(found[name])
+    assert found["compiled"]["score_before_tuning"] == 0.5
     assert set(found["ratio"]) == {"params", "macs", "latency", "latency_interval"}
     assert set(found["parity"]) == {"provider", "max_abs", "max_rel", "cases"}
     row = {"name", "decomposition", "ranks", "error", "macs_before", "macs_after", "ms_before", "ms_after", "refusal"}
     assert all(row <= set(layer) for layer in found["layers"])
     others = {"realised", "predicted_latency_ms", "seconds", "peak_memory_mb", "budget", "gates", "environment"}
     assert others <= set(found)
-    assert found["schema_version"] == 1
+    assert found["schema_version"] == 2
 
 
 def test_the_text_reads_back_to_an_equal_report() -> None:
@@ -197,7 +202,7 @@ def test_the_schema_describes_what_is_written() -> None:
         {"parity": PARITY | {"max_rel": float("nan")}},
         {"unknown": 1},
         {"dense": FIGURES | {"flops": 1}},
-        {"schema_version": 2},
+        {"schema_version": 1},
     ],
 )
 def test_nan_inf_and_unknown_names_are_refused(changes: dict[str, Any]) -> None:
@@ -280,11 +285,11 @@ def test_a_bare_report_leaves_sections_out() -> None:
     page = Page(render_html(report(**BARE)))
     sections = {value for name, value in page.attributes if name == "id"}
     assert sections == {"figures", "accuracy", "errors", "seconds", "environment"}
-    assert "no accuracy was measured" in page.text
+    assert "no metric was measured" in page.text
 
 
 def test_a_curve_of_one_epoch_or_without_held_out_samples_is_drawn() -> None:
-    page = Page(render_html(report(tuning_curve=[{"epoch": 1, "train_loss": 0.0, "heldout_accuracy": None}])))
+    page = Page(render_html(report(tuning_curve=[{"epoch": 1, "train_loss": 0.0, "heldout_score": None}])))
     assert page.tags.count("circle") == 1
 
 
@@ -330,11 +335,36 @@ def test_a_latency_near_its_budget_counts_as_kept_and_is_told_as_it_is(kept: flo
 
 def test_accuracy_may_fall_by_the_points_allowed_and_rise_by_any() -> None:
     for limit, dense, compiled, passed in ((1.0, 0.9, 0.895, True), (1.0, 0.9, 0.85, False), (0.0, 0.8, 0.9, True)):
-        drop = quality_drop(limit, Evaluation(4, dense, compiled, ()))
+        drop = quality_drop(AllowedDrop(limit), Evaluation(4, dense, compiled, (), ACCURACY))
         assert drop.passed == passed
         assert drop.value == pytest.approx((dense - compiled) * 100)
-    assert quality_drop(None, Evaluation(4, 0.9, 0.81, ())).passed
-    assert not quality_drop(None, Evaluation(4, 0.9, 0.79, ())).passed
+    assert quality_drop(None, Evaluation(4, 0.9, 0.81, (), ACCURACY)).passed
+    assert not quality_drop(None, Evaluation(4, 0.9, 0.79, (), ACCURACY)).passed
+
+
+@pytest.mark.parametrize(
+    ("limit", "about", "dense", "compiled", "passed", "says"),
+    [
+        ("2%", About("PSNR", True, "dB"), 30.0, 29.5, True, "PSNR drops by 0.5 dB, 0.6 allowed"),
+        ("0.4", About("PSNR", True, "dB"), 30.0, 29.5, False, "PSNR drops by 0.5 dB, 0.4 allowed"),
+        ("10%", About("perplexity", False), 20.0, 21.0, True, "perplexity rises by 1, 2 allowed"),
+        ("0.5", About("MAE", False), 2.0, 3.0, False, "MAE rises by 1, 0.5 allowed"),
+        (None, About("MAE", False), 2.0, 2.9, True, "MAE rises by 0.9, 1 allowed"),
+        (None, About("mIoU", True, "%"), 0.8, 0.65, False, "mIoU drops by 15.00 points, 10 allowed"),
+        ("2%", About("mIoU", True, "%"), 0.5, 0.495, True, "mIoU drops by 0.50 points, 1 allowed"),
+    ],
+)
+def test_a_loss_of_quality_is_in_the_metrics_direction_and_unit(
+    limit: str | None, about: About, dense: float, compiled: float, passed: bool, says: str
+) -> None:
+    drop = quality_drop(None if limit is None else AllowedDrop.parse(limit), Evaluation(4, dense, compiled, (), about))
+    assert (drop.passed, drop.sentence) == (passed, says)
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "nan", "inf", "2%%", "-2%"])
+def test_an_allowed_drop_is_a_number_or_percent(text: str) -> None:
+    with pytest.raises(InputError, match="must be a number of at least 0"):
+        AllowedDrop.parse(text)
 
 
 def test_notes_are_messages_about_the_network_and_warnings() -> None:
@@ -370,9 +400,9 @@ def evaluation(*outputs):
     ],
 )
 def test_without_labels_lost_agreement_or_the_relative_error_is_bounded(outputs, max_drop, passed):
-    drop = quality_drop(max_drop, evaluation(*outputs))
+    drop = quality_drop(None if max_drop is None else AllowedDrop(max_drop), evaluation(*outputs))
     assert drop.passed == passed
-    assert "40 samples without labels" in drop.sentence
+    assert "40 samples without targets" in drop.sentence
 
 
 def test_few_samples_judge_only_if_they_have_labels():

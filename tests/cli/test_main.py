@@ -196,7 +196,7 @@ def test_compile_writes_the_folder_and_ends_with_the_tables(tdc: Any, home: Path
     assert sorted(path.name for path in out.parent.iterdir()) == ["net-build"]
     report = Report.model_validate_json((out / "report.json").read_text())
     assert report.seed == 3
-    assert report.compiled.accuracy is not None
+    assert report.compiled.score is not None
     assert "dense against compiled" in ran.out
     assert report.verdict in ran.out
     assert ran.out.splitlines()[-1] == "report: out/net-build/report.html"

@@ -14,10 +14,10 @@ from tdcompile import passes, plugins
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plugin import Plugin
 from tdcompile.core.registry import find
-from tdcompile.core.spec import parse_spec
 from tdcompile.errors import InputError
 from tdcompile.passes import Calibrate, Choose, Factorize, Propose, Score
 from tdcompile.support.options import describe, types_of
+from tdcompile.support.spec import parse_spec
 
 
 def test_every_name_of_the_page_of_imports_is_there_and_listed_once_in_order() -> None:

@@ -103,7 +103,7 @@ def test_a_network_of_bytes_is_calibrated_on_bytes_and_judged_on_them() -> None:
     compiled = tdcompile.compile(
         network, x[:1], data=((x, y), (x, y)), budget={"macs": 0.9}, decompose=("svd", "channel")
     )
-    assert compiled.report.dense.accuracy == 1.0
+    assert compiled.report.dense.score == 1.0
 
 
 @pytest.mark.parametrize(

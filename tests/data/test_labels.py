@@ -51,8 +51,8 @@ class Items(Dataset[Any]):
 def labels(samples: Samples | None) -> list[int]:
     assert samples is not None
     batch = samples.batch(range(len(samples)))
-    assert batch.labels is not None
-    return batch.labels.tolist()
+    assert batch.targets is not None
+    return batch.targets.tolist()
 
 
 def notes(*parts: Samples | None) -> list[str]:
@@ -115,8 +115,6 @@ def test_text_of_test_samples_that_is_no_class_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("made", "says"),
     [
-        ([1.0, 0.0], "are torch.float32; class numbers"),
-        ([True, False], "are torch.bool; class numbers"),
         (["a", None], "label of sample 1 of the data is None, where others are text"),
         (["a", 1], "label of sample 1 of the data is 1, where others are text"),
         ([0, -100], "classes count from 0"),
@@ -210,11 +208,11 @@ ONE = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 1)).eval()
     [
         (NETWORK, (torch.zeros(4, 48), torch.tensor([0, 1, 2, 3])), "labels go up to 3, and the network's output is"),
         (NETWORK, ((torch.zeros(4, 48), NUMBERS), (torch.zeros(1, 48), [255])), "labels go up to 255"),
-        (ONE, (torch.zeros(4, 48), torch.zeros(4).long()), "labels go up to 0, and the network's output is"),
-        (NETWORK, Odd(torch.tensor([0, 1, 2, 3]), 3), "from 0 to 3: class numbers .N,. from 0 to 2"),
-        (NETWORK, Odd(torch.zeros(4), 3), "are torch.float32"),
-        (NETWORK, Odd(torch.zeros(4).long(), None), "have labels, and no number of 'classes'"),
-        (NETWORK, Odd(None, 3), "have no labels, and 3 classes"),
+        (ONE, (torch.zeros(4, 48), torch.tensor([0, 1, 2, 1])), "labels go up to 2, and the network's output is 4x1"),
+        (NETWORK, Odd(torch.tensor([0, 1, 2, 3]), 4), "labels go up to 3, and the network's output is"),
+        (NETWORK, Odd(torch.tensor([0, -1, 2, 1]), 3), "counts classes from 0, and a target is -1"),
+        (NETWORK, Odd(torch.rand(4) + 0.1, None), "float32 of shape .4,., and the network's output is 4x3"),
+        (NETWORK, Odd(torch.zeros(4, 3, 2).long(), None), "int64 of shape .4, 3, 2., and the network's output is 4x3"),
     ],
 )
 def test_labels_that_do_not_fit_the_network_are_refused(network: nn.Module, data: Any, says: str) -> None:

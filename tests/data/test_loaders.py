@@ -69,24 +69,24 @@ def test_a_collate_function_is_applied(size: int) -> None:
     samples = read(DataLoader(Items(), batch_size=size, collate_fn=collate))
     batch = samples.batch([3, 11])
     assert batch.inputs[0][:, 0].tolist() == [30, 110]
-    assert batch.labels is not None
-    assert batch.labels.tolist() == [0, 2]
+    assert batch.targets is not None
+    assert batch.targets.tolist() == [0, 2]
     assert (len(samples), samples.classes) == (20, 3)
     assert notes(samples) == ""
 
 
 def test_a_batch_may_be_inputs_alone_and_labels_may_be_text() -> None:
     alone = read(DataLoader(Items(), collate_fn=lambda items: collate(items)[0]))
-    assert alone.batch([0]).labels is None
+    assert alone.batch([0]).targets is None
     text = read(DataLoader(Items(), collate_fn=lambda items: (collate(items)[0], ["cdu"[i["label"]] for i in items])))
-    assert text.batch([2, 0]).labels.tolist() == [2, 0]  # type: ignore[union-attr]
+    assert text.batch([2, 0]).targets.tolist() == [2, 0]  # type: ignore[union-attr]
 
 
 def test_known_targets_spare_reading_all_samples_and_are_compared() -> None:
     Targets.reads = 0
     samples = read(DataLoader(Targets(), batch_size=4, collate_fn=collate))
     assert Targets.reads < 10
-    assert samples.batch([5]).labels.tolist() == [2]  # type: ignore[union-attr]
+    assert samples.batch([5]).targets.tolist() == [2]  # type: ignore[union-attr]
 
     def shifts(items: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         x, y = collate(items)
@@ -99,17 +99,20 @@ def test_known_targets_spare_reading_all_samples_and_are_compared() -> None:
     changed = read(
         DataLoader(Targets(), batch_size=4, collate_fn=lambda items: (collate(items)[0], 2 - collate(items)[1]))
     )
-    assert changed.batch([0]).labels.tolist() == [2]  # type: ignore[union-attr]
+    assert changed.batch([0]).targets.tolist() == [2]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
     ("function", "says"),
     [
         (lambda items: 1 / 0, "the data: collate_fn failed: ZeroDivisionError"),
-        (lambda items: {"x": 1, "label": 2}, "collate_fn returned a dict of x, label; a batch x or"),
-        (lambda items: (1, 2, 3), "collate_fn returned a tuple of 3 members"),
+        (
+            lambda items: {"x": 1, "label": 2},
+            r"collate_fn of the data made, input 'x': samples of shape \(\) do not fit",
+        ),
+        (lambda items: (1, 2, 3), r"collate_fn of the data made, input 'x': samples of shape \(\) do not fit"),
         (lambda items: collate(items[1:] or items * 2), "collate_fn made an input of shape"),
-        (lambda items: (collate(items)[0], torch.rand(len(items), 3)), "labels"),
+        (lambda items: (collate(items)[0], torch.rand(len(items) + 1, 3)), "has members of different counts"),
         (lambda items: (collate(items)[0][:, :2], collate(items)[1]), r"samples of shape \(2,\) do not fit"),
     ],
 )
@@ -211,9 +214,6 @@ class Measured(Stream):
 @pytest.mark.parametrize(
     ("loader", "says"),
     [
-        (lambda: DataLoader(Stream()), "the data set Stream is a stream"),
-        (lambda: DataLoader(Measured(), collate_fn=collate), "the data set Measured is a stream"),
-        (lambda: Measured(), "the data set Measured is a stream"),
         (lambda: DataLoader(TensorDataset(X, Y), sampler=Endless(None)), "Endless cannot be drawn: TypeError"),
         (lambda: DataLoader(TensorDataset(X, Y), sampler=SubsetRandomSampler([20])), "chooses no places of 0 to 19"),
         (lambda: DataLoader(TensorDataset(X, Y), sampler=SubsetRandomSampler([])), "chooses no places of 0 to 19"),
@@ -226,6 +226,14 @@ class Measured(Stream):
 def test_a_loader_that_cannot_be_read_by_index_is_refused(loader: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
         read(loader())
+
+
+@pytest.mark.parametrize("stream", [Stream, Measured, lambda: DataLoader(Stream(), batch_size=3)])
+def test_a_stream_is_read_from_its_beginning(stream: Any) -> None:
+    samples = read(stream())
+    torch.testing.assert_close(samples.batch(range(20)).inputs[0], X)
+    assert samples.batch([5]).targets.tolist() == [int(Y[5])]  # type: ignore[union-attr]
+    assert "is a stream, of which all 20 samples are read" in samples.notes[0].text
 
 
 def test_samples_in_a_loader_are_the_samples() -> None:

@@ -18,12 +18,12 @@ def test_several_inputs_are_read_by_place():
     assert (len(samples), samples.classes) == (5, 3)
     batch = samples.subset([4, 1, 2]).batch([2, 0])
     assert all(map(torch.equal, batch.inputs, (x[[2, 4]], y[[2, 4]])))
-    assert batch.labels.tolist() == [1, 0]
+    assert batch.targets.tolist() == [1, 0]
 
 
 def test_one_input_and_labels_are_optional_and_classes_may_be_more_than_seen():
     assert Tensors(torch.zeros(2, 3)).classes is None
-    assert Tensors(torch.zeros(2, 3)).batch([1]).labels is None
+    assert Tensors(torch.zeros(2, 3)).batch([1]).targets is None
     assert Tensors(torch.zeros(2, 3), torch.tensor([0, 1]), classes=10).classes == 10
 
 
@@ -33,10 +33,10 @@ def test_one_input_and_labels_are_optional_and_classes_may_be_more_than_seen():
         ((torch.zeros(3, 2), torch.zeros(4, 2)), None, None, "need one count above 0; their counts are [3, 4]"),
         (torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64), None, "[2, 3]"),
         (torch.zeros(0, 2), None, None, "[0]"),
-        (torch.zeros(2, 2), torch.tensor([0, 3]), 3, "from 0 to 2; these are torch.int64 of shape (2,) from 0 to 3"),
-        (torch.zeros(2, 2), torch.tensor([-1, 0]), None, "from -1 to 0"),
-        (torch.zeros(2, 2), torch.tensor([0.0, 1.0]), None, "torch.float32"),
-        (torch.zeros(2, 2), torch.tensor([[0], [1]]), None, "(2, 1)"),
+        (torch.zeros(2, 2), torch.tensor([0, 3]), 3, "go from 0 to 2; these go from 0 to 3"),
+        (torch.zeros(2, 2), torch.tensor([-1, 0]), None, "these go from -1 to 0"),
+        (torch.zeros(2, 2), torch.tensor([0.0, 1.0]), 2, "classes=2 needs class numbers, integers (N,), as targets"),
+        (torch.zeros(2, 2), {"a": torch.zeros(3), "b": torch.zeros(2)}, None, "their counts are [2, 3]"),
     ],
 )
 def test_what_does_not_fit_is_refused(inputs, labels, classes, told):
@@ -118,7 +118,7 @@ def test_a_network_of_two_inputs_is_compiled_with_them():
     compiled = tdcompile.compile(
         Gated().eval(), (x[:1], gate[:1]), data=(samples, samples), budget={"macs": 0.6}, decompose=("svd", "channel")
     )
-    assert compiled.report.compiled.accuracy is not None
+    assert compiled.report.compiled.score is not None
     assert compiled.report.ratio.macs >= 1 / 0.6
 
 
@@ -132,4 +132,4 @@ def test_the_accuracy_of_a_compilation_is_of_as_many_test_samples_as_were_asked_
     compiled = tdcompile.compile(
         network, (x[:1],), data=(Tensors(x), Tensors(x, labels)), budget={"macs": 0.9}, pipeline=steps, eval=12
     )
-    assert compiled.report.dense.accuracy == pytest.approx(11 / 12)
+    assert compiled.report.dense.score == pytest.approx(11 / 12)

@@ -23,13 +23,13 @@ from tdcompile.backend.session import infer, open_session
 from tdcompile.core.importance import Importance
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.registry import find
-from tdcompile.core.spec import parse_spec
 from tdcompile.data.task import Batch, Samples, Task
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.modules import outputs_of, tensors_in
 from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Target
+from tdcompile.support.spec import parse_spec
 
 
 @dataclass
@@ -257,7 +257,7 @@ def test_samples_come_in_the_precision_that_the_network_is_compiled_in(weights: 
     data = Drawn(32, 3, 8, 8, kind=kind)
     example = torch.randn(2, 3, 8, 8).to(weights)
     compiled = tdcompile.compile(module, example, data=(data, data), budget={"macs": 0.6})
-    assert compiled.report.compiled.accuracy is not None
+    assert compiled.report.compiled.score is not None
 
 
 def test_an_input_that_is_also_an_output_keeps_its_name(tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def test_the_budget_is_kept_and_the_figures_agree_with_each_other(compiled):
     assert sum(layer.macs_after for layer in report.layers) == report.compiled.macs
     assert report.parity.max_rel < 1e-3
     assert report.parity.provider == "CPUExecutionProvider"
-    assert report.compiled.accuracy is not None
-    assert report.compiled.accuracy_before_tuning is not None
+    assert report.compiled.score is not None
+    assert report.compiled.score_before_tuning is not None
     assert len(report.tuning_curve) == 1
     assert {"calibrate", "propose", "factorize", "finetune", "total"} <= set(report.seconds)
     for layer in report.layers:
@@ -456,7 +456,7 @@ def test_the_data_of_a_recipe_are_read(tmp_path):
     recipe.write_text('data = "digits"\nimportance = "none"\nbudget = { macs = 0.6 }\ncalibrate = 64\neval = 50\n')
     x = torch.randn(2, 1, 8, 8)
     net = nn.Sequential(nn.Conv2d(1, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3), nn.Flatten(), nn.Linear(384, 10)).eval()
-    assert tdcompile.compile(net, x, recipe=recipe, decompose=FEW).report.compiled.accuracy is not None
+    assert tdcompile.compile(net, x, recipe=recipe, decompose=FEW).report.compiled.score is not None
 
 
 @pytest.mark.parametrize(
@@ -660,11 +660,11 @@ def test_layers_are_kept_dense_by_pattern_and_a_pattern_without_a_layer_is_an_er
 
 def test_python_hands_over_arrays_and_a_loader():
     held = points()
-    x, y = held.inputs[0], held.labels
+    x, y = held.inputs[0], held.targets
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=7)
     made = tdcompile.compile(network(), X, data=((x, y), loader), budget={"macs": 0.6}, decompose=FEW)
     same = tdcompile.compile(network(), X, data=(held, held), budget={"macs": 0.6}, decompose=FEW)
-    assert made.report.compiled.accuracy == same.report.compiled.accuracy
+    assert made.report.compiled.score == same.report.compiled.score
     assert made.report.ratio.macs == same.report.ratio.macs
 
 

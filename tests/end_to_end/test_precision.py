@@ -50,7 +50,7 @@ def test_an_int8_compilation_writes_and_reports_four_models(made, tmp_path) -> N
     assert [one.title for one in report.variants] == ["dense fp32", "compiled fp32", "dense int8", "compiled int8"]
     assert report.precision == "int8"
     assert report.compiled.onnx_bytes == report.variants[-1].onnx_bytes < report.variants[1].onnx_bytes
-    assert report.compiled.accuracy == report.variants[-1].accuracy
+    assert report.compiled.score == report.variants[-1].score
     assert report.quantization is not None
     assert report.quantization.rounding <= report.quantization.error < 0.5
     assert report.quantization.floats["0"] == "kept in float"

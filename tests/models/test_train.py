@@ -94,7 +94,7 @@ def test_a_diverging_run_says_what_to_lower() -> None:
 
 def test_the_command_trains_and_tells_the_accuracy(tmp_path: Path) -> None:
     data, output = stripes(60), tmp_path / "lenet5.safetensors"
-    np.savez(tmp_path / "stripes.npz", x=data.inputs[0].numpy(), y=data.labels.numpy())
+    np.savez(tmp_path / "stripes.npz", x=data.inputs[0].numpy(), y=data.targets.numpy())
     arguments = ["lenet5", "--data", f"npz:{tmp_path / 'stripes.npz'}", "--epochs", "1", "-o", str(output)]
     ran = CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output

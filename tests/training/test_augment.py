@@ -50,7 +50,7 @@ def test_none_leaves_images_alone_and_labels_always_stay() -> None:
     x = torch.rand(4, 3, 8, 8)
     assert torch.equal(augmented(x, "none").batch([3, 1]).inputs[0], x[[3, 1]])
     moved = augmented(x, "shift")
-    assert moved.batch([3, 1]).labels.tolist() == [3, 1]  # type: ignore[union-attr]
+    assert moved.batch([3, 1]).targets.tolist() == [3, 1]  # type: ignore[union-attr]
     assert (len(moved), moved.classes) == (4, 4)
 
 

@@ -17,7 +17,13 @@ from tdcompile.ir.layer import Layer
 from tdcompile.ir.program import Program, sites_of
 from tdcompile.ir.target import Cost
 from tdcompile.training import distillation
-from tdcompile.training.distillation import Distillation, LayerwiseLoss, RememberedAnswers, output_energies
+from tdcompile.training.distillation import (
+    Distillation,
+    LayerwiseLoss,
+    RememberedAnswers,
+    ScoredOutputs,
+    output_energies,
+)
 
 
 def noise(labelled: bool = True) -> Tensors:
@@ -194,7 +200,7 @@ def test_of_the_other_outputs_those_count_that_are_finite_and_more_than_rounding
     assert "finite" in left[2]
     assert "zero" in left[3]
     assert output_energies(Many(), Tensors(x), 0.0) == ({}, {})
-    loss, batch = Distillation(Many(), 4.0, 0.0, others=found), Batch((x,), None)
+    loss, batch = Distillation(Many(), 4.0, 0.0, scored=ScoredOutputs(others=found)), Batch((x,), None)
     assert float(loss(Many()(x), batch)) == pytest.approx(0.0, abs=1e-6)
     scores, named, *rest = Many()(x)
     given = (scores, {"places": 3 * x, "mask": named["mask"] + 1.0}, torch.zeros(6), *rest[1:])

@@ -21,7 +21,7 @@ from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.program import Program
 from tdcompile.training import hooks as hooks_file
-from tdcompile.training.hooks import AccuracyBeforeTraining, DeleteTrainingState, FirstProcessDecides
+from tdcompile.training.hooks import DeleteTrainingState, FirstProcessDecides, ScoreBeforeTraining
 from tdcompile.training.run_state import Saved, state_folder
 
 
@@ -81,13 +81,13 @@ def test_the_accuracy_is_that_before_the_first_pass_that_trains(
     program: Program, steps: tuple[Pass, ...], before: float | None
 ) -> None:
     record = RunRecord()
-    Pipeline(steps).run(program, [AccuracyBeforeTraining(record)])
+    Pipeline(steps).run(program, [ScoreBeforeTraining(record)])
     assert record.before_tuning == before
 
 
 def test_an_accuracy_that_a_checkpoint_had_is_not_taken_again(program: Program) -> None:
     record = RunRecord(before_tuning=0.25)
-    Pipeline((Train(),)).run(program, [AccuracyBeforeTraining(record)])
+    Pipeline((Train(),)).run(program, [ScoreBeforeTraining(record)])
     assert record.before_tuning == 0.25
 
 

@@ -64,7 +64,7 @@ def test_the_batch_does_not_change_the_score_and_the_samples_may(program):
 
 def test_the_same_seed_gives_the_same_score_and_labels_are_not_needed(program):
     unlabelled = program.task.train
-    unlabelled.labels = None
+    unlabelled.targets = None
     assert Fisher().score(program) == Fisher().score(program)
     assert Fisher().score(program) != Fisher().score(program.with_(seed=1))
 

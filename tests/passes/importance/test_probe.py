@@ -34,7 +34,7 @@ def compressed(net: nn.Sequential, place: int, weight: torch.Tensor, x: torch.Te
     return answer
 
 
-@pytest.mark.parametrize("measure", ["kl", "accuracy"])
+@pytest.mark.parametrize("measure", ["kl", "metric"])
 def test_the_score_is_the_loss_for_each_unit_of_squared_error(measure: str) -> None:
     net, given, x = program()
     wanted, lost = net(x).detach(), {}

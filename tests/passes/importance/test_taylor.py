@@ -30,8 +30,8 @@ def test_the_score_is_what_autograd_says_sample_by_sample(order: int) -> None:
     assert isinstance(last, nn.Linear)
     tried, expected = trials(program, 0.5), {"0": 0.0, "2": 0.0}
     assert isinstance(program.task.train, Tensors)
-    assert program.task.train.labels is not None
-    for x, label in zip(program.task.train.inputs[0], program.task.train.labels, strict=True):
+    assert program.task.train.targets is not None
+    for x, label in zip(program.task.train.inputs[0], program.task.train.targets, strict=True):
         hidden = first(x).detach().requires_grad_()
         out = last(net[1](hidden))
         gradients = torch.autograd.grad(F.cross_entropy(out[None], label[None]), (hidden, out))

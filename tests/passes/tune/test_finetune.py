@@ -14,7 +14,9 @@ from torch import fx, nn
 import tdcompile
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.data.metrics import accuracy
+from tdcompile.data.objective import Objective
 from tdcompile.data.task import Batch, Samples, Task, Tensors
+from tdcompile.data.task_kinds import Classification
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.program import Change, Program
@@ -23,10 +25,14 @@ from tdcompile.passes.tune import finetune
 from tdcompile.passes.tune.finetune import Distillation, Finetune
 from tdcompile.support.progress import progress
 from tdcompile.training import distillation
+from tdcompile.training.distillation import ScoredOutputs
 from tdcompile.training.run_state import Epoch, Saved, Tuning
 from tdcompile.training.trainer import Settings, Trainer, set_memory_format
 
 FAST = Finetune(epochs=3, batch=32, holdout=0.1, trial=0)
+
+
+CLASSES = ScoredOutputs(Objective(Classification(4), Classification(4).metric()))
 
 
 def network(seed: int) -> fx.GraphModule:
@@ -84,8 +90,8 @@ def test_it_learns_the_answers_of_the_dense_network_without_labels(taught: Progr
     after = FAST.run(before)
     assert distance(after) < 0.5 * distance(before)
     tuning = after.facts[Tuning]
-    assert [entry.heldout_accuracy for entry in tuning.curve] == [None] * 3
-    assert tuning.start_accuracy is None
+    assert [entry.heldout_score for entry in tuning.curve] == [None] * 3
+    assert tuning.start_score is None
 
 
 def test_it_gives_the_curve_and_the_epoch_that_was_kept(taught: Program) -> None:
@@ -94,7 +100,7 @@ def test_it_gives_the_curve_and_the_epoch_that_was_kept(taught: Program) -> None
     assert tuning.epochs == 3
     assert [entry.epoch for entry in tuning.curve] == [1, 2, 3]
     assert tuning.curve[2].train_loss < tuning.curve[0].train_loss
-    accuracies = [tuning.start_accuracy, *(entry.heldout_accuracy for entry in tuning.curve)]
+    accuracies = [tuning.start_score, *(entry.heldout_score for entry in tuning.curve)]
     assert accuracies[tuning.best_epoch] == max(accuracies)
     assert tuning.seconds > 0
     assert isinstance(after.history[-1], Change)
@@ -331,11 +337,12 @@ def test_the_loss_is_hintons() -> None:
     batch = data().batch(range(8))
     scores = network(1)(*batch.inputs)
     p, q = (torch.softmax(x / 4, 1) for x in (teacher(*batch.inputs), scores))
-    wanted = 0.75 * 16 * (p * (p.log() - q.log())).sum(1).mean() + 0.25 * F.cross_entropy(scores, batch.labels)
-    torch.testing.assert_close(Distillation(teacher, 4.0, 0.25)(scores, batch), wanted)
+    wanted = 0.75 * 16 * (p * (p.log() - q.log())).sum(1).mean() + 0.25 * F.cross_entropy(scores, batch.targets)
+    torch.testing.assert_close(Distillation(teacher, 4.0, 0.25, scored=CLASSES)([scores], batch), wanted)
     unlabelled = Batch(batch.inputs, None)
     torch.testing.assert_close(
-        Distillation(teacher, 4.0, 0.25)(scores, unlabelled), Distillation(teacher, 4.0, 0.0)(scores, batch)
+        Distillation(teacher, 4.0, 0.25, scored=CLASSES)([scores], unlabelled),
+        Distillation(teacher, 4.0, 0.0)([scores], batch),
     )
 
 
@@ -344,10 +351,10 @@ def test_in_bf16_the_dense_network_computes_in_bf16_and_the_loss_in_fp32() -> No
     teacher.register_forward_hook(lambda module, arguments, output: seen.add(output.dtype))
     batch = data().batch(range(64))
     scores = network(1)(*batch.inputs)
-    half = Distillation(teacher, 4.0, 0.1, precision="bf16")(scores, batch)
+    half = Distillation(teacher, 4.0, 0.1, precision="bf16", scored=CLASSES)([scores], batch)
     assert seen == {torch.bfloat16}
     assert half.dtype is torch.float32
-    whole = Distillation(teacher, 4.0, 0.1)(scores, batch)
+    whole = Distillation(teacher, 4.0, 0.1, scored=CLASSES)([scores], batch)
     assert seen == {torch.bfloat16, torch.float32}
     torch.testing.assert_close(half, whole, rtol=0.02, atol=0.0)
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tdcompile.core.plugin import Plugin
 from tdcompile.core.registry import _all
-from tdcompile.core.spec import Spec, parse_options, parse_spec, parse_specs, split
 from tdcompile.errors import InputError
+from tdcompile.support.spec import Spec, parse_options, parse_spec, parse_specs, split
 
 NAMES = st.from_regex(r"[A-Za-z][\w.-]{0,12}", fullmatch=True)
 VALUES = st.text(st.characters(codec="ascii", categories=("L", "N"), include_characters="+-._"), min_size=1, max_size=9)

@@ -1,0 +1,137 @@
+"""``objective_of``: the loss and the metric of a program's task, from its targets and the dense network's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tdcompile.data.objective import Example, Objective, resolve_objective
+from tdcompile.data.task import Batch, Note, Task
+from tdcompile.errors import InputError
+from tdcompile.ir.facts import Fact
+from tdcompile.ir.modules import evaluating, output_names, outputs_of, separate_attention, tensors_in
+from tdcompile.ir.program import Program
+from tdcompile.support.heap import keep_freed_memory
+
+_FIRST = 8  # samples on which the dense network is run to find out what targets mean
+_MANY = 256  # samples that tell one-hot rows from rows of any number of labels
+
+
+@dataclass(frozen=True)
+class Scoring(Fact):
+    """The objective of a program's task.
+
+    Attributes:
+        objective: loss and metric; None if only the agreement with the dense network can be measured.
+        notes: what the report says about it.
+    """
+
+    objective: Objective | None = None
+    notes: tuple[Note, ...] = ()
+
+
+def objective_of(program: Program) -> Objective | None:
+    """Return loss and metric of a program's task; None if only the agreement with the dense network can be measured.
+
+    Raises:
+        InputError: task, loss, metric or output are unknown or do not fit targets and outputs.
+    """
+    return scoring(program).objective
+
+
+def is_scored(program: Program) -> bool:
+    """Return whether there are test samples with targets, on which the metric is measured."""
+    return program.task.tested and objective_of(program) is not None
+
+
+def scoring(program: Program) -> Scoring:
+    """Return the objective of a program's task, and what the report says about it.
+
+    The dense network is run on a few samples, because its outputs tell what the targets mean; the result is cached.
+
+    Raises:
+        InputError: task, loss, metric or output are unknown or do not fit, or are given without data.
+    """
+    return program.facts.derived(Scoring, lambda: _scoring(program))
+
+
+@torch.no_grad()
+def _scoring(program: Program) -> Scoring:
+    task = program.task
+    given = [samples for samples in (task.train, task.test) if samples is not None and len(samples)]
+    samples = next((part for part in given if part.batch([0]).targets is not None), next(iter(given), None))
+    if samples is None:
+        asked = {"task": task.kind, "loss": task.loss, "metric": task.metric, "output": task.output}
+        if named := [name for name, value in asked.items() if value is not None]:
+            raise InputError(f"--{named[0]} has no effect without samples: give --data")
+        return Scoring()
+    size = _FIRST if program.dynamic_batch else len(program.inputs[0])
+    count = min(size, len(samples))
+    batch = samples.batch([min(place, count - 1) for place in range(size if not program.dynamic_batch else count)])
+    with evaluating(program.dense), separate_attention():
+        answer = program.dense(*batch.copies())
+    outputs = [y.detach() for y in tensors_in(answer)]
+    names = program.onnx.output_names or output_names(answer)
+
+    def causal(place: int) -> bool:
+        return _is_causal(program, batch, outputs, place)
+
+    many = samples.batch(range(min(_MANY, len(samples)))).targets if _may_be_one_hot(batch.targets) else batch.targets
+    objective, notes = resolve_objective(task, Example(batch, outputs, many), names, causal)
+    if objective is not None:
+        _check_classes(objective, task, outputs[objective.output])
+    return Scoring(objective, notes)
+
+
+def network_score(program: Program, module: nn.Module, size: int = 256) -> float | None:
+    """Return the metric of a network on the test samples, in eval mode; None if it is not measured.
+
+    Args:
+        program: gives task and objective.
+        module: the network, with the outputs of the program's.
+        size: samples in one forward pass.
+    """
+    task, objective = program.task, objective_of(program)
+    if objective is None or task.test is None or not task.tested:
+        return None
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    meter = objective.meter()
+    with keep_freed_memory():
+        for batch in task.test.batches(size, limit=task.evaluate):
+            meter.update(outputs_of(module, batch.on(device).inputs), batch)
+    return meter.compute()
+
+
+def _may_be_one_hot(targets: object) -> bool:
+    return isinstance(targets, Tensor) and targets.dim() == 2 and targets.shape[1] > 1
+
+
+def _is_causal(program: Program, batch: Batch, outputs: Sequence[Tensor], place: int) -> bool:
+    """Return whether the scores of all tokens but the last stay the same if the last token changes."""
+    x = batch.inputs[place].clone()
+    other = x[x != x[0, -1]]
+    x[:, -1] = other[0] if len(other) else (x[0, -1] + 1) % outputs[0].shape[2]
+    changed = outputs_of(program.dense, tuple(x if at == place else y for at, y in enumerate(batch.inputs)))[0]
+    return torch.allclose(changed[:, :-1], outputs[0][:, :-1], rtol=1e-3, atol=1e-4 * float(outputs[0].abs().max()))
+
+
+def _check_classes(objective: Objective, task: Task, output: Tensor) -> None:
+    """Require a score for every class of training and test samples.
+
+    Raises:
+        InputError: the class numbers go higher, or samples have targets in one of the two only.
+    """
+    known = [samples.classes for samples in (task.train, task.test) if samples is not None]
+    most = max((classes or 0 for classes in known), default=0)
+    if objective.classes is not None and most > objective.classes:
+        shape = "x".join(map(str, output.shape))
+        raise InputError(
+            f"the labels go up to {most - 1}, and the network's output is {shape}: expected a score for each class"
+        )
+    if task.tested and task.test is not None and task.train is not None and len(task.train):
+        has = [samples.batch([0]).targets is not None for samples in (task.train, task.test)]
+        if has[0] and not has[1]:
+            raise InputError("the training samples have targets and the test samples have none: give both, or neither")
