@@ -68,7 +68,7 @@ class RecipeOptions(BaseModel):
     frontend: Frontend = Field(default="auto", description="How the network is traced: auto, fx or export")
     data: str | None = Field(
         default=None,
-        description="digits, parquet:DIR, imagefolder:DIR, npz:FILE, hub:NAME, file.py:callable or synthetic",
+        description="digits, parquet:DIR, imagefolder:DIR, npz:FILE, text:FILE, hub:NAME, synthetic, file.py:callable",
     )
     normalize: str = Field(default="none", description="none, imagenet, or m,m,m/s,s,s")
     calibrate: Count = Field(default=1024, description="Training samples that calibrate and recalibrate read")
@@ -112,6 +112,7 @@ class RecipeOptions(BaseModel):
     output: str | None = Field(
         default=None, description="Name or number of the output that is scored; default the first"
     )
+    tokenizer: str | None = Field(default=None, description="Tokenizer of the data text:FILE, a tokenizer.json")
     targets: str | None = Field(default=None, description="Key of the targets in samples that are dicts")
     min_speedup: _Bound | None = Field(default=None, description="Exit with 4 if the speed-up is smaller")
     pipeline: str | None = Field(

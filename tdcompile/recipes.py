@@ -80,6 +80,7 @@ class CompileOptions(TypedDict, total=False):
     metric: Any
     output: str | int | None
     targets: str | None
+    tokenizer: str | None
     min_speedup: float | None
     pipeline: str | Pipeline | None
     jobs: int
@@ -150,7 +151,7 @@ class Recipe(RecipeOptions):
         # Without training, a stream is read for calibration and for a part that is held out.
         needed = _TRAINED_STREAM if self.steps().trainer else self.calibrate + self.calibrate // 4
         limits = {"stream": needed, **({"stream_test": self.eval} if self.eval else {})}
-        return SampleFields.of(tuple(inputs), tuple(names), targets=self.targets, **limits)
+        return SampleFields.of(tuple(inputs), tuple(names), targets=self.targets, tokenizer=self.tokenizer, **limits)
 
     def _synthetic(self, asked: str, test: Any, fields: SampleFields) -> Task:
         """Return a task whose training samples are still to be made, by the pass ``synthesize``."""

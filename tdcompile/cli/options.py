@@ -75,6 +75,7 @@ Loss = Annotated[str | None, _recipe_option("loss", panel=_DATA, metavar="FILE.p
 Metric = Annotated[str | None, _recipe_option("metric", panel=_DATA, metavar="NAME")]
 ScoredOutput = Annotated[str | None, _recipe_option("output", panel=_DATA, metavar="NAME")]
 Targets = Annotated[str | None, _recipe_option("targets", panel=_DATA, metavar="KEY")]
+Tokenizer = Annotated[str | None, _recipe_option("tokenizer", panel=_DATA, metavar="FILE")]
 Normalize = Annotated[str | None, _recipe_option("normalize", panel=_DATA)]
 Calibrate = Annotated[int | None, _recipe_option("calibrate", panel=_DATA, metavar="N")]
 Eval = Annotated[int | None, _recipe_option("eval", panel=_DATA, metavar="N")]

@@ -32,6 +32,7 @@ from tdcompile.data.structured import (
 )
 from tdcompile.data.tables import read_hub, read_parquet
 from tdcompile.data.task import Note, Samples
+from tdcompile.data.text import read_text
 from tdcompile.errors import InputError, nearest
 from tdcompile.support.user_code import call_user_function, names_file, names_module
 
@@ -263,6 +264,7 @@ _KINDS = {
         "imagefolder:DIR", "train/ and test/ or val/, a folder of images for each class", read_image_folder
     ),
     "npz": _Kind("npz:FILE", "arrays x, y and x_test, y_test; without the latter a tenth is held out", read_npz),
+    "text": _Kind("text:FILE", "text for a language network, in windows of its input; with --tokenizer", read_text),
     "hub": _Kind("hub:NAME", "a data set of the Hugging Face hub, NAME or NAME:CONFIGURATION", _hub),
 }
 _CALLABLE = _Kind(

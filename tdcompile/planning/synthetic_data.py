@@ -44,7 +44,7 @@ def refusal(program: Program) -> str | None:
     return f"samples are made from the statistics of batch norm, and the network has none ({why}); {real}"
 
 
-def check_synthetic(program: Program, max_drop: float | None) -> None:
+def check_synthetic(program: Program, max_drop: float | str | None) -> None:
     """Refuse synthetic samples where they cannot be made, or where they would have to judge.
 
     Raises:
@@ -57,7 +57,7 @@ def check_synthetic(program: Program, max_drop: float | None) -> None:
         raise InputError(f"data=synthetic: {why}")
     if max_drop is not None and not task.tested:
         raise InputError(
-            f"max_drop={max_drop:g} bounds the loss of accuracy or agreement, which synthetic samples do not tell: "
+            f"max_drop={max_drop} bounds the loss of quality, which synthetic samples do not tell: "
             "give real samples, in Python data=('synthetic', test) with real test samples"
         )
 
