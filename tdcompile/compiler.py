@@ -389,7 +389,7 @@ def prepare(
         UnavailableError: the target's execution provider does not load.
     """
     target = recipe.device()
-    if recipe.plan is not None and recipe.precision == "fp32":
+    if recipe.plan is not None and "precision" not in recipe.model_fields_set:
         target = replace(target, precision=read_plan(recipe.plan).precision)
     budget = recipe.shares()
     form, names = recipe.onnx(), recipe.class_names()

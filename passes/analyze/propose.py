@@ -16,7 +16,15 @@ from torch import Tensor
 from tdcompile.core.cost_model import CostModel
 from tdcompile.core.decomposition import Decomposition, reading
 from tdcompile.core.passes import AnalysisPass
-from tdcompile.core.plan import DENSE, Candidate, Candidates, FloatCandidates, Spectrum
+from tdcompile.core.plan import (
+    DENSE,
+    Candidate,
+    Candidates,
+    FloatCandidates,
+    Spectrum,
+    decompositions_of,
+    dense_of,
+)
 from tdcompile.core.registry import find, make, registered
 from tdcompile.errors import TdcompileError, during
 from tdcompile.ir.diagnostics import Reason, ReasonCode
@@ -28,6 +36,7 @@ from tdcompile.ir.target import Cost, Precision, total
 from tdcompile.numerics.covariance import Covariance
 from tdcompile.numerics.low_rank import gram
 from tdcompile.passes.analyze._layer_prices import Spaces, chain_of, cost_of, grain_of, prices_of, spaces_of
+from tdcompile.planning.allocation import lowest_shares, out_of_reach
 from tdcompile.planning.quantization_error import combined, quantization_error
 from tdcompile.support.form_seconds import FormSeconds
 from tdcompile.support.options import Count, Workers
@@ -48,6 +57,7 @@ _FOR_ANOTHER = (
 )
 
 _Draft = tuple[Ranks, Cost]
+_Known = dict[str, dict[Decomposition, dict[Ranks, float]]]  # errors of approximation by layer, form and ranks
 _Work = tuple[Decomposition, Layer, Tensor, Sequence[Ranks], Covariance]
 
 log = logging.getLogger("tdcompile")
@@ -61,6 +71,7 @@ class _Search:
         name: the layer.
         drafts: for each form, ranks and their costs.
         fields: the limited fields of ``Cost``.
+        known: errors that are known already, by form and ranks.
     """
 
     name: str
@@ -69,6 +80,7 @@ class _Search:
     covariance: Covariance
     drafts: Mapping[Decomposition, Sequence[_Draft]]
     fields: Sequence[str]
+    known: Mapping[Decomposition, Mapping[Ranks, float]]
 
 
 @dataclass(frozen=True)
@@ -77,12 +89,14 @@ class _Found:
 
     Attributes:
         errors: an error for each of the ranks, or its lower bound if the ranks were not searched.
-        searched: number of ranks that were searched.
+        searched: number of ranks whose error is known.
+        new: the errors that were computed, by ranks.
         seconds: processor seconds that it took.
     """
 
     errors: Sequence[float]
     searched: int
+    new: Mapping[Ranks, float]
     seconds: float
 
 
@@ -114,7 +128,8 @@ class Propose(AnalysisPass):
     def analyze(self, program: Program) -> tuple[Candidates, FloatCandidates]:
         """Price all candidates, then compute the errors of those worth their price.
 
-        Candidates in fp32 beside those of the target's precision have the same errors of approximation.
+        Candidates in fp32 beside those of the target's precision have the same errors of approximation, which are
+        computed once. There are none if the cheapest of them exceed the budget.
 
         Raises:
             TdcompileError: a decomposition returns a wrong number of errors, or one that is NaN or negative.
@@ -126,49 +141,69 @@ class Propose(AnalysisPass):
         spaces = {name: {} if name in kept else spaces_of(site, forms, grain, main) for name, site in found.items()}
         kept |= {name: _refused(found[name], forms) for name in found if not spaces[name] and name not in kept}
         spectra = {name: _spectra(found[name]) for name in found if self.spectra and name not in kept}
-        formats: list[Precision] = [main, "fp32"] if self.also_fp32 and main != "fp32" else [main]
-        made = [
-            replace(self._proposed(program, found, spaces, precision), spectra=spectra, reasons=kept)
-            for precision in formats
-        ]
-        return made[0], FloatCandidates(made[1] if len(made) > 1 else None)
+        known: _Known = {name: {} for name in found}
+        made = self._priced(program, found, spaces, main)
+        candidates = replace(self._with_errors(program, found, made, known), spectra=spectra, reasons=kept)
+        if not self.also_fp32 or main == "fp32":
+            return candidates, FloatCandidates(None)
+        made = self._priced(program, found, spaces, "fp32")
+        if out_of_reach(lowest_shares(made, program.budget), program.budget) is not None:
+            return candidates, FloatCandidates(None)
+        floats = replace(self._with_errors(program, found, made, known), spectra=spectra, reasons=kept)
+        return candidates, FloatCandidates(floats)
 
-    def _proposed(
+    def _priced(
         self, program: Program, found: Mapping[str, Site], spaces: Mapping[str, Spaces], precision: Precision
     ) -> Candidates:
-        """Return the candidates in a precision; int8 adds its own error to that of the approximation."""
+        """Return the candidates in a precision, without their errors."""
         prices = prices_of(program, found, spaces, (self.cost, self.timer), precision)
         dense = {name: cost_of(site.calls, prices[name], site) for name, site in found.items()}
-        drafts = {
-            name: self._drafts(program, site, spaces[name], dense[name], prices[name]) for name, site in found.items()
-        }
-        searches = parallel_map(_search, self._searches(program, found, drafts, dense), self.jobs)
-        options: dict[str, tuple[Candidate, ...]] = {}
-        spent, left = FormSeconds(self.name), Counter[str]()
-        for done, (name, site) in enumerate(found.items(), start=1):
-            report_progress(done, len(found), name)
-            results, made = next(searches), list[Candidate]()
-            rounded = precision == "int8" and name not in program.keep_fp32
-            noise = _Noise(program, site) if rounded else _no_noise
-            for form, drafted in drafts[name].items():
-                result = results[form]
-                spent.add(form.name, result.seconds, result.searched)
-                left[form.name] += len(drafted) - result.searched
-                made += [
-                    Candidate(form, ranks, combined(error, noise(form, ranks)), cost, form.modes)
-                    for (ranks, cost), error in zip(drafted, result.errors, strict=True)
-                ]
-            spent.layer_done(name)
-            options[name] = (Candidate.dense(dense[name], noise(DENSE, ())), *made)
-        spent.all_done()
-        for form_name, ranks_left in (+left).items():
-            log.debug("propose: %d ranks of %s are not searched: other forms are surely better", ranks_left, form_name)
+        options = {}
+        for name, site in found.items():
+            drafts = self._drafts(program, site, spaces[name], dense[name], prices[name])
+            made = (Candidate(f, ranks, cost=c, modes=f.modes) for f, own in drafts.items() for ranks, c in own)
+            options[name] = (Candidate.dense(dense[name]), *made)
         known = total(list(dense.values()))
         whole, baseline = self._whole(program, known), program.facts.get(Baseline)
         if precision == "fp32" or baseline is None:
             return Candidates(options, rest=whole - known, precision=precision)
         own = replace(whole, seconds=baseline.at(precision)[1])
         return Candidates(options, rest=own - known, precision=precision, reference=whole)
+
+    def _with_errors(
+        self, program: Program, found: Mapping[str, Site], priced: Candidates, known: _Known
+    ) -> Candidates:
+        """Return the candidates with their errors; int8 adds its own to that of the approximation.
+
+        Args:
+            program: gives the covariances.
+            found: the layers by name.
+            priced: the candidates.
+            known: errors of approximation; those that are computed are added.
+        """
+        searches = parallel_map(_search, self._searches(program, found, priced, known), self.jobs)
+        options: dict[str, tuple[Candidate, ...]] = {}
+        spent, left = FormSeconds(self.name), Counter[str]()
+        for done, (name, site) in enumerate(found.items(), start=1):
+            report_progress(done, len(found), name)
+            results, made = next(searches), list[Candidate]()
+            rounded = priced.precision == "int8" and name not in program.keep_fp32
+            noise = _Noise(program, site) if rounded else _no_noise
+            for form, drafted in _by_form(priced.layers[name]).items():
+                result = results[form]
+                known[name].setdefault(form, {}).update(result.new)
+                spent.add(form.name, result.seconds, len(result.new))
+                left[form.name] += len(drafted) - result.searched
+                made += [
+                    replace(draft, error=combined(error, noise(form, draft.ranks)))
+                    for draft, error in zip(drafted, result.errors, strict=True)
+                ]
+            spent.layer_done(name)
+            options[name] = (replace(dense_of(priced.layers[name]), error=noise(DENSE, ())), *made)
+        spent.all_done()
+        for form_name, ranks_left in (+left).items():
+            log.debug("propose: %d ranks of %s are not searched: other forms are surely better", ranks_left, form_name)
+        return replace(priced, layers=options)
 
     def _drafts(
         self,
@@ -195,16 +230,14 @@ class Propose(AnalysisPass):
         return made
 
     def _searches(
-        self,
-        program: Program,
-        found: Mapping[str, Site],
-        drafts: Mapping[str, Mapping[Decomposition, Sequence[_Draft]]],
-        dense: Mapping[str, Cost],
+        self, program: Program, found: Mapping[str, Site], priced: Candidates, known: _Known
     ) -> Iterator[_Search]:
         for name, site in found.items():
             covariance = input_covariance(program.facts, name, site.weight)
-            fields = list(program.budget.limits(dense[name]))
-            yield _Search(name, site.layer, site.weight, covariance, drafts[name], fields)
+            options = priced.layers[name]
+            fields = list(program.budget.limits(dense_of(options).cost))
+            drafts = {form: [(c.ranks, c.cost) for c in own] for form, own in _by_form(options).items()}
+            yield _Search(name, site.layer, site.weight, covariance, drafts, fields, known[name])
 
     def _whole(self, program: Program, dense: Cost) -> Cost:
         """Return the cost of the dense network: all its parameters, and its measured latency if known."""
@@ -237,6 +270,14 @@ def _no_noise(form: Decomposition, ranks: Ranks) -> float:
     return 0.0
 
 
+def _by_form(options: Sequence[Candidate]) -> dict[Decomposition, list[Candidate]]:
+    """Return the candidates that replace a layer, by form, in their order."""
+    found: dict[Decomposition, list[Candidate]] = {}
+    for option in decompositions_of(options):
+        found.setdefault(option.decomposition, []).append(option)
+    return found
+
+
 def _search(search: _Search) -> dict[Decomposition, _Found]:
     """Return the errors of all forms; those of a form with bounds only where no other form is known to be better.
 
@@ -250,14 +291,17 @@ def _search(search: _Search) -> dict[Decomposition, _Found]:
         drafts, begun = search.drafts[form], time.process_time()
         errors = _bounds(search, form) if form in bounded and drafts else [0.0] * len(drafts)
         places = [i for i, (_, cost) in enumerate(drafts) if not _beaten(errors[i], cost, known, search.fields)]
-        wanted = [drafts[i] for i in places]
+        earlier, new = search.known.get(form, {}), dict[Ranks, float]()
+        wanted = [drafts[i] for i in places if drafts[i][0] not in earlier]
         if wanted:
             ranks = [ranks for ranks, _ in wanted]
             made = _errors((form, search.layer, search.weight, ranks, search.covariance))
-            for place, error in zip(places, _checked(made, form, search.name, wanted), strict=True):
-                errors[place] = error
+            new = dict(zip(ranks, _checked(made, form, search.name, wanted), strict=True))
+        held = {**earlier, **new}
+        for place in places:
+            errors[place] = held[drafts[place][0]]
         known += [(error, cost) for error, (_, cost) in zip(errors, drafts, strict=True)]
-        found[form] = _Found(errors, len(wanted), time.process_time() - begun)
+        found[form] = _Found(errors, len(places), new, time.process_time() - begun)
     return found
 
 

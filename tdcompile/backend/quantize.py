@@ -21,7 +21,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from tdcompile.backend.pair_bound import pair_overrides
 from tdcompile.backend.quantized_form import QuantizedForm
 from tdcompile.errors import InputError
-from tdcompile.ir.target import INT8_OPSET
+from tdcompile.ir.onnx_format import check_int8_opset
 from tdcompile.support.quiet import captured_output
 
 Ranges = Mapping[str, tuple[float, float]]  # least and largest value of each activation, by its name
@@ -220,9 +220,7 @@ def _readable(model: Path) -> onnx.ModelProto:
     proto = onnx.load(model, load_external_data=False)
     if any(node.op_type in ("QuantizeLinear", "QLinearConv", "QLinearMatMul") for node in proto.graph.node):
         raise InputError(f"{model.name} is quantised already: give the float model")
-    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset < INT8_OPSET:
-        raise InputError(f"int8 needs opset {INT8_OPSET} or later, not {opset}: leave --opset out or raise it")
+    check_int8_opset(next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")))
     if any(weight.external_data for weight in proto.graph.initializer):
         raise InputError(f"int8 needs a model in one file, and the weights of {model.name} exceed 2 GB")
     return proto

@@ -125,7 +125,9 @@ def _up_to_the_plan(pipeline: Pipeline, *, planned: bool) -> Pipeline:
 def name_of(source: str) -> str:
     """Return the default name of the output folder: ``net-build`` for ``net.py:build``."""
     place, _, name = source.rpartition(":")
-    return f"{Path(place).stem if place.endswith('.py') else place}-{name}" if place else name.partition("{")[0]
+    if not place:
+        return Path(name.partition("{")[0]).name
+    return f"{Path(place).stem if place.endswith('.py') else place}-{name}"
 
 
 def workspace_of(out: Path) -> Path:

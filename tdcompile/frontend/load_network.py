@@ -29,6 +29,8 @@ def load_source(source: str) -> tuple[nn.Module, Network | None]:
     Raises:
         InputError: the file, module, callable or registered name does not exist, or gives no ``nn.Module``.
     """
+    if source.endswith(".onnx"):
+        raise InputError(_no_source(source))
     if ":" not in source:
         if names_file(source):
             raise InputError(f"'{source}' names no callable: write {source}:NAME, a function that returns the network")
@@ -40,6 +42,14 @@ def load_source(source: str) -> tuple[nn.Module, Network | None]:
     if not isinstance(module, nn.Module):
         raise InputError(f"'{name}' in '{place}' returned a {type(module).__name__}; it must return an nn.Module")
     return module.eval(), None
+
+
+def _no_source(model: str) -> str:
+    """Return why an ONNX model is no network to compile."""
+    return (
+        f"'{model}' is an ONNX model, and tdcompile compiles PyTorch networks: give the code that makes the network it "
+        "was exported from, FILE.py:NAME, in float if the model is quantised, and --weights"
+    )
 
 
 def load_weights(module: nn.Module, reference: str | Path) -> tuple[Diagnostic, ...]:

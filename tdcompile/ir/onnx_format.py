@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tdcompile.errors import InputError
+from tdcompile.ir.target import INT8_OPSET
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,13 @@ class OnnxFormat:
     def __str__(self) -> str:
         known = (("opset", self.opset), ("IR version", self.ir))
         return " and ".join(f"{name} {version}" for name, version in known if version is not None)
+
+
+def check_int8_opset(opset: int | None) -> None:
+    """Require an opset whose models can be quantised; None leaves the choice to the exporter, which takes a later one.
+
+    Raises:
+        InputError: the opset is before ``INT8_OPSET``.
+    """
+    if opset is not None and opset < INT8_OPSET:
+        raise InputError(f"int8 needs opset {INT8_OPSET} or later, not {opset}: leave --opset out or raise it")

@@ -15,9 +15,9 @@ from tdcompile.data.task import ENOUGH, Task
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.modules import outputs_of, trained_norms
-from tdcompile.ir.onnx_format import OnnxFormat
+from tdcompile.ir.onnx_format import OnnxFormat, check_int8_opset
 from tdcompile.ir.program import Program, sites
-from tdcompile.ir.target import INT8_OPSET, AskedPrecision, Target
+from tdcompile.ir.target import AskedPrecision, Target
 
 _SCALE_SAMPLES = 64  # of which the variance behind the first layers is taken
 # Bounds on variance and mean at the first batch norm, against training. CIFAR-10 gives ResNet-20 and -56 0.98 to 1.0
@@ -82,8 +82,8 @@ def check_precision(target: Target, form: OnnxFormat) -> None:
             "fp16 on CPU is slower than fp32: onnxruntime's CPU provider has few fp16 kernels and converts to fp32 "
             "around the rest; take --precision int8 or fp32, or --target cuda"
         )
-    if target.precision == "int8" and form.opset is not None and form.opset < INT8_OPSET:
-        raise InputError(f"int8 needs opset {INT8_OPSET} or later, not {form.opset}: leave --opset out or raise it")
+    if target.precision == "int8":
+        check_int8_opset(form.opset)
 
 
 def calibrated(target: Target, task: Task, asked: AskedPrecision) -> tuple[Target, list[Diagnostic]]:

@@ -460,7 +460,12 @@ def test_a_recipe_with_odd_texts_is_toml() -> None:
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("a/net.py:build", "net-build"), ("pkg.mod:Net", "pkg.mod-Net"), ("digits_net{num_classes=5}", "digits_net")],
+    [
+        ("a/net.py:build", "net-build"),
+        ("pkg.mod:Net", "pkg.mod-Net"),
+        ("digits_net{num_classes=5}", "digits_net"),
+        ("/models/net.onnx", "net.onnx"),
+    ],
 )
 def test_the_folder_is_called_after_the_source(source: str, name: str) -> None:
     assert name_of(source) == name

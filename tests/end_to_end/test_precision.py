@@ -78,6 +78,14 @@ def test_a_plan_names_its_precision_and_fp32_plans_do_not(made) -> None:
     assert again.report.precision == "int8"
 
 
+def test_an_int8_plan_compiles_in_fp32_if_asked_and_then_needs_no_samples(made) -> None:
+    found = compiled(plan=made.plan, budget={}, decompose="auto", precision="fp32")
+    assert found.report.precision == found.plan.precision == "fp32"
+    assert {n: c.ranks for n, c in found.plan.choices.items()} == {n: c.ranks for n, c in made.plan.choices.items()}
+    with pytest.raises(InputError, match=r"int8 needs calibration samples.* or take --precision fp32"):
+        compiled(plan=made.plan, budget={}, decompose="auto")
+
+
 def test_int8_adds_its_own_error_to_that_of_a_form(made) -> None:
     errors = {name: choice.error for name, choice in made.plan.choices.items() if choice.is_dense}
     assert errors["0"] == 0.0  # kept in float

@@ -118,6 +118,7 @@ def test_a_callable_that_gives_no_network_is_refused(user_file: Path, name: str,
     [
         ("nowhere/net.py:build", "there is no file 'nowhere/net.py'"),
         ("net.py", "names no callable: write net.py:NAME"),
+        ("models/net.int8.onnx", "is an ONNX model, and tdcompile compiles PyTorch networks: give the code"),
         ("tdcompile_no_such.module:build", "there is no module 'tdcompile_no_such.module'"),
         ("torch.nn:Lineer", "did you mean 'Linear'"),
         ("resnet02", "did you mean 'resnet"),

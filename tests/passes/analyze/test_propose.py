@@ -18,7 +18,7 @@ from tdcompile.core import registry
 from tdcompile.core.cost_model import CostModel
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.pipeline import Pipeline
-from tdcompile.core.plan import Candidates, RankPlan
+from tdcompile.core.plan import Candidates, FloatCandidates, RankPlan
 from tdcompile.core.plugin import Plugin
 from tdcompile.data.task import Tensors
 from tdcompile.errors import InputError, TdcompileError
@@ -218,3 +218,32 @@ def test_a_plug_in_that_is_not_there_is_told_before_anything_runs(text: str, nea
     with pytest.raises(InputError, match=f"did you mean '{nearest}'"):
         Pipeline.parse(f"calibrate,propose{{{text}}}")
     assert Propose(grain=1, jobs=1).grain == 1
+
+
+@pytest.mark.parametrize(("share", "floats"), [(0.9, True), (0.01, False)])
+def test_auto_computes_each_error_once_and_leaves_out_a_precision_beyond_the_budget(
+    share: float, floats: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    program = tdcompile.trace(network, (torch.randn(2, 48),))
+    program = program.with_(
+        budget=tdcompile.Budget(params=share),
+        target=Target(precision="int8"),
+        task=tdcompile.Task(Tensors(torch.randn(64, 48))),
+    )
+    searched: list[Ranks] = []
+    errors = SVD.errors
+
+    def counting(form: SVD, layer: Layer, weight: Tensor, space: Sequence[Ranks], seen: Covariance) -> Sequence[float]:
+        searched.extend((layer.weight_shape, *ranks) for ranks in space)
+        return errors(form, layer, weight, space, seen)
+
+    monkeypatch.setattr(SVD, "errors", counting)
+    found = Pipeline.parse("calibrate,propose{decompose=svd,grain=4,also_fp32=true}").run(program)
+    others = found.facts[FloatCandidates].candidates
+    assert (others is not None) == floats
+    assert len(searched) == len(set(searched)) > 0
+    for name, options in found.facts[Candidates].layers.items() if others else ():
+        own = {option.ranks: option.error for option in options}
+        assert all(option.error < own[option.ranks] for option in others.layers[name] if option.ranks in own)
