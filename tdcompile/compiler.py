@@ -53,7 +53,7 @@ from tdcompile.planning.input_checks import (
     scale_warnings,
 )
 from tdcompile.planning.plan_file import adopt, read_plan
-from tdcompile.planning.synthetic_data import BringSamples, check_synthetic, makers, offer
+from tdcompile.planning.synthetic_data import BringSamples, cautions, check_synthetic, makers, offer
 from tdcompile.recipes import CompileOptions, Recipe, load_recipe, not_replaced
 from tdcompile.support.allowed_drop import AllowedDrop
 from tdcompile.support.spec import parse_spec
@@ -422,7 +422,14 @@ def prepare(
         program = adopt(program, recipe.plan)
     said += scored
     read = [Diagnostic("warning" if note.warning else "info", DiagnosticCode.DATA, note.text) for note in said]
-    told = (*notes, *read, *unquantised, *scale_warnings(program), *offer(program))
+    told = (
+        *notes,
+        *read,
+        *unquantised,
+        *scale_warnings(program),
+        *offer(program),
+        *cautions(task, recipe.steps().trainer),
+    )
     return program.with_(history=(*told, *program.history))
 
 

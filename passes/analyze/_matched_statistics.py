@@ -32,6 +32,7 @@ class Drawing:
         steps: steps of Adam.
         rate: its first learning rate, in units of the first noise; it falls to 0 by a cosine.
         dtype: dtype of the network's input.
+        scale: deviation of the first noise.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +42,12 @@ class Drawing:
     steps: int
     rate: float
     dtype: torch.dtype
+    scale: float = 1.0
+
+    def noise(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return noise of deviation 1 for so many samples, with the values that shifts need."""
+        larger = [size + self.shift * (axis in self.axes) for axis, size in enumerate(self.shape, start=1)]
+        return torch.randn(count, *larger, generator=generator).to(self.dtype)
 
 
 @dataclass
@@ -129,15 +136,12 @@ def draw_matched(
     Raises:
         InputError: no gradient reaches the input, or the values are not finite.
     """
-    larger = [size + drawing.shift * (axis in drawing.axes) for axis, size in enumerate(drawing.shape, start=1)]
-    noise = torch.randn(count, *larger, generator=generator).to(drawing.dtype)
-    statistics = Statistics(norms)
+    canvas = (drawing.scale * drawing.noise(count, generator)).requires_grad_()
+    rate, statistics = drawing.rate * drawing.scale, Statistics(norms)
+    adam = torch.optim.Adam([canvas], lr=rate)
     with statistics.watching():
-        scale = _best_scale(graph, statistics, _view(noise, drawing, None))
-        canvas = (scale * noise).requires_grad_()
-        adam = torch.optim.Adam([canvas], lr=drawing.rate * scale)
         for step in range(drawing.steps):
-            adam.param_groups[0]["lr"] = drawing.rate * scale * (1 + math.cos(math.pi * step / drawing.steps)) / 2
+            adam.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / drawing.steps)) / 2
             with torch.enable_grad():
                 graph(_view(canvas, drawing, generator))
                 loss = statistics.loss()
@@ -158,15 +162,19 @@ def draw_matched(
 
 
 @torch.no_grad()
-def _best_scale(graph: nn.Module, statistics: Statistics, noise: Tensor) -> float:
-    """Return the scale at which noise comes nearest to the statistics."""
+def best_scale(
+    graph: nn.Module, norms: Sequence[_BatchNorm], drawing: Drawing, count: int, generator: torch.Generator
+) -> float:
+    """Return the scale at which the noise of ``count`` samples comes nearest to the statistics."""
+    noise, statistics = _view(drawing.noise(count, generator), drawing, None), Statistics(norms)
 
     def loss(scale: float) -> float:
         graph(scale * noise)
         found = float(statistics.loss())
         return found if math.isfinite(found) else math.inf
 
-    return min(_SCALES, key=loss)
+    with statistics.watching():
+        return min(_SCALES, key=loss)
 
 
 def _view(canvas: Tensor, drawing: Drawing, generator: torch.Generator | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, ClassVar
@@ -20,13 +20,14 @@ from tdcompile.ir.facts import Fact
 from tdcompile.ir.measurements import SyntheticSamples
 from tdcompile.ir.modules import evaluating, trained_norms
 from tdcompile.ir.program import Program, sites
-from tdcompile.passes.analyze._matched_statistics import Drawing, Statistics, draw_matched
+from tdcompile.passes.analyze._matched_statistics import Drawing, Statistics, best_scale, draw_matched
 from tdcompile.planning.synthetic_data import refusal
 from tdcompile.support.options import Count, Positive, PositiveOrInf
 from tdcompile.support.progress import report_progress
 
 _IMAGE = 16  # values along an axis from which samples are smooth and shifted: fewer are no image
 _FEWEST, _SHORTEST = 16, 50  # samples and steps that a large network still gets
+_SCALED = 8  # samples that show the scale of the input
 _MEMORY = 2**31  # bytes of the values between layers in one group of samples
 _KEPT = 3  # values kept for the gradient for each output of a layer: the layer's, batch norm's, the nonlinearity's
 _BACKWARD = 3  # a step with its gradient costs three forward passes
@@ -76,6 +77,9 @@ class Synthesize(AnalysisPass):
             report_progress(done, of, "steps")
 
         with evaluating(graph):
+            few = sizes[0] if not program.dynamic_batch else min(sizes[0], _SCALED)
+            scale = best_scale(graph, norms, drawing, few, program.generator(f"{self.name}/scale"))
+            drawing = replace(drawing, scale=scale)
             groups = [draw_matched(graph, norms, drawing, size, generator, told) for size in sizes]
             shift, spread = _match(graph, Statistics(norms), groups)
         # Without a workspace the temporary folder stays: the fact that names the file outlives the pass.

@@ -68,9 +68,21 @@ def offer(program: Program) -> list[Diagnostic]:
         return []
     text = (
         "there is no data, so factors minimise the error of weights and not of outputs: --data synthetic makes samples "
-        "from the statistics of batch norm (docs/guides/no-data.md)"
+        "from the statistics of batch norm; ResNet-20 at half of its MACs has 87.4 % accuracy with them, and 81.9 % "
+        "without (docs/guides/no-data.md)"
     )
     return [Diagnostic("info", DiagnosticCode.NO_DATA, text)]
+
+
+def cautions(task: Task, trainer: str | None) -> list[Diagnostic]:
+    """Return a warning if a pass of this name trains on synthetic samples, which can cost accuracy unseen."""
+    if not task.synthetic or trainer is None:
+        return []
+    text = (
+        f"'{trainer}' trains on synthetic samples: that can lose accuracy (docs/results/no-data.md), and only real "
+        "test samples tell"
+    )
+    return [Diagnostic("warning", DiagnosticCode.SYNTHETIC, text)]
 
 
 def makers(task: Task) -> list[Pass]:

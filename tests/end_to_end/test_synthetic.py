@@ -43,7 +43,7 @@ def digits():
     for _ in range(8):
         for batch in train.shuffled(torch.Generator().manual_seed(0)).batches(64):
             adam.zero_grad()
-            nn.functional.cross_entropy(network(batch.inputs[0]), batch.labels).backward()
+            nn.functional.cross_entropy(network(batch.inputs[0]), batch.targets).backward()
             adam.step()
     return network.eval(), train, test
 
@@ -55,7 +55,7 @@ def compiled(network, data, **options):
 def correct(network, test):
     """Return the share of test samples that a network classifies as their labels say."""
     batch = test.batch(range(len(test)))
-    return float((outputs_of(network, batch.inputs)[0].argmax(1) == batch.labels).float().mean())
+    return float((outputs_of(network, batch.inputs)[0].argmax(1) == batch.targets).float().mean())
 
 
 def test_synthetic_samples_are_better_than_none_on_real_test_samples(digits):
@@ -71,10 +71,11 @@ def test_synthetic_samples_are_better_than_none_on_real_test_samples(digits):
 
 def test_the_report_says_synthetic_and_claims_no_quality(digits):
     report = compiled(digits[0], "synthetic{images=64,steps=2}").report
-    assert report.dense.accuracy is report.compiled.accuracy is report.quality is None
+    assert report.dense.score is report.compiled.score is report.quality is None
     assert "quality not measured, because the samples are synthetic" in report.verdict
     assert "calibrated on synthetic samples" in report.verdict
     assert [note for note in report.notes if note.startswith("the 64 training samples are synthetic: made from the")]
+    assert not [note for note in report.notes if "trains on" in note]
     assert "answers" not in {gate.name for gate in report.gates}
     assert report.synthetic.norms == 3
     assert report.seconds["synthesize"] > 0
@@ -137,7 +138,11 @@ def test_a_network_without_statistics_is_refused_before_any_work(digits, change,
 @pytest.mark.parametrize(
     ("data", "options", "said"),
     [
-        ("synthetic", {"max_drop": 1}, r"max_drop=1 bounds .* which synthetic samples do not tell: give real samples"),
+        (
+            "synthetic",
+            {"max_drop": 1},
+            r"max_drop=1.* bounds .* which synthetic samples do not tell: give real samples",
+        ),
         ("synthetic", {"normalize": "0.5/0.5"}, "'normalize' has no effect on the data 'synthetic'"),
         ("synthetic{imges=3}", {}, "'synthesize' has no option 'imges': did you mean 'images'"),
         ("synthetic:3", {}, "unknown kind of data 'synthetic'"),
@@ -181,7 +186,8 @@ def test_int8_and_tuning_take_synthetic_samples(digits):
     report = made.report
     assert {one.precision for one in report.variants} == {"fp32", "int8"}
     assert report.tuning.epochs == 1
-    assert min(one.accuracy for one in report.variants) > report.dense.accuracy - 0.1
+    assert [note for note in report.notes if note.startswith("'finetune' trains on synthetic samples: that can lose")]
+    assert min(one.score for one in report.variants) > report.dense.score - 0.1
 
 
 class Stop(Hook):
