@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,18 @@ import torch
 import torch.nn.functional as F
 import typer
 from safetensors.torch import save as serialize
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from tdcompile.core import registry
 from tdcompile.core.network import Network
-from tdcompile.data.class_scores import logits
 from tdcompile.data.loading import load_data
-from tdcompile.data.metrics import accuracy
-from tdcompile.data.task import Batch, Samples
+from tdcompile.data.objective import Example, Objective, resolve_objective
+from tdcompile.data.task import Batch, Samples, Task
+from tdcompile.data.task_kinds import Classification
 from tdcompile.errors import InputError, TdcompileError
+from tdcompile.ir.modules import tensors_in
 from tdcompile.ir.program import sites_of
 from tdcompile.ir.target import Target
 from tdcompile.support.heap import keep_freed_memory
@@ -33,6 +34,8 @@ from tdcompile.training.mixed_precision import Precision, strided_depthwise_in_f
 from tdcompile.training.schedule import warmup_cosine
 
 MOMENTUM = 0.9
+# Samples that tell what the targets mean, and those that tell one-hot rows from others.
+_FIRST, _MANY = 8, 256
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Schedule:
         lr: highest learning rate.
         batch: samples per step.
         weight_decay: decay of weights; biases and norm parameters have none.
-        smoothing: label smoothing, the share of the label that is spread over all classes.
+        smoothing: label smoothing of a classification, the share of the label that is spread over all classes.
         warmup: share of the steps in which the rate rises.
         augment: augmentation of images.
         precision: precision of autocast; the weights stay in fp32.
@@ -65,12 +68,12 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
 
     Args:
         module: the network; it stays on the device that accelerate selects.
-        samples: labelled samples.
+        samples: samples with targets.
         schedule: hyperparameters.
         generator: draws the order and the augmentation; dropout draws from torch's global generator.
 
     Raises:
-        InputError: labels are missing or exceed the network's classes, it does not run on the inputs, or fp16 on a CPU.
+        InputError: targets are missing or do not fit the outputs, it does not run on the inputs, or fp16 on a CPU.
         TdcompileError: the loss became NaN or Inf.
     """
     from tdcompile.training.trainer import (  # the registry imports this file too, and must stay quick
@@ -78,11 +81,11 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
         set_memory_format,
     )
 
-    _check_classes(module, samples)
+    objective = _objective(module, samples)
     target = Target("cuda" if torch.cuda.is_available() else "cpu")
     accelerator = make_accelerator(target, schedule.precision)
     set_memory_format(module, torch.channels_last)
-    images = Augmented(samples, schedule.augment)
+    images = Augmented(samples, schedule.augment, objective=objective)
     loader = DataLoader(
         images,
         schedule.batch,
@@ -101,7 +104,7 @@ def fit(module: nn.Module, samples: Samples, schedule: Schedule, generator: torc
         losses = []
         with strided_depthwise_in_fp32(module, schedule.precision, accelerator.device):
             for batch in loader:
-                loss = F.cross_entropy(logits(model(*batch.inputs)), batch.targets, label_smoothing=schedule.smoothing)
+                loss = _loss(objective, [*tensors_in(model(*batch.inputs))], batch, schedule.smoothing)
                 accelerator.backward(loss)
                 optimizer.step()
                 scheduler.step()
@@ -130,16 +133,41 @@ def _groups(module: nn.Module, schedule: Schedule) -> list[dict[str, object]]:
 
 
 @torch.no_grad()
-def _check_classes(module: nn.Module, samples: Samples) -> None:
-    if samples.classes is None:
-        raise InputError("the data have no labels; training needs them")
-    inputs = samples.batch([0]).inputs
-    sites_of(module, inputs)  # raises InputError if the network does not run on them
-    known = logits(module.eval()(*inputs)).shape[1]
-    if samples.classes > known:
+def _objective(module: nn.Module, samples: Samples) -> Objective:
+    """Return the loss and the metric of the samples' targets.
+
+    Raises:
+        InputError: the samples have no targets, or they do not fit the network.
+    """
+    batch = samples.batch(range(min(len(samples), _FIRST)))
+    if batch.targets is None:
+        raise InputError("the data have no targets; training needs them")
+    sites_of(module, batch.inputs)  # raises InputError if the network does not run on them
+    outputs = [*tensors_in(module.eval()(*batch.copies()))]
+    many = samples.batch(range(min(len(samples), _MANY))).targets
+    objective, _ = resolve_objective(Task(samples), Example(batch, outputs, many), ["output"], lambda _: True)
+    assert objective is not None  # there are targets
+    known = objective.classes
+    if known is not None and samples.classes is not None and samples.classes > known:
         raise InputError(
             f"the data have {samples.classes} classes, the network {known}: write NAME{{num_classes={samples.classes}}}"
         )
+    return objective
+
+
+def _loss(objective: Objective, outputs: Sequence[Tensor], batch: Batch, smoothing: float) -> Tensor:
+    if isinstance(objective.kind, Classification) and objective.kind.scores > 1:
+        return F.cross_entropy(*objective.kind.pair(outputs[0], batch), label_smoothing=smoothing)
+    return objective.loss(outputs, batch)
+
+
+@torch.no_grad()
+def score(module: nn.Module, objective: Objective, samples: Samples) -> float:
+    """Return the metric of a network in eval mode."""
+    meter, device = objective.meter(), next(module.parameters()).device
+    for batch in samples.batches():
+        meter.update([*tensors_in(module(*batch.on(device).copies()))], batch.on(device))
+    return meter.compute()
 
 
 def save(module: nn.Module, path: Path) -> None:
@@ -157,7 +185,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     name: Annotated[str, typer.Argument(help="a registered network, e.g. resnet20 or resnet20{num_classes=100}")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the safetensors file to write")],
-    data: Annotated[str, typer.Option(help="digits, parquet:DIR, imagefolder:DIR, npz:FILE, hub:NAME, file.py:call")],
+    data: Annotated[
+        str, typer.Option(help="digits, scenes, parquet:DIR, imagefolder:DIR, npz:FILE or file.py:callable")
+    ],
     epochs: Annotated[int, typer.Option(min=1)] = Schedule.epochs,
     lr: Annotated[float, typer.Option(min=0.0)] = Schedule.lr,
     batch: Annotated[int, typer.Option(min=2)] = Schedule.batch,
@@ -172,7 +202,7 @@ def main(
     ] = "fp32",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Train NAME on the train samples, write its weights, print its accuracy on the test samples."""
+    """Train NAME on the train samples, write its weights, print the metric on the test samples."""
     try:
         if not output.parent.is_dir():
             raise InputError(f"there is no folder '{output.parent}' to write {output.name} in")
@@ -185,8 +215,12 @@ def main(
             for epoch, loss in enumerate(fit(module, train, schedule, torch.Generator().manual_seed(seed)), start=1):
                 typer.echo(f"epoch {epoch}/{epochs}: loss {loss:.4f}", err=True)
         save(module, output)
-        right = accuracy(module, test)
-        typer.echo(f"{output}: " + ("no test samples" if right is None else f"test accuracy {right:.2%}"))
+        told = "no test samples"
+        if test is not None:
+            objective = _objective(module, train)
+            about = objective.metric.about
+            told = f"test {about.name} {about.text(score(module, objective, test))}"
+        typer.echo(f"{output}: {told}")
     except TdcompileError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from error

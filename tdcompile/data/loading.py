@@ -21,6 +21,7 @@ from tdcompile.data.loaders import read_loader
 from tdcompile.data.network_input import NetworkInput, SampleFields
 from tdcompile.data.readers import DatasetReader
 from tdcompile.data.samples import Loaded, Split
+from tdcompile.data.scenes import read_scenes
 from tdcompile.data.structured import (
     StreamSamples,
     StructuredSamples,
@@ -259,6 +260,7 @@ def _part(made: object, name: str, wanted: NetworkInput, seed: int) -> Part:
 
 _KINDS = {
     "digits": _Kind("digits", "8x8 digits that scikit-learn brings along; no download", read_digits),
+    "scenes": _Kind("scenes", "digits in front of photographs, with a class for each pixel; no download", read_scenes),
     "parquet": _Kind("parquet:DIR", "train*.parquet and test*.parquet, in the Hugging Face image schema", _parquet),
     "imagefolder": _Kind(
         "imagefolder:DIR", "train/ and test/ or val/, a folder of images for each class", read_image_folder
