@@ -26,6 +26,7 @@ from tdcompile.data.task import Task
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.onnx_format import OnnxFormat
 from tdcompile.ir.target import UNLIMITED, AskedPrecision, Budget, Device, Precision, Target
+from tdcompile.planning.plan_file import read_plan
 from tdcompile.recipe_options import Frontend, RecipeOptions, budget_of
 from tdcompile.support.spec import Spec, parse_options, parse_spec, parse_specs
 
@@ -40,6 +41,11 @@ _WITHOUT_EFFECT = {
     *("source", "weights", "input", "example", "plan"),
     *("max_drop", "min_speedup", "eval", "jobs", "metadata", "labels"),
 }
+
+
+# Epochs of tuning that run through the rounding of int8: a fifth, at most one. LSQ (Esser et al. 2020, section 3.1)
+# trains 8-bit networks for one epoch and finds that more do not help.
+_INT8_EPOCHS, _INT8_SHARE = 1.0, 0.2
 
 
 # pydantic's words for values, and the words of a recipe.
@@ -202,11 +208,21 @@ class Recipe(RecipeOptions):
                 raise InputError(f"'{idle[0]}' has no effect beside a plan: leave it out")
             parts += ["calibrate"]
         parts += ["factorize", "recalibrate", "refit"]
-        if self.tune not in (None, "none"):
-            parse_options(self.tune)
-            parts += [f"finetune{{{self.tune}}}"]
-        parts += ["fold-batchnorm", "drop-dead"]
-        return Pipeline(map(self._passed_on, parse_specs(",".join(parts))))
+        tuners: list[Spec] = []
+        if self.tune is not None and self.tune != "none":
+            tuner = Spec(only(Pass, "fine_tunes").name, parse_options(self.tune))
+            tuners = [*_with_int8(tuner)] if self._may_be_int8() else [tuner]
+        steps = [*parse_specs(",".join(parts)), *tuners[:1], *parse_specs("fold-batchnorm,drop-dead"), *tuners[1:]]
+        return Pipeline(map(self._passed_on, steps))
+
+    def _may_be_int8(self) -> bool:
+        """Return whether the compiled network may be in int8; a plan decides if no precision is asked for."""
+        if self.plan is None or ("precision" in self.model_fields_set and self.precision != "auto"):
+            return self.precision in ("int8", "auto")
+        try:
+            return read_plan(self.plan).precision == "int8"
+        except InputError:  # raised again where the plan is used
+            return False
 
     def _adapted(self, steps: list[Spec]) -> list[Spec]:
         """Apply ``tune`` to a pipeline that the user gave, and refuse the options that have no effect beside it.
@@ -233,7 +249,8 @@ class Recipe(RecipeOptions):
             return steps
         trainers = [step for step in steps if kinds[step.name].trains]
         if self.tune == "none":
-            if needed := [step.name for step in trainers if not kinds[step.name].fine_tunes]:
+            optional = [step for step in trainers if kinds[step.name].fine_tunes or kinds[step.name].fine_tunes_int8]
+            if needed := [step.name for step in trainers if step not in optional]:
                 raise InputError(
                     f"tune=none: the pipeline '{self.pipeline}' does not work without its training, '{needed[0]}'"
                 )
@@ -244,7 +261,8 @@ class Recipe(RecipeOptions):
                 f"add {only(Pass, 'fine_tunes').name}{{…}}"
             )
         options = parse_options(self.tune)
-        return [replace(step, options={**step.options, **options}) if step in trainers else step for step in steps]
+        tuned = [step for step in trainers if not kinds[step.name].fine_tunes_int8]
+        return [replace(step, options={**step.options, **options}) if step in tuned else step for step in steps]
 
     def _passed_on(self, step: Spec) -> Spec:
         """Add the grain and the jobs to a step that has these options and does not set them itself."""
@@ -254,6 +272,23 @@ class Recipe(RecipeOptions):
 
     def _is_set(self, name: str) -> bool:
         return bool(getattr(self, name) != Recipe.model_fields[name].default)
+
+
+def _with_int8(tuner: Spec) -> tuple[Spec, Spec]:
+    """Split the epochs of tuning between the pass that fine-tunes and the one that does so through rounding.
+
+    The second gets the options that both have, except its own rate.
+    """
+    options = {key.replace("-", "_"): value for key, value in tuner.options.items()}
+    epochs = float(vars(get(Pass, tuner.name).from_options(options))["epochs"])
+    rounded = min(_INT8_EPOCHS, _INT8_SHARE * epochs)
+    kind = only(Pass, "fine_tunes_int8")
+    shared = {field.name for field in fields(kind)} & options.keys() - {"lr"}
+    common = {key: options[key] for key in options if key in shared}
+    return (
+        replace(tuner, options={**options, "epochs": str(epochs - rounded)}),
+        Spec(kind.name, {**common, "epochs": str(rounded)}),
+    )
 
 
 def _taking(option: str) -> list[type[Pass]]:

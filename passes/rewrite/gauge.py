@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tdcompile.backend.evaluation import filled_batches
+from tdcompile.backend.learned_quantization import LearnedScales
 from tdcompile.core.passes import RewritePass, Rewritten
 from tdcompile.core.plan import RankPlan
 from tdcompile.ir.graph_edits import calls_of, module_at, only_user
@@ -47,7 +48,8 @@ class Gauge(RewritePass):
     between depthwise factors G only scales. Then each channel is scaled to the same largest value. With 8 bits this
     matters where a channel has outliers.
 
-    The pass runs at export, on the compiled network of an int8 plan. It needs training samples.
+    The pass runs at export, on the compiled network of an int8 plan. It needs training samples. A network that was
+    tuned through rounding keeps the basis in which it was tuned.
 
     Attributes:
         samples: upper bound on the training samples that tell the values' moments and ranges.
@@ -61,6 +63,9 @@ class Gauge(RewritePass):
         """Replace the weights of the factors on both sides of each boundary."""
         plan, train = program.facts.get(RankPlan), program.task.train
         if plan is None or plan.precision != "int8" or train is None:
+            return Rewritten(graph)
+        learned = program.facts.get(LearnedScales)
+        if learned is not None and learned.fit(graph):
             return Rewritten(graph)
         found = _boundaries(graph, [name for name, choice in plan.choices.items() if not choice.is_dense])
         if not found:

@@ -7,28 +7,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import fx, nn
+from torch import fx
 
 from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.core.plan import RankPlan
-from tdcompile.data.metric import About
-from tdcompile.data.task import Samples
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.program import Change, Program, sites_of
 from tdcompile.ir.scoring import objective_of
+from tdcompile.passes.tune._distil import RATE, Lesson, split, told_of
 from tdcompile.support.options import Count, NonNegative, Part, Positive, PositiveOrInf
 from tdcompile.training.augment import AugmentOption, resolve_augment
 from tdcompile.training.distillation import (
     Distillation,
     LayerwiseLoss,
     RememberedAnswers,
-    ScoredOutputs,
     excluded_output,
     scored_outputs,
 )
@@ -36,7 +33,6 @@ from tdcompile.training.mixed_precision import Precision
 from tdcompile.training.run_state import Saved, Tuning
 from tdcompile.training.trainer import Settings, Trainer, training_state_of
 
-_RATE = 0.03 / 128  # highest learning rate to try, for each sample of a batch; see ``lr``
 _SHARES = (
     1.0,
     1 / 3,
@@ -45,7 +41,6 @@ _SHARES = (
     1 / 100,
 )  # of the highest rate; a good start needs a far lower one
 _JUDGES = 1024  # held-out samples that compare rates
-_HELDOUT = 5000  # upper bound: more samples do not change which epoch wins
 
 
 @dataclass(frozen=True)
@@ -120,20 +115,18 @@ class Finetune(TunePass):
         if train is None or len(train) < 2:
             reason = "finetune: there are no training samples"
             return Rewritten(graph, [Diagnostic("warning", DiagnosticCode.NO_DATA, reason)], [Tuning()])
-        fit, heldout = self._split(train, program)
+        fit, heldout = split(train, self.holdout, program)
         saved = training_state_of(self, graph, train, program)
         settings = self._settings(program)
         teacher = copy_weights(program.dense if self._watched else lower(program, program.dense))
         scored, left = scored_outputs(program, train, self.others)
-        lesson = _Lesson(teacher, fit, heldout, program, scored)
+        lesson = Lesson(teacher, fit, heldout, program, scored)
         rate, done = self._rate(graph, lesson, settings)
         settings = replace(settings, lr=rate)
         tuning = done or self._trained(graph, lesson, settings, self.name, saved)
-        objective = objective_of(program)
-        about = objective.metric.about if objective else None
         told = [excluded_output(self.name, place, why) for place, why in left.items()]
         return Rewritten(
-            graph, [*told, Change("", self.name, f"{_told(tuning, about)}, rate {settings.lr:.3g}")], [tuning]
+            graph, [*told, Change("", self.name, f"{told_of(tuning, program)}, rate {settings.lr:.3g}")], [tuning]
         )
 
     @property
@@ -141,9 +134,7 @@ class Finetune(TunePass):
         """Whether the loss reads the layers of the dense network."""
         return bool(self.outputs or self.weights)
 
-    def _trained(
-        self, graph: fx.GraphModule, lesson: _Lesson, settings: Settings, purpose: str, saved: Saved
-    ) -> Tuning:
+    def _trained(self, graph: fx.GraphModule, lesson: Lesson, settings: Settings, purpose: str, saved: Saved) -> Tuning:
         program, layers = lesson.program, None
         if self._watched:
             plan = program.facts.get(RankPlan)
@@ -155,7 +146,7 @@ class Finetune(TunePass):
         with layers.watching() if layers else nullcontext():
             return Trainer(graph, loss, lesson.fit, lesson.heldout, settings, program, purpose, saved).run()
 
-    def _rate(self, graph: fx.GraphModule, lesson: _Lesson, settings: Settings) -> tuple[float, Tuning | None]:
+    def _rate(self, graph: fx.GraphModule, lesson: Lesson, settings: Settings) -> tuple[float, Tuning | None]:
         """Return the requested rate, or the one whose short run ends with the least loss.
 
         A short run has its own warm-up and cosine. The best rate of a short run is too low for a long one
@@ -198,15 +189,10 @@ class Finetune(TunePass):
         least = min(ends, key=lambda rate: ends[rate])
         return min(least * math.sqrt(max(self.epochs, 1.0)), max(ends)), None
 
-    def _split(self, train: Samples, program: Program) -> tuple[Samples, Samples | None]:
-        count = min(int(self.holdout * len(train)), _HELDOUT, len(train) - 2)
-        order = torch.randperm(len(train), generator=program.generator(f"{self.name}/holdout")).tolist()
-        return train.subset(order[count:]), train.subset(order[:count]) if count else None
-
     def _settings(self, program: Program) -> Settings:
         return Settings(
             epochs=self.epochs,
-            lr=_RATE * self.batch if self.lr is None else self.lr,
+            lr=RATE * self.batch if self.lr is None else self.lr,
             batch=self.batch,
             momentum=self.momentum,
             warmup=self.warmup,
@@ -217,23 +203,3 @@ class Finetune(TunePass):
             patience=self.patience,
             precision=self.precision,
         )
-
-
-@dataclass(frozen=True)
-class _Lesson:
-    """Settings that all runs of one tuning share."""
-
-    teacher: nn.Module
-    fit: Samples
-    heldout: Samples | None
-    program: Program
-    scored: ScoredOutputs
-
-
-def _told(tuning: Tuning, about: About | None) -> str:
-    best = next((e for e in tuning.curve if e.epoch == tuning.best_epoch), None)
-    kept = f"{tuning.epochs} epochs, epoch {tuning.best_epoch} kept" if best else "every epoch did worse than the start"
-    if best is None or best.heldout_score is None or tuning.start_score is None or about is None:
-        return kept
-    before, after = about.text(tuning.start_score), about.text(best.heldout_score)
-    return f"{kept}, held-out {about.name} {before} before and {after} after"

@@ -186,6 +186,17 @@ class Tuned(_Part):
     kept_epoch: int
     rate: float | None
     seconds: float
+    heldout_before: float | None = None
+    """The metric on the held-out samples before the first epoch; null without targets."""
+    heldout_after: float | None = None
+    """The metric on the held-out samples, of the epoch that was kept."""
+
+
+class TunedInt8(Tuned):
+    """How tuning through the rounding of int8 went."""
+
+    scales: int
+    """Number of activations whose scales were trained."""
 
 
 class Onnx(_Part):
@@ -296,6 +307,8 @@ class Report(_Part):
     iterations: tuple[Iteration, ...] = ()
     tuning: Tuned | None = None
     tuning_curve: tuple[Epoch, ...] = ()
+    tuning_int8: TunedInt8 | None = None
+    """The epochs after those of ``tuning`` that ran through the rounding of int8; null without such epochs."""
     seconds: dict[str, float]
     """Of each pass, and ``total``; a resumed compilation sums its runs."""
     peak_memory_mb: float

@@ -26,6 +26,7 @@ from tdcompile.artifact.report import (
     ReportedMetric,
     Synthetic,
     Tuned,
+    TunedInt8,
 )
 from tdcompile.artifact.report import Reason as ReportedReason
 from tdcompile.artifact.report import Variant as ReportedVariant
@@ -33,6 +34,7 @@ from tdcompile.backend.environment import environment, peak_memory_mb
 from tdcompile.backend.evaluation import Evaluation
 from tdcompile.backend.export_and_measure import MeasuredNetwork, Outcome, Part, parts_of
 from tdcompile.backend.fake_parity import FakeParity
+from tdcompile.backend.learned_quantization import LearnedScales
 from tdcompile.backend.parity import Parity
 from tdcompile.backend.quality_drop import Drop, judged, quality_drop
 from tdcompile.core.plan import DENSE, Candidate, RankPlan
@@ -43,7 +45,7 @@ from tdcompile.ir.program import Change, Program, sites_of
 from tdcompile.ir.scoring import objective_of
 from tdcompile.ir.target import LATENCY_TOLERANCE, LIMITED, Cost
 from tdcompile.support.allowed_drop import AllowedDrop
-from tdcompile.training.run_state import Tuning
+from tdcompile.training.run_state import Int8Tuning, Tuning
 
 # Allowed excess of counted figures, which are exact except for rounding.
 ROUNDING = 1e-3
@@ -120,13 +122,12 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
             )
             for number, entry in enumerate(rehearsal.rounds if rehearsal else (), start=1)
         ),
-        tuning=Tuned(epochs=tuning.epochs, kept_epoch=tuning.best_epoch, rate=tuning.rate, seconds=tuning.seconds)
-        if tuning and tuning.epochs
-        else None,
+        tuning=Tuned(**_tuned(tuning)) if tuning and tuning.epochs else None,
         tuning_curve=tuple(
             Epoch(epoch=e.epoch, train_loss=e.train_loss, heldout_score=e.heldout_score)
             for e in (tuning.curve if tuning else ())
         ),
+        tuning_int8=_tuned_int8(program),
         seconds={**run.seconds, "total": run.total},
         peak_memory_mb=max(run.peak_memory_mb, peak_memory_mb()),
         environment=environment(program.target),
@@ -140,6 +141,25 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
         ),
         notes=tuple(_notes(program, outcome)),
     )
+
+
+def _tuned(tuning: Tuning) -> dict[str, Any]:
+    kept = next((epoch for epoch in tuning.curve if epoch.epoch == tuning.best_epoch), None)
+    return {
+        "epochs": tuning.epochs,
+        "kept_epoch": tuning.best_epoch,
+        "rate": tuning.rate,
+        "seconds": tuning.seconds,
+        "heldout_before": tuning.start_score,
+        "heldout_after": tuning.start_score if kept is None else kept.heldout_score,
+    }
+
+
+def _tuned_int8(program: Program) -> TunedInt8 | None:
+    tuning, learned = program.facts.get(Int8Tuning), program.facts.get(LearnedScales)
+    if tuning is None or learned is None or not tuning.epochs:
+        return None
+    return TunedInt8(**_tuned(tuning), scales=len(learned.scales))
 
 
 def _figures(network: MeasuredNetwork) -> dict[str, Any]:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from tdcompile.backend.deployment import held_out_batches, sample_activations, write_deployed
-from tdcompile.backend.evaluation import Evaluation, evaluate, filled_batches
+from tdcompile.backend.compiled_int8 import compiled_int8, is_of, judged_inputs
+from tdcompile.backend.deployment import sample_activations, write_deployed
+from tdcompile.backend.evaluation import Evaluation, evaluate
 from tdcompile.backend.export import Exported, rewrite_metadata
 from tdcompile.backend.fake_parity import FakeParity, check_fake_quantized
 from tdcompile.backend.fake_quantization import UnmatchedError, fake_quantized
+from tdcompile.backend.learned_quantization import LearnedScales
 from tdcompile.backend.lowering import lower, timing_inputs
 from tdcompile.backend.parity import Parity
 from tdcompile.backend.profile import LayerTimes, confirmed_slower, layer_seconds
@@ -25,25 +25,19 @@ from tdcompile.backend.quantize import Quantized
 from tdcompile.backend.quantized_parity import QuantizedParity, check_quantized
 from tdcompile.backend.sensitive_layers import (
     NOISE_SAMPLES,
-    SLOWER,
     WORST,
     TensorNoise,
-    Trial,
-    back_to_float,
-    suspects,
     tensor_noise,
 )
 from tdcompile.backend.session import Timing, time_models
 from tdcompile.backend.verified_export import DenseModel, export_verified
 from tdcompile.core.plan import RankPlan
-from tdcompile.errors import ParityError
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode, Reason
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program, Site, parameters_of, sites_of
-from tdcompile.ir.target import LATENCY_TOLERANCE, Precision
+from tdcompile.ir.target import Precision
 
-_CHECKED = 64  # samples on which an int8 model is compared with its own rounded floats
 _COMPARED = 4  # samples whose every rounded value is compared with the fake-quantised graph's
 
 
@@ -146,7 +140,9 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
     variants = _variants(program, (dense_graph, compiled_graph), verified, precision, folder, seconds)
     by_kind = {(one.network, one.precision): one for one in variants}
     dense_model, deployed = by_kind["dense", "fp32"], by_kind["compiled", precision]
-    verified[1] = replace(verified[1][0], path=deployed.path, bytes=deployed.bytes), verified[1][1]
+    exported, notes = verified[1][0], _unused(program, compiled_graph, precision)
+    exported = replace(exported, path=deployed.path, bytes=deployed.bytes, notes=(*exported.notes, *notes))
+    verified[1] = exported, verified[1][1]
     reference = by_kind["dense", precision].path
     own = (dense_model.path, reference, deployed.path)
     times, slower = _layer_times(program, own, plan) if plan else (({}, {}), {})
@@ -193,7 +189,7 @@ def _variants(
         ]
         for network, source, name in others:
             if network == "compiled" and precision == "int8":
-                written.append(_compiled_int8(program, source, folder / name, paths[0]))
+                written.append(compiled_int8(program, graphs[1], source, folder / name, paths[0]))
             else:
                 seen = sample_activations(program, source) if precision == "int8" else None
                 written.append(write_deployed(program, source, folder / name, precision, seen))
@@ -205,7 +201,7 @@ def _variants(
     scores = [None if one is None else one.compiled_score for one in found]
     scores[0] = None if found[1] is None else found[1].dense_score
     rounding = [
-        None if one is None else check_quantized(path, paths[place - 2], _judged(program), program.target)
+        None if one is None else check_quantized(path, paths[place - 2], judged_inputs(program), program.target)
         for place, (path, one) in enumerate(zip(paths, written, strict=True))
     ]
     worst = [() if one is None else _worst(program, one, paths[at - 2]) for at, one in enumerate(written)]
@@ -217,73 +213,28 @@ def _variants(
     return [Variant(*kind, *others) for kind, *others in columns]
 
 
-def _compiled_int8(program: Program, source: Path, path: Path, dense: Path) -> Quantized:
-    """Write the compiled network in int8, and let layers go back to float if the quantisation error falls enough.
-
-    The samples that judge are neither test samples nor, if there are enough, those that gave the ranges. The latency
-    budget must hold as measured; without one, the model may become slower by ``SLOWER``.
-    """
-    seen = sample_activations(program, source)
-    first = write_deployed(program, source, path, "int8", seen)
-    plan = program.facts.get(RankPlan)
-    assert first is not None  # int8 is quantised
-    if plan is None:
-        return first
-    share, tolerated = program.budget.latency, 1 + LATENCY_TOLERANCE
-    judges, known = list(held_out_batches(program, _CHECKED)), {}
-    noises = tensor_noise(path, source, judges[: max(1, NOISE_SAMPLES // max(1, len(judges[0][0])))])
-    layers = [name for name in plan.choices if name not in program.keep_fp32]
-
-    def judge(model: Quantized) -> Trial:
-        if model.path not in known:
-            timings = time_models([dense, path, model.path], timing_inputs(program), program.target, seconds=1.0)
-            first_speed, own = timings[1].speedup.value, timings[2].speedup.value
-            fast = own * (1 + SLOWER) >= first_speed if share is None else 1 / own <= share * tolerated
-            try:
-                error = check_quantized(model.path, source, judges, program.target).error
-            except ParityError:  # ``measure`` raises it again if it is the model to keep
-                error = math.inf
-            known[model.path] = Trial(error, fast)
-        return known[model.path]
-
-    with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
-
-        def write(floats: frozenset[str]) -> Quantized:
-            made = Path(folder) / f"{'+'.join(sorted(floats))}.onnx"
-            trial = write_deployed(program, source, made, "int8", seen, floats)
-            assert trial is not None  # int8 is quantised
-            return trial
-
-        _, reasons = back_to_float(first, suspects(noises, source, layers), write, judge)
-    if not reasons:
-        return first
-    final = write_deployed(program, source, path, "int8", seen, reasons)
-    assert final is not None  # int8 is quantised
-    owners = {name: next((layer for layer in reasons if _is_of(name, layer)), "") for name in final.floats}
-    return replace(final, floats={name: reasons.get(owners[name], why) for name, why in final.floats.items()})
+def _unused(program: Program, graph: fx.GraphModule, precision: Precision) -> list[Diagnostic]:
+    """Return a note if the network was tuned through rounding and its weights have changed since."""
+    learned = program.facts.get(LearnedScales)
+    if precision != "int8" or learned is None or not learned.scales or learned.fit(graph):
+        return []
+    why = "the weights have changed since they were tuned through rounding, so the learned scales are not used"
+    return [Diagnostic("warning", DiagnosticCode.NOT_TUNED_INT8, why)]
 
 
 def _worst(program: Program, made: Quantized, source: Path) -> tuple[TensorNoise, ...]:
-    batches = list(itertools.islice(_judged(program), 1 if not program.dynamic_batch else NOISE_SAMPLES // 8))
+    batches = list(itertools.islice(judged_inputs(program), 1 if not program.dynamic_batch else NOISE_SAMPLES // 8))
     return tuple(tensor_noise(made.path, source, batches)[:WORST])
 
 
 def _fake_parity(program: Program, graph: fx.GraphModule, model: Path, quantized: Quantized) -> FakeParity | str:
     """Compare an int8 model with its graph under fake quantisation; return the reason if there is no such graph."""
-    inputs = next(_judged(program, _COMPARED))
+    inputs = next(judged_inputs(program, _COMPARED))
     try:
         rounded = fake_quantized(graph, model, quantized, inputs)
     except UnmatchedError as error:
         return str(error)
     return check_fake_quantized(rounded, quantized.path, inputs)
-
-
-def _judged(program: Program, size: int = _CHECKED // 8) -> Iterator[tuple[Tensor, ...]]:
-    """Yield inputs of test or held-out samples, else of training samples, in batches of a size."""
-    samples = program.task.judges or program.task.train
-    assert samples is not None  # int8 needs samples
-    for batch, _ in filled_batches(samples, program, size, min(_CHECKED, len(samples))):
-        yield batch.inputs
 
 
 def _layer_times(
@@ -321,11 +272,7 @@ def _evaluations(program: Program, paths: Sequence[Path]) -> list[Evaluation | N
 
 def parts_of(parts: Mapping[str, Part], name: str) -> list[Part]:
     """Return the parts of one layer of the dense network: the layer, or the modules that replace it."""
-    return [part for own, part in parts.items() if _is_of(own, name)]
-
-
-def _is_of(own: str, name: str) -> bool:
-    return own == name or own.startswith(f"{name}.")
+    return [part for own, part in parts.items() if is_of(own, name)]
 
 
 def _at_rows_of(dense: Part, part: Part) -> Part:
@@ -348,7 +295,7 @@ def _compiled_parts(program: Program, graph: fx.GraphModule, before: Mapping[str
     """
     known, plan = _parts(sites_of(graph, program.inputs)), program.facts.get(RankPlan)
     for name, dense in before.items():
-        known |= {own: _at_rows_of(dense, part) for own, part in known.items() if _is_of(own, name)}
+        known |= {own: _at_rows_of(dense, part) for own, part in known.items() if is_of(own, name)}
     found: dict[str, Part] = {}
     for name, choice in (plan.choices if plan else {}).items():
         if not choice.is_dense and not parts_of(known, name):

@@ -109,7 +109,7 @@ class _Forced(fx.Interpreter):
         if not isinstance(part, FakeQuantize) or part.tensor not in self._rounded:
             return value
         theirs = torch.from_numpy(self._rounded[part.tensor]).reshape(value.shape)
-        scale, zero = float(part.scale), int(part.zero)
+        scale, zero = float(part.scale.detach()), int(part.zero)
         unrounded = (args[0].double() / scale).clamp(part.low - zero, part.high - zero)
         steps = (unrounded - theirs.double() / scale).abs()
         apart = (value.double() - theirs.double()) / scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 from torch.export import Dim
 
-from tdcompile.backend.quantize import Quantized, rounded_weights
+from tdcompile.backend.quantize import Quantized, Scales, rounded_weights
 from tdcompile.backend.session import infer, open_session
 from tdcompile.errors import TdcompileError
 from tdcompile.ir.modules import evaluating, separate_attention
@@ -62,12 +62,20 @@ class FakeQuantize(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Rounding:
+class Rounding:
     """Where the value of a graph's node is rounded, by which tensor's scale, and for which users; None for all."""
 
     node: str
     tensor: str
     users: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Roundings:
+    """All places where a graph is rounded; ``by_operator`` if they exist only after ``by_operator(graph, …)``."""
+
+    places: tuple[Rounding, ...]
+    by_operator: bool
 
 
 def fake_quantized(
@@ -87,23 +95,35 @@ def fake_quantized(
     Raises:
         UnmatchedError: the graph has no such value or weight; the message names it.
     """
+    copied = _with_rounded_weights(graph, onnx.load(model), onnx.load(quantized.path))
+    found = roundings(graph, model, quantized, inputs)
+    copied = by_operator(copied, inputs) if found.by_operator else copied
+    signed = quantized.form.symmetric
+    insert(copied, found.places, lambda tensor: FakeQuantize(tensor, *quantized.scales[tensor], signed))
+    return copied
+
+
+def roundings(graph: fx.GraphModule, model: Path, quantized: Quantized, inputs: Sequence[Tensor]) -> Roundings:
+    """Return where a graph has the values that an int8 model rounds; see ``fake_quantized``.
+
+    Raises:
+        UnmatchedError: the graph has no such value; the message names it.
+    """
     proto = onnx.load(model)
     ends = {name: _ends(proto, name) for name in quantized.scales}
     known = _values(proto, {*quantized.scales, *(end for each in ends.values() for end in each)}, inputs)
-    sought = _Sought(known, ends, quantized.scales, _redundant(proto, quantized))
-    copied = _with_rounded_weights(graph, proto, onnx.load(quantized.path))
+    sought = _Sought(known, ends, quantized.scales, equal_roundings(proto, quantized.scales))
     found, missing = _matched(graph, sought, inputs)
-    if missing:
-        graph, copied = _by_operator(graph, inputs), _by_operator(copied, inputs)
-        found, missing = _matched(graph, sought, inputs)
+    inside = bool(missing)
+    if inside:
+        found, missing = _matched(by_operator(graph, inputs), sought, inputs)
     if missing:
         place = next((node.name for node in proto.graph.node if missing[0] in node.output), missing[0])
         raise UnmatchedError(
             f"the value of '{place}' ({missing[0]}) is rounded to int8 in the ONNX model and has no counterpart in the "
             "PyTorch graph"
         )
-    _insert(copied, found, quantized)
-    return copied
+    return Roundings(tuple(found), inside)
 
 
 @dataclass(frozen=True)
@@ -154,15 +174,15 @@ def _ends(proto: onnx.ModelProto, name: str) -> list[str]:
     return found
 
 
-def _redundant(proto: onnx.ModelProto, quantized: Quantized) -> set[str]:
-    """Return the values whose rounding changes nothing, because their inputs are rounded to the same steps."""
-    scales, stored = quantized.scales, {weight.name for weight in proto.graph.initializer}
-    found = set()
+def equal_roundings(proto: onnx.ModelProto, scales: Scales) -> dict[str, list[str]]:
+    """Return the values whose rounding changes nothing, and the inputs, which are rounded to the same steps before."""
+    stored = {weight.name for weight in proto.graph.initializer}
+    found = {}
     for node in proto.graph.node:
         own = scales.get(node.output[0]) if node.output else None
         given = [name for name in node.input[: None if node.op_type == "Concat" else 1] if name not in stored]
         if own and node.op_type in _EXACT and given and all(scales.get(name) == own for name in given):
-            found.add(node.output[0])
+            found[node.output[0]] = given
     return found
 
 
@@ -206,7 +226,7 @@ def _places(
     return watched.found
 
 
-def _matched(graph: fx.GraphModule, sought: _Sought, inputs: Sequence[Tensor]) -> tuple[list[_Rounding], list[str]]:
+def _matched(graph: fx.GraphModule, sought: _Sought, inputs: Sequence[Tensor]) -> tuple[list[Rounding], list[str]]:
     """Return the nodes to round, and the values without a node.
 
     A value may belong to several nodes, such as those before and after a dropout: rounding twice changes nothing. If
@@ -223,9 +243,9 @@ def _matched(graph: fx.GraphModule, sought: _Sought, inputs: Sequence[Tensor]) -
     missing = alike.pop((), [])
     for alternatives, names in alike.items():
         if len({sought.scales[name] for name in names}) == 1:
-            found += [_Rounding(node, names[0]) for node in alternatives]
+            found += [Rounding(node, names[0]) for node in alternatives]
         else:
-            found += [_Rounding(node, name) for node, name in zip(alternatives, names, strict=False)]
+            found += [Rounding(node, name) for node, name in zip(alternatives, names, strict=False)]
             missing += names[len(alternatives) :]
     missing = [name for name in missing if name not in sought.redundant]
     if missing:
@@ -237,7 +257,7 @@ def _matched(graph: fx.GraphModule, sought: _Sought, inputs: Sequence[Tensor]) -
 
 def _matched_users(
     graph: fx.GraphModule, sought: _Sought, names: Sequence[str], inputs: Sequence[Tensor]
-) -> list[_Rounding]:
+) -> list[Rounding]:
     wanted = {*names, *(end for name in names for end in sought.ends[name])}
     values = {name: value for name, value in sought.values.items() if name in wanted}
     places, nodes = _places(graph, values, inputs, shaped=False), {node.name: node for node in graph.graph.nodes}
@@ -246,11 +266,11 @@ def _matched_users(
         ends = {place for end in sought.ends[name] for place in places[end]}
         for place in places[name]:
             users = frozenset(user.name for user in nodes[place].users if user.name in ends)
-            found += [_Rounding(place, name, users)] if users else []
+            found += [Rounding(place, name, users)] if users else []
     return found
 
 
-def _by_operator(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
+def by_operator(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     """Return the graph with its modules traced into, for any number of samples where they allow it."""
     samples = len(inputs[0])
     shapes = tuple({0: Dim.AUTO} if len(x) == samples else None for x in inputs)
@@ -284,10 +304,10 @@ def _with_rounded_weights(graph: fx.GraphModule, floats: onnx.ModelProto, rounde
         if name not in before:
             continue
         original = torch.from_numpy(numpy_helper.to_array(before[name]).copy())
-        places = [name] if name in own and _oriented(originals[name], original, original) is not None else list(own)
+        places = [name] if name in own and oriented(originals[name], original, original) is not None else list(own)
         done = False
         for place in places:
-            made = _oriented(originals[place], original, torch.from_numpy(value))
+            made = oriented(originals[place], original, torch.from_numpy(value))
             if made is not None:
                 own[place].data.copy_(made)
                 done = True
@@ -308,7 +328,7 @@ def _changed_floats(floats: onnx.ModelProto, rounded: onnx.ModelProto) -> Iterat
             yield weight.name, value.copy()
 
 
-def _oriented(own: Tensor, original: Tensor, value: Tensor) -> Tensor | None:
+def oriented(own: Tensor, original: Tensor, value: Tensor) -> Tensor | None:
     """Return the value in the shape of a parameter, if the original is that parameter or its transpose; else None."""
     if own.shape == original.shape and torch.equal(own, original):
         return value
@@ -319,14 +339,13 @@ def _oriented(own: Tensor, original: Tensor, value: Tensor) -> Tensor | None:
     return None
 
 
-def _insert(graph: fx.GraphModule, found: Sequence[_Rounding], quantized: Quantized) -> None:
+def insert(graph: fx.GraphModule, found: Sequence[Rounding], make: Callable[[str], nn.Module]) -> None:
+    """Round the values of a graph in place, each by the module that ``make`` returns for its tensor."""
     nodes = {node.name: node for node in graph.graph.nodes}
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
     for place, each in enumerate(found):
-        node = nodes[each.node]
-        scale, zero = quantized.scales[each.tensor]
-        module = _PLACE.format(place)
-        graph.add_submodule(module, FakeQuantize(each.tensor, scale, zero, quantized.form.symmetric))
+        node, module = nodes[each.node], _PLACE.format(place)
+        graph.add_submodule(module, make(each.tensor))
         with graph.graph.inserting_after(last if node.op == "placeholder" else node):
             made = graph.graph.call_module(module, (node,))
         for user in [user for user in node.users if user is not made]:

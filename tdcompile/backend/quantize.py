@@ -18,14 +18,15 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from tdcompile.backend.pair_bound import pair_overrides
 from tdcompile.backend.quantized_form import QuantizedForm
+from tdcompile.backend.weight_scales import weight_overrides
 from tdcompile.errors import InputError
 from tdcompile.ir.onnx_format import check_int8_opset
 from tdcompile.support.quiet import captured_output
 
 Ranges = Mapping[str, tuple[float, float]]  # least and largest value of each activation, by its name
 Overrides = Mapping[str, Sequence[Mapping[str, Any]]]  # ``TensorQuantOverrides`` of onnxruntime.quantization
+Scales = Mapping[str, tuple[float, int]]  # scale and zero point of each activation, by its name
 
 # Operators whose weights are quantised. ConvTranspose, recurrent layers and normalisations have no integer kernel.
 WEIGHTED = ("Conv", "Gemm", "MatMul")
@@ -59,7 +60,7 @@ class Quantized:
     path: Path
     bytes: int
     form: QuantizedForm
-    scales: Mapping[str, tuple[float, int]]
+    scales: Scales
     floats: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -80,7 +81,7 @@ def write_quantized(
         ranges: see ``activation_ranges``; None takes -1 to 1 for all, which is enough to measure latency.
         form: the target family.
         keep: modules that stay float, with all modules in them.
-        overrides: scales and zero points of one's own, by tensor.
+        overrides: scales and zero points of one's own, by tensor; see ``exact_overrides``.
 
     Raises:
         InputError: the model is quantised already, its opset is too low, its weights exceed one file, or a range is
@@ -123,12 +124,37 @@ def quantized_model(
         nodes_to_quantize=nodes,
         nodes_to_exclude=[],
         op_types_to_quantize=[*WEIGHTED, *_CARRIED, *_MOVED],
-        extra_options=form.options({**(pair_overrides(proto, nodes) if form.reduced else {}), **(overrides or {})}),
+        extra_options=form.options({**_pair_overrides(proto, nodes, form), **(overrides or {})}),
     )
     with captured_output():
         quantizer.quantize_model()
     _keep_floats(quantizer.model.model)
     return quantizer.model.model, floats
+
+
+def exact_overrides(model: Path, scales: Scales, form: QuantizedForm) -> Overrides:
+    """Return overrides that give activations these scales, and weights those of ``channel_scales``.
+
+    Args:
+        model: the float model.
+        scales: of the activations.
+        form: the target family.
+    """
+    proto, kind = onnx.load(model), np.int8 if form.symmetric else np.uint8
+    nodes = [node.name for node in proto.graph.node if node.op_type in WEIGHTED]
+    activations = {
+        name: [{"scale": np.array(scale, np.float32), "zero_point": np.array(zero, kind)}]
+        for name, (scale, zero) in scales.items()
+    }
+    return {**weight_overrides(proto, nodes, reduced=form.reduced), **activations}
+
+
+def _pair_overrides(proto: onnx.ModelProto, nodes: Collection[str], form: QuantizedForm) -> Overrides:
+    """Return the scales of weights that onnxruntime would not choose itself, so that no pair of products saturates."""
+    if not form.reduced:
+        return {}
+    plain, bound = (weight_overrides(proto, nodes, reduced=reduced) for reduced in (False, True))
+    return {name: bound[name] for name in bound if bound[name] != plain[name]}
 
 
 def activation_ranges(model: Path, batches: Iterable[Sequence[NDArray[Any]]]) -> Ranges:
@@ -308,16 +334,23 @@ def _scales(proto: onnx.ModelProto) -> dict[str, tuple[float, int]]:
 
 
 def rounded_weights(proto: onnx.ModelProto) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yield the float name and the rounded values of every tensor that an int8 model stores in integers."""
+    """Yield the float name and the rounded values of every tensor that an int8 model rounds when it is written.
+
+    TensorRT's form stores weights in floats and rounds them in the graph.
+    """
     stored = {weight.name: weight for weight in proto.graph.initializer}
     for node in proto.graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[0] not in stored:
+        if node.op_type not in ("DequantizeLinear", "QuantizeLinear") or node.input[0] not in stored:
             continue
-        integers, scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input[:3])
+        values, scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input[:3])
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-        shape = [-1 if place == axis and scale.size > 1 else 1 for place in range(integers.ndim)]
-        steps = (integers.astype(np.int64) - zero.astype(np.int64).reshape(shape)).astype(np.float32)
-        yield node.input[0].removesuffix("_quantized"), steps * scale.astype(np.float32).reshape(shape)
+        shape = [-1 if place == axis and scale.size > 1 else 1 for place in range(values.ndim)]
+        scale, zero = scale.astype(np.float32).reshape(shape), zero.astype(np.int64).reshape(shape)
+        if node.op_type == "DequantizeLinear":
+            steps = (values.astype(np.int64) - zero).astype(np.float32)
+        else:  # weights have 8 bits and the zero point 0
+            steps = np.rint(values / scale).clip(-128, 127)
+        yield node.input[0].removesuffix("_quantized"), steps * scale
 
 
 def float_inputs(proto: onnx.ModelProto) -> list[str]:

@@ -23,7 +23,7 @@ class QuantizedForm:
         family: ``x64`` has VNNI; ``x64-reduced`` has not, and adds two products in 16 bits; ``arm64``; ``tensorrt``.
         symmetric: activations are signed with zero point 0, else unsigned with any zero point. Signed activations leave
             ReLU and residual blocks in float on x64.
-        reduced: rows of weights get a larger scale where the sum of two products would saturate; see ``pair_bound``.
+        reduced: rows of weights get a larger scale where the sum of two products would saturate; see ``weight_scales``.
     """
 
     family: Family

@@ -38,6 +38,8 @@ class Pass(Plugin):
             deleted once the result of the pass is saved.
         fine_tunes: the option ``tune`` of recipes and studies sets the options of this pass. A pipeline works without
             the pass, only less accurately.
+        fine_tunes_int8: the pass trains through the rounding of int8. A recipe that tunes for int8 ends with it, and
+            gives it a part of the epochs.
         takes: options of a recipe that the pass applies, by name, and the pass's own option for each.
     """
 
@@ -48,6 +50,7 @@ class Pass(Plugin):
     trains: ClassVar[bool] = False
     resumable: ClassVar[bool] = False
     fine_tunes: ClassVar[bool] = False
+    fine_tunes_int8: ClassVar[bool] = False
     takes: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod

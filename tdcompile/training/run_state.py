@@ -54,6 +54,11 @@ class Tuning(Fact):
 
 
 @dataclass(frozen=True)
+class Int8Tuning(Tuning):
+    """The figures of a training run through the rounding of int8."""
+
+
+@dataclass(frozen=True)
 class Saved:
     """The state of a training run on disk; only a run with the same key resumes from it.
 

@@ -1,4 +1,4 @@
-"""Weight scales for processors without VNNI, whose kernels add two products of bytes in 16 bits."""
+"""Scales of weights, for each output channel; smaller ranges where kernels add two products of bytes in 16 bits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ Array = NDArray[Any]
 # 255 · (|w₁| + |w₂|) ≤ 32,767 for two weights of one sign; two of opposite signs cannot leave 16 bits.
 PAIR = 128
 _LARGEST = 127
+_TINY = np.finfo(np.float32).tiny
 _GROWTH = 1.005  # of a scale whose rounded weights still break the bound
 
 
-def pair_overrides(proto: onnx.ModelProto, nodes: Collection[str]) -> dict[str, Sequence[dict[str, Any]]]:
-    """Return ``TensorQuantOverrides`` for weights of which a row breaks the bound; other rows keep their scale.
-
-    vpmaddubsw adds the products of neighbours along the summed axis. Convolutions sum over channels, then taps, or the
-    other way round, by the kernel that onnxruntime takes; a row must keep the bound in both orders.
+def weight_overrides(
+    proto: onnx.ModelProto, nodes: Collection[str], *, reduced: bool
+) -> dict[str, Sequence[dict[str, Any]]]:
+    """Return ``TensorQuantOverrides`` that give weights the scales of ``channel_scales``.
 
     Args:
         proto: a float model.
         nodes: names of the nodes that are quantised.
+        reduced: see ``channel_scales``.
     """
     stored = {weight.name: weight for weight in proto.graph.initializer}
     found: dict[str, Sequence[dict[str, Any]]] = {}
@@ -37,12 +38,10 @@ def pair_overrides(proto: onnx.ModelProto, nodes: Collection[str]) -> dict[str, 
         axis = _axis(node, weight.ndim)
         if axis is None:
             continue
-        plain, scales = _scales(np.moveaxis(weight, axis, 0))
-        if (scales != plain).any():
-            found[node.input[1]] = [
-                {"axis": axis, "scale": np.array(scale, np.float32), "zero_point": np.array(0, np.int8)}
-                for scale in scales
-            ]
+        found[node.input[1]] = [
+            {"axis": axis, "scale": np.array(scale, np.float32), "zero_point": np.array(0, np.int8)}
+            for scale in channel_scales(np.moveaxis(weight, axis, 0), reduced=reduced)
+        ]
     return found
 
 
@@ -56,17 +55,25 @@ def _axis(node: onnx.NodeProto, axes: int) -> int | None:
     return axes - 1 if node.op_type == "MatMul" and axes > 1 else None
 
 
-def _scales(rows: Array) -> tuple[Array, Array]:
-    """Return the scale of each row by its largest weight, and the smallest found that keeps the bound."""
-    largest = np.abs(rows).reshape(len(rows), -1).max(1, initial=0.0)
-    plain = np.where(largest > 0, largest / _LARGEST, 1.0).astype(np.float32)
-    scales = plain.copy()
-    while True:
+def channel_scales(rows: Array, *, reduced: bool) -> Array:
+    """Return the scale of each row, ``(rows,)``: by its largest weight, or the smallest found that keeps the bound.
+
+    vpmaddubsw adds the products of neighbours along the summed axis. Convolutions sum over channels, then taps, or the
+    other way round, by the kernel that onnxruntime takes; a row must keep the bound in both orders.
+
+    Args:
+        rows: weights, output channels first, in float32.
+        reduced: keep the bound on pairs; rows that break it get a larger scale.
+    """
+    largest = np.abs(rows).reshape(len(rows), -1).max(1, initial=0.0) / np.float32(_LARGEST)
+    scales = np.where(largest >= _TINY, largest, np.float32(1.0)).astype(np.float32)  # a dead channel has any scale
+    while reduced:
         worst = _worst_pairs(rows, scales)
         broken = worst > PAIR
         if not broken.any():
-            return plain, scales
+            break
         scales[broken] *= np.maximum(worst[broken] / (PAIR + 1), _GROWTH)
+    return scales
 
 
 def _worst_pairs(rows: Array, scales: Array) -> Array:
