@@ -18,7 +18,6 @@ from tdcompile.studies.experiment import COMPRESSIONS, METHODS, Grid, run
 from tdcompile.studies.findings import Cell, Failure, level_name, notes, tables
 from tdcompile.studies.ledger import NAME
 from tdcompile.support.folder_lock import only_writer
-from tdcompile.support.formatting import percent
 from tdcompile.support.spec import split
 
 log = logging.getLogger("tdcompile")
@@ -32,7 +31,7 @@ def grid_of(recipe: Recipe, methods: str | None, compressions: str | None, layer
     """
     source_of(recipe)
     if recipe.data is None or is_synthetic(recipe.data):
-        raise InputError("a study measures accuracy and averages over training samples: give real ones by --data")
+        raise InputError("a study measures a metric and averages over training samples: give --data with real ones")
     return Grid(
         methods=tuple(split(methods)) if methods is not None else METHODS,
         compressions=_shares(compressions) if compressions is not None else COMPRESSIONS,
@@ -102,8 +101,12 @@ def _line(outcome: Cell | Failure) -> str:
     where = f"{outcome.layer} {outcome.method}, {level_name(outcome.compression)}, seed {outcome.seed}"
     if isinstance(outcome, Failure):
         return f"{where}: {outcome.reason}"
-    after = "" if outcome.accuracy_after is None else f" → {percent(outcome.accuracy_after)}"
-    return f"{where}: {percent(outcome.accuracy_before)}{after}, {outcome.seconds:.1f} s"
+    after = "" if outcome.score_after is None else f" → {_short(outcome.score_after)}"
+    return f"{where}: {_short(outcome.score_before)}{after}, {outcome.seconds:.1f} s"
+
+
+def _short(score: float) -> str:
+    return f"{score:.4g}"
 
 
 def _how_to_go_on(out: Path, output: Output) -> str:

@@ -241,7 +241,8 @@ class TorchMeter:
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"the metric {type(self._metric).__name__} gives {shape}; one number is needed")
-        return float(value)
+        # Without the digits that fp32 does not have, 77 right of 100 are 0.77, and a drop of one point is one point.
+        return float(value) if value.dtype is torch.float64 else float(f"{float(value):.7g}")
 
 
 class FunctionMeter:

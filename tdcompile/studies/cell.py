@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from tdcompile.core.decomposition import Decomposition, reading
 from tdcompile.core.pipeline import fine_tuner
 from tdcompile.core.registry import make
-from tdcompile.data.metrics import accuracy
+from tdcompile.data.metric import About
 from tdcompile.data.task import Batch, Task
 from tdcompile.errors import FixedAxisError, InputError, TdcompileError, UnavailableError
 from tdcompile.frontend.select import Frontend
@@ -23,6 +23,7 @@ from tdcompile.frontend.tracing import trace
 from tdcompile.ir.graph_edits import copy_graph, copy_weights, replace_module
 from tdcompile.ir.layer import Ranks
 from tdcompile.ir.program import Program, sites
+from tdcompile.ir.scoring import network_score, objective_of
 from tdcompile.ir.target import Target
 from tdcompile.numerics.covariance import Identity
 from tdcompile.planning.approximation_error import feature_errors, weight_errors
@@ -70,7 +71,7 @@ class _Compressed:
     ranks: Ranks
     approximation: Tensor
     graph: fx.GraphModule
-    accuracy: float
+    score: float
 
 
 class Bench:
@@ -82,13 +83,13 @@ class Bench:
         target: the device that runs the network.
 
     Raises:
-        InputError: there is no training data or no labelled test data, the network fixes its batch size, or an option
-            does not fit.
+        InputError: there is no training data or no test data with targets, the network fixes its batch size, or an
+            option does not fit.
     """
 
     def __init__(self, subject: Subject, tune: str, target: Target) -> None:
-        self.task = _labelled(subject.task)
-        self.program: Program = _placed(_traced(subject), target).with_(task=self.task)
+        self.task = _sampled(subject.task)
+        self.program: Program = _tested(_placed(_traced(subject), target).with_(task=self.task))
         self.sites = sites(self.program)
         self.tuning = None if tune == "none" else fine_tuner(tune)
         self._last: _Compressed | None = None
@@ -99,9 +100,16 @@ class Bench:
         return "none" if self.tuning is None else str(self.tuning.spec())
 
     @property
-    def dense_accuracy(self) -> float:
-        """Accuracy of the dense network."""
-        return self._accuracy(self.program.graph)
+    def metric(self) -> About:
+        """The metric of the test samples."""
+        objective = objective_of(self.program)
+        assert objective is not None  # ``_tested`` checked it
+        return objective.metric.about
+
+    @property
+    def dense_score(self) -> float:
+        """The metric of the dense network."""
+        return self._score(self.program.graph)
 
     def digest(self) -> str:
         """Return a digest of what all cells share: weights, data and settings."""
@@ -134,7 +142,7 @@ class Bench:
             raise TdcompileError(f"{point.method} of '{point.layer}' gave factors that are not finite")
         after = None
         if self.tuning is not None:
-            after = self._accuracy(self.tuning.run(program.with_(graph=made.graph)).graph)
+            after = self._score(self.tuning.run(program.with_(graph=made.graph)).graph)
         return Cell(
             key=key,
             layer=point.layer,
@@ -149,8 +157,8 @@ class Bench:
             features_absolute=features.absolute,
             features_relative=features.relative,
             features_scaled=features.scaled,
-            accuracy_before=made.accuracy,
-            accuracy_after=after,
+            score_before=made.score,
+            score_after=after,
             seconds=time.perf_counter() - start,
         )
 
@@ -186,36 +194,47 @@ class Bench:
             graph.graph.lint()
             graph.recompile()
             approximation = form.reconstruct(site.layer, factors)
-            self._last = _Compressed(of, ranks, approximation, graph.eval(), self._accuracy(graph))
+            self._last = _Compressed(of, ranks, approximation, graph.eval(), self._score(graph))
         return self._last
 
     def _calibration(self, program: Program) -> Sequence[Batch]:
-        assert self.task.train is not None  # ``_labelled`` checked it
+        assert self.task.train is not None  # ``_sampled`` checked it
         chosen = self.task.train.shuffled(program.generator("study/calibrate"))
         device = self.program.inputs[0].device
         batches = chosen.batches(limit=self.task.calibrate)
-        return [Batch(tuple(x.to(device) for x in batch.inputs), batch.targets) for batch in batches]
+        return [batch.on(device) for batch in batches]
 
-    def _accuracy(self, graph: nn.Module) -> float:
-        share = accuracy(graph, self.task.test, self.task.evaluate)
-        assert share is not None  # ``_labelled`` checked it
-        return share
+    def _score(self, graph: nn.Module) -> float:
+        score = network_score(self.program, graph)
+        assert score is not None  # ``_tested`` checked it
+        return score
 
 
 Load = Callable[[], Bench]  # makes a new bench; other processes receive this function
 
 
-def _labelled(task: Task) -> Task:
+def _sampled(task: Task) -> Task:
     """Return the task, if it has the samples that a study needs.
 
     Raises:
-        InputError: there are no training samples, or no labelled test samples.
+        InputError: there are no training samples, or no test samples.
     """
     if task.train is None or len(task.train) == 0:
         raise InputError("a study averages feature errors over training samples, but there are none")
-    if task.test is None or task.test.classes is None or len(task.test) == 0:
-        raise InputError(f"a study measures accuracy, and '{task.source}' has no labelled test samples")
+    if task.test is None or len(task.test) == 0:
+        raise InputError(f"a study measures a metric, and '{task.source}' has no test samples")
     return task
+
+
+def _tested(program: Program) -> Program:
+    """Return the program, if its test samples have targets.
+
+    Raises:
+        InputError: they have none, or targets that fit no task.
+    """
+    if objective_of(program) is None:
+        raise InputError(f"a study measures a metric, and the test samples of '{program.task.source}' have no targets")
+    return program
 
 
 def _traced(subject: Subject) -> Program:

@@ -1,4 +1,4 @@
-"""Kendall's τ between approximation errors and the classification error, for each level and question of a study."""
+"""Kendall's τ between approximation errors and the loss of quality, for each level and question of a study."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from statistics import fmean, pstdev
 
 from scipy.stats import kendalltau
 
-from tdcompile.studies.findings import ERRORS, QUESTIONS, Cell, ErrorName, Question, Tau, When
+from tdcompile.data.metric import About
+from tdcompile.studies.findings import ERRORS, QUESTIONS, Cell, ErrorName, Question, Tau, When, loss_of_quality
 
 # The property that all cells of a group share; errors are compared only within groups.
 _GROUP: Mapping[Question, Callable[[Cell], str]] = {
@@ -31,8 +32,10 @@ def kendall(x: Sequence[float], y: Sequence[float]) -> float | None:
     return tau if math.isfinite(tau) else None
 
 
-def taus(cells: Sequence[Cell], compressions: Sequence[float], moments: Sequence[When]) -> tuple[Tau, ...]:
-    """Return τ of every error with the classification error, for each moment, question and level, and over all levels.
+def taus(
+    cells: Sequence[Cell], compressions: Sequence[float], moments: Sequence[When], about: About
+) -> tuple[Tau, ...]:
+    """Return τ of every error with the loss of quality, for each moment, question and level, and over all levels.
 
     For each seed τ is computed in each group and averaged over the groups. The groups are the layers if methods are
     compared, and the methods if layers are compared; ``overall`` is one group. Mean and standard deviation are taken
@@ -42,9 +45,16 @@ def taus(cells: Sequence[Cell], compressions: Sequence[float], moments: Sequence
         cells: the cells of all seeds.
         compressions: the levels.
         moments: ``before`` fine-tuning, ``after`` it, or both.
+        about: the metric, whose direction says what is worse.
     """
     return tuple(
-        _tau(cells, when, question, level, error)
+        _tau(
+            [(cell, loss) for cell in cells if (loss := _loss(cell, when, about)) is not None],
+            when,
+            question,
+            level,
+            error,
+        )
         for when in moments
         for question in QUESTIONS
         for level in (*compressions, None)
@@ -52,13 +62,19 @@ def taus(cells: Sequence[Cell], compressions: Sequence[float], moments: Sequence
     )
 
 
-def _tau(cells: Sequence[Cell], when: When, question: Question, level: float | None, error: ErrorName) -> Tau:
+def _loss(cell: Cell, when: When, about: About) -> float | None:
+    score = cell.score(when)
+    return None if score is None else loss_of_quality(about, score)
+
+
+def _tau(
+    cells: Sequence[tuple[Cell, float]], when: When, question: Question, level: float | None, error: ErrorName
+) -> Tau:
     by_seed: dict[int, dict[str, list[tuple[float, float]]]] = {}
-    for cell in cells:
-        rate = cell.failure_rate(when)
-        if rate is not None and level in (None, cell.compression):
+    for cell, loss in cells:
+        if level in (None, cell.compression):
             groups = by_seed.setdefault(cell.seed, {})
-            groups.setdefault(_GROUP[question](cell), []).append((cell.error(error), rate))
+            groups.setdefault(_GROUP[question](cell), []).append((cell.error(error), loss))
     found = [[tau for pairs in groups.values() if (tau := _of(pairs)) is not None] for groups in by_seed.values()]
     means = [fmean(each) for each in found if each]
     return Tau(
@@ -73,5 +89,5 @@ def _tau(cells: Sequence[Cell], when: When, question: Question, level: float | N
 
 
 def _of(pairs: Sequence[tuple[float, float]]) -> float | None:
-    errors, rates = zip(*pairs, strict=True)
-    return kendall(errors, rates)
+    errors, losses = zip(*pairs, strict=True)
+    return kendall(errors, losses)

@@ -1,4 +1,4 @@
-"""``study``: how well approximation errors predict accuracy, over layers, methods and compressions."""
+"""``study``: how well approximation errors predict the metric, over layers, methods and compressions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tdcompile.ir.target import Target
 from tdcompile.studies.cell import Bench, Load, Point, Subject
 from tdcompile.studies.correlation import taus
 from tdcompile.studies.crew import Outcomes, Work, in_turn, over_processes, over_ray
-from tdcompile.studies.findings import Cell, Failure, Findings, Omission
+from tdcompile.studies.findings import Cell, Failure, Findings, Omission, When
 from tdcompile.studies.ledger import Ledger
 from tdcompile.studies.page import render_html
 from tdcompile.support.options import MOST_WORKERS, Count, Options
@@ -118,10 +118,10 @@ def study(
     """Study how approximation errors rank compressed networks (arXiv 2305.05318).
 
     One layer is compressed at a time, from its weights alone. For each cell (layer, method, compression, seed) the
-    study measures six errors, and the accuracy on the test samples before and after fine-tuning of the whole network.
-    The accuracy is the object of the study; no choice depends on it. The paper starts CP at random in each run. The
+    study measures six errors, and the metric on the test samples before and after fine-tuning of the whole network.
+    The metric is the object of the study; no choice depends on it. The paper starts CP at random in each run. The
     factorisations here are deterministic: a seed changes the calibration samples and the draws of fine-tuning, and the
-    accuracy before fine-tuning is the same for all seeds.
+    metric before fine-tuning is the same for all seeds.
 
     Args:
         module: the network; it is not changed.
@@ -228,10 +228,12 @@ def _findings(
     task = bench.task
     assert task.train is not None  # the bench checked it
     assert task.test is not None
+    moments: tuple[When, ...] = ("before",) if grid.tune == "none" else ("before", "after")
     return Findings(
         source=source,
         data=task.source,
-        dense_accuracy=bench.dense_accuracy,
+        metric=bench.metric,
+        dense_score=bench.dense_score,
         methods=grid.methods,
         compressions=grid.compressions,
         layers=tuple(dict.fromkeys(cell.layer for cell in cells)),
@@ -240,7 +242,7 @@ def _findings(
         calibrate=min(task.calibrate, len(task.train)),
         tested=min(task.evaluate or len(task.test), len(task.test)),
         cells=cells,
-        taus=taus(cells, grid.compressions, ("before",) if grid.tune == "none" else ("before", "after")),
+        taus=taus(cells, grid.compressions, moments, bench.metric),
         omitted=tuple(omitted),
         failed=tuple(sorted(failed, key=lambda one: (one.layer, one.method, one.compression, one.seed))),
         seconds=math.fsum(cell.seconds for cell in cells),

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 from rich.text import Text
 
-from tdcompile.support.formatting import percent
+from tdcompile.data.metric import About
 
 When = Literal["before", "after"]
 Question = Literal["methods", "layers", "overall"]
@@ -47,7 +47,7 @@ class _Part(BaseModel):
 
 
 class Cell(_Part):
-    """One compressed layer: its six errors, and the accuracies of the whole network."""
+    """One compressed layer: its six errors, and the scores of the whole network."""
 
     key: str
     """Digest of everything that decides the cell: network, data, settings, layer, decomposition, ranks and seed."""
@@ -66,20 +66,19 @@ class Cell(_Part):
     features_absolute: float
     features_relative: float
     features_scaled: float
-    accuracy_before: float
-    """Top-1 on the test samples, in [0, 1], before fine-tuning."""
-    accuracy_after: float | None
-    """Top-1 accuracy after fine-tuning of the whole network; null without fine-tuning."""
+    score_before: float
+    """The metric on the test samples before fine-tuning; a share in [0, 1] if its unit is %."""
+    score_after: float | None
+    """The metric after fine-tuning of the whole network; null without fine-tuning."""
     seconds: float
 
     def error(self, name: ErrorName) -> float:
         """Return one of the six errors."""
         return float(getattr(self, name))
 
-    def failure_rate(self, when: When) -> float | None:
-        """Return the classification error on the test samples, in [0, 1]."""
-        accuracy = self.accuracy_before if when == "before" else self.accuracy_after
-        return None if accuracy is None else 1 - accuracy
+    def score(self, when: When) -> float | None:
+        """Return the metric before or after fine-tuning."""
+        return self.score_before if when == "before" else self.score_after
 
 
 class Failure(_Part):
@@ -101,7 +100,7 @@ class Omission(_Part):
 
 
 class Tau(_Part):
-    """Kendall's τ between one error and the classification error, for one question at one level."""
+    """Kendall's τ between one error and the loss of quality, for one question at one level."""
 
     when: When
     question: Question
@@ -119,10 +118,12 @@ class Tau(_Part):
 class Findings(_Part):
     """All measurements of an approximation-error study."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     source: str
     data: str
-    dense_accuracy: float
+    metric: About
+    """The metric of all scores."""
+    dense_score: float
     methods: tuple[str, ...]
     compressions: tuple[float, ...]
     layers: tuple[str, ...]
@@ -132,7 +133,7 @@ class Findings(_Part):
     calibrate: int
     """Number of training samples over which feature errors are averaged."""
     tested: int
-    """Number of test samples of each accuracy."""
+    """Number of test samples of each score."""
     cells: tuple[Cell, ...]
     taus: tuple[Tau, ...]
     omitted: tuple[Omission, ...] = ()
@@ -162,8 +163,8 @@ class Findings(_Part):
 
 
 def tables(findings: Findings) -> list[Table]:
-    """Return the tables for a terminal: accuracies, then τ before and after fine-tuning."""
-    return [_accuracies(findings), *(_taus(findings, when) for when in findings.moments)]
+    """Return the tables for a terminal: scores, then τ before and after fine-tuning."""
+    return [_scores(findings), *(_taus(findings, when) for when in findings.moments)]
 
 
 def notes(findings: Findings) -> list[str]:
@@ -177,9 +178,9 @@ def notes(findings: Findings) -> list[str]:
         for one in findings.failed
     ]
     alike = [
-        f"no τ {when} fine-tuning: the test error is the same in all cells"
+        f"no τ {when} fine-tuning: {findings.metric.name} is the same in all cells"
         for when in findings.moments
-        if len({cell.failure_rate(when) for cell in findings.cells}) < 2
+        if len({cell.score(when) for cell in findings.cells}) < 2
     ]
     return left_out + failed + alike
 
@@ -196,18 +197,26 @@ def told(tau: Tau) -> str:
     return f"{tau.mean:.2f}" + (f" ± {tau.sd:.2f}" if tau.sd else "")
 
 
-def mean_accuracy(findings: Findings, method: str, level: float, when: When) -> float | None:
-    """Return the mean accuracy over layers and seeds; None if no cell has one."""
-    rates = [
-        rate
+def loss_of_quality(about: About, score: float) -> float:
+    """Return a number that falls as the metric gets better: the share that is wrong for a metric in %."""
+    if not about.higher_is_better:
+        return score
+    return 1 - score if about.scale > 1 else -score
+
+
+def mean_score(findings: Findings, method: str, level: float, when: When) -> float | None:
+    """Return the mean metric over layers and seeds; None if no cell has one."""
+    found = [
+        score
         for cell in findings.cells
-        if (cell.method, cell.compression) == (method, level) and (rate := cell.failure_rate(when)) is not None
+        if (cell.method, cell.compression) == (method, level) and (score := cell.score(when)) is not None
     ]
-    return 1 - fmean(rates) if rates else None
+    return fmean(found) if found else None
 
 
-def _accuracies(findings: Findings) -> Table:
-    title = f"mean accuracy with one layer compressed; dense {percent(findings.dense_accuracy)}"
+def _scores(findings: Findings) -> Table:
+    about = findings.metric
+    title = f"mean {about.name} with one layer compressed; dense {about.text(findings.dense_score)}"
     table = Table(title=title, title_justify="left")
     table.add_column("method")
     table.add_column("fine-tuning")
@@ -215,14 +224,16 @@ def _accuracies(findings: Findings) -> Table:
         table.add_column(level_name(level), justify="right")
     for method in findings.methods:
         for when in findings.moments:
-            shares = [mean_accuracy(findings, method, level, when) for level in findings.compressions]
-            table.add_row(*map(Text, (method, when, *map(percent, shares))))
+            scores = [mean_score(findings, method, level, when) for level in findings.compressions]
+            table.add_row(*map(Text, (method, when, *map(about.text, scores))))
     return table
 
 
 def _taus(findings: Findings, when: When) -> Table:
     seeds = f", mean ± sd over {len(findings.seeds)} seeds" if len(findings.seeds) > 1 else ""
-    table = Table(title=f"Kendall's τ with the test error {when} fine-tuning{seeds}", title_justify="left")
+    table = Table(
+        title=f"Kendall's τ with the loss of {findings.metric.name} {when} fine-tuning{seeds}", title_justify="left"
+    )
     table.add_column("question")
     table.add_column("level")
     for name in ERRORS.values():

@@ -1,4 +1,4 @@
-"""The page of a study: tables of τ, and plots of error against accuracy and of τ by level, as inline SVG."""
+"""The page of a study: tables of τ, and plots of error against the metric and of τ by level, as inline SVG."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tdcompile.studies.findings import (
     Question,
     When,
     level_name,
-    mean_accuracy,
+    loss_of_quality,
+    mean_score,
     notes,
     told,
 )
@@ -71,7 +72,7 @@ def render_html(findings: Findings) -> str:
             study=findings,
             errors=ERRORS,
             questions=QUESTIONS,
-            mean_accuracy=mean_accuracy,
+            mean_score=mean_score,
             notes=notes(findings),
             scatters={when: [scatter(findings, error, when) for error in ERRORS] for when in findings.moments},
             trends={when: [trend(findings, question, when) for question in QUESTIONS] for when in findings.moments},
@@ -82,15 +83,19 @@ def render_html(findings: Findings) -> str:
 
 
 def scatter(findings: Findings, error: ErrorName, when: When) -> Plot:
-    """Plot one error of every cell against the classification error, both on logarithmic axes; a series is a method.
+    """Plot one error of every cell against the loss of quality, the error on a logarithmic axis; a series is a method.
 
-    A classification error of zero is drawn as half a test sample, an error of zero as the smallest other error.
+    The loss is logarithmic too if none is negative: a share of zero is drawn as half a test sample. An error of zero is
+    drawn as the smallest other error.
     """
-    cells = [(cell, rate) for cell in findings.cells if (rate := cell.failure_rate(when)) is not None]
+    about = findings.metric
+    cells = [(cell, score) for cell in findings.cells if (score := cell.score(when)) is not None]
     values = [cell.error(error) for cell, _ in cells]
     least = min((value for value in values if value > 0), default=1.0)
     across = [math.log10(max(value, least)) for value in values]
-    up = [math.log10(max(rate, 0.5 / findings.tested)) for _, rate in cells]
+    losses = [loss_of_quality(about, score) for _, score in cells]
+    smallest = 0.5 / findings.tested if about.scale > 1 else min((loss for loss in losses if loss > 0), default=1.0)
+    up = [math.log10(max(loss, smallest)) for loss in losses] if min(losses, default=0.0) >= 0 else losses
     ranked = sorted(findings.compressions)
     step = (_LARGEST - _SMALLEST) / max(len(ranked) - 1, 1)
     marks = tuple(
@@ -100,14 +105,14 @@ def scatter(findings: Findings, error: ErrorName, when: When) -> Plot:
             radius=_SMALLEST + step * ranked.index(cell.compression),
             series=findings.methods.index(cell.method),
             says=f"{cell.layer}, {cell.method} {list(cell.ranks)}, {level_name(cell.compression)}, seed {cell.seed}: "
-            f"error {cell.error(error):.3g}, {percent(1 - rate)} right",
+            f"error {cell.error(error):.3g}, {about.name} {about.text(score)}",
         )
-        for (cell, rate), x, y in zip(cells, across, up, strict=True)
+        for (cell, score), x, y in zip(cells, across, up, strict=True)
     )
     ends = zip((_LEFT + 10.0, _RIGHT - 10.0), (min(across, default=0.0), max(across, default=0.0)), strict=True)
     labels = tuple((place, f"{10**value:.3g}") for place, value in ends)
-    worst, best = (percent(10**value) for value in (max(up, default=0.0), min(up, default=0.0)))
-    return Plot(ERRORS[error], marks, labels, (best, worst))
+    ordered = sorted((score for _, score in cells), key=lambda score: loss_of_quality(about, score)) or [0.0]
+    return Plot(ERRORS[error], marks, labels, (about.text(ordered[0]), about.text(ordered[-1])))
 
 
 def trend(findings: Findings, question: Question, when: When) -> Plot:

@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
+from tdcompile.data.metric import About
 from tdcompile.studies.correlation import kendall, taus
 from tdcompile.studies.findings import Cell, Tau
+
+ACCURACY = About("accuracy", True, "%")
 
 
 def cell(
@@ -35,8 +38,8 @@ def cell(
         compression=level,
         kept=1 - level,
         seed=seed,
-        accuracy_before=1 - wrong,
-        accuracy_after=None if tuned is None else 1 - tuned,
+        score_before=1 - wrong,
+        score_after=None if tuned is None else 1 - tuned,
         seconds=1.0,
         **figures,
     )
@@ -62,7 +65,7 @@ def test_tau_is_scipys_and_the_pairs_that_agree_less_those_that_do_not(pairs: li
 
 def test_a_larger_error_and_a_larger_test_error_agree() -> None:
     cells = [cell("a", "cp", 0.1, 0.2), cell("a", "tt", 0.2, 0.3), cell("a", "svd", 0.3, 0.9)]
-    found = taus(cells, (0.5,), ("before",))
+    found = taus(cells, (0.5,), ("before",), ACCURACY)
     assert of(found, "methods").mean == 1.0
     assert of(found, "methods", "features_absolute").mean == -1.0
 
@@ -70,17 +73,17 @@ def test_a_larger_error_and_a_larger_test_error_agree() -> None:
 def test_each_question_compares_within_its_groups() -> None:
     # within each layer the errors rank right, within each method wrong
     cells = [cell("a", "cp", 0.1, 0.5), cell("a", "tt", 0.2, 0.6), cell("b", "cp", 0.3, 0.1), cell("b", "tt", 0.4, 0.2)]
-    found = taus(cells, (0.5,), ("before",))
+    found = taus(cells, (0.5,), ("before",), ACCURACY)
     assert (of(found, "methods").mean, of(found, "methods").groups) == (1.0, 2)
     assert (of(found, "layers").mean, of(found, "layers").groups) == (-1.0, 2)
-    errors, rates = [c.weights_relative for c in cells], [1 - c.accuracy_before for c in cells]
+    errors, rates = [c.weights_relative for c in cells], [1 - c.score_before for c in cells]
     assert of(found, "overall").mean == pytest.approx(kendalltau(errors, rates).statistic)
 
 
 def test_levels_are_kept_apart_and_pooled() -> None:
     cells = [cell("a", m, e, w, level=0.5) for m, e, w in (("cp", 0.1, 0.1), ("tt", 0.2, 0.2))]
     cells += [cell("a", m, e, w, level=0.9) for m, e, w in (("cp", 0.3, 0.4), ("tt", 0.4, 0.3))]
-    found = taus(cells, (0.5, 0.9), ("before",))
+    found = taus(cells, (0.5, 0.9), ("before",), ACCURACY)
     assert of(found, "methods", level=0.5).mean == 1.0
     assert of(found, "methods", level=0.9).mean == -1.0
     assert of(found, "methods", level=None).mean == pytest.approx(4 / 6)  # five pairs agree, one does not
@@ -89,21 +92,21 @@ def test_levels_are_kept_apart_and_pooled() -> None:
 def test_seeds_are_averaged_and_never_mixed() -> None:
     cells = [cell("a", m, e, w, seed=0) for m, e, w in (("cp", 0.1, 0.1), ("tt", 0.2, 0.2), ("svd", 0.3, 0.3))]
     cells += [cell("a", m, e, w, seed=1) for m, e, w in (("cp", 0.1, 0.2), ("tt", 0.2, 0.1), ("svd", 0.3, 0.3))]
-    tau = of(taus(cells, (0.5,), ("before",)), "methods")
+    tau = of(taus(cells, (0.5,), ("before",), ACCURACY), "methods")
     assert tau.mean == pytest.approx(fmean([1.0, 1 / 3]))
     assert tau.sd == pytest.approx(pstdev([1.0, 1 / 3]))
 
 
 def test_after_tuning_only_what_was_tuned_counts() -> None:
     cells = [cell("a", "cp", 0.1, 0.2, tuned=0.3), cell("a", "tt", 0.2, 0.3, tuned=0.1), cell("a", "svd", 0.3, 0.4)]
-    found = {tau.when: tau for tau in taus(cells, (0.5,), ("before", "after")) if tau.question == "overall"}
+    found = {tau.when: tau for tau in taus(cells, (0.5,), ("before", "after"), ACCURACY) if tau.question == "overall"}
     assert found["before"].mean == 1.0
     assert found["after"].mean == -1.0
 
 
 def test_nothing_to_compare_gives_no_tau() -> None:
     cells = [cell("a", "cp", 0.1, 0.2), cell("a", "tt", 0.2, 0.2), cell("b", "svd", 0.3, 0.4)]
-    found = taus(cells, (0.5,), ("before",))
+    found = taus(cells, (0.5,), ("before",), ACCURACY)
     assert of(found, "methods").mean is None
     assert of(found, "methods").groups == 0
     assert of(found, "overall").mean is not None

@@ -103,7 +103,7 @@ def test_the_cells_are_what_one_computes_by_hand(subject: tuple[nn.Sequential, T
     assert found.layers == ("2", "6")  # neither the first nor the last, nor the one that no method applies to
     assert {(one.layer, one.method) for one in found.omitted} == {("4", "tucker2"), ("4", "tt")}
     assert len(found.cells) == 2 * 2 * 2 * 2
-    assert found.dense_accuracy == accuracy(net, task.test)
+    assert found.dense_score == accuracy(net, task.test)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     for cell in found.cells:
         form, layer = make(Decomposition, cell.method), sites_of(net, (inputs,))[cell.layer].layer
@@ -115,12 +115,12 @@ def test_the_cells_are_what_one_computes_by_hand(subject: tuple[nn.Sequential, T
         errors = (cell.weights_absolute, cell.weights_relative, cell.weights_scaled)
         assert errors == pytest.approx(weight_errors(weight, other))
         part.weight.data = other
-        assert cell.accuracy_before == pytest.approx(accuracy(net, task.test), abs=0.011)  # one sample of rounding
+        assert cell.score_before == pytest.approx(accuracy(net, task.test), abs=0.011)  # one sample of rounding
         part.weight.data = weight
     pairs = {(cell.layer, cell.method, cell.compression): cell for cell in found.cells if cell.seed == 0}
     for cell in found.cells:
         same = pairs[cell.layer, cell.method, cell.compression]
-        assert (cell.weights_relative, cell.accuracy_before) == (same.weights_relative, same.accuracy_before)
+        assert (cell.weights_relative, cell.score_before) == (same.weights_relative, same.score_before)
         # another seed is another calibration sample
         assert (cell.features_absolute == same.features_absolute) == (cell.seed == 0)
     strong = [cell for cell in found.cells if cell.compression == 0.9]
@@ -128,7 +128,7 @@ def test_the_cells_are_what_one_computes_by_hand(subject: tuple[nn.Sequential, T
     assert min(c.features_relative for c in strong) > max(c.features_relative for c in weak)
     rows = [cell for cell in found.cells if cell.seed == 0]
     assert found.tau("before", "overall", None, "weights_absolute").mean == pytest.approx(
-        kendall([c.weights_absolute for c in rows], [1 - c.accuracy_before for c in rows])
+        kendall([c.weights_absolute for c in rows], [1 - c.score_before for c in rows])
     )
 
 
@@ -148,9 +148,9 @@ def test_lists_may_be_texts_and_one_compression_a_number(subject: tuple[nn.Seque
 
 def test_test_errors_that_are_all_one_are_said_to_give_no_tau(subject: tuple[nn.Sequential, Tensor, Task]) -> None:
     found = tdcompile.study(*subject, **BRIEF)
-    said = "no τ before fine-tuning: the test error is the same in all cells"
+    said = "no τ before fine-tuning: accuracy is the same in all cells"
     assert said not in notes(found)
-    alike = tuple(cell.model_copy(update={"accuracy_before": 0.25}) for cell in found.cells)
+    alike = tuple(cell.model_copy(update={"score_before": 0.25}) for cell in found.cells)
     told = notes(found.model_copy(update={"cells": alike}))
     assert told == [*notes(found), said]
 
@@ -170,8 +170,8 @@ def test_tuning_repairs_and_its_seed_counts(subject: tuple[nn.Sequential, Tensor
         *subject, methods=("tt",), compressions=(0.9,), layers=("2",), seeds=2, tune="epochs=8,lr=0.05,batch=32"
     )
     first, second = found.cells
-    assert first.accuracy_before == second.accuracy_before
-    assert min(first.accuracy_after or 0, second.accuracy_after or 0) > first.accuracy_before
+    assert first.score_before == second.score_before
+    assert min(first.score_after or 0, second.score_after or 0) > first.score_before
     assert found.tune == "finetune{epochs=8.0,lr=0.05,batch=32}"
     assert found.moments == ("before", "after")
     again = tdcompile.study(
@@ -289,7 +289,7 @@ def test_the_command_writes_json_a_table_and_a_page(home: Path, capfd: pytest.Ca
     assert (page.counts["figure"], page.elsewhere) == (6 + 3, [])
     shown_taus = [tau for tau in found.taus if tau.level is not None and tau.mean is not None]
     assert page.counts["circle"] == 6 * len(found.cells) + len(shown_taus)
-    assert found.dense_accuracy > 0.6  # or the figures above would say little
+    assert found.dense_score > 0.6  # or the figures above would say little
     assert main(["study", *FLAGS, "-o", "made", "--resume", "--json", "-q"]) == 0
     again = capfd.readouterr()
     assert json.loads(again.out) == json.loads(found.to_json())
@@ -307,7 +307,7 @@ def test_the_command_writes_json_a_table_and_a_page(home: Path, capfd: pytest.Ca
         (["--compressions", "1"], "must be a list, each a share in (0, 1)"),
         (["--tune", "epoch=1"], "did you mean 'epochs'?"),
         (["--data", "npz:none.npz"], "no file 'none.npz'"),
-        (["--data", "npz:unlabelled.npz"], "no labelled test samples"),
+        (["--data", "npz:unlabelled.npz"], "have no targets"),
         (["-o", "net.py"], "is a file"),
         (["-o", "mine"], "holds thesis.tex"),
         (["-o", "earlier"], "go on with --resume"),
