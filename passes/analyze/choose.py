@@ -15,7 +15,7 @@ from tdcompile.ir.facts import Fact
 from tdcompile.ir.measurements import Reachable
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Budget, Cost
-from tdcompile.planning.allocation import LOSSES, lowest_shares
+from tdcompile.planning.allocation import lowest_shares, predicted_loss
 
 _ROUNDING = 1e-6  # the sum of the cheapest candidates is within the budget that it defines
 
@@ -55,17 +55,12 @@ class Choose(AnalysisPass):
             except BudgetError as error:
                 refusal = refusal or error
             else:
-                found.append((self._loss(program, plan), plan, table))
+                found.append((predicted_loss(plan, program.facts[Importances].scores), plan, table))
         if not found:
             assert refusal is not None  # both were refused
             raise refusal
         _, plan, table = min(found, key=lambda one: one[0])
         return plan, table
-
-    def _loss(self, program: Program, plan: RankPlan) -> float:
-        """Return the predicted loss of a plan: the sum of importance times noise over signal."""
-        scores, loss = program.facts[Importances].scores, LOSSES["noise"]
-        return sum(scores.get(name, 1.0) * loss(choice.error) for name, choice in plan.choices.items())
 
     def _chosen(self, program: Program, candidates: Candidates) -> RankPlan:
         selector = make(RankSelector, self.by)

@@ -98,19 +98,19 @@ class Rehearse(AnalysisPass):
 
     name: ClassVar[str] = "rehearse"
     needs: ClassVar[tuple[type[Fact], ...]] = (Baseline, Candidates, Importances, RankPlan)
-    gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan, Rehearsal)
+    gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan, Rehearsal, Candidates)
     rounds: Count = 8
     over: NonNegative = 0.01
     tolerance: NonNegative = 0.02
     seconds: NonNegative = 1.5
     aim: Share = 0.995
 
-    def analyze(self, program: Program) -> tuple[RankPlan, Rehearsal]:
-        """Return the accepted plan with its measured latency, and the figures of each round."""
+    def analyze(self, program: Program) -> tuple[RankPlan, Rehearsal, Candidates]:
+        """Return the accepted plan with its measured latency, the figures of each round, and the corrected prices."""
         share = program.budget.latency
         plan, candidates = program.facts[RankPlan], program.facts[Candidates]
         if share is None:
-            return plan, Rehearsal(())
+            return plan, Rehearsal(()), candidates
         aim = share if share == 1.0 else self.aim * share  # the dense network meets a share of 1
         inputs, bench = timing_inputs(program), _Bench.of(program, candidates.precision, self.seconds)
         runs = _profile_runs(plan.dense.seconds)
@@ -119,7 +119,7 @@ class Rehearse(AnalysisPass):
         with contextlib.suppress(BudgetError):  # a plan exists at the first prices: try it anyway
             plan = self._again(program, candidates, plan, aim)
         if all(choice.is_dense for choice in plan.choices.values()):
-            return plan, Rehearsal(())  # nothing to compare: a measurement would show noise only
+            return plan, Rehearsal(()), candidates  # nothing to compare: a measurement would show noise only
         back: dict[str, Reason] = {}
         tried: list[tuple[Round, RankPlan]] = []
         seen: dict[_Pair, list[float]] = {}
@@ -169,7 +169,8 @@ class Rehearse(AnalysisPass):
         seconds = entry.measured / entry.dense * plan.dense.seconds
         plan = replace(plan, predicted=replace(plan.predicted, seconds=seconds))
         reasons = {**plan.reasons, **{n: r for n, r in back.items() if plan.choices[n].is_dense}}
-        return replace(plan, reasons=reasons), Rehearsal(tuple(one for one, _ in tried))
+        rounds = Rehearsal(tuple(one for one, _ in tried))
+        return replace(plan, reasons=reasons), rounds, _learned(candidates, seen)
 
     def _confirmed(
         self, bench: _Bench, tried: Sequence[tuple[Round, RankPlan]], limit: float

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # isort: split
 import onnxruntime as ort
 
 from tdcompile.backend.session import infer, open_session
 from tdcompile.data.metric import About
+from tdcompile.data.objective import Objective
 from tdcompile.data.quality import OutputComparison, OutputQuality, compare_outputs
 from tdcompile.data.task import FEW, Batch, Samples
 from tdcompile.errors import RuinedError
@@ -69,14 +71,46 @@ def evaluate(
         return []
     target = replace(program.target, threads=max(program.target.threads, free_processors()))
     sessions = [open_session(path, target) for path in (dense, *others)]
-    objective = objective_of(program)
-    about = objective.metric.about if objective else None
-    comparisons: list[list[OutputComparison]] = [[] for _ in others]
-    meters, seen = [objective.meter() if objective else None for _ in sessions], 0
     each = sum(y.nbytes for y in infer(sessions[0], program.inputs)) // len(program.inputs[0])
     size = max(1, min(_BATCH, _OUTPUT_BYTES // max(each, 1)))
-    for batch, count in filled_batches(samples, program, size, limit):
-        theirs, *ours = (_outputs(session, batch.inputs, count) for session in sessions)
+    batches = filled_batches(samples, program, size, limit)
+    return _compared([partial(_outputs, session) for session in sessions], batches, objective_of(program))
+
+
+def evaluate_graph(program: Program, samples: Samples, limit: int | None = None) -> Evaluation:
+    """Run the program's graph and the dense network in PyTorch over the samples.
+
+    Args:
+        program: the two networks.
+        samples: the samples to judge by; at least one.
+        limit: upper bound on the number of samples.
+    """
+
+    def outputs(graph: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tensor]:
+        return [y[:count] if y.ndim else y for y in outputs_of(graph, inputs)]
+
+    batches = filled_batches(samples, program, _BATCH, limit)
+    networks = [partial(outputs, graph) for graph in (program.dense, program.graph)]
+    return _compared(networks, batches, objective_of(program))[0]
+
+
+def _compared(
+    networks: Sequence[Callable[[Sequence[Tensor], int], list[Tensor]]],
+    batches: Iterable[tuple[Batch, int]],
+    objective: Objective | None,
+) -> list[Evaluation]:
+    """Compare all networks but the first with the first.
+
+    Args:
+        networks: each returns the outputs for the first samples of a batch: inputs, and how many to count.
+        batches: see ``filled_batches``.
+        objective: gives the metric; None without targets.
+    """
+    about = objective.metric.about if objective else None
+    comparisons: list[list[OutputComparison]] = [[] for _ in networks[1:]]
+    meters, seen = [objective.meter() if objective else None for _ in networks], 0
+    for batch, count in batches:
+        theirs, *ours = (outputs(batch.inputs, count) for outputs in networks)
         for place, own in enumerate(ours):
             comparisons[place] = comparisons[place] or [OutputComparison() for _ in theirs]
             compare_outputs(comparisons[place], theirs, own)

@@ -106,6 +106,12 @@ def first_fit(
     return plan(levels[place])
 
 
+def predicted_loss(plan: RankPlan, importances: Mapping[str, float]) -> float:
+    """Return the sum over the layers of importance times noise over signal; a layer's importance is by default 1."""
+    noise = LOSSES["noise"]
+    return sum(importances.get(name, 1.0) * noise(choice.error) for name, choice in plan.choices.items())
+
+
 def full_ranks(options: Sequence[Candidate], spectra: Mapping[str, Spectrum]) -> tuple[int, ...]:
     """Return the full rank of each unfolding that a form truncates; for other ranks the largest value among options."""
     largest = [max(ranks) for ranks in zip(*(option.ranks for option in options), strict=True)]

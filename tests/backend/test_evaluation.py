@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import tdcompile
-from tdcompile.backend.evaluation import check_answers, evaluate
+from tdcompile.backend.evaluation import check_answers, evaluate, evaluate_graph
 from tdcompile.backend.lowering import export_lowered
 from tdcompile.data.metrics import accuracy
 from tdcompile.data.task import Task, Tensors
@@ -45,6 +45,13 @@ def test_both_models_are_judged_on_every_sample_once(tmp_path: Path, dynamic_bat
     assert found.samples == 37
     assert found.dense_accuracy == accuracy(made.dense, samples())
     assert found.compiled_accuracy == accuracy(made.graph, samples())
+    graphs = evaluate_graph(made, samples())
+    assert (graphs.samples, graphs.dense_accuracy, graphs.compiled_accuracy) == (
+        37,
+        found.dense_accuracy,
+        found.compiled_accuracy,
+    )
+    assert graphs.outputs[0].relative_error == pytest.approx(found.outputs[0].relative_error, rel=1e-3)
     x = samples().inputs[0]
     with torch.no_grad():
         a, b = made.dense(x), made.graph(x)

@@ -77,6 +77,18 @@ def test_a_layer_that_is_slower_in_the_graph_is_put_back_with_the_reason(program
     assert plan.choices["2"].is_dense
     assert plan.reasons["2"].code == "slower_in_graph"
     assert plan.predicted.seconds / plan.dense.seconds == pytest.approx(16 / 22)
+    assert [one.form for one in facts[Candidates].layers["2"] if one.cost.seconds > 10.0] == []  # another budget knows
+
+
+def test_prices_that_one_budget_corrected_hold_for_the_next(program, monkeypatch):
+    pretend(monkeypatch, {"0": 1.7, "2": 1.0})
+    first = rehearse.Rehearse().run(program.with_(budget=tdcompile.Budget(latency=0.7)))
+    assert len(first.facts[Rehearsal].rounds) > 1
+    plan = RankPlan(
+        dict(first.facts[RankPlan].choices), first.facts[RankPlan].predicted, table().dense, selector="knapsack"
+    )
+    again = rehearse.Rehearse().run(first.with_(facts=first.facts.having(plan)))
+    assert len(again.facts[Rehearsal].rounds) == 1
 
 
 def test_a_price_that_was_wrong_is_corrected(program, monkeypatch):
