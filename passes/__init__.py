@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the registry fin
     from tdcompile.passes.analyze.rehearse import Rehearse
     from tdcompile.passes.analyze.rene import Rene
     from tdcompile.passes.analyze.score import Score
+    from tdcompile.passes.analyze.search import Search
     from tdcompile.passes.analyze.synthesize import Synthesize
     from tdcompile.passes.rewrite.attach_adapters import AttachAdapters
     from tdcompile.passes.rewrite.detach_dense import DetachDense
@@ -51,6 +52,7 @@ __all__ = [
     "Rehearse",
     "Rene",
     "Score",
+    "Search",
     "Synthesize",
     "TransposeSpatial",
 ]

@@ -166,14 +166,7 @@ def compile(  # the field's word, as in torch.compile
         check_hooks([watch])
     if resume and workspace is None:
         raise InputError("resume=True has no effect without a workspace, the folder that keeps the state of a run")
-    chosen = resolve(recipe, options)
-    if not isinstance(recipe, Recipe) and (
-        lost := [name for name in ("weights", "input", "example") if getattr(chosen, name)]
-    ):
-        raise InputError(
-            f"'{lost[0]}' is an option of the command: pass the network and its example inputs instead"
-            + ("; tdcompile.load_weights(network, FILE) loads a file" if "weights" in lost else "")
-        )
+    chosen = resolved_call(recipe, options)
     pipeline = chosen.steps()
     check_is_network(module)
     with FreeThreads() as threads, evaluating(module):  # a network that cannot be copied is traced itself
@@ -184,8 +177,11 @@ def compile(  # the field's word, as in torch.compile
         folder = Path(tempfile.mkdtemp(prefix="tdcompile-"))
         try:
             source = chosen.source or type(unwrapped(module)).__name__
-            state = None if workspace is None else Checkpoint(Path(workspace), _key(program, chosen))
-            compiled = _Compilation(chosen, pipeline, source, folder, state, threads, start).run(program, resume, watch)
+            state = None if workspace is None else Checkpoint(Path(workspace), key_parts(program, chosen))
+            compilation = Compilation(chosen, pipeline, source, folder, state, threads, start)
+            compiled = compilation.run(
+                program, after_exact(pipeline, program.task), [] if watch is None else [watch], resume=resume
+            )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -193,9 +189,14 @@ def compile(  # the field's word, as in torch.compile
     return compiled
 
 
+def after_exact(pipeline: Pipeline, task: Task) -> Pipeline:
+    """Return the steps on a prepared program: synthetic samples, the dense export, then all but exact rewrites."""
+    return Pipeline((*makers(task), make(Pass, EXPORT_FIRST), *pipeline.split_exact()[1].steps))
+
+
 @dataclass(frozen=True)
-class _Compilation:
-    """One call of ``compile``.
+class Compilation:
+    """From a prepared program to a compiled network; a sweep makes one of each of its points.
 
     Attributes:
         recipe: all options.
@@ -215,15 +216,20 @@ class _Compilation:
     threads: FreeThreads
     start: float
 
-    def run(self, program: Program, resume: bool, watch: Hook | None) -> Compiled:
-        """Run the passes in all processes; export, verify and measure in the first."""
+    def run(self, program: Program, passes: Pipeline, watch: Sequence[Hook] = (), *, resume: bool = False) -> Compiled:
+        """Run passes in all processes; export, verify and measure in the first.
+
+        Args:
+            program: prepared, and with the facts of earlier passes.
+            passes: the steps that are left.
+            watch: hooks that observe the passes.
+            resume: start from the state in ``checkpoint``.
+        """
         workspace = self.folder if self.checkpoint is None else self.checkpoint.folder
         record = RunRecord({"trace": time.perf_counter() - self.start}, start=self.start)
-        rewrites = rewrites_of(program)
-        first = (*makers(program.task), make(Pass, EXPORT_FIRST))
-        passes = Pipeline((*first, *self.pipeline.split_exact()[1].steps))
-        before = KeepBefore(_FACTORS)
-        program = passes.run(program.with_(workspace=workspace), [*self._hooks(record, resume, watch), before])
+        rewrites, before = rewrites_of(program), KeepBefore(_FACTORS)
+        hooks = [*self.hooks(record, watch, resume=resume), before]
+        program = passes.run(program.with_(workspace=program.workspace or workspace), hooks)
         result = self._first_process(program, record)
         again = self._without_slower(before.program, result.slower)
         if again is not None:
@@ -270,7 +276,7 @@ class _Compilation:
             return program
         return program.with_(facts=program.facts.having(replace(plan, precision=precision)))
 
-    def _hooks(self, record: RunRecord, resume: bool, watch: Hook | None) -> list[Hook]:
+    def hooks(self, record: RunRecord, watch: Sequence[Hook], *, resume: bool) -> list[Hook]:
         """Return the hooks, outermost first: training state is deleted after the checkpoint that replaces it."""
         hooks: list[Hook] = [self.threads]
         if self.checkpoint is None or is_first():  # processes share the folder of a checkpoint; the first cleans it
@@ -278,7 +284,7 @@ class _Compilation:
         if self.checkpoint is not None:
             hooks.append(SaveCheckpoint(self.checkpoint, record, resume=resume))
         hooks += [BringSamples(), ScoreBeforeTraining(record), FirstProcessDecides(), StepTimer(record)]
-        return hooks if watch is None else [*hooks, watch]
+        return [*hooks, *watch]
 
     def _export_and_measure(
         self, program: Program, record: RunRecord
@@ -336,6 +342,22 @@ def resolve(recipe: str | Path | Recipe | None, options: Mapping[str, Any]) -> R
     if isinstance(recipe, Recipe):
         return load_recipe(None, {**not_replaced(recipe.model_dump(exclude_unset=True), given), **given})
     return load_recipe(None if recipe is None else str(recipe), given)
+
+
+def resolved_call(recipe: str | Path | Recipe | None, options: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a call from Python, which passes the network and its example inputs itself.
+
+    Raises:
+        InputError: see ``resolve``; or an option names weights or inputs.
+    """
+    chosen = resolve(recipe, options)
+    lost = [name for name in ("weights", "input", "example") if getattr(chosen, name)]
+    if lost and not isinstance(recipe, Recipe):
+        raise InputError(
+            f"'{lost[0]}' is an option of the command: pass the network and its example inputs instead"
+            + ("; tdcompile.load_weights(network, FILE) loads a file" if "weights" in lost else "")
+        )
+    return chosen
 
 
 def _plain(value: Any) -> Any:
@@ -408,7 +430,10 @@ def prepare(
     said = [note for samples in (task.train, task.test) if samples is not None for note in samples.notes]
     train, test = (samples_cast_like(samples, program.inputs) for samples in (task.train, task.test))
     program = program.with_(seed=recipe.seed)
-    task = replace(task, train=train, test=test).holding_out(program.generator("held out"))
+    task = replace(task, train=train, test=test)
+    if any(step.selects for step in recipe.steps().steps):
+        task = task.selecting(program.generator("selection"))
+    task = task.holding_out(program.generator("held out"))
     target, unquantised = calibrated(target, task, asked=recipe.precision)
     program = program.with_(task=task, target=target, budget=budget, onnx=form)
     program = program.with_(keep_dense=matched_layers(program, recipe.keep_dense))
@@ -461,7 +486,7 @@ def _stamp(program: Program) -> str:
     return json.dumps({name: [choice.form, *choice.ranks] for name, choice in plan.choices.items()})
 
 
-def _key(program: Program, recipe: Recipe) -> dict[str, str]:
+def key_parts(program: Program, recipe: Recipe) -> dict[str, str]:
     """Return the parts that identify a compilation: options, network, example inputs, data and a given plan.
 
     Options that change no result of a pass are left out: origins of network and data, gates, ``eval`` and ``jobs``.

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_serializer, field_validator
 
 from tdcompile.errors import InputError
-from tdcompile.ir.target import AskedPrecision, Budget, Device
+from tdcompile.ir.target import AskedPrecision, Budget, Device, Goal
 from tdcompile.support.allowed_drop import AllowedDrop
 from tdcompile.support.options import Count, Workers
 from tdcompile.support.spec import split
@@ -81,7 +81,13 @@ class RecipeOptions(BaseModel):
     grain: Count | None = Field(default=None, description="Ranks are multiples of this number")
     budget: Mapping[str, float] = Field(
         default={"latency": 0.5},
-        description="Share of the dense network to keep, e.g. latency=0.5, macs=0.5, params=0.3; none beside a plan",
+        description="Share of the dense network to keep, e.g. latency=0.5, macs=0.5, params=0.3; none beside a plan "
+        "or a goal",
+    )
+    goal: Goal | None = Field(
+        default=None,
+        description="fastest or smallest: search for the least latency or size within --max-drop on training samples "
+        "set aside; a budget then limits every plan",
     )
     decompose: tuple[str, ...] = Field(default=("auto",), description="Decompositions to consider; auto considers all")
     ranks: str = Field(default="knapsack", description="Rank selector")

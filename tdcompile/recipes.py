@@ -25,16 +25,17 @@ from tdcompile.data.synthetic import split_synthetic
 from tdcompile.data.task import Task
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.onnx_format import OnnxFormat
-from tdcompile.ir.target import UNLIMITED, AskedPrecision, Budget, Device, Precision, Target
+from tdcompile.ir.target import LEAST, UNLIMITED, AskedPrecision, Budget, Device, Goal, Precision, Target
 from tdcompile.planning.plan_file import read_plan
 from tdcompile.recipe_options import Frontend, RecipeOptions, budget_of
+from tdcompile.support.allowed_drop import AllowedDrop
 from tdcompile.support.spec import Spec, parse_options, parse_spec, parse_specs
 
 SHIPPED = "recipes.toml"
 _TRAINED_STREAM = 20_000  # samples that are read of a stream if a pass trains
-_PLANNING = ("decompose", "ranks", "importance", "grain")  # the options that decide a plan
+_PLANNING = ("decompose", "ranks", "importance", "grain", "goal")  # the options that decide a plan
 _PIPELINE = (*_PLANNING, "tune", "plan")  # the options that decide a pipeline
-_OF_STEPS = ("decompose", "importance", "ranks")  # the options that a pipeline in text form states itself
+_OF_STEPS = ("decompose", "importance", "ranks", "goal")  # the options that a pipeline in text form states itself
 _PASSED_ON = ("grain", "jobs")  # the options that are passed on to every pass that has them
 # Options that change no result of a pass, or that the program itself holds: the network, its inputs, a given plan.
 _WITHOUT_EFFECT = {
@@ -73,6 +74,7 @@ class CompileOptions(TypedDict, total=False):
     threads: int
     grain: int | None
     budget: str | Mapping[str, float] | Budget
+    goal: Goal | None
     decompose: str | Sequence[str]
     ranks: str
     importance: str
@@ -97,18 +99,22 @@ class Recipe(RecipeOptions):
     """All options of a compilation, and the budget, target, data and pipeline that they describe."""
 
     def shares(self) -> Budget:
-        """Return the budget.
+        """Return the budget; that of a goal lets what it makes least be as large as in the dense network.
 
         Raises:
             InputError: the budget limits nothing, and the pipeline makes a plan.
         """
-        if not self.budget and any(RankPlan in step.gives for step in self.steps().steps):
+        limited = self._limited()
+        if not limited and any(RankPlan in step.gives for step in self.steps().steps):
             raise InputError(UNLIMITED)
-        return budget_of(self.budget)
+        return budget_of(limited)
+
+    def _limited(self) -> Mapping[str, float]:
+        return self.budget if self.goal is None else {LEAST[self.goal]: 1.0, **self.budget}
 
     def deciding(self) -> dict[str, Any]:
         """Return the options that decide the results of the passes, by name, as JSON values."""
-        return self.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+        return self.model_dump(mode="json", exclude=_WITHOUT_EFFECT - ({"max_drop"} if self.goal else set()))
 
     def device(self) -> Target:
         """Return the target; the precision ``auto`` stands for int8, beside which fp32 is considered."""
@@ -187,7 +193,7 @@ class Recipe(RecipeOptions):
         """
         if self.pipeline is not None:
             return Pipeline(map(self._passed_on, self._adapted(parse_specs(self.pipeline))))
-        latency = "latency" in self.budget
+        latency = "latency" in self._limited()
         parts = ["transpose-spatial", "baseline"] if latency else []
         if self.plan is None:
             chosen = "" if "auto" in self.decompose else "+".join(self.decompose)
@@ -200,9 +206,9 @@ class Recipe(RecipeOptions):
                 "calibrate",
                 f"score{{by={self.importance}}}",
                 f"propose{{{written}}}" if written else "propose",
-                f"choose{{by={self.ranks}}}",
             ]
-            parts += ["rehearse"] if latency else []
+            planning = [f"choose{{by={self.ranks}}}", *(["rehearse"] if latency else [])]
+            parts += planning if self.goal is None else [self._search()]
         else:
             if idle := [name for name in _PLANNING if self._is_set(name)]:
                 raise InputError(f"'{idle[0]}' has no effect beside a plan: leave it out")
@@ -223,6 +229,16 @@ class Recipe(RecipeOptions):
             return read_plan(self.plan).precision == "int8"
         except InputError:  # raised again where the plan is used
             return False
+
+    def _search(self) -> str:
+        """Return the pass that searches for the goal.
+
+        Raises:
+            InputError: there is no limit on the loss of quality.
+        """
+        if self.max_drop is None:
+            raise InputError(f"goal={self.goal} needs a limit on the loss of quality: give --max-drop, e.g. 1 point")
+        return f"search{{goal={self.goal},max_drop={AllowedDrop.parse(self.max_drop)},by={self.ranks}}}"
 
     def _adapted(self, steps: list[Spec]) -> list[Spec]:
         """Apply ``tune`` to a pipeline that the user gave, and refuse the options that have no effect beside it.
@@ -316,7 +332,7 @@ def load_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
 
 def _recipe(options: dict[str, Any]) -> Recipe:
     options = {key: value for key, value in options.items() if key != "description"}
-    if options.get("plan") is not None:
+    if options.get("plan") is not None or options.get("goal") is not None:
         options.setdefault("budget", {})
     for key in options:
         if key not in Recipe.model_fields:

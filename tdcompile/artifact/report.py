@@ -162,6 +162,31 @@ class Gate(_Part):
     sentence: str
 
 
+class GoalPlan(_Part):
+    """A plan that the search for a goal built and judged on training samples set aside."""
+
+    precision: Literal["fp32", "fp16", "int8"]
+    asked: float
+    """Share of the dense network's latency or parameters that it was chosen for."""
+    kept: float
+    """Share of the dense network's latency, as measured, or of the bytes of its weights."""
+    drop: float | None
+    """Loss of quality, in the unit of the limit; null if an output is not finite."""
+    within: bool
+
+
+class Goal(_Part):
+    """The search for a goal."""
+
+    name: Literal["fastest", "smallest"]
+    max_drop: str
+    """As it was given: in the metric's unit, or relative with ``%``."""
+    samples: int
+    """Training samples set aside, on which the plans were judged."""
+    plans: tuple[GoalPlan, ...]
+    """In the order in which they were built."""
+
+
 class Epoch(_Part):
     """One epoch of tuning; held out is a part of the training samples."""
 
@@ -285,6 +310,8 @@ class Report(_Part):
     gates: tuple[Gate, ...] = ()
     metric: ReportedMetric | None = None
     """What the scores are; null without targets."""
+    goal: Goal | None = None
+    """Null if a budget was asked for."""
     dense: Figures
     compiled: CompiledFigures
     precision: Literal["fp32", "fp16", "int8"] = "fp32"

@@ -14,6 +14,8 @@ from tdcompile.artifact.report import (
     Epoch,
     Figures,
     Gate,
+    Goal,
+    GoalPlan,
     Iteration,
     LayerRow,
     NoisyValue,
@@ -40,7 +42,7 @@ from tdcompile.backend.quality_drop import Drop, judged, quality_drop
 from tdcompile.core.plan import DENSE, Candidate, RankPlan
 from tdcompile.data.task import ENOUGH, Task
 from tdcompile.ir.diagnostics import Diagnostic, Reason, ReasonCode
-from tdcompile.ir.measurements import Rehearsal, SyntheticSamples
+from tdcompile.ir.measurements import GoalSearch, Rehearsal, SyntheticSamples
 from tdcompile.ir.program import Change, Program, sites_of
 from tdcompile.ir.scoring import objective_of
 from tdcompile.ir.target import LATENCY_TOLERANCE, LIMITED, Cost
@@ -87,10 +89,11 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
         latency=compiled.timing.speedup.value,
         latency_interval=(compiled.timing.speedup.low, compiled.timing.speedup.high),
     )
-    gates = tuple(_gates(program, run, outcome))
+    gates, goal = tuple(_gates(program, run, outcome)), program.facts.get(GoalSearch)
+    enough = goal.head if goal else _int8_alone(program, run, outcome)
     return Report(
         source=run.source,
-        verdict=_verdict(outcome, program, ratio, gates, enough=_int8_alone(program, run, outcome)),
+        verdict=_verdict(outcome, program, ratio, gates, enough),
         seed=program.seed,
         pipeline=run.pipeline,
         frontend=program.frontend,
@@ -99,6 +102,7 @@ def summarise(program: Program, outcome: Outcome, run: Run) -> Report:
         budget=program.budget.shares,
         gates=gates,
         metric=_metric(program),
+        goal=_goal(goal) if goal else None,
         dense=Figures(**_figures(dense)),
         compiled=CompiledFigures(**_figures(compiled), score_before_tuning=run.before_tuning),
         precision=plan.precision if plan else program.target.precision,
@@ -160,6 +164,18 @@ def _tuned_int8(program: Program) -> TunedInt8 | None:
     if tuning is None or learned is None or not tuning.epochs:
         return None
     return TunedInt8(**_tuned(tuning), scales=len(learned.scales))
+
+
+def _goal(found: GoalSearch) -> Goal:
+    return Goal(
+        name=found.goal,
+        max_drop=found.max_drop,
+        samples=found.samples,
+        plans=tuple(
+            GoalPlan(precision=one.precision, asked=one.asked, kept=one.kept, drop=one.drop, within=one.within)
+            for one in found.probes
+        ),
+    )
 
 
 def _figures(network: MeasuredNetwork) -> dict[str, Any]:

@@ -84,6 +84,7 @@ Precision = Annotated[str | None, _recipe_option("precision", panel=_TARGET)]
 Threads = Annotated[int | None, _recipe_option("threads", panel=_TARGET, metavar="N")]
 Grain = Annotated[int | None, _recipe_option("grain", panel=_TARGET, metavar="N")]
 Budget = Annotated[list[str] | None, _recipe_option("budget", panel=_CHOICE, metavar="NAME=SHARE", note="repeatable")]
+Goal = Annotated[str | None, _recipe_option("goal", panel=_CHOICE, metavar="NAME")]
 Decompose = Annotated[str | None, _recipe_option("decompose", panel=_CHOICE, metavar="NAME,...")]
 Ranks = Annotated[str | None, _recipe_option("ranks", panel=_CHOICE, metavar="SELECTOR")]
 Importance = Annotated[str | None, _recipe_option("importance", panel=_CHOICE, metavar="SCORE")]
@@ -109,6 +110,7 @@ Json = Annotated[bool, _option("Write JSON, and nothing else, to stdout.", "--js
 Verbose = Annotated[bool, _option("Log everything, and seconds by layer and form; tracebacks.", "--verbose", "-v")]
 Quiet = Annotated[bool, _option("Show no progress and no warnings.", "--quiet", "-q")]
 
+Points = Annotated[int, _option("Number of budgets to compile at.", panel=_CHOICE, metavar="N", min=2, max=100)]
 Methods = Annotated[
     str | None,
     _option("Decompositions to study; default cp4,tucker2,tt.", panel=_CHOICE, metavar="NAME,..."),

@@ -36,6 +36,7 @@ class Pass(Plugin):
         trains: the pass trains weights; the report shows the test accuracy before the first such pass.
         resumable: the pass may keep training state in a folder of its name in ``Program.workspace``. The folder is
             deleted once the result of the pass is saved.
+        selects: the pass judges plans on ``Task.selection``, training samples that no other pass reads.
         fine_tunes: the option ``tune`` of recipes and studies sets the options of this pass. A pipeline works without
             the pass, only less accurately.
         fine_tunes_int8: the pass trains through the rounding of int8. A recipe that tunes for int8 ends with it, and
@@ -49,6 +50,7 @@ class Pass(Plugin):
     decides: ClassVar[bool] = False
     trains: ClassVar[bool] = False
     resumable: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
     fine_tunes: ClassVar[bool] = False
     fine_tunes_int8: ClassVar[bool] = False
     takes: ClassVar[Mapping[str, str]] = {}

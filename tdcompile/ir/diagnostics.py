@@ -86,6 +86,7 @@ class DiagnosticCode(_Code):
     )
     NOT_EXACT = "not_exact", "a rewrite that must keep the outputs did not, and is not used"
     MASKED_ROW = "masked_row", "the model and the network differ where a mask masks a whole row, or nothing of it"
+    GOAL = "goal", "the result of the search for a goal"
     OUTPUT_LEFT_OUT = "output_left_out", "an output of the network has no part in the training loss"
 
 

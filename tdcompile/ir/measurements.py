@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Aspect, Fact, Facts
-from tdcompile.ir.target import Precision
+from tdcompile.ir.target import Goal, Precision
 from tdcompile.numerics.covariance import Covariance, Identity
 
 MISSED = 0.5  # deviation of synthetic samples from the statistics above which a diagnostic is a warning
@@ -138,6 +138,61 @@ class Rehearsal(Fact):
     """The rounds of the in-graph check of a plan, before any factor is computed."""
 
     rounds: tuple[Round, ...]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A plan that the search for a goal built and judged.
+
+    Attributes:
+        precision: number format of its model.
+        asked: share of the dense network's latency or parameters that it was chosen for.
+        kept: share of the dense network's latency, as measured, or of the bytes of its weights.
+        drop: loss of quality on the samples set aside, in the unit of the limit; None if an output is not finite.
+        within: whether the drop is within its limit.
+    """
+
+    precision: Precision
+    asked: float
+    kept: float
+    drop: float | None
+    within: bool
+
+
+@dataclass(frozen=True)
+class GoalSearch(Fact):
+    """The search for a goal.
+
+    Attributes:
+        goal: what was made least.
+        max_drop: limit on the loss of quality, as it was given.
+        limit: the same in the unit of the drops.
+        samples: training samples set aside, on which the plans were judged.
+        resolution: the smallest drop that they tell, in points: that of one sample; 0 if errors were compared.
+        probes: the plans that were built, in order.
+        head: the result as the beginning of a verdict.
+        told: the result with its figures.
+    """
+
+    goal: Goal
+    max_drop: str
+    limit: float
+    samples: int
+    resolution: float
+    probes: tuple[Probe, ...]
+    head: str
+    told: str
+
+    def diagnostics(self) -> Sequence[Diagnostic]:
+        """Return the result, and a warning if the samples are too few for the limit."""
+        told = [Diagnostic("info", DiagnosticCode.GOAL, self.told)]
+        if 0 < self.limit < self.resolution:
+            few = (
+                f"search: {self.samples} training samples judge the plans, and one of them is {self.resolution:.2g} "
+                f"points: a limit of {self.limit:g} needs more training samples"
+            )
+            told.append(Diagnostic("warning", DiagnosticCode.FEW_SAMPLES, few))
+        return told
 
 
 def input_covariance(facts: Facts, layer: str, weight: Tensor) -> Covariance:

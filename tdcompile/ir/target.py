@@ -14,6 +14,7 @@ from tdcompile.support.options import Count, Options, Share, Workers
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "fp16", "int8"]
 AskedPrecision = Literal["fp32", "fp16", "int8", "auto"]
+Goal = Literal["fastest", "smallest"]
 
 # Allowed relative excess of a measured latency over its budget: two runs of one model on an idle machine differ by
 # about as much.
@@ -81,6 +82,9 @@ def total(costs: Sequence[Cost]) -> Cost:
 
 # The names in a budget, and the field of ``Cost`` that each limits.
 LIMITED = {"latency": "seconds", "macs": "macs", "params": "params"}
+# What each goal makes least, by its name in a budget. Parameters nearly determine the size of the ONNX file.
+LEAST: dict[Goal, str] = {"fastest": "latency", "smallest": "params"}
+WEIGHT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 UNLIMITED = f"the budget limits nothing: give at least one of {', '.join(LIMITED)}, e.g. latency=0.5"
 
 

@@ -44,6 +44,23 @@ class Look(AnalysisPass):
         return Found(3)
 
 
+@dataclass(frozen=True)
+class Told(Fact):
+    """A fact with a message."""
+
+    def diagnostics(self) -> list[Diagnostic]:
+        return [Diagnostic("info", "few_samples", "few")]
+
+
+class Warn(AnalysisPass):
+    """Gives a fact with a message."""
+
+    gives = (Told,)
+
+    def analyze(self, program: Program) -> Fact:
+        return Told()
+
+
 class Train(TunePass):
     """Negates the weights, so that every prediction changes."""
 
@@ -106,6 +123,10 @@ def test_only_passes_that_decide_go_through_the_first_process(
     assert sent == [0, [Found(3)]]
     assert after.facts[Found] == Found(3)
     assert [entry.text for entry in after.history if isinstance(entry, Diagnostic)] == ["found 3"]
+
+
+def test_the_messages_of_facts_that_a_pass_found_are_kept(program: Program) -> None:
+    assert [entry.text for entry in Pipeline([Warn()]).run(program, [FirstProcessDecides()]).history] == ["few"]
 
 
 def test_processes_that_start_at_different_steps_are_refused(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
