@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tdcompile.artifact.folder import load
+    from tdcompile.artifact.front import Sweep
+    from tdcompile.budget_sweep import sweep
     from tdcompile.compiler import Compiled, compile  # the field's word, as in torch.compile
     from tdcompile.core.hooks import Hook
     from tdcompile.core.passes import AnalysisPass, RewritePass, Rewritten, TunePass
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "artifact.folder": ("load",),
+    "artifact.front": ("Sweep",),
+    "budget_sweep": ("sweep",),
     "compiler": ("Compiled", "compile"),
     "errors": ("TdcompileError",),
     "studies.experiment": ("study",),
@@ -50,6 +54,7 @@ __all__ = [
     "RewritePass",
     "Rewritten",
     "Samples",
+    "Sweep",
     "Target",
     "Task",
     "TdcompileError",
@@ -60,6 +65,7 @@ __all__ = [
     "load_weights",
     "sites",
     "study",
+    "sweep",
     "trace",
 ]
 

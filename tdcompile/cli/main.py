@@ -21,6 +21,7 @@ from tdcompile.cli.doctor import doctor
 from tdcompile.cli.inspect import analyze, list_plugins
 from tdcompile.cli.interruption import terminable, was_interrupted
 from tdcompile.cli.study import study
+from tdcompile.cli.sweep import sweep
 from tdcompile.cli.validate_bench import bench, validate
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.support.quiet import native_output_to_stderr
@@ -30,6 +31,7 @@ UNAVAILABLE = 5
 
 _COMMANDS: dict[str, Callable[..., Answer]] = {
     "compile": compile_network,
+    "sweep": sweep,
     "analyze": analyze,
     "study": study,
     "plan": plan,
