@@ -132,7 +132,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_command_is_there() -> None:
-    commands = {"compile", "analyze", "plan", "validate", "bench", "list", "doctor", "demo", "study"}
+    commands = {"compile", "analyze", "plan", "validate", "bench", "list", "doctor", "demo", "study", "sweep"}
     assert set(COMMANDS) == commands
 
 
