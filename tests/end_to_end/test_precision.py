@@ -70,6 +70,20 @@ def test_an_int8_compilation_writes_and_reports_four_models(made, tmp_path) -> N
     assert "Signal over noise is lowest behind" in page
 
 
+def test_tuning_for_int8_ends_through_its_rounding_and_the_report_tells(tmp_path) -> None:
+    found = compiled(data=task(), precision="int8", tune="epochs=5,batch=32,trial=0,lr=0.01")
+    report = found.report
+    assert report.pipeline.endswith("fold-batchnorm,drop-dead,finetune-int8{batch=32}")
+    assert report.tuning is not None
+    assert report.tuning_int8 is not None
+    assert (report.tuning.epochs, report.tuning_int8.epochs, report.tuning_int8.rate) == (4, 1, 0.001)
+    assert report.tuning_int8.heldout_before is not None
+    assert report.quantization is not None
+    assert report.quantization.fake is not None
+    page = (found.save(tmp_path / "out") / "report.html").read_text()
+    assert "through the rounding of int8" in page
+
+
 def test_a_plan_names_its_precision_and_fp32_plans_do_not(made) -> None:
     assert RankPlan.from_json(made.plan.to_json()).precision == "int8"
     plain = RankPlan({})
