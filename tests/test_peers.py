@@ -10,6 +10,7 @@ from torch import nn
 
 import tdcompile
 from tdcompile.data.task import Task, Tensors
+from tdcompile.errors import BudgetError
 from tests.benchmark_modules import load
 
 load("results")
@@ -37,7 +38,10 @@ def test_rows_of_all_models_are_measured_together_and_one_is_best(bench, monkeyp
     asked = {}
 
     def compiled(module, inputs, **options):
-        asked.update(options)
+        if not asked:
+            asked.update(options)
+            raise BudgetError("no plan")
+        asked.update(options, before=asked["budget"])
         return SimpleNamespace(onnx=peers.static_int8(peers.exported(module, bench, "ours"), bench))
 
     monkeypatch.setattr(peers.tdcompile, "compile", compiled)
@@ -45,7 +49,7 @@ def test_rows_of_all_models_are_measured_together_and_one_is_best(bench, monkeyp
     assert [row["model"] for row in rows] == [peers.DENSE, peers.INT8, peers.OURS]
     assert rows[0]["accuracy %"] == 100
     assert sum(row["best at tdcompile's latency"] for row in rows) == 1
-    assert 0 < asked["budget"]["latency"] <= 1
+    assert asked["before"]["latency"] <= asked["budget"]["latency"] <= 1  # int8 alone is what can be reached
     kinds = {node.op_type for node in onnx.load(bench.folder / "dense.int8.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
 
