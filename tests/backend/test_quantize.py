@@ -12,13 +12,15 @@ from torch import nn
 from tdcompile.backend.export import export_onnx
 from tdcompile.backend.profile import node_seconds
 from tdcompile.backend.quantize import activation_ranges, write_quantized
-from tdcompile.backend.quantized_form import QuantizedForm
+from tdcompile.backend.quantized_form import QuantizedForm, has_vnni
 from tdcompile.backend.quantized_parity import check_quantized
 from tdcompile.backend.session import infer, open_session
 from tdcompile.errors import InputError, ParityError
 from tdcompile.ir.target import Target
 
-X64, ARM = QuantizedForm("x64"), QuantizedForm("arm64", symmetric=True)
+# Without VNNI the kernels of the form x64 would saturate.
+X64 = QuantizedForm("x64") if has_vnni() else QuantizedForm("x64-reduced", reduced=True)
+ARM = QuantizedForm("arm64", symmetric=True)
 
 
 class Block(nn.Module):
