@@ -14,7 +14,7 @@ from tdcompile.backend.export import export_onnx
 from tdcompile.backend.fake_parity import check_fake_quantized
 from tdcompile.backend.fake_quantization import fake_quantized
 from tdcompile.backend.quantize import activation_ranges, rounded_weights, write_quantized
-from tdcompile.backend.quantized_form import QuantizedForm
+from tdcompile.backend.quantized_form import QuantizedForm, form_of
 from tdcompile.backend.session import infer, open_session
 from tdcompile.ir.target import Target
 
@@ -78,7 +78,7 @@ def test_the_mean_of_the_output_is_that_of_the_float_model_and_the_graph_is_the_
     export_onnx(graph, (samples()[:2],), model)
     batch = [[samples().numpy()]]
     ranges, means = activation_ranges(model, batch), input_means(model, batch)
-    made = write_quantized(model, tmp_path / "int8.onnx", ranges, QuantizedForm("x64"), overrides=coarse(model))
+    made = write_quantized(model, tmp_path / "int8.onnx", ranges, form_of(Target()), overrides=coarse(model))
     before = shift(made.path, model)
     assert before > 0.02
     assert len(correct_biases(made.path, model, means)) == 2
@@ -124,7 +124,7 @@ def test_a_bias_that_two_layers_share_and_one_that_is_missing_stay(tmp_path: Pat
     model = tmp_path / "float.onnx"
     export_onnx(network.eval(), (samples()[:2],), model)
     batch = [[samples().numpy()]]
-    made = write_quantized(model, tmp_path / "int8.onnx", activation_ranges(model, batch), QuantizedForm("x64"))
+    made = write_quantized(model, tmp_path / "int8.onnx", activation_ranges(model, batch), form_of(Target()))
     before = made.path.read_bytes()
     assert correct_biases(made.path, model, input_means(model, batch)) == []
     assert made.path.read_bytes() == before

@@ -8,12 +8,12 @@ from torch import nn
 
 from tdcompile.backend.export import export_onnx
 from tdcompile.backend.quantize import activation_ranges, write_quantized
-from tdcompile.backend.quantized_form import QuantizedForm
+from tdcompile.backend.quantized_form import form_of
 from tdcompile.backend.quantized_parity import check_quantized
 from tdcompile.backend.sensitive_layers import TRIALS, Trial, back_to_float, suspects, tensor_noise
 from tdcompile.ir.target import Target
 
-FORM = QuantizedForm("x64")
+FORM = form_of(Target())
 LAYERS = ("0", "2", "4")
 
 

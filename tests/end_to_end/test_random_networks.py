@@ -22,7 +22,7 @@ from tdcompile.backend.fake_parity import check_fake_quantized
 from tdcompile.backend.fake_quantization import fake_quantized
 from tdcompile.backend.parity import check_parity
 from tdcompile.backend.quantize import activation_ranges, write_quantized
-from tdcompile.backend.quantized_form import QuantizedForm
+from tdcompile.backend.quantized_form import form_of
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.plan import Candidate, RankPlan
 from tdcompile.core.registry import find, make
@@ -240,7 +240,7 @@ def check_int8(data: st.DataObject) -> None:
     with TemporaryDirectory() as folder:
         exported = export_onnx(program.graph, program.inputs, Path(folder) / "float.onnx")
         ranges = activation_ranges(exported.path, [[samples.numpy()]])
-        made = write_quantized(exported.path, Path(folder) / "int8.onnx", ranges, QuantizedForm("x64"))
+        made = write_quantized(exported.path, Path(folder) / "int8.onnx", ranges, form_of(Target()))
         correct_biases(made.path, exported.path, input_means(exported.path, [[samples.numpy()]]))
         rounded = fake_quantized(program.graph, exported.path, made, [samples])
         check_fake_quantized(rounded, made.path, [samples])
