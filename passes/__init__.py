@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the registry fin
     from tdcompile.passes.rewrite.transpose_spatial import TransposeSpatial
     from tdcompile.passes.tune.anneal import Anneal
     from tdcompile.passes.tune.finetune import Finetune
+    from tdcompile.passes.tune.finetune_int8 import FinetuneInt8
     from tdcompile.passes.tune.recalibrate import Recalibrate
     from tdcompile.passes.tune.refit import Refit
 
@@ -42,6 +43,7 @@ __all__ = [
     "ExportDense",
     "Factorize",
     "Finetune",
+    "FinetuneInt8",
     "FoldBatchnorm",
     "Gauge",
     "MeasureBaseline",

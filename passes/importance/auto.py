@@ -62,6 +62,8 @@ class Auto(Importance):
         if of_tokens(first, outputs[0]):
             samples = math.ceil(self.tokens / outputs[0].shape[1])
             return f"taylor{{order=2,samples={samples},batch={self.batch},largest={self.largest}}}"
+        if len(outputs) > 1 and program.task.output is None:
+            return None  # a layer that only other outputs need has no gradient
         objective = objective_of(program)
         if objective is None or objective.class_axis is None or train.batch([0]).targets is None:
             return None

@@ -216,6 +216,8 @@ class TorchMeter:
 
     def __init__(self, metric: Any) -> None:
         self._metric = metric
+        # One process measures alone, while the others wait for its figure: the metric must not wait for theirs.
+        self._metric.distributed_available_fn = _never
         self._metric.reset()
 
     def update(self, outputs: Any, targets: Any) -> None:
@@ -243,6 +245,10 @@ class TorchMeter:
             raise InputError(f"the metric {type(self._metric).__name__} gives {shape}; one number is needed")
         # Without the digits that fp32 does not have, 77 right of 100 are 0.77, and a drop of one point is one point.
         return float(value) if value.dtype is torch.float64 else float(f"{float(value):.7g}")
+
+
+def _never() -> bool:
+    return False
 
 
 class FunctionMeter:

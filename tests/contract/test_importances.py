@@ -96,7 +96,7 @@ class Odd(nn.Module):
         return out.detach() if self.kind == "detached" else out.unsqueeze(-1).expand(-1, -1, 3)
 
 
-@pytest.mark.parametrize("kind", ["features", "detached", "places", "crops"])
+@pytest.mark.parametrize("kind", ["features", "detached", "crops"])
 def test_auto_takes_any_network(kind: str) -> None:
     torch.manual_seed(0)
     made = tdcompile.trace(Odd(kind).eval(), (torch.randn(2, 3, 8, 8),)).with_(task=Task(bright(), calibrate=64))
@@ -104,6 +104,12 @@ def test_auto_takes_any_network(kind: str) -> None:
     assert set(scores) == {"a", "b", "c"}
     assert all(score > 0 for score in scores.values())
     assert (len(set(scores.values())) > 1) == (kind == "crops")
+
+
+def test_targets_that_do_not_fit_the_outputs_are_refused() -> None:
+    made = tdcompile.trace(Odd("places").eval(), (torch.randn(2, 3, 8, 8),)).with_(task=Task(bright(), calibrate=64))
+    with pytest.raises(InputError, match=r"the network's output is 8x2x3: expected a score for each class"):
+        scored("auto", made)
 
 
 @pytest.mark.parametrize("name", ["fisher", "taylor"])
@@ -144,9 +150,9 @@ def test_labels_are_not_needed(name: str) -> None:
     assert scores["alive"] > scores["dead"]
 
 
-@pytest.mark.parametrize("name", ["lwiq", "probe{measure=accuracy}"])
+@pytest.mark.parametrize("name", ["lwiq", "probe{measure=metric}"])
 def test_labels_that_are_needed_are_asked_for(name: str) -> None:
-    with pytest.raises(InputError, match="labelled"):
+    with pytest.raises(InputError, match="targets"):
         make(Importance, name).score(program(bright(labelled=False)))
 
 

@@ -616,9 +616,11 @@ def test_python_may_hand_over_samples_as_they_are_an_array_a_text_and_nothing() 
 def test_every_kind_says_what_it_reads() -> None:
     assert list(kinds()) == [
         "digits",
+        "scenes",
         "parquet:DIR",
         "imagefolder:DIR",
         "npz:FILE",
+        "text:FILE",
         "hub:NAME",
         "file.py:callable",
         "synthetic",

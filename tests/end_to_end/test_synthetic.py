@@ -243,5 +243,5 @@ def test_the_commands_take_the_same_text(tmp_path, monkeypatch, capfd):
     assert json.loads((tmp_path / "made/report.json").read_text())["synthetic"]["samples"] == 4
     assert main(["compile", *network, *small, "--max-drop", "1", "-o", "other"]) == 2
     assert main(["study", *network]) == 2
-    assert "a study measures accuracy" in capfd.readouterr().err
+    assert "a study measures a metric" in capfd.readouterr().err
     assert not (tmp_path / "other").exists()

@@ -305,7 +305,7 @@ def test_coefficients_can_look_at_held_out_data() -> None:
         program(*layers, train=Tensors(torch.randn(64, 24, 6, 6), torch.arange(64) % 24))
     )
     assert plan.predicted.macs <= 0.5 * plan.dense.macs
-    with pytest.raises(InputError, match="needs labels"):
+    with pytest.raises(InputError, match="needs targets"):
         Rene(mode="data").analyze(program(*layers))
 
 
