@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import real_networks as real
 import torch
 import torch.nn.functional as F
-import torchmetrics
 import typer
 from common import network, publish
 from results import Table
@@ -114,7 +113,7 @@ def cases(data: str | None, weights: Path | None, seed: int) -> dict[str, Case]:
         ),
         "minilm": Case(
             lambda: embedding(seed), "embedding of sentences", "epochs=2,trial=0,lr=0.003", "2%",
-            options={"metric": torch_cosine()},
+            options={"metric": "CosineSimilarity{reduction=mean,name=cosine}"},
         ),
         "smollm2": Case(
             lambda: language(seed), "language", "epochs=1,trial=0,lr=0.01,batch=8", "25%", budget={"params": 0.84},
@@ -134,13 +133,6 @@ def in_tune(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 in_tune.higher_is_better, in_tune.unit, in_tune.name = True, "%", "raw pitch accuracy"  # type: ignore[attr-defined]
-
-
-def torch_cosine() -> torchmetrics.Metric:
-    """Return the mean cosine of embeddings, of torchmetrics."""
-    metric = torchmetrics.CosineSimilarity(reduction="mean")
-    metric.higher_is_better, metric.name = True, "cosine"  # type: ignore[misc]
-    return metric
 
 
 def pitch(seed: int) -> tuple[nn.Module, Tensor, Task]:
