@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from tdcompile.backend.session import infer, open_session
 from tdcompile.data.metric import About
-from tdcompile.data.objective import Objective
+from tdcompile.data.objective import Objective, has_targets
 from tdcompile.data.quality import OutputComparison, OutputQuality, compare_outputs
 from tdcompile.data.task import FEW, Batch, Samples
 from tdcompile.errors import RuinedError
@@ -74,7 +74,7 @@ def evaluate(
     each = sum(y.nbytes for y in infer(sessions[0], program.inputs)) // len(program.inputs[0])
     size = max(1, min(_BATCH, _OUTPUT_BYTES // max(each, 1)))
     batches = filled_batches(samples, program, size, limit)
-    return _compared([partial(_outputs, session) for session in sessions], batches, objective_of(program))
+    return _compared([partial(_outputs, session) for session in sessions], batches, _objective(program, samples))
 
 
 def evaluate_graph(program: Program, samples: Samples, limit: int | None = None) -> Evaluation:
@@ -91,7 +91,13 @@ def evaluate_graph(program: Program, samples: Samples, limit: int | None = None)
 
     batches = filled_batches(samples, program, _BATCH, limit)
     networks = [partial(outputs, graph) for graph in (program.dense, program.graph)]
-    return _compared(networks, batches, objective_of(program))[0]
+    return _compared(networks, batches, _objective(program, samples))[0]
+
+
+def _objective(program: Program, samples: Samples) -> Objective | None:
+    """Return the objective, if the samples have what it compares outputs with."""
+    objective = objective_of(program)
+    return objective if objective is not None and has_targets(objective, samples.batch([0])) else None
 
 
 def _compared(

@@ -67,14 +67,17 @@ def read_npz(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split | Sa
         return _by_name(held, (train, test), wanted, seed)
     if "x" not in held:
         raise InputError(f"npz: '{path}' has no array 'x': {nearest('x', held)}")
-    x, y = to_tensor(held["x"], f"npz: 'x' in '{path}'"), held.get("y")
+    key = wanted.members.targets or "y"
+    if wanted.members.targets is not None and key not in held:
+        raise InputError(f"--targets: '{path}' has no array '{key}': {nearest(key, held)}")
+    x, y = to_tensor(held["x"], f"npz: 'x' in '{path}'"), held.get(key)
     if x.ndim == 0:
         raise InputError(f"npz: 'x' in '{path}' is a single number, not an array of samples")
     if "x_test" in held:
         x_test = to_tensor(held["x_test"], f"npz: 'x_test' in '{path}'")
-        return _split(train, x, y, wanted), _split(test, x_test, held.get("y_test"), wanted)
-    if "y_test" in held:
-        raise InputError(f"npz: '{path}' has 'y_test' and no 'x_test': add the inputs, or remove the targets")
+        return _split(train, x, y, wanted), _split(test, x_test, held.get(f"{key}_test"), wanted)
+    if f"{key}_test" in held:
+        raise InputError(f"npz: '{path}' has '{key}_test' and no 'x_test': add the inputs, or remove the targets")
     if len(x) < 2:
         count = "1 sample" if len(x) else "0 samples"
         raise InputError(f"npz: '{path}' holds {count}; two at least are needed to hold one out")

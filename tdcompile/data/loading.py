@@ -76,6 +76,8 @@ def load_data(
     shape = tuple(input_shape)
     normalisation = Normalisation.parse(normalize, shape, dtype)
     read, argument = _resolve(spec)
+    if fields is not None and fields.targets is not None and read not in (read_npz, _CALLABLE.read):
+        raise InputError(f"--targets '{fields.targets}' has no effect on the data '{spec}', which have no keys")
     train, test = read(argument, NetworkInput(shape, dtype, fields), seed)
     made = _finished((train, test), normalisation, shape)
     assert made[0] is not None  # readers return training samples

@@ -70,6 +70,10 @@ def _split_mapping(item: Mapping[Any, Any], fields: SampleFields, where: str) ->
     if fields.targets is not None:
         return inputs, held[fields.targets]
     left = {key: value for key, value in held.items() if key not in names and key not in NO_TARGETS}
+    texts = [key for key, value in left.items() if isinstance(value, str | bytes)]
+    if texts and len(left) > 1:
+        others = ", ".join(key for key in left if key != texts[0])
+        raise InputError(f"{where} has text under '{texts[0]}' beside {others}: choose the targets by --targets KEY")
     return inputs, None if not left else next(iter(left.values())) if len(left) == 1 else left
 
 

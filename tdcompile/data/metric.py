@@ -182,6 +182,8 @@ def _of_object(given: object, declared: dict[str, str], name: str, what: str) ->
 
     if inspect.isclass(given) and issubclass(given, torchmetrics.Metric):
         given = _instance(given, {}, name, what)
+    if not callable(given):
+        raise InputError(f"{what} is a {type(given).__name__}; a function, or a metric of torchmetrics, is needed")
     direction = declared.get("higher", getattr(given, "higher_is_better", None))
     if isinstance(direction, str):
         if direction.lower() not in ("true", "false"):
@@ -197,8 +199,6 @@ def _of_object(given: object, declared: dict[str, str], name: str, what: str) ->
     if isinstance(given, torchmetrics.Metric):
         original = given
         return Metric(name, direction, lambda: TorchMeter(copy.deepcopy(original)), unit)
-    if not callable(given):
-        raise InputError(f"{what} is a {type(given).__name__}; a function, or a metric of torchmetrics, is needed")
     function = given
     return Metric(name, direction, lambda: FunctionMeter(function, name), unit, raw=True)
 
@@ -237,9 +237,12 @@ class TorchMeter:
         """See ``Meter``.
 
         Raises:
-            InputError: the metric is not one number.
+            InputError: the metric fails, or is not one number.
         """
-        value = self._metric.compute()
+        try:
+            value = self._metric.compute()
+        except (ValueError, RuntimeError, TypeError, IndexError) as error:
+            raise InputError(f"the metric {type(self._metric).__name__} failed: {error}") from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"the metric {type(self._metric).__name__} gives {shape}; one number is needed")
@@ -335,4 +338,7 @@ def checked_loss(loss: Callable[[Any, Any], Any], outputs: Any, targets: Any, wh
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"{what} gives {found}; a tensor of one number is needed")
+    finite = all(bool(torch.isfinite(y).all()) for y in tensors_of(outputs) if y.is_floating_point())
+    if finite and not bool(torch.isfinite(value).all()):
+        raise InputError(f"{what} gives {value.item()} on finite outputs")
     return value.reshape(())

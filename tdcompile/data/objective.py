@@ -79,7 +79,10 @@ class Objective:
         if self.own_loss is not None:
             given = outputs[0] if self.outputs == 1 else tuple(outputs)
             targets = map_tensors(lambda y: y.to(outputs[0].device), batch.targets)
-            return checked_loss(self.own_loss, given, targets)
+            value = checked_loss(self.own_loss, given, targets)
+            if outputs[0].requires_grad and not value.requires_grad:
+                raise InputError("--loss gives a number without a gradient: compute it from the outputs by torch")
+            return value
         return self.kind.loss(*self.kind.pair(outputs[self.output], batch))
 
     def meter(self) -> ObjectiveMeter:
@@ -90,6 +93,17 @@ class Objective:
 def has_targets(objective: Objective, batch: Batch) -> bool:
     """Return whether a batch has what the objective compares outputs with."""
     return batch.targets is not None or objective.needs_no_targets
+
+
+def check_metric(objective: Objective, outputs: Sequence[Tensor], batch: Batch) -> None:
+    """Try the metric on a few samples before any work.
+
+    Raises:
+        InputError: it fails, or is not one number. A metric that is NaN may need more samples.
+    """
+    meter = ObjectiveMeter(objective)
+    meter.update(outputs, batch)
+    meter.tried()
 
 
 class ObjectiveMeter:
@@ -119,6 +133,14 @@ class ObjectiveMeter:
         else:
             self._meter.update(*objective.kind.pair(output, batch))
         self.samples += len(output)
+
+    def tried(self) -> float:
+        """Return the metric, which may be NaN.
+
+        Raises:
+            InputError: it fails, or is not one number.
+        """
+        return self._meter.compute()
 
     def compute(self) -> float:
         """Return the metric.
@@ -254,17 +276,17 @@ def _candidates(output: Tensor, batch: Batch, many: Tensor) -> list[type[TaskKin
     """Return the tasks to try, the likeliest first."""
     y: Tensor = batch.targets
     whole = is_whole(y) or y.dtype is torch.bool
+    binary = not y.is_complex() and bool(((many == 0) | (many == 1)).all())
     if y.dim() <= 1 or (y.dim() == 2 and y.shape[1] == 1):
-        return [Classification] if whole else [Regression, Classification]
+        return [Classification] if whole else [Classification, Regression] if binary else [Regression]
     if of_tokens(batch.inputs, output) and whole:
         return [Language]
     if y.dim() == 2 and output.dim() == 2:
-        zero_one = bool(((many == 0) | (many == 1)).all())
-        if one_hot(many) and (zero_one or whole):
+        if one_hot(many) and (binary or whole):
             return [Classification, Multilabel]
-        return [Multilabel, Regression] if zero_one else [Regression]
-    if whole:
-        return [Segmentation]
+        return [Multilabel, Regression] if binary else [Regression]
+    if whole or (binary and output.dim() > 2 and output.shape[1] == 1):
+        return [Segmentation, Regression]
     first = batch.inputs[0]
     image = output.dim() == 4 and output.shape[1] in _IMAGE_CHANNELS
     restored = image and first.dim() == 4 and first.shape[1] == output.shape[1]

@@ -181,6 +181,8 @@ def _is_label(value: Any) -> bool:
     """Return whether a target is text or one whole number, not in an array of several axes."""
     if value is None or isinstance(value, str | bytes):
         return True  # a missing label is refused where all labels are read
+    if isinstance(value, Mapping) or (isinstance(value, list | tuple) and not all(isinstance(x, int) for x in value)):
+        return False
     y = to_tensor(value, "a target")
     return y.numel() == 1 and y.dim() <= 1 and is_whole(y)
 

@@ -88,6 +88,8 @@ class Classification(TaskKind):
     def fit(cls, output: Tensor, batch: Batch) -> Self:
         """See ``TaskKind``."""
         y = _one_tensor(batch.targets, cls.name)
+        if y.is_complex():
+            raise UnfitError(f"{cls.name} takes class numbers, not {shape_of(y)}")
         binary = output.dim() == 1 or (output.dim() == 2 and output.shape[1] == 1)
         if y.dim() == 2 and y.shape[1] == 1:
             y = y[:, 0]
@@ -116,8 +118,10 @@ class Classification(TaskKind):
         if y.dim() == 2 and y.shape[1] == 1:
             y = y[:, 0]
         if self.scores == 1:
-            return output.reshape(len(output)), y.to(output.dtype)
+            return output.reshape(len(output)), y.long()
         if y.dim() == 2:
+            if not one_hot(y):
+                raise InputError("a target is a row that is neither one-hot nor holds probabilities")
             return output, y.to(output.dtype)
         y = y.long()
         most = int(y.max())
@@ -131,9 +135,8 @@ class Classification(TaskKind):
         """Return the cross-entropy."""
         if self.scores > 1:
             return F.cross_entropy(prediction, target)
-        if self.probabilities:
-            return F.binary_cross_entropy(prediction, target)
-        return F.binary_cross_entropy_with_logits(prediction, target)
+        loss = F.binary_cross_entropy if self.probabilities else F.binary_cross_entropy_with_logits
+        return loss(prediction, target.to(prediction.dtype))
 
     def metric(self) -> Metric:
         """Return top-1 accuracy."""
@@ -167,12 +170,12 @@ class Multilabel(TaskKind):
 
     def pair(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """See ``TaskKind``: scores and labels, both ``(N, L)``."""
-        return output, next(tensors_of(batch.targets)).to(output)
+        return output, next(tensors_of(batch.targets)).to(output.device).long()
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the binary cross-entropy."""
         loss = F.binary_cross_entropy if self.probabilities else F.binary_cross_entropy_with_logits
-        return loss(prediction, target)
+        return loss(prediction, target.to(prediction.dtype))
 
     def metric(self) -> Metric:
         """Return the F1 score over all labels of all samples (micro average)."""
@@ -211,7 +214,9 @@ class Segmentation(TaskKind):
         scores = output.shape[1]
         known = [value for value in IGNORED if bool((y == value).any()) and not 0 <= value < scores]
         counted = y[~torch.isin(y.long(), torch.tensor(known))] if known else y
-        least, most = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
+        if not counted.numel():
+            raise UnfitError(f"no target counts: all of the first samples are {known[0]}")
+        least, most = int(counted.min()), int(counted.max())
         if least < 0 or most >= max(scores, 2):
             wrong = least if least < 0 else most
             raise UnfitError(
@@ -227,6 +232,13 @@ class Segmentation(TaskKind):
         y = next(tensors_of(batch.targets)).to(output.device).long()
         if y.dim() == output.dim():
             y = y[:, 0]
+        wrong = ((y < 0) | (y >= max(self.scores, 2))) & (y != self.ignore)
+        if bool(wrong.any()):
+            place = int(wrong.flatten(1).any(1).nonzero()[0])
+            raise InputError(
+                f"the target of sample {place} of a batch is {int(y[wrong][0])} somewhere: the network has "
+                f"{max(self.scores, 2)} classes, and {self.ignore} does not count"
+            )
         return (output[:, 0] if self.scores == 1 else output), y
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -362,7 +374,9 @@ class Language(TaskKind):
                 f"a target is {wrong}, and the tokens are 0 to {output.shape[2] - 1} (-100 does not count)"
             )
         counted = y != IGNORED[0]
-        return cls(bool((y == x)[counted].all()) and bool(counted.any()), tokens, padded)
+        if not bool(counted.any()):
+            raise UnfitError(f"no target counts: all of the first samples are {IGNORED[0]}")
+        return cls(bool((y == x)[counted].all()), tokens, padded)
 
     def pair(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """See ``TaskKind``: scores ``(N, L', V)`` and tokens ``(N, L')``."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tdcompile.data.objective import Example, Objective, resolve_objective
+from tdcompile.data.objective import Example, Objective, check_metric, has_targets, resolve_objective
 from tdcompile.data.task import Batch, Note, Task
-from tdcompile.errors import InputError
+from tdcompile.errors import InputError, first_line
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.modules import evaluating, output_names, outputs_of, separate_attention, tensors_in
 from tdcompile.ir.program import Program
@@ -44,7 +44,10 @@ def objective_of(program: Program) -> Objective | None:
 
 def is_scored(program: Program) -> bool:
     """Return whether there are test samples with targets, on which the metric is measured."""
-    return program.task.tested and objective_of(program) is not None
+    objective, test = objective_of(program), program.task.test
+    if objective is None or test is None or not program.task.tested:
+        return False
+    return has_targets(objective, test.batch([0]))
 
 
 def scoring(program: Program) -> Scoring:
@@ -71,17 +74,22 @@ def _scoring(program: Program) -> Scoring:
     size = _FIRST if program.dynamic_batch else len(program.inputs[0])
     count = min(size, len(samples))
     batch = samples.batch([min(place, count - 1) for place in range(size if not program.dynamic_batch else count)])
-    with evaluating(program.dense), separate_attention():
-        answer = program.dense(*batch.copies())
+    try:
+        with evaluating(program.dense), separate_attention():
+            answer = program.dense(*batch.copies())
+    except (RuntimeError, IndexError) as error:
+        raise InputError(f"the network does not run on the first samples: {first_line(error)}") from error
     outputs = [y.detach() for y in tensors_in(answer)]
     names = program.onnx.output_names or output_names(answer)
 
     def causal(place: int) -> bool:
         return _is_causal(program, batch, outputs, place)
 
-    many = samples.batch(range(min(_MANY, len(samples)))).targets if _may_be_one_hot(batch.targets) else batch.targets
+    known = _told_by_many(batch.targets)
+    many = samples.batch(range(min(_MANY, len(samples)))).targets if known else batch.targets
     objective, notes = resolve_objective(task, Example(batch, outputs, many), names, causal)
     if objective is not None:
+        check_metric(objective, outputs, batch)
         _check_classes(objective, task, outputs[objective.output])
     return Scoring(objective, notes)
 
@@ -95,7 +103,7 @@ def network_score(program: Program, module: nn.Module, size: int = 256) -> float
         size: samples in one forward pass.
     """
     task, objective = program.task, objective_of(program)
-    if objective is None or task.test is None or not task.tested:
+    if objective is None or task.test is None or not is_scored(program):
         return None
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     meter = objective.meter()
@@ -105,8 +113,9 @@ def network_score(program: Program, module: nn.Module, size: int = 256) -> float
     return meter.compute()
 
 
-def _may_be_one_hot(targets: object) -> bool:
-    return isinstance(targets, Tensor) and targets.dim() == 2 and targets.shape[1] > 1
+def _told_by_many(targets: object) -> bool:
+    """Return whether more samples may tell what the targets are: rows may be one-hot, and floats zeros and ones."""
+    return isinstance(targets, Tensor) and (targets.dim() == 2 or targets.is_floating_point())
 
 
 def _is_causal(program: Program, batch: Batch, outputs: Sequence[Tensor], place: int) -> bool:
@@ -122,7 +131,7 @@ def _check_classes(objective: Objective, task: Task, output: Tensor) -> None:
     """Require a score for every class of training and test samples.
 
     Raises:
-        InputError: the class numbers go higher, or samples have targets in one of the two only.
+        InputError: the class numbers go higher.
     """
     known = [samples.classes for samples in (task.train, task.test) if samples is not None]
     most = max((classes or 0 for classes in known), default=0)
@@ -131,7 +140,3 @@ def _check_classes(objective: Objective, task: Task, output: Tensor) -> None:
         raise InputError(
             f"the labels go up to {most - 1}, and the network's output is {shape}: expected a score for each class"
         )
-    if task.tested and task.test is not None and task.train is not None and len(task.train):
-        has = [samples.batch([0]).targets is not None for samples in (task.train, task.test)]
-        if has[0] and not has[1]:
-            raise InputError("the training samples have targets and the test samples have none: give both, or neither")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tdcompile.data.metric import About, Metric, metric_of
-from tdcompile.data.objective import NAMES, Example, Objective, resolve_objective
+from tdcompile.data.objective import NAMES, Example, Objective, check_metric, resolve_objective
 from tdcompile.data.task import Batch, Task
 from tdcompile.data.task_kinds import KINDS
 from tdcompile.errors import InputError
@@ -74,7 +74,8 @@ RESTORED = (IMAGES + 0.1 * torch.randn(4, 3, 8, 8, generator=torch.Generator().m
         (SCORES, F.one_hot(CLASSES, 3), "classification", About("accuracy", True, "%"), 0.75),
         (SCORES, F.one_hot(CLASSES, 3).float(), "classification", About("accuracy", True, "%"), 0.75),
         (SCORES[:, :1] - 1.5, torch.tensor([1, 0, 0, 1]), "classification", About("accuracy", True, "%"), 0.75),
-        (SCORES[:, 0] - 1.5, torch.tensor([1.0, 0, 0, 1]), "regression", About("MAE", False), None),
+        (SCORES[:, 0] - 1.5, torch.tensor([1.0, 0, 0, 1]), "classification", About("accuracy", True, "%"), 0.75),
+        (PLACES[:, :1], (MASKS[:, None] > 0).float(), "segmentation", About("mIoU", True, "%"), None),
         (SCORES[:, :1].sigmoid(), torch.tensor([True, False, False, True]), "classification", None, 1.0),
         (SCORES - 0.6, LABELS, "multilabel", About("F1", True, "%"), 6 / 13),
         (PLACES, MASKS, "segmentation", About("mIoU", True, "%"), iou(PLACES, MASKS, -1)),
@@ -150,6 +151,8 @@ def test_every_task_has_a_loss_with_a_gradient_that_falls_where_the_metric_gets_
         (SCORES, torch.tensor([0, 1, 2, 3]), {}, "labels go up to 3, and the network's output is 4x3"),
         (PLACES, torch.full((4, 8, 8), 3), {}, "a target is 3, and the network's output 4x3x8x8 has 3 class scores"),
         (PLACES, MASKS[:, :4], {}, "no built-in task fits them"),
+        (PLACES, torch.full((4, 8, 8), 255), {}, "no target counts: all of the first samples are 255"),
+        (SCORES, CLASSES * 1j, {}, "no built-in task fits them"),
         (SCORES, CLASSES, {"kind": "segmentation"}, "segmentation takes a class number for each place"),
         (SCORES, None, {"kind": "classification"}, "needs targets, and the data have none"),
         (SCORES, CLASSES, {"kind": "clasification"}, "did you mean 'classification'"),
@@ -245,3 +248,35 @@ def test_a_drop_is_worse_in_the_metrics_direction(dense: float, compiled: float,
     drop = about.drop(dense, compiled)
     assert drop == 0 if dense == compiled else (drop < 0) == better
     assert about.drop(compiled, dense) == pytest.approx(-drop)
+
+
+def test_a_metric_is_tried_before_any_work_and_later_targets_are_checked() -> None:
+    wrong = resolved(SCORES, CLASSES, metric="MulticlassConfusionMatrix{num_classes=3,higher=true}")
+    assert wrong is not None
+    with pytest.raises(InputError, match=r"gives \(3, 3\); one number is needed"):
+        check_metric(wrong, [SCORES], Batch((IMAGES,), CLASSES))
+    precision = resolved(SCORES, LABELS, metric="MultilabelAveragePrecision{num_labels=3,unit=%}")
+    assert precision is not None
+    check_metric(precision, [SCORES], Batch((IMAGES,), LABELS))  # integer labels reach the metric
+    places = resolved(PLACES, MASKS)
+    assert places is not None
+    odd = MASKS.clone()
+    odd[2, 3, 3] = 200
+    with pytest.raises(InputError, match="the target of sample 2 of a batch is 200 somewhere"):
+        places.loss([PLACES], Batch((IMAGES,), odd))
+    rows = resolved(SCORES, F.one_hot(CLASSES, 3))
+    assert rows is not None
+    with pytest.raises(InputError, match="neither one-hot nor holds probabilities"):
+        score(rows, SCORES, torch.ones(4, 3))
+
+
+def test_a_loss_without_a_gradient_or_that_is_nan_is_refused() -> None:
+    grown = SCORES.clone().requires_grad_()
+    for loss, says in (
+        (lambda outputs, targets: torch.tensor(1.0), "without a gradient"),
+        (lambda outputs, targets: outputs.sum() * math.nan, "--loss gives nan on finite outputs"),
+    ):
+        objective = resolved(SCORES, CLASSES, loss=loss)
+        assert objective is not None
+        with pytest.raises(InputError, match=says):
+            objective.loss([grown], Batch((IMAGES,), CLASSES))
