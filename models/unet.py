@@ -55,6 +55,9 @@ def _level(source: int, target: int) -> nn.Sequential:
 class UNet(Network):
     """A U-Net for scenes of digits (``--data scenes``): 48×48 colour images to 11 classes a pixel.
 
+    Its weights are those of ``python -m tdcompile.models.train unet --data scenes --epochs 25 --lr 0.05 --batch 8``: an
+    mIoU of 43.56 % on the test scenes.
+
     Attributes:
         width: channels of the first level.
         num_classes: classes of a pixel.
@@ -62,6 +65,8 @@ class UNet(Network):
 
     name: ClassVar[str] = "unet"
     input_shapes: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 48, 48),)
+    checkpoint: ClassVar[str | None] = "unet.safetensors"
+    data: ClassVar[str | None] = "scenes"
     width: Count = 32
     num_classes: Count = 11
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import resources
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 from tdcompile.data.loading import load_data
 from tdcompile.data.task import Tensors
 from tdcompile.errors import InputError
+from tdcompile.frontend.load_network import load_weights
 from tdcompile.models.espcn import Espcn
 from tdcompile.models.train import Schedule, _objective, fit, score
 from tdcompile.models.unet import UNet
@@ -60,3 +64,11 @@ def test_the_training_code_takes_the_loss_and_the_metric_from_the_targets() -> N
     assert objective.metric.name == "mIoU"
     assert score(module.eval(), objective, samples) > max(0.6, before)
     assert np.isfinite(losses).all()
+
+
+def test_the_weights_that_ship_segment_scenes() -> None:
+    module = UNet().build()
+    load_weights(module, Path(str(resources.files("tdcompile.models").joinpath("unet.safetensors"))))
+    _, test = load_data("scenes", (3, 48, 48))
+    assert test is not None
+    assert score(module, _objective(module, test), test.subset(range(60))) == pytest.approx(0.4356, abs=0.06)
