@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tdcompile.data.loading import load_data
+from tdcompile.data.nesting import tensors_in
 from tdcompile.frontend.load_network import load_source
-from tdcompile.ir.modules import evaluating, tensors_in
+from tdcompile.ir.modules import evaluating
 
 PREPARE = ("python c_make_data.py", "python f_checkpoints_make.py")
 _CLOSE = 1e-3  # of the largest output: other shapes differ by rounding, another network by far more

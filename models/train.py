@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader
 from tdcompile.core import registry
 from tdcompile.core.network import Network
 from tdcompile.data.loading import load_data
+from tdcompile.data.nesting import tensors_in
 from tdcompile.data.objective import Example, Objective, resolve_objective
 from tdcompile.data.task import Batch, Samples, Task
 from tdcompile.data.task_kinds import Classification
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.ir.modules import tensors_in
 from tdcompile.ir.program import sites_of
+from tdcompile.ir.scoring import score_of
 from tdcompile.ir.target import Target
 from tdcompile.support.heap import keep_freed_memory
 from tdcompile.training.augment import Augment, Augmented
@@ -161,15 +162,6 @@ def _loss(objective: Objective, outputs: Sequence[Tensor], batch: Batch, smoothi
     return objective.loss(outputs, batch)
 
 
-@torch.no_grad()
-def score(module: nn.Module, objective: Objective, samples: Samples) -> float:
-    """Return the metric of a network in eval mode."""
-    meter, device = objective.meter(), next(module.parameters()).device
-    for batch in samples.batches():
-        meter.update([*tensors_in(module(*batch.on(device).copies()))], batch.on(device))
-    return meter.compute()
-
-
 def save(module: nn.Module, path: Path) -> None:
     """Write the weights to a safetensors file atomically."""
     partial = path.with_name(path.name + ".partial")
@@ -219,7 +211,7 @@ def main(
         if test is not None:
             objective = _objective(module, train)
             about = objective.metric.about
-            told = f"test {about.name} {about.text(score(module, objective, test))}"
+            told = f"test {about.name} {about.text(score_of(objective, module, test.batches()))}"
         typer.echo(f"{output}: {told}")
     except TdcompileError as error:
         typer.echo(f"error: {error}", err=True)

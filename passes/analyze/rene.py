@@ -16,10 +16,10 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import AnalysisPass
 from tdcompile.core.plan import RankPlan
 from tdcompile.core.registry import make
+from tdcompile.data.nesting import tensors_in
 from tdcompile.data.task import Batch
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.facts import Fact
-from tdcompile.ir.modules import tensors_in
 from tdcompile.ir.program import Program, Site, kept_dense, sites
 from tdcompile.ir.scoring import objective_of
 from tdcompile.passes.analyze._rene_ranks import WHOLE, SingleRanks

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdcompile.data.class_scores import of_tokens
+from tdcompile.data.nesting import tensors_in
 from tdcompile.data.objective import Objective
 from tdcompile.data.task import Batch
 from tdcompile.errors import InputError
-from tdcompile.ir.modules import evaluating, input_of, tensors_in
+from tdcompile.ir.modules import evaluating, input_of
 from tdcompile.ir.program import Program
 from tdcompile.ir.scoring import objective_of
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
 
 from tdcompile.core.importance import Importance, normalised
-from tdcompile.data.objective import Objective, has_targets
+from tdcompile.data.objective import has_targets
 from tdcompile.data.task import Batch
 from tdcompile.errors import InputError
-from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program, sites
-from tdcompile.ir.scoring import objective_of
+from tdcompile.ir.scoring import objective_of, score_of
 from tdcompile.passes.importance._divergence import answers, divergence, drawn
 from tdcompile.passes.importance._trial import FORMS, trials
 from tdcompile.support.options import Count, Share
@@ -47,27 +45,27 @@ class Probe(Importance):
     def score(self, program: Program) -> Mapping[str, float]:
         """See ``Importance.score``."""
         batches = drawn(program, self.samples, self.name, "the importance 'probe'")
-        objective = objective_of(program)
-        if self.measure == "metric" and (objective is None or not has_targets(objective, batches[0])):
-            raise InputError("'probe{measure=metric}' needs targets: give data with targets, or take measure=kl")
-        before = _score(objective, program.graph, batches) if objective and self.measure == "metric" else 0.0
-        wanted, tried = answers(program.graph, batches), trials(program, self.share, self.forms)
+        lost, tried = self._loss(program, batches), trials(program, self.share, self.forms)
         scores = dict.fromkeys(sites(program), 0.0)
         for done, (name, trial) in enumerate(tried.items(), start=1):
             with trial.applied():
-                if objective is not None and self.measure == "metric":
-                    after = _score(objective, program.graph, batches)
-                    lost = max(objective.metric.about.drop(before, after), 0.0)
-                else:
-                    lost = divergence(wanted, answers(program.graph, batches))
-            scores[name] = lost / max(trial.error**2, 1e-12)
+                scores[name] = lost() / max(trial.error**2, 1e-12)
             report_progress(done, len(tried), name)
         log.info("probe: %d forward passes over %d samples", len(tried) + 1, sum(len(b.inputs[0]) for b in batches))
         return normalised(scores)
 
+    def _loss(self, program: Program, batches: list[Batch]) -> Callable[[], float]:
+        """Return a function that tells how much the graph, as it then is, loses against the graph as it is now.
 
-def _score(objective: Objective, module: nn.Module, batches: list[Batch]) -> float:
-    meter = objective.meter()
-    for batch in batches:
-        meter.update(outputs_of(module, batch.inputs), batch)
-    return meter.compute()
+        Raises:
+            InputError: the metric is asked for, and there are no targets.
+        """
+        graph = program.graph
+        if self.measure == "kl":
+            wanted = answers(graph, batches)
+            return lambda: divergence(wanted, answers(graph, batches))
+        objective = objective_of(program)
+        if objective is None or not has_targets(objective, batches[0]):
+            raise InputError("'probe{measure=metric}' needs targets: give data with targets, or take measure=kl")
+        before = score_of(objective, graph, batches)
+        return lambda: max(objective.metric.about.drop(before, score_of(objective, graph, batches)), 0.0)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tdcompile.data.nesting import tensors_in
 from tdcompile.ir.graph_edits import works_in_place
-from tdcompile.ir.modules import outputs_of, tensors_in
+from tdcompile.ir.modules import outputs_of
 
 
 class Stream:

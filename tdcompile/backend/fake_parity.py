@@ -16,8 +16,9 @@ from torch import Tensor, fx
 
 from tdcompile.backend.fake_quantization import FakeQuantize
 from tdcompile.backend.session import infer, open_session
+from tdcompile.data.nesting import tensors_in
 from tdcompile.errors import ParityError
-from tdcompile.ir.modules import evaluating, outputs_of, separate_attention, tensors_in
+from tdcompile.ir.modules import evaluating, outputs_of, separate_attention
 from tdcompile.ir.target import Target
 
 Array = NDArray[Any]

@@ -19,7 +19,7 @@ CHANGED_POINTS = AllowedDrop(10.0)
 CHANGED_SCORE = AllowedDrop(50.0, relative=True)
 CHANGED_AGREEMENT = 30.0
 CHANGED_ERROR = 50.0
-_ROUNDING = 1e-4  # scores are float32, and a drop in points is 100 times their difference
+_ROUNDING = 1e-9  # differences of scores are sums of rounded floats
 
 
 @dataclass(frozen=True)

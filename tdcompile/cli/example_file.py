@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tdcompile.cli.example_inputs import parse_example
+from tdcompile.data.nesting import tensors_in
 from tdcompile.errors import InputError
 from tdcompile.frontend.wrappers import unwrapped
-from tdcompile.ir.modules import tensors_in
 
 _BY_POSITION = re.compile(r"arr_\d+")  # how numpy.savez names arrays that have no name
 

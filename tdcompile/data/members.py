@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from tdcompile.errors import InputError, nearest
 NO_TARGETS = ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "idx", "id", "index")
 _TARGETS = ("label", "labels", "target", "targets", "y", "mask", "class")  # usual keys of targets
 _PADDED_TARGET = -100  # does not count in a loss of torch
+# In a sequence that holds one of them, each member is a target; a sequence of numbers is one target.
+_NESTED = (Tensor, Mapping, tuple, list)
 _MASK = "mask"  # a part of the names of inputs that mask padding
 
 
@@ -88,8 +91,8 @@ def _input_keys(held: Mapping[str, Any], fields: SampleFields, where: str) -> li
     if len(fields.names) == 1 and len(others) == 1:
         return others
     raise InputError(
-        f"{where} has the keys {', '.join(held)}, and the network takes {_names(fields)}: name the member that is "
-        f"'{missing[0]}' so"
+        f"{where} has the keys {', '.join(held)}, and the network takes {_names(fields)}: rename the key of that "
+        f"input to '{missing[0]}'"
     )
 
 
@@ -143,16 +146,16 @@ def target_tensors(targets: Any, where: str, kept: Tensor | None = None) -> Any:
     Raises:
         InputError: a target holds no numbers.
     """
-    if targets is None or isinstance(targets, str | bytes):
+
+    def one(y: Tensor) -> Tensor:
+        y = y[None]
+        if kept is not None and y.dim() == 2 and takes_integers(y.dtype) and y.shape[1] == int(kept.sum()):
+            y = torch.nn.functional.pad(y, (0, kept.shape[1] - y.shape[1]), value=_PADDED_TARGET)
+        return y
+
+    if isinstance(targets, str | bytes):
         return targets
-    if isinstance(targets, Mapping):
-        return {str(key): target_tensors(value, f"'{key}' of {where}", kept) for key, value in targets.items()}
-    if isinstance(targets, tuple | list) and any(isinstance(part, Tensor | Mapping | tuple | list) for part in targets):
-        return tuple(target_tensors(part, where, kept) for part in targets)
-    y = to_tensor(targets, f"the target of {where}")[None]
-    if kept is not None and y.dim() == 2 and takes_integers(y.dtype) and y.shape[1] == int(kept.sum()):
-        y = torch.nn.functional.pad(y, (0, kept.shape[1] - y.shape[1]), value=_PADDED_TARGET)
-    return y
+    return map_tensors(one, as_tensors(targets, f"the target of {where}"))
 
 
 def batch_tensors(
@@ -168,7 +171,7 @@ def batch_tensors(
         if value is None:
             raise InputError(f"{where} has no '{name}', which the network takes")
         made.append(_fitted(to_tensor(value, f"'{name}' of {where}"), wanted, name, where))
-    wanted_targets = _as_tensors(targets, where)
+    wanted_targets = as_tensors(targets, f"the targets of {where}")
     counts = {len(x) if x.dim() else 0 for x in made}
     map_tensors(lambda y: counts.add(len(y) if y.dim() else 0), wanted_targets)
     if len(counts) != 1:
@@ -176,11 +179,21 @@ def batch_tensors(
     return tuple(made), wanted_targets
 
 
-def _as_tensors(targets: Any, where: str) -> Any:
+def as_tensors(targets: Any, what: str) -> Any:
+    """Return targets with every array, number or list of numbers in them as a tensor; None stays.
+
+    Args:
+        targets: an array, or sequences and mappings of arrays.
+        what: what messages call the targets.
+
+    Raises:
+        InputError: a target holds no numbers.
+    """
     if targets is None:
         return None
     if isinstance(targets, Mapping):
-        return {str(key): _as_tensors(value, f"'{key}' of {where}") for key, value in targets.items()}
-    if isinstance(targets, tuple | list) and any(isinstance(part, Tensor | Mapping | tuple | list) for part in targets):
-        return tuple(_as_tensors(part, where) for part in targets)
-    return to_tensor(targets, f"the targets of {where}")
+        return {str(key): as_tensors(value, f"'{key}' of {what}") for key, value in targets.items()}
+    nested = (*_NESTED, np.ndarray) if isinstance(targets, tuple) else _NESTED  # a list of arrays is one stacked target
+    if isinstance(targets, tuple | list) and any(isinstance(part, nested) for part in targets):
+        return tuple(as_tensors(part, what) for part in targets)
+    return to_tensor(targets, what)

@@ -7,14 +7,13 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from tdcompile.data.nesting import map_tensors, tensors_of
+from tdcompile.data.nesting import first_not_finite, map_tensors, rows, tensors_in
 from tdcompile.errors import InputError, nearest
 from tdcompile.support.spec import Spec, parse_spec
 from tdcompile.support.user_code import load_callable
@@ -226,7 +225,7 @@ class TorchMeter:
         Raises:
             InputError: the metric refuses outputs or targets.
         """
-        device = next((x.device for x in tensors_of(outputs)), torch.device("cpu"))
+        device = next((x.device for x in tensors_in(outputs)), torch.device("cpu"))
         try:
             self._metric.to(device)
             self._metric.update(outputs, map_tensors(lambda y: y.to(device), targets))
@@ -272,7 +271,7 @@ class FunctionMeter:
         Raises:
             InputError: the function fails, or gives NaN, or neither one number nor one for each sample.
         """
-        count = len(next(tensors_of(outputs)))
+        count = len(next(tensors_in(outputs)))
         mean = self._mean(outputs, targets, count)
         if math.isnan(mean):
             raise InputError(
@@ -298,15 +297,9 @@ class FunctionMeter:
 
     def _first_nan(self, outputs: Any, targets: Any, count: int) -> int:
         for place in range(count):
-            one = slice(place, place + 1)
-            outs, wanted = (map_tensors(partial(_rows, one), value) for value in (outputs, targets))
-            if math.isnan(self._mean(outs, wanted, 1)):
+            if math.isnan(self._mean(rows(outputs, [place]), rows(targets, [place]), 1)):
                 return place
         return 0
-
-
-def _rows(chosen: slice, x: Tensor) -> Tensor:
-    return x[chosen]
 
 
 def loss_of(given: object, what: str = "--loss") -> Callable[[Any, Any], Tensor]:
@@ -338,7 +331,7 @@ def checked_loss(loss: Callable[[Any, Any], Any], outputs: Any, targets: Any, wh
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"{what} gives {found}; a tensor of one number is needed")
-    finite = all(bool(torch.isfinite(y).all()) for y in tensors_of(outputs) if y.is_floating_point())
+    finite = all(first_not_finite(y) is None for y in tensors_in(outputs))
     if finite and not bool(torch.isfinite(value).all()):
         raise InputError(f"{what} gives {value.item()} on finite outputs")
     return value.reshape(())

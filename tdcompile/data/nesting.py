@@ -1,12 +1,14 @@
-"""Tensors nested in sequences and mappings: apply a function, take rows, count samples."""
+"""Tensors nested in sequences and mappings: list them, apply a function, take rows, join samples."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -20,13 +22,29 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a nesting in order."""
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield in order the tensors nested in sequences, mappings, dataclasses and torch's registered trees."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_of(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif type(value) in pytree.SUPPORTED_NODES:
+        for item in pytree.tree_leaves(value):
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def first_not_finite(x: Tensor) -> int | None:
+    """Return the place of the first sample of ``(N, ...)`` that holds NaN or Inf; None if none does."""
+    if not x.is_floating_point() or bool(torch.isfinite(x).all()):
+        return None
+    return int((~torch.isfinite(x).reshape(len(x), -1).all(1)).nonzero()[0])
 
 
 def rows(value: Any, indices: Sequence[int] | Tensor) -> Any:

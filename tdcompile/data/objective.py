@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdcompile.data.class_scores import of_tokens
 from tdcompile.data.metric import Metric, checked_loss, loss_of, metric_of
-from tdcompile.data.nesting import map_tensors, tensors_of
+from tdcompile.data.nesting import first_not_finite, map_tensors, tensors_in
 from tdcompile.data.task import Batch, Note, Task, is_whole
 from tdcompile.data.task_kinds import (
     KINDS,
@@ -57,12 +57,12 @@ class Objective:
     @property
     def trains(self) -> bool:
         """Whether there is a loss to train on."""
-        return self.own_loss is not None or not isinstance(self.kind, Own)
+        return self.own_loss is not None or self.kind.trains
 
     @property
     def needs_no_targets(self) -> bool:
-        """Whether the inputs are the targets, as the next tokens of a language are."""
-        return isinstance(self.kind, Language) and self.kind.shifted and not self.metric.raw and self.own_loss is None
+        """Whether the inputs are the targets, and neither loss nor metric of one's own asks for others."""
+        return self.kind.needs_no_targets and not self.metric.raw and self.own_loss is None
 
     @property
     def class_axis(self) -> int | None:
@@ -101,7 +101,7 @@ def check_metric(objective: Objective, outputs: Sequence[Tensor], batch: Batch) 
     Raises:
         InputError: it fails, or is not one number. A metric that is NaN may need more samples.
     """
-    if not bool(torch.isfinite(outputs[objective.output]).all()):
+    if first_not_finite(outputs[objective.output]) is not None:
         return  # calibration names the layer that gives NaN or Inf
     meter = ObjectiveMeter(objective)
     meter.update(outputs, batch)
@@ -123,8 +123,7 @@ class ObjectiveMeter:
         """
         objective = self._objective
         output = outputs[objective.output]
-        if output.is_floating_point() and not bool(torch.isfinite(output).all()):
-            bad = int((~torch.isfinite(output).reshape(len(output), -1).all(1)).nonzero()[0])
+        if (bad := first_not_finite(output)) is not None:
             raise InputError(
                 f"the metric '{objective.metric.name}' is undefined: the network's output for sample "
                 f"{self.samples + bad} holds NaN or Inf"
@@ -250,7 +249,7 @@ def _guessed(output: Tensor, example: Example, causal: Callable[[int], bool], *,
             return None
         language = Language.fit(output, batch)
         return language if causal(language.tokens) else None
-    found = list(tensors_of(batch.targets))
+    found = list(tensors_in(batch.targets))
     if len(found) != 1 or not isinstance(batch.targets, Tensor):
         if owned:
             return Own()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from tdcompile.data.images import decode, to_input, to_tensor
 from tdcompile.data.network_input import NetworkInput
@@ -89,14 +89,8 @@ class DatasetReader:
     """Reads a user's map-style torch data set with items ``x`` or ``(x, y)``."""
 
     def __init__(self, dataset: Dataset[Any], wanted: NetworkInput) -> None:
-        if isinstance(dataset, IterableDataset):
-            raise InputError(
-                f"the data set {type(dataset).__name__} is a stream (IterableDataset); a map-style one, which is read "
-                "by index, is needed"
-            )
-        if not hasattr(dataset, "__len__"):
-            raise InputError(f"the data set {type(dataset).__name__} has no length; a map-style one is needed")
-        self._dataset, self._wanted, self._count = dataset, wanted, len(dataset)
+        # streams, which have no length, are read by ``read_stream``
+        self._dataset, self._wanted, self._count = dataset, wanted, len(dataset)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return self._count

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdcompile.data.images import Normalisation
 from tdcompile.data.labels import Labels
+from tdcompile.data.nesting import first_not_finite
 from tdcompile.data.readers import Reader
 from tdcompile.data.task import Batch, Note, Samples, one_class
 from tdcompile.errors import InputError
@@ -91,9 +92,7 @@ class Loaded(Samples):
             x = self._split.reader.read(indices)
         except InputError as error:
             raise InputError(f"{self._split.name}: {error}") from error
-        finite = torch.isfinite(x)
-        if not finite.all():
-            place = int((~finite.flatten(1).all(1)).nonzero()[0])
+        if (place := first_not_finite(x)) is not None:
             raise InputError(f"{self._split.name}: sample {indices[place]} holds NaN or Inf")
         labels = None if self._split.labels is None else self._split.labels[torch.as_tensor(indices)]
         return Batch((self._normalisation.apply(x),), labels)

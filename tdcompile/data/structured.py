@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, defau
 
 from tdcompile.data.images import Normalisation, to_tensor
 from tdcompile.data.labels import Labels, described
-from tdcompile.data.members import batch_tensors, converted, split_sample, target_tensors
-from tdcompile.data.nesting import concatenated, tensors_of
+from tdcompile.data.members import as_tensors, batch_tensors, converted, split_sample, target_tensors
+from tdcompile.data.nesting import concatenated, first_not_finite, map_tensors, tensors_in
 from tdcompile.data.network_input import NetworkInput
 from tdcompile.data.task import Batch, Note, Samples, Tensors, is_whole, one_class
 from tdcompile.errors import InputError, TdcompileError
@@ -82,16 +82,10 @@ class StructuredSamples(Samples):
                 ) from error
         else:
             inputs, targets = self._read(places)
-        for place, x in enumerate(inputs):
-            if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-                bad = int((~torch.isfinite(x).reshape(len(x), -1).all(1)).nonzero()[0])
-                raise InputError(
-                    f"{self._name}: input '{self._fields.names[place]}' of sample {places[bad]} holds NaN or Inf"
-                )
-        for y in tensors_of(targets):
-            if y.is_floating_point() and not bool(torch.isfinite(y).all()):
-                bad = int((~torch.isfinite(y).reshape(len(y), -1).all(1)).nonzero()[0])
-                raise InputError(f"{self._name}: the target of sample {places[bad]} holds NaN or Inf")
+        members = [(f"input '{name}'", x) for name, x in zip(self._fields.names, inputs, strict=True)]
+        for what, x in (*members, *(("the target", y) for y in tensors_in(targets))):
+            if (bad := first_not_finite(x)) is not None:
+                raise InputError(f"{self._name}: {what} of sample {places[bad]} holds NaN or Inf")
         if self._labels is not None:
             targets = self._labels.numbers[torch.as_tensor(places)]
         first = self._normalisation.apply(inputs[0])
@@ -222,9 +216,8 @@ class StreamSamples(Tensors):
             InputError: one holds NaN or Inf.
         """
         inputs, targets = super().batch(indices)
-        for x in (*inputs, *tensors_of(targets)):
-            if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-                bad = int((~torch.isfinite(x).reshape(len(x), -1).all(1)).nonzero()[0])
+        for x in (*inputs, *tensors_in(targets)):
+            if (bad := first_not_finite(x)) is not None:
                 raise InputError(f"sample {list(indices)[bad]} of a stream holds NaN or Inf")
         return Batch((self._normalisation.apply(inputs[0]), *inputs[1:]), targets)
 
@@ -261,7 +254,7 @@ def read_stream(data: Any, name: str, wanted: NetworkInput, limit: int) -> Strea
             made = inputs, target_tensors(targets, where, kept)
         batches.append(made)
         count += len(made[0][0])
-        held += sum(x.nbytes for x in tensors_of(made))
+        held += sum(x.nbytes for x in tensors_in(made))
         if count >= limit or held >= _STREAM_BYTES:
             ended = False
             break
@@ -306,35 +299,17 @@ def array_samples(name: str, arrays: Any, wanted: NetworkInput) -> StructuredSam
     fields = wanted.members
     given, targets = split_sample(arrays, fields, name)
     kept = [to_tensor(x, f"'{key}' of {name}") for key, x in zip(fields.names, given, strict=True) if x is not None]
-    answers = _arrays(targets, name)
-    counts = {len(x) if x.dim() else 0 for x in (*kept, *tensors_of(answers))}
+    answers = as_tensors(targets, f"the targets of {name}")
+    counts = {len(x) if x.dim() else 0 for x in (*kept, *tensors_in(answers))}
     if len(counts) != 1 or counts == {0}:
         raise InputError(f"{name}: inputs and targets need one count above 0; their counts are {sorted(counts)}")
 
     def item(place: int) -> Any:
         inputs = [None if x is None else to_tensor(x, name)[place] for x in given]
         row = {key: x for key, x in zip(fields.names, inputs, strict=True) if x is not None}
-        return (row, _row(answers, place)) if answers is not None else (row,)
+        return (row,) if answers is None else (row, map_tensors(lambda y: y[place], answers))
 
     return StructuredSamples(name, item, next(iter(counts)), wanted)
-
-
-def _arrays(targets: Any, name: str) -> Any:
-    if targets is None:
-        return None
-    if isinstance(targets, Mapping):
-        return {str(key): _arrays(value, f"'{key}' of {name}") for key, value in targets.items()}
-    if isinstance(targets, tuple):
-        return tuple(_arrays(value, name) for value in targets)
-    return to_tensor(targets, f"the targets of {name}")
-
-
-def _row(targets: Any, place: int) -> Any:
-    if isinstance(targets, Mapping):
-        return {key: _row(value, place) for key, value in targets.items()}
-    if isinstance(targets, tuple):
-        return tuple(_row(value, place) for value in targets)
-    return targets[place]
 
 
 def _collated(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:

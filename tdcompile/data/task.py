@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tdcompile.data.nesting import map_tensors, rows, tensors_of
+from tdcompile.data.nesting import map_tensors, rows, tensors_in
 from tdcompile.errors import InputError
 
 # Without test samples an eighth of the training samples is held out, at most 256: the share of agreeing samples then
@@ -144,7 +144,7 @@ class Tensors(Samples):
     def __init__(self, inputs: Tensor | Sequence[Tensor], targets: Any = None, classes: int | None = None) -> None:
         self.inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
         self.targets = targets
-        counts = {len(x) if x.dim() else 0 for x in (*self.inputs, *tensors_of(targets))}
+        counts = {len(x) if x.dim() else 0 for x in (*self.inputs, *tensors_in(targets))}
         if len(counts) != 1 or counts == {0}:
             raise InputError(f"inputs and targets need one count above 0; their counts are {sorted(counts)}")
         self._classes = _classes_of(targets, classes)
@@ -202,7 +202,7 @@ class Task:
         source: where the data came from, as text.
         heldout: without test samples, training samples that no pass reads: the outputs are compared on them.
         synthetic: the pass that makes the training samples from the network, in text form; empty if they are real.
-        kind: name of a built-in task (``data/objective.py``); None guesses it from the targets.
+        kind: name of a built-in task (``data/task_kinds.py``); None guesses it from the targets.
         loss: loss of one's own: a function (outputs, targets) -> scalar, or its text ``file.py:callable``.
         metric: metric of one's own: such a function, a torchmetrics metric, or the text form of either.
         output: name or number of the output that is scored, of several.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdcompile.data.metric import Meter, Metric, TorchMeter
-from tdcompile.data.nesting import tensors_of
+from tdcompile.data.nesting import tensors_in
 from tdcompile.data.task import Batch, is_whole
 from tdcompile.errors import InputError
 
@@ -37,6 +37,13 @@ class TaskKind(ABC):
     about: ClassVar[str]
     class_axis: ClassVar[int | None] = None
     """Axis of the class scores in the scored output; None without classes."""
+
+    trains: ClassVar[bool] = True
+    """There is a loss."""
+    shiftable: ClassVar[bool] = False
+    """A shift or a flip of an image changes no target, or moves it along."""
+    spatial: ClassVar[bool] = False
+    """Targets have places ``(..., H, W)`` that move with the image."""
 
     @classmethod
     @abstractmethod
@@ -64,6 +71,15 @@ class TaskKind(ABC):
         """Number of classes, for tasks that have one class for each sample."""
         return None
 
+    @property
+    def needs_no_targets(self) -> bool:
+        """Whether the inputs are the targets, as the next tokens of a language are."""
+        return False
+
+    def logits_axis(self, output: Tensor) -> int | None:
+        """Return the axis of class logits in an output; None if it holds other values, or probabilities."""
+        return self.class_axis if self.class_axis is not None and output.dim() > self.class_axis else None
+
     def told(self) -> str:
         """Return what the task makes of the targets, for the report."""
         return self.about
@@ -81,6 +97,7 @@ class Classification(TaskKind):
     name: ClassVar[str] = "classification"
     about: ClassVar[str] = "one class for each sample"
     class_axis: ClassVar[int | None] = 1
+    shiftable: ClassVar[bool] = True
     scores: int
     probabilities: bool = False
 
@@ -114,7 +131,7 @@ class Classification(TaskKind):
 
     def pair(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """See ``TaskKind``: scores ``(N, C)`` and class numbers ``(N,)``, or probabilities ``(N, C)``."""
-        y = next(tensors_of(batch.targets)).to(output.device)
+        y = next(tensors_in(batch.targets)).to(output.device)
         if y.dim() == 2 and y.shape[1] == 1:
             y = y[:, 0]
         if self.scores == 1:
@@ -138,6 +155,10 @@ class Classification(TaskKind):
         loss = F.binary_cross_entropy if self.probabilities else F.binary_cross_entropy_with_logits
         return loss(prediction, target.to(prediction.dtype))
 
+    def logits_axis(self, output: Tensor) -> int | None:
+        """See ``TaskKind``."""
+        return None if self.probabilities else super().logits_axis(output)
+
     def metric(self) -> Metric:
         """Return top-1 accuracy."""
         return Metric("accuracy", True, partial(_accuracy, self.scores, self.probabilities), "%")
@@ -154,6 +175,7 @@ class Multilabel(TaskKind):
 
     name: ClassVar[str] = "multilabel"
     about: ClassVar[str] = "any number of labels for each sample"
+    shiftable: ClassVar[bool] = True
     labels: int
     probabilities: bool = False
 
@@ -170,7 +192,7 @@ class Multilabel(TaskKind):
 
     def pair(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """See ``TaskKind``: scores and labels, both ``(N, L)``."""
-        return output, next(tensors_of(batch.targets)).to(output.device).long()
+        return output, next(tensors_in(batch.targets)).to(output.device).long()
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the binary cross-entropy."""
@@ -195,6 +217,8 @@ class Segmentation(TaskKind):
     name: ClassVar[str] = "segmentation"
     about: ClassVar[str] = "a class for each place"
     class_axis: ClassVar[int | None] = 1
+    shiftable: ClassVar[bool] = True
+    spatial: ClassVar[bool] = True
     scores: int
     ignore: int = IGNORED[0]
     probabilities: bool = False
@@ -229,7 +253,7 @@ class Segmentation(TaskKind):
 
     def pair(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """See ``TaskKind``: scores ``(N, C, ...)`` and class numbers ``(N, ...)``; binary scores lose their axis."""
-        y = next(tensors_of(batch.targets)).to(output.device).long()
+        y = next(tensors_in(batch.targets)).to(output.device).long()
         if y.dim() == output.dim():
             y = y[:, 0]
         wrong = ((y < 0) | (y >= max(self.scores, 2))) & (y != self.ignore)
@@ -248,6 +272,10 @@ class Segmentation(TaskKind):
         counted = target != self.ignore
         loss = F.binary_cross_entropy if self.probabilities else F.binary_cross_entropy_with_logits
         return loss(prediction[counted], target[counted].to(prediction.dtype))
+
+    def logits_axis(self, output: Tensor) -> int | None:
+        """See ``TaskKind``."""
+        return None if self.probabilities else super().logits_axis(output)
 
     def metric(self) -> Metric:
         """Return the mean intersection over union of the classes."""
@@ -275,7 +303,7 @@ class Regression(TaskKind):
 
     def pair(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """See ``TaskKind``: both of the output's shape."""
-        y = _like(next(tensors_of(batch.targets)), output)
+        y = _like(next(tensors_in(batch.targets)), output)
         if y is None:
             raise InputError(f"a target does not fit the network's output {size_of(output)}")
         return output.contiguous(), y.to(output)
@@ -299,6 +327,7 @@ class Restoration(Regression):
 
     name: ClassVar[str] = "restoration"
     about: ClassVar[str] = "an image for each image"
+    spatial: ClassVar[bool] = True
     peak: float = 1.0
 
     @classmethod
@@ -381,7 +410,7 @@ class Language(TaskKind):
     def pair(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """See ``TaskKind``: scores ``(N, L', V)`` and tokens ``(N, L')``."""
         x = batch.inputs[self.tokens]
-        y = (x if batch.targets is None else next(tensors_of(batch.targets))).to(output.device).long()
+        y = (x if batch.targets is None else next(tensors_in(batch.targets))).to(output.device).long()
         if batch.targets is None and self.padded is not None:
             y = y.masked_fill(batch.inputs[self.padded].to(output.device) == 0, IGNORED[0])
         return (output[:, :-1], y[:, 1:]) if self.shifted else (output, y)
@@ -394,6 +423,11 @@ class Language(TaskKind):
         """Return the perplexity."""
         return Metric("perplexity", False, _perplexity)
 
+    @property
+    def needs_no_targets(self) -> bool:
+        """See ``TaskKind``."""
+        return self.shifted
+
     def told(self) -> str:
         """See ``TaskKind``."""
         return "the next token for each place" if self.shifted else self.about
@@ -405,6 +439,7 @@ class Own(TaskKind):
 
     name: ClassVar[str] = OWN
     about: ClassVar[str] = "targets of a loss or metric of one's own"
+    trains: ClassVar[bool] = False
 
     @classmethod
     def fit(cls, output: Tensor, batch: Batch) -> Self:
@@ -438,7 +473,7 @@ KINDS: dict[str, type[TaskKind]] = {
 
 
 def _one_tensor(targets: Any, kind: str) -> Tensor:
-    found = list(tensors_of(targets))
+    found = list(tensors_in(targets))
     if len(found) != 1:
         raise UnfitError(f"{kind} takes one target, and the data have {len(found)} ({described(targets)})")
     return found[0]

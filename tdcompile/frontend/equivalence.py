@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tdcompile.data.nesting import tensors_in
 from tdcompile.errors import FixedAxisError, InputError, first_line
 from tdcompile.frontend.signature import Call
 from tdcompile.ir.dynamic_shapes import Axis, BatchAxes, as_long, batch_of, batch_size, resized, steps_of
-from tdcompile.ir.modules import register_trees, tensors_in
+from tdcompile.ir.modules import register_trees
 
 # Allowed difference of a graph's outputs, relative to the network's largest output. Equal operators in equal order
 # differ by rounding only, plus a few bits if a layer is computed by another kernel.

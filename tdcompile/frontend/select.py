@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
+from tdcompile.data.nesting import tensors_in
 from tdcompile.errors import FixedAxisError, InputError, UntraceableError, first_line
 from tdcompile.frontend.equivalence import Case, isolated_copy, output_difference, restoring_state, run_network
 from tdcompile.frontend.fx_trace import trace_with_fx
@@ -18,7 +19,6 @@ from tdcompile.frontend.modularize import modularize
 from tdcompile.frontend.signature import Call
 from tdcompile.frontend.torch_export import trace_with_export
 from tdcompile.ir.dynamic_shapes import BATCH, Axis, batch_of, batch_size, sized
-from tdcompile.ir.modules import tensors_in
 from tdcompile.ir.program import sites_of
 
 Frontend = Literal["auto", "fx", "export"]

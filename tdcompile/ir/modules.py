@@ -14,6 +14,8 @@ from torch.nn.modules import transformer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from tdcompile.data.nesting import tensors_in
+
 
 def outputs_of(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Run a network in eval mode, restore its mode, and return the tensors of its output in order."""
@@ -79,24 +81,6 @@ def keep_separate(module: nn.Module) -> None:
             part.use_nested_tensor = False
         elif isinstance(part, nn.TransformerEncoderLayer):
             part.activation_relu_or_gelu = 0
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield in order the tensors nested in sequences, mappings, dataclasses and torch's registered trees."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif type(value) in pytree.SUPPORTED_NODES:
-        for item in pytree.tree_leaves(value):
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
 
 
 def output_names(value: object) -> list[str]:

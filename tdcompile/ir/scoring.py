@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tdcompile.data.nesting import tensors_in
 from tdcompile.data.objective import Example, Objective, check_metric, has_targets, resolve_objective
 from tdcompile.data.task import Batch, Note, Task
 from tdcompile.errors import InputError, first_line
 from tdcompile.ir.facts import Fact
-from tdcompile.ir.modules import evaluating, output_names, outputs_of, separate_attention, tensors_in
+from tdcompile.ir.modules import evaluating, output_names, outputs_of, separate_attention
 from tdcompile.ir.program import Program
 from tdcompile.support.heap import keep_freed_memory
 
+# Most samples in one pass, and the bytes that its outputs may take: scores of a language model are large.
+_AT_ONCE, _OUTPUT_BYTES = 256, 2**28
 _FIRST = 8  # samples on which the dense network is run to find out what targets mean
 _MANY = 256  # samples that tell one-hot rows from rows of any number of labels
 
@@ -94,23 +97,33 @@ def _scoring(program: Program) -> Scoring:
     return Scoring(objective, notes)
 
 
-def network_score(program: Program, module: nn.Module, size: int = 256) -> float | None:
+def network_score(program: Program, module: nn.Module) -> float | None:
     """Return the metric of a network on the test samples, in eval mode; None if it is not measured.
 
     Args:
         program: gives task and objective.
         module: the network, with the outputs of the program's.
-        size: samples in one forward pass.
     """
     task, objective = program.task, objective_of(program)
     if objective is None or task.test is None or not is_scored(program):
         return None
+    return score_of(objective, module, task.test.batches(samples_at_once(program), limit=task.evaluate))
+
+
+def score_of(objective: Objective, module: nn.Module, batches: Iterable[Batch]) -> float:
+    """Return the metric of a network in eval mode over batches with targets."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     meter = objective.meter()
     with keep_freed_memory():
-        for batch in task.test.batches(size, limit=task.evaluate):
+        for batch in batches:
             meter.update(outputs_of(module, batch.on(device).inputs), batch)
     return meter.compute()
+
+
+def samples_at_once(program: Program) -> int:
+    """Return the samples to run in one pass: 256, or fewer if the dense network's outputs take much memory."""
+    each = sum(y.nbytes for y in outputs_of(program.dense, program.inputs)) // len(program.inputs[0])
+    return max(1, min(_AT_ONCE, _OUTPUT_BYTES // max(each, 1)))
 
 
 def _told_by_many(targets: object) -> bool:

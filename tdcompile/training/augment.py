@@ -11,7 +11,6 @@ from torch import Tensor
 from tdcompile.data.nesting import map_tensors
 from tdcompile.data.objective import Objective
 from tdcompile.data.task import Batch, Samples
-from tdcompile.data.task_kinds import Classification, Multilabel, Restoration, Segmentation
 from tdcompile.errors import InputError
 
 Augment = Literal["none", "shift", "shift-flip"]
@@ -27,7 +26,7 @@ def resolve_augment(asked: AugmentOption, inputs: Sequence[Tensor], objective: O
     """
     if asked != "auto":
         return asked
-    if objective is not None and not isinstance(objective.kind, Classification | Multilabel | Segmentation):
+    if objective is not None and not objective.kind.shiftable:
         return "none"
     if not all(x.ndim == 4 and min(x.shape[2:]) >= _SHIFTABLE for x in inputs):
         return "none"
@@ -42,14 +41,14 @@ class Augmented(Samples):
 
     Args:
         samples: samples whose inputs are images ``(n, C, H, W)``.
-        objective: of a segmentation or a restoration, targets ``(n, H, W)`` or ``(n, C, H, W)`` move with their image.
         augment: ``shift`` by up to an eighth of each side, the border reflected; ``shift-flip`` also mirrors half.
         seed: seeds the first draw.
+        objective: if its targets have places, ``(n, H, W)`` or ``(n, C, H, W)``, they move with their image.
     """
 
     def __init__(self, samples: Samples, augment: Augment, seed: int = 0, objective: Objective | None = None) -> None:
         self._samples, self._augment = samples, augment
-        self._spatial = objective is not None and isinstance(objective.kind, Segmentation | Restoration)
+        self._spatial = objective is not None and objective.kind.spatial
         self.redraw(seed)
 
     def redraw(self, seed: int) -> None:

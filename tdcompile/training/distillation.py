@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.plan import RankPlan
 from tdcompile.data.class_scores import classified, of_tokens
+from tdcompile.data.nesting import tensors_in
 from tdcompile.data.objective import Objective, has_targets
 from tdcompile.data.task import Batch, Samples
-from tdcompile.data.task_kinds import Classification, Segmentation
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.layer import Layer, Ranks
-from tdcompile.ir.modules import outputs_of, tensors_in
+from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program
 from tdcompile.ir.scoring import objective_of
 from tdcompile.training.distributed import mean_of_all
@@ -117,10 +117,8 @@ class Distillation(nn.Module):
 
 def class_axis(objective: Objective | None, batch: Batch, scores: Tensor) -> int | None:
     """Return the axis of the class scores in the scored output; None if it holds other values, or probabilities."""
-    if objective is not None and isinstance(objective.kind, Classification | Segmentation) and scores.dim() > 1:
-        return None if objective.kind.probabilities else objective.class_axis
     if objective is not None and objective.class_axis is not None:
-        return objective.class_axis if scores.dim() > objective.class_axis else None
+        return objective.kind.logits_axis(scores)
     if objective is None and classified(scores):
         return 1
     return 2 if of_tokens(batch.inputs, scores) else None

@@ -18,12 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, RandomSampler
 
 from tdcompile.core.plugin import Plugin
+from tdcompile.data.nesting import tensors_in
 from tdcompile.data.objective import has_targets
 from tdcompile.data.task import Batch, Samples
 from tdcompile.errors import InputError, TdcompileError
-from tdcompile.ir.modules import evaluating, outputs_of, tensors_in
+from tdcompile.ir.modules import evaluating
 from tdcompile.ir.program import Program
-from tdcompile.ir.scoring import objective_of
+from tdcompile.ir.scoring import objective_of, samples_at_once
 from tdcompile.ir.target import Target
 from tdcompile.support.progress import report_progress
 from tdcompile.training.augment import Augment, Augmented
@@ -37,9 +38,6 @@ from tdcompile.training.sync_batchnorm import synchronized_batchnorm
 # dense network's training data, which the start has memorised and no epoch learns again (measured by this project). The
 # addend keeps an epoch that is worse by exactly 0.01.
 _START_DISCOUNT = 0.01 + 1e-9
-
-# Upper bound on the bytes of a network's outputs for the held-out samples that are judged at once.
-_OUTPUT_BYTES = 2**28
 
 # Consecutive steps that fp16 may skip: its loss scale starts at 2^16 and is halved by each.
 _MAX_SKIPPED_STEPS = 20
@@ -121,7 +119,7 @@ class Trainer:
         self._program, self._purpose = program, purpose
         self._task = objective_of(program)
         self._about = self._task.metric.about if self._task else None
-        self._judged_at_once = _judged_at_once(program)
+        self._at_once = 1 if heldout is None else samples_at_once(program)
         self._home = program.inputs[0].device
         trained = [p for p in (graph.parameters() if only is None else only) if p.is_floating_point()]
         moving = set(map(id, trained))
@@ -290,7 +288,7 @@ class Trainer:
         assert self._heldout is not None  # ``_judge`` ensures this
         self._graph.eval()
         loss, device, meter = 0.0, self._accelerator.device, None
-        for number, batch in enumerate(self._heldout.batches(self._judged_at_once)):
+        for number, batch in enumerate(self._heldout.batches(self._at_once)):
             batch = batch.on(device)
             lost, outputs = self._objective(batch)
             loss += float(lost) * len(batch.inputs[0])
@@ -405,12 +403,6 @@ def make_accelerator(target: Target, precision: str) -> Accelerator:
     mixed = "no" if precision == "fp32" else precision
     # Split batches: the number of processes changes neither the number of steps nor the rates.
     return Accelerator(cpu=cpu, mixed_precision=mixed, dataloader_config=DataLoaderConfiguration(split_batches=True))
-
-
-def _judged_at_once(program: Program) -> int:
-    """Return the number of held-out samples in one forward pass: 256, or fewer if their outputs take much memory."""
-    outputs = sum(y.nbytes for y in outputs_of(program.dense, program.inputs)) // len(program.inputs[0])
-    return max(1, min(256, _OUTPUT_BYTES // max(outputs, 1)))
 
 
 def _copy_state(module: nn.Module) -> dict[str, Tensor]:

@@ -23,10 +23,11 @@ from tdcompile.backend.session import infer, open_session
 from tdcompile.core.importance import Importance
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.registry import find
+from tdcompile.data.nesting import tensors_in
 from tdcompile.data.task import Batch, Samples, Task
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic
-from tdcompile.ir.modules import outputs_of, tensors_in
+from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Change, Program
 from tdcompile.ir.target import Target
 from tdcompile.support.spec import parse_spec

@@ -14,8 +14,9 @@ from tdcompile.data.loading import load_data
 from tdcompile.data.task import Tensors
 from tdcompile.errors import InputError
 from tdcompile.frontend.load_network import load_weights
+from tdcompile.ir.scoring import score_of
 from tdcompile.models.espcn import Espcn
-from tdcompile.models.train import Schedule, _objective, fit, score
+from tdcompile.models.train import Schedule, _objective, fit
 from tdcompile.models.unet import UNet
 
 
@@ -58,11 +59,11 @@ def test_the_training_code_takes_the_loss_and_the_metric_from_the_targets() -> N
     samples = Tensors(x, (x[:, 0] > 0.5).long())
     module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     objective = _objective(module, samples)
-    before = score(module.eval(), objective, samples)
+    before = score_of(objective, module, samples.batches())
     losses = list(fit(module, samples, Schedule(30, 0.1, 16), torch.Generator().manual_seed(0)))
     assert losses[-1] < 0.8 * losses[0]
     assert objective.metric.name == "mIoU"
-    assert score(module.eval(), objective, samples) > max(0.6, before)
+    assert score_of(objective, module, samples.batches()) > max(0.6, before)
     assert np.isfinite(losses).all()
 
 
@@ -71,4 +72,4 @@ def test_the_weights_that_ship_segment_scenes() -> None:
     load_weights(module, Path(str(resources.files("tdcompile.models").joinpath("unet.safetensors"))))
     _, test = load_data("scenes", (3, 48, 48))
     assert test is not None
-    assert score(module, _objective(module, test), test.subset(range(60))) == pytest.approx(0.4356, abs=0.06)
+    assert score_of(_objective(module, test), module, test.batches(limit=60)) == pytest.approx(0.4356, abs=0.06)
