@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import fx
 
 from tdcompile.backend.compiled_int8 import as_tuned, chosen_int8, judged_inputs
-from tdcompile.backend.fake_quantization import UnmatchedError
 from tdcompile.backend.learned_quantization import LearnedScales, learned_quantization, settled
 from tdcompile.backend.lowering import export_lowered, lower
 from tdcompile.backend.verified_export import DenseModel, export_verified
+from tdcompile.backend.weight_uses import UnmatchedError
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.core.plan import Candidates, RankPlan
 from tdcompile.data.task import Samples

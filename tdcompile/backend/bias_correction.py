@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from tdcompile.backend.onnx_nodes import make_model
-from tdcompile.backend.quantize import WEIGHTED, float_inputs, module_of, rounded_weights, save_model
+from tdcompile.backend.quantize import WEIGHTED, float_inputs, module_of, save_model, stored_values
 from tdcompile.backend.session import infer, open_session
 from tdcompile.ir.target import Target
 
@@ -99,7 +99,7 @@ def correct_biases(path: Path, model: Path, means: Means) -> list[str]:
         means: see ``input_means``.
     """
     rounded, floats = onnx.load(path), onnx.load(model)
-    parts = _parts(floats, dict(rounded_weights(rounded)), means)
+    parts = _parts(floats, rounded, means)
     shifts = _shifts(parts, means, floats)
     for name, shift in shifts.items():
         _take_off(rounded, name, shift)
@@ -114,8 +114,9 @@ def _axes_of(proto: onnx.ModelProto) -> dict[str, int]:
     return {v.name: len(v.type.tensor_type.shape.dim) for v in values if v.type.tensor_type.HasField("shape")}
 
 
-def _parts(floats: onnx.ModelProto, weights: Mapping[str, Array], means: Means) -> list[_Rounded]:
+def _parts(floats: onnx.ModelProto, rounded: onnx.ModelProto, means: Means) -> list[_Rounded]:
     """Return the operators whose weight was rounded and whose mean input is known, in the order of the graph."""
+    weights = _weights_read(rounded)
     stored = {weight.name: weight for weight in floats.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in floats.graph.node:
@@ -124,7 +125,7 @@ def _parts(floats: onnx.ModelProto, weights: Mapping[str, Array], means: Means) 
     outputs = {value.name for value in floats.graph.output}
     found = []
     for node in floats.graph.node:
-        if node.op_type not in WEIGHTED or node.input[0] not in means or node.input[1] not in weights:
+        if node.op_type not in WEIGHTED or node.input[0] not in means or node.name not in weights:
             continue
         given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         if given.get("transA", 0) or given.get("beta", 1.0) != 1.0:
@@ -134,12 +135,20 @@ def _parts(floats: onnx.ModelProto, weights: Mapping[str, Array], means: Means) 
         if node.op_type == "MatMul" and len(after) == 1 and ends not in outputs and _adds_bias(after[0], node):
             bias = next((name for name in after[0].input if name in stored and len(stored[name].dims) == 1), "")
             ends = after[0].output[0] if bias else ends
-        weight = weights[node.input[1]]
+        weight = weights[node.name]
         error = weight - numpy_helper.to_array(stored[node.input[1]])
         axis = -1 if node.op_type == "MatMul" else 1
         own = bias if bias in stored and len(readers[bias]) == 1 else None
         found.append(_Rounded(node, error, weight, own, ends, axis))
     return found
+
+
+def _weights_read(rounded: onnx.ModelProto) -> dict[str, Array]:
+    """Return the rounded weight of each convolution or product of an int8 model, by the operator's name."""
+    stored = {weight.name for weight in rounded.graph.initializer}
+    values = {name: value for name, value in stored_values(rounded).items() if name not in stored}
+    nodes = (node for node in rounded.graph.node if node.op_type in WEIGHTED)
+    return {node.name: values[node.input[1]] for node in nodes if node.input[1] in values}
 
 
 def _adds_bias(node: onnx.NodeProto, product: onnx.NodeProto) -> bool:

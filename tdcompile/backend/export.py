@@ -530,6 +530,7 @@ def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto | Diagnostic:
             del simple.metadata_props[:]  # a log that onnxsim writes
             simple.metadata_props.extend(proto.metadata_props)
             _name_merged_nodes(simple.graph, proto.graph)
+            _name_made_values(simple.graph, proto.graph)
             return _completed(simple)
         except Exception as error:  # noqa: BLE001  # simplification is optional: on any failure the model is kept
             return _not_simplified(f"onnxsim failed ({first_line(error)})")
@@ -540,16 +541,61 @@ def _not_simplified(why: str) -> Diagnostic:
 
 
 def _name_merged_nodes(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
-    """Name a node that onnxsim merged (Gemm of MatMul + Add) by the module that read its weights before."""
+    """Name a node that onnxsim made, such as the Gemm of MatMul and Add, by the module that it belongs to.
+
+    That is the module that makes the first value behind the node that the old graph has too. If the network itself
+    makes the value, it is the module whose weights the node reads. Weights alone do not tell the module: equal weights
+    of several modules are stored once.
+    """
+    makers = {output: node.name.rpartition("/")[0] for node in old.node for output in node.output}
     readers: dict[str, set[str]] = {weight.name: set() for weight in old.initializer}
     for node in old.node:
         for value in readers.keys() & set(node.input):
             readers[value].add(node.name.rpartition("/")[0])
+    behind: dict[str, str] = {}  # value that only the new graph has -> its module
+    for node in reversed(new.node):
+        module = next((m for value in node.output if (m := makers.get(value, behind.get(value, "")))), "")
+        for value in node.input:
+            if value not in makers:
+                behind[value] = module
     known = {node.name for node in old.node}
     for node in new.node:
         if node.name not in known:
+            module = next((m for value in node.output if (m := makers.get(value, behind.get(value, "")))), "")
             modules = set[str]().union(*(readers.get(value, ()) for value in node.input)) - {""}
-            node.name = "/".join([*(modules if len(modules) == 1 else ()), node.name])
+            module = module or (modules.pop() if len(modules) == 1 else "")
+            node.name = f"{module}/{node.name}" if module else node.name
+
+
+def _name_made_values(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
+    """Name the values that onnxsim made by the nodes that compute them.
+
+    Its own names are numbers that depend on which weights are equal, so that training would change them.
+    """
+    unique_node_names(new)
+    taken = {name for node in (*old.node, *new.node) for name in (*node.input, *node.output)}
+    taken |= {value.name for value in (*new.input, *new.output, *new.initializer)}
+    kept = {name for node in old.node for name in node.output} | {value.name for value in new.output}
+    names: dict[str, str] = {}
+    for node in new.node:
+        for value in node.output:
+            if value and value not in kept and node.name:
+                names[value] = _free(node.name, taken)
+                taken.add(names[value])
+    _rename_values(new, names)
+
+
+def _rename_values(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Rename values in a graph and in the graphs inside its nodes, which may read them."""
+    for value in graph.value_info:
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        for values in (node.input, node.output):
+            for place, value in enumerate(values):
+                values[place] = names.get(value, value)
+        for attribute in node.attribute:
+            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                _rename_values(inner, names)
 
 
 def _interface(proto: onnx.ModelProto) -> list[bytes]:

@@ -16,7 +16,7 @@ from tdcompile.backend.deployment import sample_activations, write_deployed
 from tdcompile.backend.evaluation import Evaluation, evaluate
 from tdcompile.backend.export import Exported, rewrite_metadata
 from tdcompile.backend.fake_parity import FakeParity, check_fake_quantized
-from tdcompile.backend.fake_quantization import UnmatchedError, fake_quantized
+from tdcompile.backend.fake_quantization import fake_quantized
 from tdcompile.backend.learned_quantization import LearnedScales
 from tdcompile.backend.lowering import lower, timing_inputs
 from tdcompile.backend.parity import Parity
@@ -31,6 +31,7 @@ from tdcompile.backend.sensitive_layers import (
 )
 from tdcompile.backend.session import Timing, time_models
 from tdcompile.backend.verified_export import DenseModel, export_verified
+from tdcompile.backend.weight_uses import UnmatchedError
 from tdcompile.core.plan import RankPlan
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode, Reason
 from tdcompile.ir.layer import Layer

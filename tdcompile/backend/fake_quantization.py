@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,13 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 from torch.export import Dim
 
-from tdcompile.backend.quantize import Quantized, Scales, rounded_weights
+from tdcompile.backend.quantize import Quantized, Scales
 from tdcompile.backend.session import infer, open_session
-from tdcompile.errors import TdcompileError
+from tdcompile.backend.weight_uses import UnmatchedError, round_weights
 from tdcompile.ir.modules import evaluating, separate_attention
 from tdcompile.ir.target import Target
 from tdcompile.support.quiet import captured_output
@@ -34,10 +33,6 @@ _EXACT = ("MaxPool", "Relu", "Clip", "Reshape", "Flatten", "Transpose", "Squeeze
 _COMPOSED = [torch.ops.aten.silu, torch.ops.aten.hardswish, torch.ops.aten.hardsigmoid, torch.ops.aten.mish]
 
 Array = NDArray[Any]
-
-
-class UnmatchedError(TdcompileError):
-    """A tensor or weight that is quantised in the ONNX model has no counterpart in the PyTorch graph."""
 
 
 class FakeQuantize(nn.Module):
@@ -95,7 +90,8 @@ def fake_quantized(
     Raises:
         UnmatchedError: the graph has no such value or weight; the message names it.
     """
-    copied = _with_rounded_weights(graph, onnx.load(model), onnx.load(quantized.path))
+    copied = copy.deepcopy(graph)
+    round_weights(copied, onnx.load(model), onnx.load(quantized.path))
     found = roundings(graph, model, quantized, inputs)
     copied = by_operator(copied, inputs) if found.by_operator else copied
     signed = quantized.form.symmetric
@@ -284,59 +280,6 @@ def by_operator(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModu
 def _packs(graph: fx.GraphModule) -> bool:
     """Return whether the graph's ``forward`` collects its arguments in a tuple, as ``*args`` does."""
     return any(node.op == "placeholder" and str(node.target).startswith("*") for node in graph.graph.nodes)
-
-
-def _with_rounded_weights(graph: fx.GraphModule, floats: onnx.ModelProto, rounded: onnx.ModelProto) -> fx.GraphModule:
-    """Return a copy of the graph with the weights and biases that the int8 model has.
-
-    Raises:
-        UnmatchedError: a weight of the model is not a parameter or buffer of the graph.
-    """
-    copied = copy.deepcopy(graph)
-    before = {weight.name: weight for weight in floats.graph.initializer}
-    own = {
-        name: value
-        for name, value in (*copied.named_parameters(remove_duplicate=False), *copied.named_buffers())
-        if value.is_floating_point()
-    }
-    originals = {name: value.detach().clone() for name, value in own.items()}
-    for name, value in (*rounded_weights(rounded), *_changed_floats(floats, rounded)):
-        if name not in before:
-            continue
-        original = torch.from_numpy(numpy_helper.to_array(before[name]).copy())
-        places = [name] if name in own and oriented(originals[name], original, original) is not None else list(own)
-        done = False
-        for place in places:
-            made = oriented(originals[place], original, torch.from_numpy(value))
-            if made is not None:
-                own[place].data.copy_(made)
-                done = True
-        if not done:
-            raise UnmatchedError(f"the weight '{name}' of the int8 model is not a parameter of the PyTorch graph")
-    return copied
-
-
-def _changed_floats(floats: onnx.ModelProto, rounded: onnx.ModelProto) -> Iterator[tuple[str, Array]]:
-    """Yield the stored floats of the int8 model that differ from the float model's: biases of products, corrected."""
-    before = {weight.name: weight for weight in floats.graph.initializer}
-    for weight in rounded.graph.initializer:
-        known = before.get(weight.name)
-        if known is None or weight.data_type != onnx.TensorProto.FLOAT:
-            continue
-        value = numpy_helper.to_array(weight)  # one tensor may be stored in several ways
-        if not np.array_equal(value, numpy_helper.to_array(known)):
-            yield weight.name, value.copy()
-
-
-def oriented(own: Tensor, original: Tensor, value: Tensor) -> Tensor | None:
-    """Return the value in the shape of a parameter, if the original is that parameter or its transpose; else None."""
-    if own.shape == original.shape and torch.equal(own, original):
-        return value
-    if own.dim() == original.dim() == 2 and own.shape == original.T.shape and torch.equal(own, original.T):
-        return value.T
-    if own.numel() == original.numel() and torch.equal(own.reshape(-1), original.reshape(-1)):
-        return value.reshape(own.shape)
-    return None
 
 
 def insert(graph: fx.GraphModule, found: Sequence[Rounding], make: Callable[[str], nn.Module]) -> None:

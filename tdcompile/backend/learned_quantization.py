@@ -22,15 +22,14 @@ from torch.nn.utils import parametrize
 
 from tdcompile.backend.fake_quantization import (
     FakeQuantize,
-    UnmatchedError,
     by_operator,
     equal_roundings,
     insert,
-    oriented,
     roundings,
 )
 from tdcompile.backend.quantize import Quantized, Scales, module_of
 from tdcompile.backend.weight_scales import channel_scales
+from tdcompile.backend.weight_uses import UnmatchedError, keep_lookups, oriented, weight_uses
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.modules import parent_of
@@ -218,7 +217,8 @@ def learned_quantization(
         inputs: at least two samples, in the graph's order.
 
     Raises:
-        UnmatchedError: the graph lacks a value or weight that the model rounds; the message names it.
+        UnmatchedError: the graph lacks a value or weight that the model rounds, or reads the weight float in the same
+            place; the message names it.
     """
     found = roundings(graph, model, quantized, inputs)
     made = copy_weights(graph)
@@ -227,8 +227,9 @@ def learned_quantization(
         made = fx.GraphModule(traced, traced.graph)  # without the ``train`` of torch.export, which raises
     floats, integers = onnx.load(model), onnx.load(quantized.path)
     weights = list(_weights(floats, integers))
-    own = dict((*made.named_parameters(remove_duplicate=False), *made.named_buffers()))
+    own, called = _read(made)
     places = [_place(weight, own) for weight in weights]
+    _check_float_readers(floats, integers, {place.weight for place in places}, own, called)
     scales = _learned_scales(floats, integers, quantized)
     signed = quantized.form.symmetric
     insert(
@@ -237,6 +238,7 @@ def learned_quantization(
         lambda tensor: LearnedFakeQuantize(tensor, scales[tensor], quantized.scales[tensor][1], signed),
     )
     for weight, place in zip(weights, places, strict=True):
+        keep_lookups(made, place.weight)
         layer, name = parent_of(made, place.weight)
         if not parametrize.is_parametrized(layer, name):
             rounding = RoundedWeight(
@@ -325,11 +327,44 @@ def _place(weight: _Weight, own: Mapping[str, Tensor]) -> _Place:
 
 def _named(name: str, values: Tensor, likely: str, own: Mapping[str, Tensor]) -> str:
     fitting = [place for place, value in own.items() if oriented(value.detach(), values, values) is not None]
-    found = [place for place in (likely, name) if place in fitting] or fitting
-    if not found or (len({id(own[place]) for place in fitting}) > 1 and found is fitting):
+    inside = [place for place in fitting if place.startswith(f"{likely.rpartition('.')[0]}.")]
+    # Equal weights are stored once, under the name of one of them: a module's own weight goes before the name.
+    found = next((each for each in ([p for p in fitting if p == likely], inside, fitting) if each), [])
+    found = [place for place in found if place == name] or found
+    if not found or len({id(own[place]) for place in found}) > 1:
         why = "is no parameter" if not found else "may be one of several parameters"
         raise UnmatchedError(f"the weight '{name}' of the int8 model {why} of the PyTorch graph")
     return found[0]
+
+
+def _read(graph: fx.GraphModule) -> tuple[dict[str, Tensor], set[str]]:
+    """Return the tensors that a graph reads, by name, and the names of those that modules which it calls read."""
+    called = {f"{node.target}." for node in graph.graph.nodes if node.op == "call_module"}
+    named = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr" and node.users}
+    tensors = dict((*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)))
+    inside = {name for name in tensors if any(name.startswith(module) for module in called)}
+    return {name: value for name, value in tensors.items() if name in named or name in inside}, inside
+
+
+def _check_float_readers(
+    floats: onnx.ModelProto, integers: onnx.ModelProto, places: set[str], own: Mapping[str, Tensor], called: set[str]
+) -> None:
+    """Require that no operator of the int8 model reads a weight float at a place where the graph is to round it.
+
+    Raises:
+        UnmatchedError: one does; the message names the weight.
+    """
+    for use in weight_uses(floats, integers):
+        if use.rounded is not None or not places:
+            continue
+        fitting = [
+            place for place, value in own.items() if oriented(value.detach(), use.values, use.values) is not None
+        ]
+        found = use.among(fitting)
+        # rows of a table are read under a name of their own, unless a module reads them
+        found = [place for place in found if place in called] if use.operator == "Gather" else found or fitting
+        if both := places & set(found):
+            raise UnmatchedError(f"the weight '{min(both)}' is read float in '{use.module}' and rounded elsewhere")
 
 
 def _learned_scales(

@@ -42,6 +42,7 @@ _NO_KERNEL = {
     **dict.fromkeys(("LSTM", "GRU", "RNN"), "recurrent layers stay float"),
 }
 _LEAST = "tdcompile_least_float"  # a stored value
+_APART = "_float"  # ends the name of a weight's copy for operators that stay float
 _SPATIAL = 4  # axes of an image batch
 
 
@@ -114,6 +115,7 @@ def quantized_model(
     nodes, floats = _chosen(proto, keep)
     if not nodes:
         return proto, floats
+    _separate_floats(proto, nodes)
     quantizer = QDQQuantizer(
         proto,
         per_channel=True,
@@ -281,6 +283,26 @@ def _chosen(proto: onnx.ModelProto, keep: Collection[str]) -> tuple[list[str], d
     return chosen, floats
 
 
+def _separate_floats(proto: onnx.ModelProto, chosen: Collection[str]) -> None:
+    """Give operators that stay float a copy of each weight that they share with one to quantise.
+
+    onnxruntime rounds a weight for all operators that read it. The exporter stores equal weights once.
+    """
+    stored = {w.name: w for w in proto.graph.initializer if w.data_type == onnx.TensorProto.FLOAT}
+    quantised = [node for node in proto.graph.node if node.name in chosen and node.op_type in WEIGHTED]
+    shared = {name for node in quantised for name in node.input[1:] if name in stored}
+    for node in proto.graph.node:
+        for place, name in enumerate(node.input if node.name not in chosen else ()):
+            if name in shared:
+                node.input[place] = f"{name}{_APART}"
+                if node.input[place] not in stored:
+                    copied = onnx.TensorProto()
+                    copied.CopyFrom(stored[name])
+                    copied.name = node.input[place]
+                    stored[copied.name] = copied
+                    proto.graph.initializer.append(copied)
+
+
 def _keep_floats(proto: onnx.ModelProto) -> None:
     """Put a Max behind each float layer that reads an integer value, so that onnxruntime leaves it float.
 
@@ -338,6 +360,25 @@ def rounded_weights(proto: onnx.ModelProto) -> Iterator[tuple[str, NDArray[Any]]
 
     TensorRT's form stores weights in floats and rounds them in the graph.
     """
+    for node, values in _rounded(proto):
+        yield node.input[0].removesuffix("_quantized"), values
+
+
+def stored_values(proto: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    """Return all stored floats of a model by the name under which its operators read them, rounded as it rounds them.
+
+    Two operators may read one weight of a float model under two names in its int8 model, of which one is rounded.
+    """
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    found = {w.name: numpy_helper.to_array(w) for w in proto.graph.initializer if w.data_type in floats}
+    behind = {node.input[0]: node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    for node, values in _rounded(proto):
+        found[node.output[0] if node.op_type == "DequantizeLinear" else behind[node.output[0]]] = values
+    return found
+
+
+def _rounded(proto: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, NDArray[Any]]]:
+    """Yield the first node behind every stored tensor that is rounded, and the rounded values."""
     stored = {weight.name: weight for weight in proto.graph.initializer}
     for node in proto.graph.node:
         if node.op_type not in ("DequantizeLinear", "QuantizeLinear") or node.input[0] not in stored:
@@ -350,7 +391,7 @@ def rounded_weights(proto: onnx.ModelProto) -> Iterator[tuple[str, NDArray[Any]]
             steps = (values.astype(np.int64) - zero).astype(np.float32)
         else:  # weights have 8 bits and the zero point 0
             steps = np.rint(values / scale).clip(-128, 127)
-        yield node.input[0].removesuffix("_quantized"), steps * scale
+        yield node, steps * scale
 
 
 def float_inputs(proto: onnx.ModelProto) -> list[str]:

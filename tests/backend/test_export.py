@@ -98,7 +98,7 @@ def test_only_the_model_lies_in_its_folder(written):
 def test_nodes_are_named_by_module(written):
     names = [node.name for node in written[1].graph.node]
     assert names[:2] == ["block.0/conv2d", "block.1/relu"]
-    assert sum(name.startswith("head/") for name in names) == 1  # a Gemm that onnxsim made of MatMul + Add
+    assert sum(name.startswith("head/Gemm") for name in names) == 1  # onnxsim made it of MatMul + Add
     assert len(set(names)) == len(names)
 
 
@@ -386,7 +386,12 @@ def test_a_node_that_a_rewrite_names_like_another_is_numbered(tmp_path, monkeypa
         return simple, right
 
     monkeypatch.setattr(onnxsim, "simplify", alike)
-    module = nn.Sequential(nn.ReLU(), nn.Tanh(), nn.Sigmoid()).eval()
+
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(torch.tanh(torch.relu(x)))
+
+    module = Root().eval()
     done = export_onnx(module, (torch.randn(2, 3),), tmp_path / "m.onnx")
     assert [node.name for node in onnx.load(done.path).graph.node] == ["block/relu", "block/relu_1", "block/relu_2"]
     assert done.simplified
@@ -417,3 +422,17 @@ def test_two_pools_may_read_one_padded_value(tmp_path):
     done = export_onnx(Twice(), (x,), tmp_path / "m.onnx")
     for got, expected in zip(run(done.path, x), Twice()(x), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_equal_weights_change_no_names(tmp_path):
+    """onnxsim makes Reshape and Gemm of linear layers; equal weights are stored once."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    one = onnx.load(export_onnx(module, (torch.randn(2, 4, 8),), tmp_path / "one.onnx").path)
+    module[2].load_state_dict(module[0].state_dict())
+    two = onnx.load(export_onnx(module, (torch.randn(2, 4, 8),), tmp_path / "two.onnx").path)
+    assert len(two.graph.initializer) < len(one.graph.initializer)
+    assert [n.name.partition("/")[0] for n in two.graph.node if n.op_type == "Gemm"] == ["0", "2"]
+    assert [(n.name, *n.output) for n in two.graph.node] == [(n.name, *n.output) for n in one.graph.node]
+    named = {str(n.output[0]) for n in two.graph.node if n.op_type in ("Gemm", "Reshape")}
+    assert all(name.startswith(("0/", "2/", "linear", "output")) for name in named)

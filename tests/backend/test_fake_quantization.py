@@ -9,9 +9,10 @@ from torch import Tensor, fx, nn
 
 from tdcompile.backend.export import export_onnx
 from tdcompile.backend.fake_parity import check_fake_quantized
-from tdcompile.backend.fake_quantization import FakeQuantize, UnmatchedError, fake_quantized
+from tdcompile.backend.fake_quantization import FakeQuantize, fake_quantized
 from tdcompile.backend.quantize import Quantized, activation_ranges, write_quantized
 from tdcompile.backend.quantized_form import QuantizedForm
+from tdcompile.backend.weight_uses import UnmatchedError
 from tdcompile.errors import ParityError
 from tests.backend.test_quantize import Block
 

@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 
 from tdcompile.backend.export import export_onnx
 from tdcompile.backend.fake_parity import check_fake_quantized
-from tdcompile.backend.fake_quantization import UnmatchedError
 from tdcompile.backend.learned_quantization import (
     LearnedFakeQuantize,
     LearnedScale,
@@ -24,6 +23,7 @@ from tdcompile.backend.learned_quantization import (
 )
 from tdcompile.backend.quantize import Quantized, exact_overrides, write_quantized
 from tdcompile.backend.quantized_form import QuantizedForm
+from tdcompile.backend.weight_uses import UnmatchedError
 from tests.backend.test_fake_quantization import ARM, X64, Inside, Token, batches, written
 from tests.backend.test_quantize import Block
 

@@ -13,12 +13,13 @@ from tdcompile.backend import compiled_int8 as module
 from tdcompile.backend.compiled_int8 import compiled_int8
 from tdcompile.backend.deployment import Activations, sample_activations
 from tdcompile.backend.fake_parity import check_fake_quantized
-from tdcompile.backend.fake_quantization import UnmatchedError, fake_quantized
+from tdcompile.backend.fake_quantization import fake_quantized
 from tdcompile.backend.learned_quantization import LearnedScales
 from tdcompile.backend.lowering import lower
 from tdcompile.backend.quantize import Quantized
 from tdcompile.backend.session import infer, open_session
 from tdcompile.backend.verified_export import export_verified
+from tdcompile.backend.weight_uses import UnmatchedError
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import Candidate, RankPlan
