@@ -174,7 +174,7 @@ class Example:
 
 
 def resolve_objective(
-    task: Task, example: Example, names: Sequence[str], causal: Callable[[int], bool]
+    task: Task, example: Example, names: Sequence[str], causal: Callable[[int, int], bool]
 ) -> tuple[Objective | None, tuple[Note, ...]]:
     """Return the objective of a task, and what the report says about it; None if only agreement can be measured.
 
@@ -182,7 +182,8 @@ def resolve_objective(
         task: gives the kind, loss, metric and output that were asked for.
         example: some samples and the dense network's outputs.
         names: names of the outputs.
-        causal: returns whether scores of an input of tokens depend on earlier tokens only, given the input's index.
+        causal: returns whether scores depend on earlier tokens only, given the indices of the tokens' input and of
+            the scores' output.
 
     Raises:
         InputError: kind, loss, metric or output are unknown, or do not fit targets and outputs.
@@ -203,7 +204,9 @@ def resolve_objective(
             raise InputError(f"--task {task.kind} needs targets, and the data have none")
         kind = KINDS[task.kind].fit(output, batch)
     else:
-        guessed = _guessed(output, example, causal, owned=own_metric is not None)
+        guessed = _guessed(
+            output, example, lambda tokens: causal(tokens, place), owned=own_metric is not None
+        )
         if guessed is None:
             if own_loss or own_metric:
                 given = "--loss" if own_loss else "--metric"

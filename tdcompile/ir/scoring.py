@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -85,8 +85,8 @@ def _scoring(program: Program) -> Scoring:
     outputs = [y.detach() for y in tensors_in(answer)]
     names = program.onnx.output_names or output_names(answer)
 
-    def causal(place: int) -> bool:
-        return _is_causal(program, batch, outputs, place)
+    def causal(tokens: int, scored: int) -> bool:
+        return _is_causal(program, batch, (tokens, scored), outputs[scored])
 
     known = _told_by_many(batch.targets)
     many = samples.batch(range(min(_MANY, len(samples)))).targets if known else batch.targets
@@ -131,13 +131,22 @@ def _told_by_many(targets: object) -> bool:
     return isinstance(targets, Tensor) and (targets.dim() == 2 or targets.is_floating_point())
 
 
-def _is_causal(program: Program, batch: Batch, outputs: Sequence[Tensor], place: int) -> bool:
-    """Return whether the scores of all tokens but the last stay the same if the last token changes."""
-    x = batch.inputs[place].clone()
+def _is_causal(program: Program, batch: Batch, places: tuple[int, int], scores: Tensor) -> bool:
+    """Return whether the scores of all tokens but the last stay the same if the last token changes.
+
+    Args:
+        program: gives the dense network.
+        batch: samples.
+        places: index of the input that holds the tokens, and of the output that holds the scores.
+        scores: that output for the samples, ``(N, T, classes)``.
+    """
+    tokens, scored = places
+    x = batch.inputs[tokens].clone()
     other = x[x != x[0, -1]]
-    x[:, -1] = other[0] if len(other) else (x[0, -1] + 1) % outputs[0].shape[2]
-    changed = outputs_of(program.dense, tuple(x if at == place else y for at, y in enumerate(batch.inputs)))[0]
-    return torch.allclose(changed[:, :-1], outputs[0][:, :-1], rtol=1e-3, atol=1e-4 * float(outputs[0].abs().max()))
+    x[:, -1] = other[0] if len(other) else (x[0, -1] + 1) % scores.shape[2]
+    inputs = tuple(x if place == tokens else y for place, y in enumerate(batch.inputs))
+    changed = outputs_of(program.dense, inputs)[scored]
+    return torch.allclose(changed[:, :-1], scores[:, :-1], rtol=1e-3, atol=1e-4 * float(scores.abs().max()))
 
 
 def _check_classes(objective: Objective, task: Task, output: Tensor) -> None:

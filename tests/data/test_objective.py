@@ -34,7 +34,7 @@ def resolved(
     found = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     names = [f"output_{place}" for place in range(len(found))]
     example = Example(Batch((inputs,), targets), found, targets)
-    return resolve_objective(Task(**asked), example, names, lambda place: causal)[0]
+    return resolve_objective(Task(**asked), example, names, lambda tokens, scored: causal)[0]
 
 
 def score(objective: Objective, outputs: Tensor, targets: Any, inputs: Tensor = IMAGES) -> float:
