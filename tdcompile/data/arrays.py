@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,8 @@ def read_npz(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split | Sa
     names = wanted.members.names
     if names != ("x",) and "x" not in held and all(name in held for name in names if "mask" not in name):
         return _by_name(held, (train, test), wanted, seed)
-    if "x" not in held:
-        raise InputError(f"npz: '{path}' has no array 'x': {nearest('x', held)}")
-    key = wanted.members.targets or "y"
-    if wanted.members.targets is not None and key not in held:
-        raise InputError(f"--targets: '{path}' has no array '{key}': {nearest(key, held)}")
-    x, y = to_tensor(held["x"], f"npz: 'x' in '{path}'"), held.get(key)
-    if x.ndim == 0:
-        raise InputError(f"npz: 'x' in '{path}' is a single number, not an array of samples")
+    x, key = _inputs(held, path, wanted)
+    y = held.get(key)
     if "x_test" in held:
         x_test = to_tensor(held["x_test"], f"npz: 'x_test' in '{path}'")
         return _split(train, x, y, wanted), _split(test, x_test, held.get(f"{key}_test"), wanted)
@@ -81,19 +76,39 @@ def read_npz(argument: str, wanted: NetworkInput, seed: int) -> tuple[Split | Sa
     if len(x) < 2:
         count = "1 sample" if len(x) else "0 samples"
         raise InputError(f"npz: '{path}' holds {count}; two at least are needed to hold one out")
-    if y is not None and not are_labels(y):
-        kept, out = _held_out(len(x), seed)
-        targets = to_tensor(y, f"npz: 'y' in '{path}'")
-        if targets.ndim == 0 or len(targets) != len(x):
-            raise InputError(f"npz: '{path}' has {len(x)} samples but targets of shape {tuple(targets.shape)}")
-        return array_samples(train, (x[kept], targets[kept]), wanted), array_samples(
-            test, (x[out], targets[out]), wanted
-        )
-    labels = None if y is None else Labels.of(y, f"'npz:{path}'")
-    if labels is not None and len(labels) != len(x):
-        raise InputError(f"npz: '{path}' has {len(x)} samples but {len(labels)} labels")
     kept, out = _held_out(len(x), seed)
-    return array_split(train, x, labels, wanted, kept), array_split(test, x, labels, wanted, out)
+    if y is None or are_labels(y):
+        labels = None if y is None else Labels.of(y, f"'npz:{path}'")
+        if labels is not None:
+            _require_targets_of_all(len(labels) == len(x), f"{len(labels)} labels", x, path)
+        return array_split(train, x, labels, wanted, kept), array_split(test, x, labels, wanted, out)
+    targets = to_tensor(y, f"npz: '{key}' in '{path}'")
+    shape = tuple(targets.shape)
+    _require_targets_of_all(shape[:1] == (len(x),), f"targets of shape {shape}", x, path)
+    return array_samples(train, (x[kept], targets[kept]), wanted), array_samples(test, (x[out], targets[out]), wanted)
+
+
+def _inputs(held: Mapping[str, NDArray[Any]], path: Path, wanted: NetworkInput) -> tuple[Tensor, str]:
+    """Return the samples ``x`` of an archive, and the key of their targets."""
+    if "x" not in held:
+        raise InputError(f"npz: '{path}' has no array 'x': {nearest('x', held)}")
+    key = wanted.members.targets or "y"
+    if wanted.members.targets is not None and key not in held:
+        raise InputError(f"--targets: '{path}' has no array '{key}': {nearest(key, held)}")
+    x = to_tensor(held["x"], f"npz: 'x' in '{path}'")
+    if x.ndim == 0:
+        raise InputError(f"npz: 'x' in '{path}' is a single number, not an array of samples")
+    return x, key
+
+
+def _require_targets_of_all(found: bool, what: str, x: Tensor, path: Path) -> None:
+    """Require a target of every sample.
+
+    Raises:
+        InputError: they are fewer or more.
+    """
+    if not found:
+        raise InputError(f"npz: '{path}' has {len(x)} samples but {what}")
 
 
 def _held_out(count: int, seed: int) -> tuple[Tensor, Tensor]:

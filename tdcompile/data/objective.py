@@ -204,9 +204,7 @@ def resolve_objective(
             raise InputError(f"--task {task.kind} needs targets, and the data have none")
         kind = KINDS[task.kind].fit(output, batch)
     else:
-        guessed = _guessed(
-            output, example, lambda tokens: causal(tokens, place), owned=own_metric is not None
-        )
+        guessed = _guessed(output, example, lambda tokens: causal(tokens, place), owned=own_metric is not None)
         if guessed is None:
             if own_loss or own_metric:
                 given = "--loss" if own_loss else "--metric"
