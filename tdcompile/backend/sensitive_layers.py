@@ -92,8 +92,21 @@ def _unclipped(match: dict[str, Sequence[NDArray[Any]]]) -> dict[str, Sequence[N
 
 def _noise_share(signal: Values, rounded: Values) -> float:
     """Return the power of the difference over the power of the signal."""
-    before, after = (np.concatenate([np.ravel(one) for one in side]).astype(np.float64) for side in (signal, rounded))
-    return float(((before - after) ** 2).sum() / max(float((before**2).sum()), 1e-30))
+    noise = power = 0.0
+    for before, after in zip(signal, rounded, strict=True):
+        noise += _energy(before - after)
+        power += _energy(before)
+    return noise / max(power, 1e-30)
+
+
+def _energy(x: NDArray[Any]) -> float:
+    """Return the sum of squares; single values may be float32, whose square overflows above 1e19."""
+    flat = np.ravel(x)
+    largest = float(np.abs(flat).max(initial=0.0))
+    if largest == 0.0:
+        return 0.0
+    scaled = flat / flat.dtype.type(largest)
+    return float(np.dot(scaled, scaled)) * largest**2
 
 
 def _decibels(share: float) -> float:
