@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -28,7 +29,7 @@ from tdcompile.backend.fake_quantization import (
     roundings,
 )
 from tdcompile.backend.quantize import Quantized, Scales, module_of
-from tdcompile.backend.weight_scales import channel_scales
+from tdcompile.backend.weight_scales import channel_scales, least_scales
 from tdcompile.backend.weight_uses import UnmatchedError, keep_lookups, oriented, weight_uses
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_weights
@@ -160,6 +161,17 @@ class RoundedWeight(nn.Module):
         super().__init__()
         self._shape, self._transposed, self._axis, self._reduced = tuple(shape), transposed, axis, reduced
         self._known: tuple[object, Tensor] | None = None  # the scales of the last weight, which its bias needs again
+        self._biases: list[tuple[LearnedScale, nn.Module, str]] = []
+
+    def with_bias(self, scale: LearnedScale, layer: nn.Module, name: str) -> None:
+        """Keep the scales large enough for a bias.
+
+        Args:
+            scale: of the layer's input.
+            layer: has the bias.
+            name: of the bias in the layer.
+        """
+        self._biases.append((scale, layer, name))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight as the file has it."""
@@ -170,14 +182,28 @@ class RoundedWeight(nn.Module):
 
     def scales(self, weight: Tensor) -> Tensor:
         """Return the scale of each output channel, ``(channels,)``."""
-        key = (id(weight), weight._version, weight.device)
+        biases = [(float(scale().detach()), _unrounded(layer, name)) for scale, layer, name in self._biases]
+        parts = [(step, id(bias), bias._version) for step, bias in biases]
+        key = (id(weight), weight._version, weight.device, *parts)
         if self._known is None or self._known[0] != key:
             rows = self._rows(weight.detach()).cpu().numpy()
-            self._known = key, torch.from_numpy(channel_scales(rows, reduced=self._reduced)).to(weight.device)
+            bounds = [least_scales(bias.detach().cpu().numpy(), step) for step, bias in biases]
+            least = np.maximum.reduce(bounds) if bounds else None
+            scales = channel_scales(rows, reduced=self._reduced, least=least)
+            self._known = key, torch.from_numpy(scales).to(weight.device)
         return self._known[1]
 
     def _rows(self, weight: Tensor) -> Tensor:
         return (weight.T if self._transposed else weight.reshape(self._shape)).movedim(self._axis, 0)
+
+
+def _unrounded(layer: nn.Module, name: str) -> Tensor:
+    """Return a parameter without its parametrization."""
+    parts: Any = layer
+    whole: Tensor = (
+        parts.parametrizations[name].original if parametrize.is_parametrized(layer, name) else getattr(layer, name)
+    )
+    return whole
 
 
 class RoundedBias(nn.Module):
@@ -247,6 +273,10 @@ def learned_quantization(
             parametrize.register_parametrization(layer, name, rounding)
     count = Counter(place.bias for place in places)
     for weight, place in zip(weights, places, strict=True):
+        if place.bias and weight.input in scales and quantized.form.integer_bias:
+            layer, name = parent_of(made, place.weight)
+            rounding: Any = layer.parametrizations
+            rounding[name][0].with_bias(scales[weight.input], *parent_of(made, place.bias))
         # a layer that is called on values of several scales has a bias for each: none of them is that of the layer
         if place.bias and weight.input in scales and count[place.bias] == 1:
             rounded = RoundedBias(scales[weight.input], *parent_of(made, place.weight))

@@ -126,7 +126,7 @@ def quantized_model(
         nodes_to_quantize=nodes,
         nodes_to_exclude=[],
         op_types_to_quantize=[*WEIGHTED, *_CARRIED, *_MOVED],
-        extra_options=form.options({**_pair_overrides(proto, nodes, form), **(overrides or {})}),
+        extra_options=form.options({**_own_scales(proto, nodes, form, ranges), **(overrides or {})}),
     )
     with captured_output():
         quantizer.quantize_model()
@@ -144,18 +144,24 @@ def exact_overrides(model: Path, scales: Scales, form: QuantizedForm) -> Overrid
     """
     proto, kind = onnx.load(model), np.int8 if form.symmetric else np.uint8
     nodes = [node.name for node in proto.graph.node if node.op_type in WEIGHTED]
+    steps = {name: scale for name, (scale, _) in scales.items()} if form.integer_bias else {}
     activations = {
         name: [{"scale": np.array(scale, np.float32), "zero_point": np.array(zero, kind)}]
         for name, (scale, zero) in scales.items()
     }
-    return {**weight_overrides(proto, nodes, reduced=form.reduced), **activations}
+    return {**weight_overrides(proto, nodes, reduced=form.reduced, steps=steps), **activations}
 
 
-def _pair_overrides(proto: onnx.ModelProto, nodes: Collection[str], form: QuantizedForm) -> Overrides:
-    """Return the scales of weights that onnxruntime would not choose itself, so that no pair of products saturates."""
-    if not form.reduced:
-        return {}
-    plain, bound = (weight_overrides(proto, nodes, reduced=reduced) for reduced in (False, True))
+def _own_scales(
+    proto: onnx.ModelProto, nodes: Collection[str], form: QuantizedForm, ranges: Ranges | None
+) -> Overrides:
+    """Return the scales of weights that onnxruntime would not choose itself: no pair of products and no bias saturates.
+
+    A range that contains another one's may replace it in the file: its step is larger, and a bias then has fewer.
+    """
+    steps = {name: form.step(low, high) for name, (low, high) in (ranges or {}).items()} if form.integer_bias else {}
+    plain = weight_overrides(proto, nodes, reduced=False, steps={})
+    bound = weight_overrides(proto, nodes, reduced=form.reduced, steps=steps)
     return {name: bound[name] for name in bound if bound[name] != plain[name]}
 
 

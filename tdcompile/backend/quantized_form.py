@@ -30,6 +30,16 @@ class QuantizedForm:
     symmetric: bool = False
     reduced: bool = False
 
+    @property
+    def integer_bias(self) -> bool:
+        """Whether biases are integers, in multiples of the scales of input and weight."""
+        return self.family != "tensorrt"
+
+    def step(self, low: float, high: float) -> float:
+        """Return the scale of an activation, from its least and largest value."""
+        wide = max(abs(low), abs(high)) / 127 if self.symmetric else (max(high, 0.0) - min(low, 0.0)) / 255
+        return wide or 1.0
+
     def options(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Return the ``extra_options`` of onnxruntime.quantization, with one's own scales in ``overrides``."""
         options: dict[str, Any] = {
@@ -38,7 +48,7 @@ class QuantizedForm:
             "MatMulConstBOnly": True,
             # their integer kernels write floats, so nothing need be rounded behind them but the inner values of chains
             "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
-            # dead channels would silently get larger scales than the network was tuned with
+            # ``channel_scales`` does it, equally for tuning; onnxruntime leaves rows of zeros out
             "QDQDisableWeightAdjustForInt32Bias": True,
             "TensorQuantOverrides": {name: [dict(each) for each in given] for name, given in overrides.items()},
         }

@@ -1,8 +1,8 @@
-"""Scales of weights, for each output channel; smaller ranges where kernels add two products of bytes in 16 bits."""
+"""Scales of weights, for each output channel; larger ones where kernels or biases would leave their integers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ PAIR = 128
 _LARGEST = 127
 _TINY = np.finfo(np.float32).tiny
 _GROWTH = 1.005  # of a scale whose rounded weights still break the bound
+# Largest bias in steps of its 32-bit integer; the other half of the range is for the sum of products and corrections.
+_BIAS_STEPS = 2.0**30
 
 
 def weight_overrides(
-    proto: onnx.ModelProto, nodes: Collection[str], *, reduced: bool
+    proto: onnx.ModelProto, nodes: Collection[str], *, reduced: bool, steps: Mapping[str, float]
 ) -> dict[str, Sequence[dict[str, Any]]]:
     """Return ``TensorQuantOverrides`` that give weights the scales of ``channel_scales``.
 
@@ -28,21 +30,42 @@ def weight_overrides(
         proto: a float model.
         nodes: names of the nodes that are quantised.
         reduced: see ``channel_scales``.
+        steps: scale of each activation whose layers have integer biases, by its name.
     """
     stored = {weight.name: weight for weight in proto.graph.initializer}
-    found: dict[str, Sequence[dict[str, Any]]] = {}
+    axes: dict[str, int] = {}
+    least: dict[str, Array] = {}  # of a weight that several nodes read, the largest of each row
     for node in proto.graph.node:
         if node.name not in nodes or len(node.input) < 2 or node.input[1] not in stored:
             continue
-        weight = numpy_helper.to_array(stored[node.input[1]])
-        axis = _axis(node, weight.ndim)
+        name = node.input[1]
+        axis = _axis(node, len(stored[name].dims))
         if axis is None:
             continue
-        found[node.input[1]] = [
+        axes[name] = axis
+        if len(node.input) > 2 and node.input[2] in stored and node.input[0] in steps:
+            found = least_scales(numpy_helper.to_array(stored[node.input[2]]), steps[node.input[0]])
+            least[name] = np.maximum(least.get(name, found), found)
+    overrides: dict[str, Sequence[dict[str, Any]]] = {}
+    for name, axis in axes.items():
+        rows = np.moveaxis(numpy_helper.to_array(stored[name]), axis, 0)
+        overrides[name] = [
             {"axis": axis, "scale": np.array(scale, np.float32), "zero_point": np.array(0, np.int8)}
-            for scale in channel_scales(np.moveaxis(weight, axis, 0), reduced=reduced)
+            for scale in channel_scales(rows, reduced=reduced, least=least.get(name))
         ]
-    return found
+    return overrides
+
+
+def least_scales(bias: Array, step: float) -> Array:
+    """Return the least scale of each row whose bias, in multiples of both scales, fits 32 bits: ``(rows,)``, float32.
+
+    A row of weights far below its bias, as batch norm folds a channel that it has switched off, would else clip it.
+
+    Args:
+        bias: float32, ``(rows,)`` or ``(1, rows)``.
+        step: scale of the layer's input.
+    """
+    return (np.abs(bias).reshape(-1) / (np.float64(step) * _BIAS_STEPS)).astype(np.float32)
 
 
 def _axis(node: onnx.NodeProto, axes: int) -> int | None:
@@ -55,8 +78,8 @@ def _axis(node: onnx.NodeProto, axes: int) -> int | None:
     return axes - 1 if node.op_type == "MatMul" and axes > 1 else None
 
 
-def channel_scales(rows: Array, *, reduced: bool) -> Array:
-    """Return the scale of each row, ``(rows,)``: by its largest weight, or the smallest found that keeps the bound.
+def channel_scales(rows: Array, *, reduced: bool, least: Array | None = None) -> Array:
+    """Return the scale of each row, ``(rows,)``: by its largest weight, or the smallest found that keeps the bounds.
 
     vpmaddubsw adds the products of neighbours along the summed axis. Convolutions sum over channels, then taps, or the
     other way round, by the kernel that onnxruntime takes; a row must keep the bound in both orders.
@@ -64,9 +87,12 @@ def channel_scales(rows: Array, *, reduced: bool) -> Array:
     Args:
         rows: weights, output channels first, in float32.
         reduced: keep the bound on pairs; rows that break it get a larger scale.
+        least: lower bound of each row's scale, see ``least_scales``.
     """
-    largest = np.abs(rows).reshape(len(rows), -1).max(1, initial=0.0) / np.float32(_LARGEST)
-    scales = np.where(largest >= _TINY, largest, np.float32(1.0)).astype(np.float32)  # a dead channel has any scale
+    wanted = np.abs(rows).reshape(len(rows), -1).max(1, initial=0.0) / np.float32(_LARGEST)
+    if least is not None:
+        wanted = np.maximum(wanted, least)
+    scales = np.where(wanted >= _TINY, wanted, np.float32(1.0)).astype(np.float32)  # a row of zeros has any scale
     while reduced:
         worst = _worst_pairs(rows, scales)
         broken = worst > PAIR

@@ -45,6 +45,23 @@ class Clipped(nn.Module):
         return self.head(self.twice(x).mean((2, 3)))
 
 
+class SwitchedOff(nn.Module):
+    """Channels whose weights are zero, or far below their bias as batch norm folds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+        with torch.no_grad():
+            for layer in (self.stem, self.inner, self.head):
+                layer.weight[0], layer.bias[0] = 0.0, 0.7
+                layer.weight[1] *= 1e-11
+                layer.bias[1] = -0.6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.stem(x).abs()).relu().mean((2, 3)))
+
+
 def trained(kind: type[nn.Module], folder: Path, form: QuantizedForm, rate: float = 0.05) -> tuple[
     fx.GraphModule, fx.GraphModule, Quantized
 ]:  # fmt: skip
@@ -64,7 +81,8 @@ def stored(path: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "form"), [(Block, X64), (Clipped, REDUCED), (Token, ARM), (Block, TENSORRT), (Inside, X64)]
+    ("kind", "form"),
+    [(Block, X64), (Clipped, REDUCED), (Token, ARM), (Block, TENSORRT), (Inside, X64), (SwitchedOff, REDUCED)],
 )
 def test_the_file_has_the_integers_and_scales_that_were_trained(
     kind: type[nn.Module], form: QuantizedForm, tmp_path: Path

@@ -180,6 +180,27 @@ def test_layers_without_an_integer_kernel_stay_float_with_their_reason(tmp_path:
     assert "LayerNormalization" in kinds
 
 
+@pytest.mark.parametrize("form", [X64, ARM], ids=lambda form: form.family)
+@pytest.mark.parametrize("factor", [0.0, 1e-40, 1e-12, 1e-8])
+def test_biases_of_channels_that_are_switched_off_are_kept(factor: float, form: QuantizedForm, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten())
+    network.append(nn.Linear(16 * 64, 6)).eval()
+    with torch.no_grad():
+        for layer in (network[0], network[2], network[5]):
+            layer.weight[:3] *= factor
+            layer.bias[:3] = 0.5
+    x = 100 * batches()[0][0]  # one step of the input is larger than the biases
+    export_onnx(network, (x,), tmp_path / "off.onnx")
+    ranges = activation_ranges(tmp_path / "off.onnx", [[x.numpy()]])
+    made = write_quantized(tmp_path / "off.onnx", tmp_path / "int8.onnx", ranges, form)
+    (found,) = infer(open_session(made.path, Target()), (x,))
+    expected = network(x).detach().numpy()
+    np.testing.assert_allclose(found[:, :3], expected[:, :3], rtol=0.01)
+    if form is X64:  # the kernels of this machine take no other form without saturating
+        assert np.abs(found - expected).max() < 0.1 * expected.std()
+
+
 def test_constant_activations_get_a_scale_of_their_own(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
     with torch.no_grad():
