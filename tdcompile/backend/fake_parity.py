@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from tdcompile.backend.fake_quantization import FakeQuantize
+from tdcompile.backend.output_spread import OutputSpread
 from tdcompile.backend.session import infer, open_session
 from tdcompile.data.nesting import tensors_in
 from tdcompile.errors import ParityError
@@ -153,10 +154,9 @@ def _largest(ours: Array, theirs: Array) -> float:
 
 def _spread_of(ours: Sequence[Array], theirs: Sequence[Array]) -> float:
     """Return the root mean square difference of outputs, relative to their spread over the samples."""
-    apart = spread = 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        if b.ndim and np.issubdtype(b.dtype, np.floating):
-            wide = b.astype(np.float64)
-            apart += float(((a - wide) ** 2).sum())
-            spread += float(((wide - wide.mean(0)) ** 2).sum())
-    return math.sqrt(apart / max(spread, 1e-30))
+    apart, spread = 0.0, OutputSpread()
+    for place, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if np.issubdtype(b.dtype, np.floating):
+            apart += float(((a - b.astype(np.float64)) ** 2).sum())
+            spread.add(place, b)
+    return math.sqrt(apart) / spread.value

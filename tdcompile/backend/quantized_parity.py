@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from tdcompile.backend.output_spread import OutputSpread, values_of
 from tdcompile.backend.session import infer, open_session
 from tdcompile.errors import ParityError
 from tdcompile.ir.target import Target
@@ -19,7 +19,8 @@ from tdcompile.ir.target import Target
 # output has been below a third of the quantisation error on all networks of the tests; a wrong kernel, or saturation
 # of 16-bit sums, adds many times that error.
 _ALLOWED = 1.0
-_FLOOR = 1e-4  # of the output's spread: below it both errors are rounding of floats
+# Below this share of the output's spread, or of its magnitude, both errors are rounding of floats.
+_FLOOR, _ROUNDING = 1e-4, 1e-6
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class QuantizedParity:
 
     Attributes:
         kernels: root mean square of the difference, relative to the float model's spread, over all outputs: what the
-            integer kernels round differently.
+            integer kernels round differently. Of one sample or constant outputs the magnitude is the unit.
         error: the quantisation error: the int8 model against the float model, relative to the same spread.
         max_abs: largest difference with and without optimisations.
         samples: number of samples.
@@ -56,29 +57,23 @@ def check_quantized(
     """
     fused, plain = (open_session(model, target, optimised=optimised) for optimised in (True, False))
     reference = open_session(original, target)
-    kernels = error = spread = worst = 0.0
-    samples = 0
+    kernels = error = worst = 0.0
+    samples, spread = 0, OutputSpread()
     for inputs in batches:
         samples += len(inputs[0])
         triples = zip(*(infer(session, inputs) for session in (fused, plain, reference)), strict=True)
-        for ours, rounded, floats in triples:
-            a, b, c = (_values(y) for y in (ours, rounded, floats))
+        for place, triple in enumerate(triples):
+            a, b, c = (values_of(y) for y in triple)
             kernels += float(((a - b) ** 2).sum())
             error += float(((b - c) ** 2).sum())
-            spread += float(((c - c.mean(0)) ** 2).sum())
+            spread.add(place, c)
             worst = max(worst, float(np.abs(a - b).max(initial=0.0)))
-    scale = math.sqrt(max(spread, 1e-30))
+    scale = spread.value
     found = QuantizedParity(math.sqrt(kernels) / scale, math.sqrt(error) / scale, worst, samples)
-    if not found.kernels <= max(_ALLOWED * found.error, _FLOOR):
+    if not found.kernels <= max(_ALLOWED * found.error, _FLOOR, _ROUNDING * spread.magnitude / scale):
         raise ParityError(
             f"{model.name} computes something else in onnxruntime's integer kernels than its rounded floats do: they "
             f"differ by {found.kernels:.3g} of the output's spread, the quantisation error is {found.error:.3g}; "
             "`tdcompile doctor` tells what this processor does for int8"
         )
     return found
-
-
-def _values(output: NDArray[np.generic]) -> NDArray[np.float64]:
-    return (
-        output.reshape(len(output), -1).astype(np.float64) if output.ndim else output.reshape(1, 1).astype(np.float64)
-    )

@@ -156,6 +156,17 @@ def test_a_kernel_that_computes_something_else_is_told(model: Path, tmp_path: Pa
         check_quantized(made.path, model, batches(), Target())
 
 
+def test_the_errors_do_not_depend_on_how_samples_are_batched(model: Path, tmp_path: Path) -> None:
+    made = write_quantized(model, tmp_path / "int8.onnx", ranges_of(model), X64)
+    whole = check_quantized(made.path, model, batches(), Target())
+    one_by_one = [(row[None],) for (x,) in batches() for row in x]
+    alone = check_quantized(made.path, model, one_by_one, Target())
+    assert alone.error == pytest.approx(whole.error, rel=0.01)
+    assert alone.kernels == pytest.approx(whole.kernels, rel=0.1, abs=1e-3)
+    kept = write_quantized(model, tmp_path / "float.onnx", ranges_of(model), X64, keep=["stem", "inner", "fc"])
+    assert check_quantized(kept.path, model, one_by_one[:1], Target()).error < 1e-5
+
+
 class Tokens(nn.Module):
     """Attention, layer normalisation and GELU between linear layers."""
 
