@@ -146,7 +146,9 @@ def _objective(module: nn.Module, samples: Samples) -> Objective:
     sites_of(module, batch.inputs)  # raises InputError if the network does not run on them
     outputs = [*tensors_in(module.eval()(*batch.copies()))]
     many = samples.batch(range(min(len(samples), _MANY))).targets
-    objective, _ = resolve_objective(Task(samples), Example(batch, outputs, many), ["output"], lambda tokens, scored: True)
+    objective, _ = resolve_objective(
+        Task(samples), Example(batch, outputs, many), ["output"], lambda tokens, scored: True
+    )
     assert objective is not None  # there are targets
     known = objective.classes
     if known is not None and samples.classes is not None and samples.classes > known:

@@ -411,7 +411,7 @@ def prepare(
         UnavailableError: the target's execution provider does not load.
     """
     target = recipe.device()
-    if recipe.plan is not None and "precision" not in recipe.model_fields_set:
+    if recipe.plan is not None and ("precision" not in recipe.model_fields_set or recipe.precision == "auto"):
         target = replace(target, precision=read_plan(recipe.plan).precision)
     budget = recipe.shares()
     form, names = recipe.onnx(), recipe.class_names()

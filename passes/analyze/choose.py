@@ -7,14 +7,22 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from tdcompile.core.passes import AnalysisPass
-from tdcompile.core.plan import Candidate, Candidates, FloatCandidates, Importances, RankPlan, dense_of
+from tdcompile.core.plan import (
+    Candidate,
+    Candidates,
+    FloatCandidates,
+    Importances,
+    PrecisionChoice,
+    RankPlan,
+    dense_of,
+)
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make, registered
 from tdcompile.errors import BudgetError, TdcompileError, during, nearest
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.measurements import Reachable
 from tdcompile.ir.program import Program
-from tdcompile.ir.target import Budget, Cost
+from tdcompile.ir.target import Budget, Cost, Precision
 from tdcompile.planning.allocation import lowest_shares, predicted_loss
 
 _ROUNDING = 1e-6  # the sum of the cheapest candidates is within the budget that it defines
@@ -31,10 +39,10 @@ class Choose(AnalysisPass):
     name: ClassVar[str] = "choose"
     takes: ClassVar[Mapping[str, str]] = {"ranks": "by"}
     needs: ClassVar[tuple[type[Fact], ...]] = (Candidates, Importances)
-    gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan, Candidates)
+    gives: ClassVar[tuple[type[Fact], ...]] = (RankPlan, Candidates, PrecisionChoice)
     by: Annotated[str, registered(RankSelector)] = "knapsack"
 
-    def analyze(self, program: Program) -> tuple[RankPlan, Candidates]:
+    def analyze(self, program: Program) -> tuple[RankPlan, Candidates, PrecisionChoice]:
         """Return the selector's plan; layers that every decomposition refuses keep that reason.
 
         If there are candidates in fp32 beside others, both plans are made. The one of less predicted loss stays, with
@@ -46,7 +54,9 @@ class Choose(AnalysisPass):
         """
         candidates, floats = program.facts[Candidates], program.facts.get(FloatCandidates)
         if floats is None or floats.candidates is None:
-            return self._chosen(program, candidates), candidates
+            unmet = f"precision=auto: no plan in fp32 meets the budget {program.budget}"
+            alone = PrecisionChoice(unmet if floats is not None and floats.none_meets else "")
+            return self._chosen(program, candidates), candidates, alone
         found: list[tuple[float, RankPlan, Candidates]] = []
         refusal: BudgetError | None = None
         for table in (candidates, floats.candidates):
@@ -60,7 +70,8 @@ class Choose(AnalysisPass):
             assert refusal is not None  # both were refused
             raise refusal
         _, plan, table = min(found, key=lambda one: one[0])
-        return plan, table
+        losses = {one.precision: loss for loss, one, _ in found}
+        return plan, table, PrecisionChoice(_why(plan.precision, losses, program))
 
     def _chosen(self, program: Program, candidates: Candidates) -> RankPlan:
         selector = make(RankSelector, self.by)
@@ -70,6 +81,18 @@ class Choose(AnalysisPass):
             raise TdcompileError(f"the rank selector {selector.told()} gave {type(plan).__name__}, expected a RankPlan")
         plan = _complete(plan, selector.told(), candidates)
         return replace(plan, reasons={**plan.reasons, **candidates.reasons})
+
+
+def _why(chosen: Precision, losses: Mapping[Precision, float], program: Program) -> str:
+    """Return the reason for a precision, from the predicted losses of the plans within the budget."""
+    others = {precision: loss for precision, loss in losses.items() if precision != chosen}
+    told = f"precision=auto chose {chosen}: "
+    if others:
+        ((other, loss),) = others.items()
+        told += f"its plan has a predicted loss of {losses[chosen]:.3g}, the plan in {other} {loss:.3g}"
+    else:
+        told += f"no plan in {'fp32' if chosen == 'int8' else 'int8'} meets the budget {program.budget}"
+    return told + ("; keep_fp32 has no effect" if chosen == "fp32" and program.keep_fp32 else "")
 
 
 def _budget(program: Program, candidates: Candidates) -> Budget:

@@ -148,7 +148,7 @@ class Propose(AnalysisPass):
             return candidates, FloatCandidates(None)
         made = self._priced(program, found, spaces, "fp32")
         if out_of_reach(lowest_shares(made, program.budget), program.budget) is not None:
-            return candidates, FloatCandidates(None)
+            return candidates, FloatCandidates(None, none_meets=True)
         floats = replace(self._with_errors(program, found, made, known), spectra=spectra, reasons=kept)
         return candidates, FloatCandidates(floats)
 

@@ -17,10 +17,20 @@ from tdcompile.backend.lowering import timing_inputs
 from tdcompile.backend.quantize import Quantized, exact_overrides, write_quantized
 from tdcompile.backend.quantized_form import form_of
 from tdcompile.backend.quantized_parity import check_quantized
-from tdcompile.backend.sensitive_layers import NOISE_SAMPLES, SLOWER, Trial, back_to_float, suspects, tensor_noise
+from tdcompile.backend.sensitive_layers import (
+    LARGER,
+    LARGER_OF_SMALLEST,
+    NOISE_SAMPLES,
+    SLOWER,
+    Trial,
+    back_to_float,
+    suspects,
+    tensor_noise,
+)
 from tdcompile.backend.session import time_models
 from tdcompile.core.plan import RankPlan
 from tdcompile.errors import ParityError, TdcompileError
+from tdcompile.ir.measurements import GoalSearch
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import LATENCY_TOLERANCE
 
@@ -64,7 +74,7 @@ def chosen_int8(program: Program, source: Path, path: Path, dense: Path) -> tupl
     """Write a network in int8, and let layers go back to float if the quantisation error falls enough.
 
     The samples that judge are neither test samples nor, if there are enough, those that gave the ranges. The latency
-    budget must hold as measured; without one, the model may become slower by ``SLOWER``.
+    budget must hold as measured; without one, the model may become slower by ``SLOWER`` and larger by ``LARGER``.
 
     Returns:
         what was written, and the layers that went back to float with the reason.
@@ -76,6 +86,8 @@ def chosen_int8(program: Program, source: Path, path: Path, dense: Path) -> tupl
     if plan is None:
         return first, {}
     share, tolerated = program.budget.latency, 1 + LATENCY_TOLERANCE
+    goal = program.facts.get(GoalSearch)
+    largest = first.bytes * (1 + (LARGER_OF_SMALLEST if goal and goal.goal == "smallest" else LARGER))
     judges, known = list(held_out_batches(program, CHECKED)), {}
     noises = tensor_noise(path, source, judges[: max(1, NOISE_SAMPLES // max(1, len(judges[0][0])))])
     layers = [name for name in plan.choices if name not in program.keep_fp32]
@@ -84,12 +96,15 @@ def chosen_int8(program: Program, source: Path, path: Path, dense: Path) -> tupl
         if model.path not in known:
             timings = time_models([dense, path, model.path], timing_inputs(program), program.target, seconds=1.0)
             first_speed, own = timings[1].speedup.value, timings[2].speedup.value
-            fast = own * (1 + SLOWER) >= first_speed if share is None else 1 / own <= share * tolerated
+            if share is None:
+                allowed = own * (1 + SLOWER) >= first_speed and model.bytes <= largest
+            else:
+                allowed = 1 / own <= share * tolerated
             try:
                 error = check_quantized(model.path, source, judges, program.target).error
             except ParityError:  # ``measure`` raises it again if it is the model to keep
                 error = math.inf
-            known[model.path] = Trial(error, fast)
+            known[model.path] = Trial(error, allowed)
         return known[model.path]
 
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:

@@ -141,7 +141,7 @@ def measure(program: Program, folder: Path, *, stamp: Mapping[str, str], seconds
     variants = _variants(program, (dense_graph, compiled_graph), verified, precision, folder, seconds)
     by_kind = {(one.network, one.precision): one for one in variants}
     dense_model, deployed = by_kind["dense", "fp32"], by_kind["compiled", precision]
-    exported, notes = verified[1][0], _unused(program, compiled_graph, precision)
+    exported, notes = verified[1][0], [*_unused(program, compiled_graph, precision), *_no_integers(deployed)]
     exported = replace(exported, path=deployed.path, bytes=deployed.bytes, notes=(*exported.notes, *notes))
     verified[1] = exported, verified[1][1]
     reference = by_kind["dense", precision].path
@@ -221,6 +221,14 @@ def _unused(program: Program, graph: fx.GraphModule, precision: Precision) -> li
         return []
     why = "the weights have changed since they were tuned through rounding, so the learned scales are not used"
     return [Diagnostic("warning", DiagnosticCode.NOT_TUNED_INT8, why)]
+
+
+def _no_integers(deployed: Variant) -> list[Diagnostic]:
+    """Return a warning if the int8 model rounds nothing."""
+    if deployed.quantized is None or deployed.quantized.scales:
+        return []
+    why = "no layer of the compiled network is in int8: model.onnx computes in fp32 (see quantization.floats)"
+    return [Diagnostic("warning", DiagnosticCode.NOT_QUANTIZED, why)]
 
 
 def _worst(program: Program, made: Quantized, source: Path) -> tuple[TensorNoise, ...]:

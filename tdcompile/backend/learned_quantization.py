@@ -275,8 +275,8 @@ def learned_quantization(
     for weight, place in zip(weights, places, strict=True):
         if place.bias and weight.input in scales and quantized.form.integer_bias:
             layer, name = parent_of(made, place.weight)
-            rounding: Any = layer.parametrizations
-            rounding[name][0].with_bias(scales[weight.input], *parent_of(made, place.bias))
+            parts: Any = layer.parametrizations
+            parts[name][0].with_bias(scales[weight.input], *parent_of(made, place.bias))
         # a layer that is called on values of several scales has a bias for each: none of them is that of the layer
         if place.bias and weight.input in scales and count[place.bias] == 1:
             rounded = RoundedBias(scales[weight.input], *parent_of(made, place.weight))

@@ -35,6 +35,9 @@ TRIALS = 3  # each costs a model to write, to run and to time
 WORTHWHILE = 0.15
 # Without a latency budget a model may become slower by this share, more than most layers cost there.
 SLOWER = 0.05
+# and its file larger by this share: a small first or last layer may go back, half of the network may not. If the
+# smallest model is wanted, only by the other share.
+LARGER, LARGER_OF_SMALLEST = 0.25, 0.02
 
 
 @dataclass(frozen=True)
@@ -138,10 +141,10 @@ def suspects(noises: Iterable[TensorNoise], original: Path, layers: Collection[s
 
 @dataclass(frozen=True)
 class Trial:
-    """An int8 model on trial: its quantisation error, and whether its latency is allowed."""
+    """An int8 model on trial: its quantisation error, and whether its latency and size are allowed."""
 
     error: float
-    fast_enough: bool
+    allowed: bool
 
 
 def back_to_float(
@@ -167,11 +170,11 @@ def back_to_float(
         before = judge(first).error if before is None else before
         made = write(frozenset({*reasons, layer}))
         trial = judge(made)
-        if not trial.fast_enough or trial.error > (1 - WORTHWHILE) * before:
+        if not trial.allowed or trial.error > (1 - WORTHWHILE) * before:
             continue
         reasons[layer] = (
             f"in int8 it makes the quantisation error {before:.2g} instead of {trial.error:.2g}, and the model is fast "
-            "enough without"
+            "and small enough without"
         )
         kept, before = made, trial.error
     return kept, reasons

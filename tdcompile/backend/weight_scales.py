@@ -93,12 +93,12 @@ def channel_scales(rows: Array, *, reduced: bool, least: Array | None = None) ->
     if least is not None:
         wanted = np.maximum(wanted, least)
     scales = np.where(wanted >= _TINY, wanted, np.float32(1.0)).astype(np.float32)  # a row of zeros has any scale
-    while reduced:
-        worst = _worst_pairs(rows, scales)
+    left = np.arange(len(rows) if reduced else 0)
+    while len(left):
+        worst = _worst_pairs(rows[left], scales[left])
         broken = worst > PAIR
-        if not broken.any():
-            break
-        scales[broken] *= np.maximum(worst[broken] / (PAIR + 1), _GROWTH)
+        left, worst = left[broken], worst[broken]
+        scales[left] *= np.maximum(worst / (PAIR + 1), _GROWTH)
     return scales
 
 

@@ -19,7 +19,7 @@ from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.registry import make
 from tdcompile.core.serialization import fact_from_plain, fact_to_plain
 from tdcompile.errors import InputError, first_line, nearest
-from tdcompile.ir.diagnostics import Reason
+from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode, Reason
 from tdcompile.ir.facts import Aspect, Fact
 from tdcompile.ir.layer import Layer, Ranks
 from tdcompile.ir.target import Cost, Precision, total
@@ -201,10 +201,27 @@ class Candidates(Fact):
 
 @dataclass(frozen=True)
 class FloatCandidates(Fact):
-    """The candidates in fp32 beside those of another precision, for ``choose`` to choose from; None if not wanted."""
+    """The candidates in fp32 beside those of another precision, for ``choose`` to choose from.
+
+    Attributes:
+        candidates: None if they are not wanted, or if none of them meets the budget.
+        none_meets: whether the cheapest exceed the budget.
+    """
 
     reads: ClassVar[frozenset[Aspect]] = Candidates.reads
     candidates: Candidates | None = None
+    none_meets: bool = False
+
+
+@dataclass(frozen=True)
+class PrecisionChoice(Fact):
+    """Why ``choose`` took the candidates of one of two precisions; empty without a choice."""
+
+    told: str = ""
+
+    def diagnostics(self) -> Sequence[Diagnostic]:
+        """Return the reason."""
+        return [Diagnostic("info", DiagnosticCode.PRECISION, self.told)] if self.told else []
 
 
 @dataclass(frozen=True)

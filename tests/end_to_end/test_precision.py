@@ -125,6 +125,34 @@ def test_auto_takes_the_plan_of_less_loss() -> None:
     found = compiled(data=task(), precision="auto", budget={"latency": 0.9})
     assert found.report.precision == "int8"  # dense int8 meets the budget at nearly no loss
     assert found.report.verdict.startswith("int8 alone is enough")
+    assert any("precision=auto chose int8: its plan has a predicted loss" in note for note in found.report.notes)
+
+
+def test_auto_says_why_it_chose_fp32_and_that_a_pattern_has_no_effect_then() -> None:
+    found = compiled(data=task(), precision="auto", keep_fp32="0")  # MACs cost the same in int8
+    assert found.report.precision == "fp32"
+    (told,) = [note for note in found.report.notes if "precision=auto chose fp32" in note]
+    assert told.endswith("keep_fp32 has no effect")
+
+
+def test_auto_compiles_a_plan_in_its_own_precision() -> None:
+    plan = compiled().plan
+    again = compiled(data=task(), plan=plan, budget={}, decompose="auto", precision="auto")
+    assert again.report.precision == "fp32"
+
+
+def test_layers_return_to_float_only_as_long_as_the_file_stays_small_and_none_in_int8_is_told() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.LayerNorm(32)).eval()
+    x = torch.randn(300, 32)
+    samples = Task(Tensors(x[:200], x[:200]), Tensors(x[200:], x[200:]))
+    options = {"data": samples, "precision": "int8", "budget": {"macs": 0.8}}
+    report = tdcompile.compile(module, x[:1], **options).report
+    sizes = [one.onnx_bytes for one in report.variants]
+    assert sizes[3] < 0.8 * sizes[1]
+    assert not any("no layer of the compiled network is in int8" in note for note in report.notes)
+    report = tdcompile.compile(module, x[:1], keep_fp32="*", **options).report
+    assert any("no layer of the compiled network is in int8" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
