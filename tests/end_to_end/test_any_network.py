@@ -343,6 +343,29 @@ def test_outputs_of_every_kind(frontend: str) -> None:
     assert len(infer(open_session(compiled.onnx, Target()), (torch.randn(5, 64),))) == 7
 
 
+class Masking(nn.Module):
+    """Scores, and which of them are positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.layers(x)
+        return y, y > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_mask_beside_the_scores_is_compiled_with_samples(precision: str) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(96, 32), torch.randint(0, 4, (96,))
+    chosen: dict[str, Any] = {"precision": precision, "budget": {"macs": 0.6}, "max_drop": 100}
+    compiled = tdcompile.compile(Masking().eval(), data[0][:1], data=data, **chosen)
+    scores, mask = infer(open_session(compiled.onnx, Target()), (data[0][:8],))
+    assert mask.dtype == bool
+    assert (mask == (scores > 0)).all()
+
+
 @pytest.mark.parametrize("value", ["net", 3, 0.5, True])
 def test_an_output_that_is_no_tensor_is_refused_in_a_sentence(value: object) -> None:
     class Telling(nn.Module):

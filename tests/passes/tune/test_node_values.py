@@ -101,3 +101,24 @@ def test_what_nobody_reads_any_more_is_dropped() -> None:
     held = set(stream._values)
     assert nodes[-2] in held
     assert not {node for node in held if node.op == "call_module" and node.target in ("a", "b", "c")}
+
+
+class Masked(nn.Module):
+    """A mask and indices as outputs, and a value that is changed through a view, or not."""
+
+    def __init__(self, *, through_a_view: bool) -> None:
+        super().__init__()
+        self.a, self.through_a_view = nn.Linear(4, 4), through_a_view
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.a(x)
+        if self.through_a_view:
+            y[:, :2].mul_(-1)
+        return y > 0, y.argmax(1)
+
+
+def test_masks_and_indices_are_compared_too() -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(8, 4),)
+    assert follows(fx.symbolic_trace(Masked(through_a_view=False).eval()), x)
+    assert not follows(fx.symbolic_trace(Masked(through_a_view=True).eval()), x)
