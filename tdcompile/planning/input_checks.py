@@ -20,6 +20,7 @@ from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import AskedPrecision, Target
 
 _SCALE_SAMPLES = 64  # of which the variance behind the first layers is taken
+_EQUAL_SAMPLES = 64  # that are compared with the first; data that differ do so at the second, as a rule
 # Bounds on variance and mean at the first batch norm, against training. CIFAR-10 gives ResNet-20 and -56 0.98 to 1.0
 # times the variance of training and a mean off by 0.04 standard deviations; without normalisation 0.06 times (values
 # from 0 to 1), or 4,000 times and off by 28 (0 to 255); normalised by other means and deviations, 0.2 times.
@@ -113,6 +114,31 @@ def check_not_quantised(program: Program) -> None:
     known = next((entry for entry in told if entry.code == DiagnosticCode.QUANTISED), None)
     if known is not None and program.target.precision == "int8":
         raise InputError(f"int8 needs a float network; {known.text}: give the network from before its quantisation")
+
+
+def equal_samples_warnings(program: Program) -> list[Diagnostic]:
+    """Return a warning if the calibration samples are one sample, or ``_EQUAL_SAMPLES`` of them have equal values."""
+    train = program.task.train
+    if train is None or len(train) == 0:
+        return []
+    if len(train) == 1:
+        why = "calibration reads one sample only: the factors fit that sample, so give more if others matter"
+        return [Diagnostic("warning", DiagnosticCode.DATA, why)]
+    try:
+        first = train.batch([0]).inputs
+        places = range(0, len(train), max(1, len(train) // _EQUAL_SAMPLES))
+        others = (train.batch([place]).inputs for place in places[1:])
+        if any(not torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True)):
+            return []
+    except (RuntimeError, InputError):
+        return []  # calibration says what does not fit
+    values = {float(x.reshape(-1)[0]) for x in first if x.numel() and bool((x == x.reshape(-1)[0]).all())}
+    constant = f", all {values.pop():g}" if len(values) == len(first) == 1 else ""
+    why = (
+        f"the {len(train)} calibration samples have equal values{constant}: the compiled network may be useless on any "
+        "other input, so check how the data are read"
+    )
+    return [Diagnostic("warning", DiagnosticCode.DATA, why)]
 
 
 @torch.no_grad()

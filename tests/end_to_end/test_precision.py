@@ -194,6 +194,25 @@ def test_samples_of_another_scale_than_in_training_are_told(scale, warned) -> No
     assert not any("another scale" in getattr(entry, "text", "") for entry in fp32.history)
 
 
+def told_of(inputs: torch.Tensor, precision: str) -> list[str]:
+    options = resolve(None, {"budget": {"macs": 0.6}, "precision": precision})
+    history = prepare(network(), inputs[:1], Task(Tensors(inputs)), options).history
+    return [entry.text for entry in history if entry.code == DiagnosticCode.DATA and "calibration" in entry.text]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_equal_samples_are_told(precision: str) -> None:
+    x = torch.randn(20, 3, 16, 16)
+    (equal,) = told_of(x[:1].expand(20, -1, -1, -1).clone(), precision)
+    assert equal.startswith("the 20 calibration samples have equal values: the compiled network may be useless")
+    (constant,) = told_of(torch.full_like(x, 0.5), precision)
+    assert constant.startswith("the 20 calibration samples have equal values, all 0.5: ")
+    (one,) = told_of(x[:1], precision)
+    assert one.startswith("calibration reads one sample only")
+    assert told_of(x, precision) == []
+    assert told_of(torch.cat([x[:1], x[:1], x[1:2]]), precision) == []
+
+
 def test_a_batch_norm_that_nobody_trained_says_nothing_about_scale() -> None:
     x = 100 * torch.randn(64, 3, 16, 16)
     options = resolve(None, {"budget": {"macs": 0.6}, "precision": "int8"})
