@@ -67,7 +67,7 @@ class Calibrate(AnalysisPass):
         """Return the covariance E[x xᵀ] of each layer's im2col patches x.
 
         Raises:
-            InputError: NaN or Inf reaches a layer.
+            InputError: NaN or Inf reaches a layer, or values whose squares overflow.
         """
         samples = program.task.train
         if samples is None or program.task.calibrate < 1:
@@ -89,6 +89,12 @@ class Calibrate(AnalysisPass):
             for hook in hooks:
                 hook.remove()
         found = {name: tap.covariance() for name, tap in taps.items() if tap.source is None}
+        for name, known in found.items():
+            if not known.is_finite():
+                raise InputError(
+                    f"the covariance of the input of the layer '{name}' overflows: its values on calibration data are "
+                    "too large to square in float32, so scale the data"
+                )
         shares = {name: oas_share(known, count) for name, known in found.items() if known.samples < FEW * len(known)}
         for name, share in shares.items():  # one at a time: each is a new matrix
             found[name] = found[name].shrunk(share)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.core.plan import Candidate, within
+from tdcompile.data.task import lacking
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode, Reason, ReasonCode
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.layer import Ranks
@@ -85,11 +86,10 @@ class Anneal(TunePass):
             )
         train = program.task.train
         schedule = _Schedule(layers, program, self.decay, self.selections)
-        if train is None or len(train) < 2:
+        why = lacking(train)
+        if train is None or why:
             dense = schedule.finish()
-            told = Diagnostic(
-                "warning", DiagnosticCode.NO_DATA, "anneal: no training samples; the dense share is cut off"
-            )
+            told = Diagnostic("warning", DiagnosticCode.NO_DATA, f"anneal: {why}; the dense share is cut off")
             return Rewritten(graph, [told, *(reason.about(name) for name, reason in dense.items())])
         settings = Settings(
             epochs=self.epochs,

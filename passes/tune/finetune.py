@@ -13,6 +13,7 @@ from torch import fx
 from tdcompile.backend.lowering import lower
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.core.plan import RankPlan
+from tdcompile.data.task import lacking
 from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Fact
@@ -112,9 +113,9 @@ class Finetune(TunePass):
             TdcompileError: the training diverged.
         """
         train = program.task.train
-        if train is None or len(train) < 2:
-            reason = "finetune: there are no training samples"
-            return Rewritten(graph, [Diagnostic("warning", DiagnosticCode.NO_DATA, reason)], [Tuning()])
+        why = lacking(train)
+        if train is None or why:
+            return Rewritten(graph, [Diagnostic("warning", DiagnosticCode.NO_DATA, f"finetune: {why}")], [Tuning()])
         fit, heldout = split(train, self.holdout, program)
         saved = training_state_of(self, graph, train, program)
         settings = self._settings(program)

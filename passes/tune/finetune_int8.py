@@ -24,7 +24,7 @@ from tdcompile.backend.verified_export import DenseModel, export_verified
 from tdcompile.backend.weight_uses import UnmatchedError
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.core.plan import Candidates, RankPlan
-from tdcompile.data.task import Samples
+from tdcompile.data.task import Samples, lacking
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Fact
@@ -99,8 +99,9 @@ class FinetuneInt8(TunePass):
         if not _in_int8(program):
             return _untrained(graph)
         train = program.task.train
-        if train is None or len(train) < 2:
-            return _untrained(graph, "finetune-int8: there are no training samples", DiagnosticCode.NO_DATA)
+        why = lacking(train)
+        if train is None or why:
+            return _untrained(graph, f"finetune-int8: {why}", DiagnosticCode.NO_DATA)
         lowered = lower(program, graph)
         if _topology(lowered) != _topology(graph):
             raise InputError(

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tdcompile.core.passes import Rewritten, TunePass
-from tdcompile.data.task import Samples
+from tdcompile.data.task import Samples, lacking
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Aspect
@@ -74,17 +74,10 @@ class Recalibrate(TunePass):
                 ],
             )
         train = program.task.train
-        if train is None or len(train) < 2 or program.task.calibrate < 1:
-            return Rewritten(
-                graph,
-                [
-                    Diagnostic(
-                        "warning",
-                        DiagnosticCode.NO_DATA,
-                        "recalibrate: there are no training samples to estimate batch-norm statistics on",
-                    )
-                ],
-            )
+        why = lacking(train) or ("no training sample is to be read (--calibrate)" if program.task.calibrate < 1 else "")
+        if train is None or why:
+            told = f"recalibrate: {why}, and batch-norm statistics take two"
+            return Rewritten(graph, [Diagnostic("warning", DiagnosticCode.NO_DATA, told)])
         judges = min(_JUDGES, len(train) // _JUDGE_SHARE) if self.judge else 0
         count = max(2, min(self.samples, program.task.calibrate, len(train) - judges))
         order = train.shuffled(program.generator(self.name))

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.core.plan import Candidate, RankPlan
+from tdcompile.data.task import lacking
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.graph_edits import calls_of, module_at, only_user
@@ -92,10 +93,9 @@ class Refit(TunePass):
             InputError: NaN or Inf reaches a layer.
         """
         train = program.task.train
-        if train is None or len(train) < 2:
-            return Rewritten(
-                graph, [Diagnostic("warning", DiagnosticCode.NO_DATA, "refit: there are no training samples")]
-            )
+        why = lacking(train)
+        if train is None or why:
+            return Rewritten(graph, [Diagnostic("warning", DiagnosticCode.NO_DATA, f"refit: {why}")])
         limit = min(len(train), samples_in_memory(graph, program.inputs, self.memory))
         judges = min(_JUDGES, max(1, limit // _JUDGE_SHARE))
         count = min(self.samples, limit - judges)

@@ -380,7 +380,8 @@ def _kept(evaluation: Evaluation) -> str:
     error = _largest_error(evaluation)
     agreeing = [output.agreement for output in evaluation.outputs if output.agreement is not None]
     kept = f"top-1 agreement {min(agreeing):.1%} and " if agreeing else ""
-    return f"{kept}relative error {error:.1%} on {evaluation.samples} samples without targets"
+    why = "without a metric, which needs test samples with targets"
+    return f"{kept}relative error {error:.1%} on {evaluation.samples} samples, {why}"
 
 
 def _largest_error(evaluation: Evaluation) -> float:

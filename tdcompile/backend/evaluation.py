@@ -156,7 +156,7 @@ def check_answers(program: Program) -> None:
     agreeing = "" if worst.agreement is None else f", top-1 agrees on {worst.agreement:.1%}"
     raise RuinedError(
         f"the compiled network is ruined: its outputs differ by {worst.relative_error:.3g} times the spread of the "
-        f"dense network's on {comparisons[0].samples} samples without targets{agreeing}; raise the budget, give more "
+        f"dense network's on {comparisons[0].samples} samples{agreeing}; raise the budget, give more "
         "samples or tune; --max-drop 100 exports it all the same"
     )
 

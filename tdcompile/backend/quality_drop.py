@@ -70,7 +70,7 @@ def _answers_drop(max_drop: AllowedDrop | None, evaluation: Evaluation) -> Drop:
     An output of class scores is judged by the loss of top-1 agreement, in points, another by its relative error, in
     percent.
     """
-    on = f"on {evaluation.samples} samples without targets"
+    on = f"on {evaluation.samples} samples"
     found: list[tuple[float, Drop]] = []
     for output in evaluation.outputs:
         if output.agreement is not None and math.isfinite(output.relative_error):

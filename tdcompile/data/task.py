@@ -273,6 +273,13 @@ class Task:
                 )
 
 
+def lacking(samples: Samples | None) -> str:
+    """Return why there are too few training samples to fit anything to, which takes two; empty if there are enough."""
+    if samples is None or len(samples) == 0:
+        return "there are no training samples"
+    return "there is only one training sample" if len(samples) == 1 else ""
+
+
 def is_whole(x: Tensor) -> bool:
     """Return whether a tensor holds integers, not booleans."""
     return not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool)

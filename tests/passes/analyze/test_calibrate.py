@@ -260,3 +260,13 @@ def test_the_moment_of_few_rows_is_shrunk_and_the_history_says_so(count, few):
     told = [entry for entry in after.history if getattr(entry, "code", None) == "few_samples"]
     assert [entry.level for entry in told] == ["warning"] * few
     assert all("12 samples are few for 1 of 1 layers" in entry.text for entry in told)
+
+
+@pytest.mark.parametrize("largest", [4, 2000], ids=["sketch", "full"])
+def test_squares_that_overflow_name_the_layer(largest):
+    samples = Tensors(1e25 * drawn(40, 8).inputs[0])
+    with pytest.raises(InputError, match="the covariance of the input of the layer '0' overflows"):
+        moments(nn.Linear(8, 8), samples, largest=largest)
+    assert (
+        moments(nn.Linear(8, 8), Tensors(1e10 * drawn(40, 8).inputs[0]), largest=largest).covariances["0"].is_finite()
+    )

@@ -137,6 +137,15 @@ def test_without_samples_nothing_is_done() -> None:
     assert [entry.code for entry in after.history if isinstance(entry, Diagnostic)] == ["no_data"]
 
 
+@pytest.mark.parametrize("step", ["refit", "recalibrate", "finetune"])
+def test_one_sample_is_told_to_be_one(step: str) -> None:
+    dense = tdcompile.trace(residual(), (X,)).with_(task=Task(images(1)))
+    (told,) = [entry for entry in Pipeline.parse(step).run(dense).history if isinstance(entry, Diagnostic)]
+    assert told.text.startswith(f"{step}: there is only one training sample")
+    (told,) = [entry for entry in Pipeline.parse(step).run(dense.with_(task=Task())).history if hasattr(entry, "text")]
+    assert told.text.startswith(f"{step}: there are no training samples")
+
+
 def test_it_draws_from_the_seed_alone() -> None:
     before = program(residual(), "channel")
     one, other = (Pipeline.parse("refit{samples=50,places=9}").run(before) for _ in range(2))
