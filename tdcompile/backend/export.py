@@ -10,6 +10,7 @@ import sysconfig
 import tempfile
 import traceback
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,9 @@ from tdcompile.support.quiet import captured_output
 # A protobuf message is limited to 2 GiB; 64 MiB of it are left for the graph beside the weights.
 LARGEST_SINGLE_FILE = 2**31 - 2**26
 _OPERATOR = re.compile(r"OpOverload\(op='(?P<name>[^']+)'")
+_RECURRENT = {"gru", "lstm", "rnn_relu", "rnn_tanh"}  # torch's operators
+_GRAPH_BREAK = "graph break"  # in a message of dynamo, which traces loops and branches
+_EXPLANATION = re.compile(r"^\s*Explanation: (?P<text>.+)$", re.MULTILINE)
 _SOURCE_LINE = re.compile(r"(?P<place>[\w./-]+\.py:\d+)")
 LOWEST_EXPORTED = 18  # the lowest opset that torch exports; models are converted to lower ones
 # What onnx's converter says about an operator without a lower version.
@@ -185,7 +189,7 @@ def _capture(
         evaluating(module),
         torch.no_grad(),
         separate_attention(),
-        symbolic_lengths(),
+        nullcontext() if _recurrent(module) else symbolic_lengths(),
         translations_read_once(),
         captured_output() as said,
     ):
@@ -214,6 +218,13 @@ def _capture(
     return program.model, _output_keys(program.exported_program)
 
 
+def _recurrent(module: nn.Module) -> bool:
+    """Return whether a network has recurrent layers: dynamo traces their loops, and not with symbolic lengths."""
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    names = {str(node.target).partition(".")[2].partition(".")[0] for node in nodes if node.op == "call_function"}
+    return bool(names & _RECURRENT) or any(isinstance(part, nn.RNNBase) for part in module.modules())
+
+
 def _output_keys(program: ExportedProgram | None) -> list[str]:
     """Return a name for each output of a network that returns a dict or a dataclass, from its keys; else nothing."""
     spec = program.call_spec.out_spec if program is not None else None
@@ -231,7 +242,11 @@ def _step_name(step: object) -> str:
 def _explain_failure(cause: BaseException, module: nn.Module) -> str:
     """Return what failed, in which module, and what to do, as far as the exporter's message tells."""
     said = str(cause).strip()
-    first = next(iter(said.splitlines()), type(cause).__name__)
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(cause).__name__]
+    first = lines[0] if not lines[0].endswith(":") else " ".join(lines[:2])
+    if _GRAPH_BREAK in said:
+        told = [match["text"] for match in _EXPLANATION.finditer(said)]
+        first = told[0] if told else first
     if "torch.classes.quantized" in said:
         return "its quantised layers have no ONNX form: quantise the compiled network instead"
     operator = _OPERATOR.search(said)

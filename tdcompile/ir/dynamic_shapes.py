@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import builtins
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,10 +206,19 @@ def resized(inputs: Sequence[Tensor], axes: Sequence[Axis], more: int) -> tuple[
     return tuple(made)
 
 
+def _tell_dynamo(function: Callable[..., Any]) -> None:
+    """Let dynamo list Python's own functions before one is replaced: it lists them once in a process."""
+    with suppress(ImportError, AttributeError):  # dynamo's own names, which another torch may lack
+        from torch._dynamo.trace_rules import is_builtin_callable
+
+        is_builtin_callable(function)
+
+
 @contextmanager
 def symbolic_lengths() -> Iterator[None]:
     """Let ``len(tensor)`` return the symbol of an open axis inside the context; Python would make it a number."""
     plain = builtins.len
+    _tell_dynamo(plain)
 
     def length(value: Any) -> Any:
         return value.shape[0] if isinstance(value, Tensor) and value.dim() else plain(value)

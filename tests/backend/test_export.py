@@ -436,3 +436,47 @@ def test_equal_weights_change_no_names(tmp_path):
     assert [(n.name, *n.output) for n in two.graph.node] == [(n.name, *n.output) for n in one.graph.node]
     named = {str(n.output[0]) for n in two.graph.node if n.op_type in ("Gemm", "Reshape")}
     assert all(name.startswith(("0/", "2/", "linear", "output")) for name in named)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer over six steps."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn, self.head = kind(8, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # of torch.export, on weights that cuDNN wants flat
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layers_take_any_batch(kind: type[nn.RNNBase], tmp_path: Path) -> None:
+    """An export before it has replaced ``len``, which dynamo must know to trace the layer's loop."""
+    export_onnx(nn.Linear(8, 4), (torch.randn(2, 8),), tmp_path / "plain.onnx")
+    torch.manual_seed(0)
+    module = Recurrent(kind).eval()
+    for name, given in (
+        ("module", module),
+        ("operators", torch.export.export(module, (torch.randn(2, 6, 8),)).module()),
+    ):
+        path, open_ = tmp_path / f"{name}.onnx", name == "module"
+        export_onnx(given, (torch.randn(2, 6, 8),), path, dynamic_batch=open_)
+        for batch in (1, 2, 5) if open_ else (2,):
+            x = torch.randn(batch, 6, 8)
+            with torch.no_grad():
+                np.testing.assert_allclose(run(path, x)[0], module(x).numpy(), atol=1e-5)
+
+
+def test_a_message_of_dynamo_is_told_beyond_its_first_line(tmp_path, monkeypatch):
+    said = "It must be captured completely. Got graph break/error:\n\nFailed to trace\n  Explanation: no 'length'\n"
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(TdcompileError, match=r"says: no 'length'$"):
+        export_onnx(nn.ReLU(), (torch.randn(2, 3),), tmp_path / "m.onnx")
+    said = "The operator failed:\n\n  because of its input\n"
+    with pytest.raises(TdcompileError, match=r"says: The operator failed: because of its input$"):
+        export_onnx(nn.ReLU(), (torch.randn(2, 3),), tmp_path / "m.onnx")
