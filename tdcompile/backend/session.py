@@ -109,6 +109,8 @@ def open_session(
     try:
         session = ort.InferenceSession(source, options, providers=_providers(target, tf32), enable_fallback=0)
     except Exception as error:  # onnxruntime's errors share no root of their own
+        if _TENSORRT_LACKS in str(error):
+            raise UnavailableError(_explain_missing_provider(target.provider, said)) from error
         what = model.name if isinstance(model, Path) else "the model"
         raise InputError(f"onnxruntime cannot load {what}: {error}") from error
     finally:
@@ -163,17 +165,22 @@ def _explain_missing_provider(provider: str, said: str) -> str:
     wants = f" for CUDA {ort.cuda_version}" if ort.cuda_version else " without CUDA"
     cuda = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return (
-        f"onnxruntime did not load {provider}: {'; '.join(lost) or 'no CUDA device answers'} "
+        f"onnxruntime did not load {provider}: {'; '.join(lost) or _SILENT.get(provider, 'no CUDA device answers')} "
         f"(found {found} built{wants}, torch {torch.__version__} built {cuda}); "
         f"{_ADVICE[provider]}"
     )
 
 
+# Why a provider did not load if its library loads.
+_SILENT = {"TensorrtExecutionProvider": "its library loads, and the libraries of TensorRT do not"}
+# onnxruntime raises an error with this text where the libraries of TensorRT do not load; others fall back in silence.
+_TENSORRT_LACKS = "Please install TensorRT libraries"
 _ADVICE = {
     "CUDAExecutionProvider": "install the CUDA libraries with pip install 'tdcompile[cuda]', "
     "or compile for --target cpu",
     "TensorrtExecutionProvider": "int8 on a GPU needs TensorRT, because the CUDA provider has no int8 convolution: "
-    "install TensorRT, or take --precision fp16",
+    "install the CUDA libraries with pip install 'tdcompile[cuda]', and TensorRT with the folder of libnvinfer in "
+    "LD_LIBRARY_PATH, or take --precision fp16",
     "CPUExecutionProvider": "install onnxruntime again",
 }
 

@@ -122,6 +122,25 @@ def test_without_cuda_the_error_is_all_that_is_said(model, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_tensorrt_that_does_not_load_is_told_without_lines_of_onnxruntime(model, monkeypatch):
+    said = (
+        "/onnxruntime_src/pybind_state.cc:729 void RegisterTensorRTPluginsAsCustomOps() "
+        "Please install TensorRT libraries as mentioned in the GPU requirements page"
+    )
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(tdcompile.backend.session.ort, "InferenceSession", fails)
+    with pytest.raises(UnavailableError, match="onnxruntime did not load TensorrtExecutionProvider: ") as caught:
+        open_session(model, Target("cuda", precision="int8"))
+    assert "onnxruntime_src" not in str(caught.value)
+    assert "TensorRT with the folder of libnvinfer in LD_LIBRARY_PATH, or take --precision fp16" in str(caught.value)
+    said = "the graph has a cycle"
+    with pytest.raises(InputError, match="onnxruntime cannot load the model: the graph has a cycle"):
+        open_session(b"", Target("cuda", precision="int8"))
+
+
 def test_two_onnxruntimes_are_refused(model, monkeypatch):
     monkeypatch.setattr(
         tdcompile.backend.session, "distributions", lambda: {"onnxruntime": "1.31", "onnxruntime-gpu": "1.31"}
