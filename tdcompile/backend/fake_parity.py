@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from tdcompile.backend.fake_quantization import FakeQuantize
 from tdcompile.backend.output_spread import OutputSpread
+from tdcompile.backend.quantize import described_value
 from tdcompile.backend.session import infer, open_session
 from tdcompile.data.nesting import tensors_in
 from tdcompile.errors import ParityError
@@ -84,7 +85,8 @@ def check_fake_quantized(graph: fx.GraphModule, model: Path, inputs: Sequence[Te
         tensors=len(forced.seen),
     )
     if not (found.steps <= _STEPS and found.grid <= _GRID and found.outputs <= _OUTPUTS):
-        worst = max(forced.seen, key=lambda name: forced.seen[name], default="the output")
+        name = max(forced.seen, key=lambda name: forced.seen[name], default="")
+        worst = f"that of {described_value(onnx.load(model), name)}" if name else "the output"
         raise ParityError(
             f"{model.name} is not the fake-quantised PyTorch graph: from equal inputs its rounded values lie up "
             f"to {found.steps:.3g} steps from the unrounded ones ({worst}; half a step is right) and {found.grid:.3g} "

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 from torch.export import Dim
 
-from tdcompile.backend.quantize import Quantized, Scales
+from tdcompile.backend.quantize import Quantized, Scales, described_value
 from tdcompile.backend.session import infer, open_session
 from tdcompile.backend.weight_uses import UnmatchedError, round_weights
 from tdcompile.ir.modules import evaluating, separate_attention
@@ -114,10 +114,9 @@ def roundings(graph: fx.GraphModule, model: Path, quantized: Quantized, inputs: 
     if inside:
         found, missing = _matched(by_operator(graph, inputs), sought, inputs)
     if missing:
-        place = next((node.name for node in proto.graph.node if missing[0] in node.output), missing[0])
         raise UnmatchedError(
-            f"the value of '{place}' ({missing[0]}) is rounded to int8 in the ONNX model and has no counterpart in the "
-            "PyTorch graph"
+            f"the value of {described_value(proto, missing[0])} is rounded to int8 in the ONNX model and has no "
+            "counterpart in the PyTorch graph"
         )
     return Roundings(tuple(found), inside)
 

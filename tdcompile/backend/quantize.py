@@ -400,6 +400,13 @@ def _rounded(proto: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, NDArray[A
         yield node, steps * scale
 
 
+def described_value(proto: onnx.ModelProto, tensor: str) -> str:
+    """Return the module that makes a value of a model, and the value's name: ``'layer1.conv' (conv2d_3)``."""
+    names = {tensor, f"{tensor}_QuantizeLinear_Input"}  # the second is the float value in an int8 model
+    node = next((node for node in proto.graph.node if names & set(node.output)), None)
+    return f"'{tensor if node is None else module_of(node)}' ({tensor})"
+
+
 def float_inputs(proto: onnx.ModelProto) -> list[str]:
     """Return the names of a model's inputs without its stored weights, in the graph's order."""
     stored = {weight.name for weight in proto.graph.initializer}

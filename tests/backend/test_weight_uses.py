@@ -181,3 +181,15 @@ def test_the_file_has_what_was_trained(
 def test_a_weight_that_one_module_reads_float_and_rounded_is_not_tuned(tmp_path: Path) -> None:
     with pytest.raises(UnmatchedError, match=r"the weight 'words\.weight' is read float in 'words' and rounded"):
         learned_quantization(*written(Read, tmp_path), tokens()[0])
+
+
+def test_a_value_that_is_missing_is_told_by_its_module(tmp_path: Path) -> None:
+    """onnxsim makes a Gemm of the linear layer, whose values have names of their own."""
+    graph, model, quantized = written(Tied, tmp_path)
+    node = next(node for node in graph.graph.nodes if node.target == "words")
+    with graph.graph.inserting_after(node):
+        negated = graph.graph.call_function(torch.neg, (node,))
+    node.replace_all_uses_with(negated, delete_user_cb=lambda user: user is not negated)
+    graph.recompile()
+    with pytest.raises(UnmatchedError, match=r"the value of 'mix' \(mix/Reshape_0\) is rounded to int8"):
+        fake_quantized(graph, model, quantized, tokens()[0])
