@@ -158,8 +158,11 @@ def _own_scales(
     """Return the scales of weights that onnxruntime would not choose itself: no pair of products and no bias saturates.
 
     A range that contains another one's may replace it in the file: its step is larger, and a bias then has fewer.
+    Without ranges only latency counts, which no scale changes.
     """
-    steps = {name: form.step(low, high) for name, (low, high) in (ranges or {}).items()} if form.integer_bias else {}
+    if ranges is None:
+        return {}
+    steps = {name: form.step(low, high) for name, (low, high) in ranges.items()} if form.integer_bias else {}
     plain = weight_overrides(proto, nodes, reduced=False, steps={})
     bound = weight_overrides(proto, nodes, reduced=form.reduced, steps=steps)
     return {name: bound[name] for name in bound if bound[name] != plain[name]}

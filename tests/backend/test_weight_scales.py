@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from tdcompile.backend.export import export_onnx
-from tdcompile.backend.quantize import write_quantized
+from tdcompile.backend.quantize import activation_ranges, write_quantized
 from tdcompile.backend.quantized_form import QuantizedForm
 
 FORM, PLAIN = QuantizedForm("x64-reduced", reduced=True), QuantizedForm("x64")
@@ -52,8 +52,10 @@ def saturated(weight: np.ndarray) -> np.ndarray:
 def made(tmp_path_factory) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pairs")
-    export_onnx(Mixed().eval(), (torch.randn(2, 8, 9, 9),), folder / "m.onnx")
-    paths = [write_quantized(folder / "m.onnx", folder / f"{f.family}.onnx", None, f).path for f in (FORM, PLAIN)]
+    x = torch.randn(2, 8, 9, 9)
+    export_onnx(Mixed().eval(), (x,), folder / "m.onnx")
+    ranges = activation_ranges(folder / "m.onnx", [[x.numpy()]])
+    paths = [write_quantized(folder / "m.onnx", folder / f"{f.family}.onnx", ranges, f).path for f in (FORM, PLAIN)]
     return integers(paths[0]), integers(paths[1])
 
 
