@@ -108,7 +108,7 @@ def test_int8_adds_its_own_error_to_that_of_a_form(made) -> None:
 
 def test_a_plan_that_a_pass_makes_without_a_precision_is_compiled_in_the_one_asked_for() -> None:
     found = compiled(
-        data=task(), precision="int8", pipeline="rene,factorize,fold-batchnorm,drop-dead", decompose="auto"
+        data=task(), precision="int8", pipeline="rene{steps=2},factorize,fold-batchnorm,drop-dead", decompose="auto"
     )
     assert found.report.precision == found.plan.precision == "int8"
     assert [one.title for one in found.report.variants][-1] == "compiled int8"

@@ -265,7 +265,7 @@ def test_any_plan_of_any_network_is_right_in_onnxruntime(data: st.DataObject) ->
     check_any_plan(data)
 
 
-@settings(max_examples=8, **RELAXED)  # type: ignore[arg-type]
+@settings(max_examples=5, **RELAXED)  # type: ignore[arg-type]
 @given(st.data())
 def test_any_network_in_int8_is_its_fake_quantised_graph(data: st.DataObject) -> None:
     check_int8(data)
