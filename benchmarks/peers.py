@@ -221,7 +221,11 @@ def least_pruned(seconds: Mapping[float, float], limit: float) -> float:
 
 
 def pruned(library: Any, bench: Bench, ratio: float) -> nn.Module:
-    """Return a copy of the network without the channels of least magnitude, in steps of 8 as int8 kernels take them."""
+    """Return a copy of the network without the channels of least magnitude, in steps of 8 as int8 kernels take them.
+
+    Every layer loses an equal share, the library's default. ``global_pruning`` takes half of the channels in the first
+    stage of ResNet-18 at a ratio of 1/16, and leaves 14 % accuracy instead of 68 % (1,000 images, fp32).
+    """
     module, inputs = copy.deepcopy(bench.module).eval(), bench.program.inputs
     kept = [
         part
@@ -234,7 +238,6 @@ def pruned(library: Any, bench: Bench, ratio: float) -> nn.Module:
         inputs,
         importance=library.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=ratio,
-        global_pruning=True,
         round_to=8,
         ignored_layers=kept,
     ).step()
