@@ -54,9 +54,9 @@ class Choose(AnalysisPass):
         """
         candidates, floats = program.facts[Candidates], program.facts.get(FloatCandidates)
         if floats is None or floats.candidates is None:
-            unmet = f"precision=auto: no plan in fp32 meets the budget {program.budget}"
-            alone = PrecisionChoice(unmet if floats is not None and floats.none_meets else "")
-            return self._chosen(program, candidates), candidates, alone
+            plan = self._chosen(program, candidates)
+            why = _why(plan.precision, {}, program) if floats is not None and floats.none_meets else ""
+            return plan, candidates, PrecisionChoice(why)
         found: list[tuple[float, RankPlan, Candidates]] = []
         refusal: BudgetError | None = None
         for table in (candidates, floats.candidates):

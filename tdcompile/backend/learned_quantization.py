@@ -30,7 +30,7 @@ from tdcompile.backend.fake_quantization import (
 )
 from tdcompile.backend.quantize import Quantized, Scales, module_of
 from tdcompile.backend.weight_scales import channel_scales, least_scales
-from tdcompile.backend.weight_uses import UnmatchedError, keep_lookups, oriented, weight_uses
+from tdcompile.backend.weight_uses import UnmatchedError, equal_tensors, keep_lookups, tensors_of, weight_uses
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.modules import parent_of
@@ -356,7 +356,7 @@ def _place(weight: _Weight, own: Mapping[str, Tensor]) -> _Place:
 
 
 def _named(name: str, values: Tensor, likely: str, own: Mapping[str, Tensor]) -> str:
-    fitting = [place for place, value in own.items() if oriented(value.detach(), values, values) is not None]
+    fitting = equal_tensors(own, values)
     inside = [place for place in fitting if place.startswith(f"{likely.rpartition('.')[0]}.")]
     # Equal weights are stored once, under the name of one of them: a module's own weight goes before the name.
     found = next((each for each in ([p for p in fitting if p == likely], inside, fitting) if each), [])
@@ -371,7 +371,7 @@ def _read(graph: fx.GraphModule) -> tuple[dict[str, Tensor], set[str]]:
     """Return the tensors that a graph reads, by name, and the names of those that modules which it calls read."""
     called = {f"{node.target}." for node in graph.graph.nodes if node.op == "call_module"}
     named = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr" and node.users}
-    tensors = dict((*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)))
+    tensors = tensors_of(graph)
     inside = {name for name in tensors if any(name.startswith(module) for module in called)}
     return {name: value for name, value in tensors.items() if name in named or name in inside}, inside
 
@@ -387,9 +387,7 @@ def _check_float_readers(
     for use in weight_uses(floats, integers):
         if use.rounded is not None or not places:
             continue
-        fitting = [
-            place for place, value in own.items() if oriented(value.detach(), use.values, use.values) is not None
-        ]
+        fitting = equal_tensors(own, use.values)
         found = use.among(fitting)
         # rows of a table are read under a name of their own, unless a module reads them
         found = [place for place in found if place in called] if use.operator == "Gather" else found or fitting

@@ -157,7 +157,7 @@ def _own_scales(
 ) -> Overrides:
     """Return the scales of weights that onnxruntime would not choose itself: no pair of products and no bias saturates.
 
-    A range that contains another one's may replace it in the file: its step is larger, and a bias then has fewer.
+    onnxruntime may give an activation the scale of a wider one. Its steps are larger, so a bias still fits its integer.
     Without ranges only latency counts, which no scale changes.
     """
     if ranges is None:
@@ -364,15 +364,6 @@ def _scales(proto: onnx.ModelProto) -> dict[str, tuple[float, int]]:
     return found
 
 
-def rounded_weights(proto: onnx.ModelProto) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yield the float name and the rounded values of every tensor that an int8 model rounds when it is written.
-
-    TensorRT's form stores weights in floats and rounds them in the graph.
-    """
-    for node, values in _rounded(proto):
-        yield node.input[0].removesuffix("_quantized"), values
-
-
 def stored_values(proto: onnx.ModelProto) -> dict[str, NDArray[Any]]:
     """Return all stored floats of a model by the name under which its operators read them, rounded as it rounds them.
 
@@ -387,7 +378,10 @@ def stored_values(proto: onnx.ModelProto) -> dict[str, NDArray[Any]]:
 
 
 def _rounded(proto: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, NDArray[Any]]]:
-    """Yield the first node behind every stored tensor that is rounded, and the rounded values."""
+    """Yield the first node behind every stored tensor that is rounded, and the rounded values.
+
+    TensorRT's form stores weights in floats and rounds them in the graph.
+    """
     stored = {weight.name: weight for weight in proto.graph.initializer}
     for node in proto.graph.node:
         if node.op_type not in ("DequantizeLinear", "QuantizeLinear") or node.input[0] not in stored:

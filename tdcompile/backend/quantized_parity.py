@@ -29,7 +29,7 @@ class QuantizedParity:
 
     Attributes:
         kernels: root mean square of the difference, relative to the float model's spread, over all outputs: what the
-            integer kernels round differently. Of one sample or constant outputs the magnitude is the unit.
+            integer kernels round differently. One sample, or constant outputs, have their magnitude for a spread.
         error: the quantisation error: the int8 model against the float model, relative to the same spread.
         max_abs: largest difference with and without optimisations.
         samples: number of samples.

@@ -35,8 +35,8 @@ TRIALS = 3  # each costs a model to write, to run and to time
 WORTHWHILE = 0.15
 # Without a latency budget a model may become slower by this share, more than most layers cost there.
 SLOWER = 0.05
-# and its file larger by this share: a small first or last layer may go back, half of the network may not. If the
-# smallest model is wanted, only by the other share.
+# Its file may become larger by this share: a small first or last layer may go back, half of the network may not. The
+# second share holds if the goal is the smallest model.
 LARGER, LARGER_OF_SMALLEST = 0.25, 0.02
 
 

@@ -96,13 +96,11 @@ def round_weights(graph: fx.GraphModule, floats: onnx.ModelProto, integers: onnx
         UnmatchedError: a weight of the model is not a parameter or buffer of the graph, or the module that reads it
             reads it float too.
     """
-    own = {name: value for name, value in _tensors(graph).items() if value.is_floating_point()}
+    own = {name: value for name, value in tensors_of(graph).items() if value.is_floating_point()}
     originals = {name: value.detach().clone() for name, value in own.items()}
     alike: dict[tuple[str, ...], list[WeightUse]] = {}
     for use in weight_uses(floats, integers):
-        places = tuple(
-            place for place, value in originals.items() if oriented(value, use.values, use.values) is not None
-        )
+        places = tuple(equal_tensors(originals, use.values))
         if not places and use.rounded is not None:
             raise UnmatchedError(f"the weight '{use.name}' of the int8 model is not a parameter of the PyTorch graph")
         alike.setdefault(places, []).append(use)
@@ -115,7 +113,12 @@ def round_weights(graph: fx.GraphModule, floats: onnx.ModelProto, integers: onnx
             _round_some(graph, originals, places, uses)
 
 
-def _tensors(graph: nn.Module) -> dict[str, Tensor]:
+def equal_tensors(own: Mapping[str, Tensor], values: Tensor) -> list[str]:
+    """Return the names of the tensors that have these values, as they are, transposed or in another shape."""
+    return [name for name, value in own.items() if oriented(value.detach(), values, values) is not None]
+
+
+def tensors_of(graph: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers under all their names."""
     return dict((*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)))
 

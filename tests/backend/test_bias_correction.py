@@ -13,7 +13,7 @@ from tdcompile.backend.bias_correction import correct_biases, input_means
 from tdcompile.backend.export import export_onnx
 from tdcompile.backend.fake_parity import check_fake_quantized
 from tdcompile.backend.fake_quantization import fake_quantized
-from tdcompile.backend.quantize import activation_ranges, rounded_weights, write_quantized
+from tdcompile.backend.quantize import activation_ranges, stored_values, write_quantized
 from tdcompile.backend.quantized_form import QuantizedForm, form_of
 from tdcompile.backend.session import infer, open_session
 from tdcompile.ir.target import Target
@@ -104,10 +104,11 @@ def test_weights_on_their_grid_change_no_bias(tmp_path: Path) -> None:
     batch = [[samples().numpy()]]
     ranges = activation_ranges(model, batch)
     first = write_quantized(model, tmp_path / "first.onnx", ranges, QuantizedForm("x64"))
-    weights = dict(rounded_weights(onnx.load(first.path)))
+    weights = stored_values(onnx.load(first.path))
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            parameter.copy_(torch.from_numpy(weights[name]))
+            read = name if name in weights else f"{name}_DequantizeLinear_Output"
+            parameter.copy_(torch.from_numpy(weights[read]))
     export_onnx(network, (samples()[:2],), model)
     made = write_quantized(model, tmp_path / "int8.onnx", ranges, QuantizedForm("x64"))
     before = made.path.read_bytes()
