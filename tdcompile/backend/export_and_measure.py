@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,9 +38,10 @@ from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode, Reason
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program, Site, parameters_of, sites_of
-from tdcompile.ir.target import Precision
+from tdcompile.ir.target import LATENCY_TOLERANCE, Precision
 
 _COMPARED = 4  # samples whose every rounded value is compared with the fake-quantised graph's
+_NEARLY = 1.05  # a latency above its limit by less than this factor is measured again
 
 
 class Part(NamedTuple):
@@ -197,7 +199,7 @@ def _variants(
             paths.append(folder / name)
             sizes.append(paths[-1].stat().st_size)
             kinds.append((network, precision))
-    timings = time_models(paths, timing_inputs(program), program.target, seconds=seconds)
+    timings = settled_timings(program, paths, seconds)
     found = [None, *_evaluations(program, paths)]
     scores = [None if one is None else one.compiled_score for one in found]
     scores[0] = None if found[1] is None else found[1].dense_score
@@ -212,6 +214,20 @@ def _variants(
     ]
     columns = zip(kinds, paths, sizes, timings, found, scores, written, rounding, worst, fake, strict=True)
     return [Variant(*kind, *others) for kind, *others in columns]
+
+
+def settled_timings(program: Program, paths: Sequence[Path], seconds: float) -> list[Timing]:
+    """Time all models in turn; if the last misses the latency budget by little, the median of three runs counts.
+
+    Other processes take a share of the caches and of the memory's speed that changes within minutes, and a new session
+    lies elsewhere in memory. Together they move the ratio of a small int8 model to its fp32 model by 2 to 4 %.
+    """
+    once = partial(time_models, paths, timing_inputs(program), program.target, seconds=seconds)
+    timings, share = once(), program.budget.latency
+    excess = 0.0 if share is None else 1 / timings[-1].speedup.value / (share * (1 + LATENCY_TOLERANCE))
+    if not 1.0 < excess <= _NEARLY:
+        return timings
+    return sorted([timings, once(), once()], key=lambda one: one[-1].speedup.value)[1]
 
 
 def _unused(program: Program, graph: fx.GraphModule, precision: Precision) -> list[Diagnostic]:
