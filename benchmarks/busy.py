@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import commit, machine, network, publish
+from common import commit, machine, network, publish, surroundings
 from results import ResultsError, Table
 from torch import Tensor, nn
 
 import tdcompile
-from tdcompile.backend.environment import environment
 from tdcompile.backend.session import time_models
 from tdcompile.compiler import Compiled
 from tdcompile.errors import TdcompileError
@@ -85,7 +84,7 @@ def kept_rows(file: Path | None, title: str, seed: int) -> list[dict[str, Any]]:
     if file is None or not file.exists():
         return []
     table = Table.read(file)
-    here = (title, seed, machine(environment(Target())))
+    here = (title, seed, machine(surroundings(Target())))
     if (table.title, table.seed, table.machine) != here:
         found = f"{table.title!r}, seed {table.seed}, {table.machine}"
         raise ResultsError(f"{file} has other runs ({found}): name another file")

@@ -16,6 +16,7 @@ from results import Table
 
 import tdcompile
 from tdcompile.backend.environment import environment
+from tdcompile.backend.quantized_form import integer_instructions
 from tdcompile.core.network import Network
 from tdcompile.core.registry import make
 from tdcompile.data.loading import load_data
@@ -71,9 +72,7 @@ def publish(
     Args:
         formats: Format specifications of columns that override the default of ``Table.of_records``.
     """
-    described = environment(target)
-    if "transformers" in sys.modules:  # the benchmark compiles its networks
-        described["transformers"] = version("transformers")
+    described = surroundings(target)
     table = Table.of_records(
         rows,
         formats or {},
@@ -91,9 +90,17 @@ def publish(
         table.write(file)
 
 
+def surroundings(target: Target) -> dict[str, str]:
+    """Return the versions and the machine that figures depend on."""
+    described = {**environment(target), "int8": integer_instructions()}
+    if "transformers" in sys.modules:  # the benchmark compiles its networks
+        described["transformers"] = version("transformers")
+    return described
+
+
 def machine(described: dict[str, str]) -> str:
     """Describe the machine and the versions that figures depend on in one line."""
-    device = described.get("gpu") or described["cpu"]
+    device = described.get("gpu") or f"{described['cpu']} ({described['int8']})"
     parts = [device, f"{described['cores']} cores", f"{described['threads']} thread(s)"]
     named = ("onnxruntime", "torch", "transformers")
     return ", ".join([*parts, *(f"{name} {text}" for name, text in described.items() if name.startswith(named))])
