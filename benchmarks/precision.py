@@ -28,6 +28,7 @@ from tdcompile.ir.target import Target
 RANDOM = ("resnet18", "resnet50", "vgg16", "vit_tiny", "mobilenet_v2")
 CIFAR = ("resnet20", "resnet56", "resnet18_cifar", "vgg16_cifar")
 REAL = ("crepe_tiny", "crepe_full", "fcpe", "efficientnet_lite0", "mobilenet_v2_trunk", "distillmos_body")
+ALONE = 0.98  # speed over int8 dense where no more is asked for than that: two measurements differ by the rest
 Metric = Callable[[Path], float]
 
 
@@ -36,7 +37,7 @@ class Case:
     """One network with its data.
 
     Attributes:
-        times: speed-up over the dense network in int8 that the budget asks for; 1 asks for no more than int8 gives.
+        times: speed-up over the dense network in int8 to ask for; ``ALONE`` asks for no more than int8 gives.
         macs: share of the multiply-accumulates that the budget allows; None limits latency only.
         metric: quality of a model's file; None takes accuracy on the test samples, or top-1 agreement.
         measure: name of the metric.
@@ -78,20 +79,20 @@ def cases(name: str, data: str | None, weights: Path | None, seed: int) -> Itera
     if name in RANDOM:
         module, sample = network(name, seed)
         images = torch.randn(16, *sample.shape[1:], generator=torch.Generator().manual_seed(seed))
-        wanted = 1.0 if name == "mobilenet_v2" else 1.6
+        wanted = ALONE if name == "mobilenet_v2" else 1.6
         yield Case(name, module, sample, Task(Tensors(images), calibrate=16), wanted, 0.5, measure="none")
     elif name in CIFAR:
         if data is None or weights is None or not (weights / f"{name}_cifar10.safetensors").is_file():
             print(f"{name}: --data and --weights with {name}_cifar10.safetensors are needed", flush=True)
             return
         module, train, test = trained(name, weights / f"{name}_cifar10.safetensors", data, seed)
-        wanted = 1.0 if name in ("resnet20", "resnet56") else 1.5
+        wanted = ALONE if name in ("resnet20", "resnet56") else 1.5
         yield Case(name, module, torch.randn(1, 3, 32, 32), Task(train, test, source=data), wanted)
     elif name in ("crepe_tiny", "crepe_full"):
         frames, _ = real.tones(512, seed)
         task = Task(Tensors(frames), calibrate=512)
         module = real.crepe_tiny() if name == "crepe_tiny" else real.crepe_full()
-        wanted = 1.0 if name == "crepe_tiny" else 1.5
+        wanted = ALONE if name == "crepe_tiny" else 1.5
         yield Case(name, module, frames[:1], task, wanted, metric=pitch, measure="raw pitch accuracy %")
     elif name == "fcpe":
         mel, _ = real.spoken_tones(64, seed)
@@ -101,12 +102,12 @@ def cases(name: str, data: str | None, weights: Path | None, seed: int) -> Itera
         train, test = real.cifar_at_96(data, seed)
         task, inputs = Task(train.subset(range(512)), test.subset(range(500)), calibrate=256), torch.randn(1, 3, 96, 96)
         metric, told = neighbours(data, seed), "accuracy of 20 neighbours %"
-        yield Case(name, real.mobilenet_v2_trunk(), inputs, task, 1.0, metric=metric, measure=told)
+        yield Case(name, real.mobilenet_v2_trunk(), inputs, task, ALONE, metric=metric, measure=told)
     elif name == "efficientnet_lite0" and data is not None:
         train, test = real.cifar_at_224(data, 256, seed)
         task = Task(train, test.subset(range(500)), calibrate=256)
         inputs, told = torch.randn(1, 3, 224, 224), "top-1 of 20 images %"
-        yield Case(name, real.efficientnet_lite0(), inputs, task, 1.0, metric=imagenet, measure=told)
+        yield Case(name, real.efficientnet_lite0(), inputs, task, ALONE, metric=imagenet, measure=told)
     elif name == "distillmos_body":
         task = Task(Tensors(real.spectra(64, seed)), calibrate=64)
         module = real.distillmos_body()
