@@ -22,6 +22,7 @@ from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Program, Site, kept_dense, sites
 from tdcompile.numerics.covariance import WIDE, Covariance, Full, PerGroup
 from tdcompile.numerics.finite import all_finite
+from tdcompile.numerics.inner_products import inner_products
 from tdcompile.numerics.nystrom import NystromSketch
 from tdcompile.numerics.shrinkage import oas_share
 from tdcompile.support.options import Count
@@ -173,10 +174,9 @@ class _Sums:
 
     def add(self, rows: Tensor) -> None:
         if self.groups == 1:
-            product = (rows.T @ rows).double()
+            product = inner_products(rows).double()
         else:
-            parts = rows.reshape(len(rows), self.groups, -1).movedim(1, 0)
-            product = (parts.mT @ parts).double()
+            product = inner_products(rows.reshape(len(rows), self.groups, -1).movedim(1, 0)).double()
         self.total = product if self.total is None else self.total.add_(product)
         self.seen += len(rows)
 

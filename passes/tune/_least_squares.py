@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tdcompile.numerics.inner_products import inner_products
+
 
 @dataclass
 class Sums:
@@ -38,7 +40,7 @@ class Sums:
         else:
             self.count += len(z)
             self.z, self.t = self.z + z.double().sum(0), self.t + t.double().sum(0)
-        self.inner = self.inner + (z.T @ z).double()
+        self.inner = self.inner + inner_products(z).double()
         self.cross = self.cross + (t.T @ z).double()
         self.energy += float(t.double().square().sum())
 
