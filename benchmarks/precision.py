@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +69,7 @@ def main(
     for name in names:
         for case in cases(name, data, weights, seed):
             print(f"{name} ...", flush=True)
-            found = list(measured(case, times or case.times, tune, seed))
+            found = compared(list(measured(case, times or case.times, tune, seed)))
             rows = [row for row in rows if (row["network"], row["tune"]) != (case.name, tune)] + found
             publish("int8 and fp32", rows, seed, Target(), json)
 
@@ -144,6 +144,25 @@ def measured(case: Case, times: float, tune: str, seed: int) -> Iterator[dict[st
             "MACs dense / compiled": report.ratio.macs if one.network == "compiled" else 1.0,
             "verdict": report.verdict if one is report.variants[-1] else "",
         }
+
+
+def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of one network with the quality that int8 loses, and what is lost against int8 alone."""
+    quality = {row["model"]: row["quality"] for row in rows}
+
+    def lost(model: str, by: str) -> float | None:
+        return None if quality[model] is None else round(quality[model] - quality[by], 2)
+
+    return [
+        {
+            **row,
+            "lost to int8": lost(row["model"].replace("int8", "fp32"), row["model"])
+            if "int8" in row["model"]
+            else None,
+            "below int8 dense": lost("dense int8", row["model"]) if row["model"] == "compiled int8" else None,
+        }
+        for row in rows
+    ]
 
 
 def int8_share(case: Case) -> float:
