@@ -5,13 +5,15 @@ A pass that changes a network layer by layer would otherwise run it from the sta
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from tdcompile.backend.quantized_form import QuantizedForm
 from tdcompile.data.nesting import tensors_in
 from tdcompile.ir.graph_edits import works_in_place
 from tdcompile.ir.modules import outputs_of
@@ -27,20 +29,38 @@ class Stream:
     Args:
         graph: a graph in eval mode.
         batches: the graph inputs of each batch.
+        readers: nodes that read rounded values, as an int8 model computes them.
+        form: how they are rounded; None rounds nothing.
     """
 
-    def __init__(self, graph: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]]) -> None:
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        batches: Sequence[tuple[Tensor, ...]],
+        readers: Collection[fx.Node] = (),
+        form: QuantizedForm | None = None,
+    ) -> None:
         self._graph, self._runner = graph, fx.Interpreter(graph)
-        self._count = len(batches)
+        self._count, self._form = len(batches), form
+        self._reads = self._readings()
+        self._rounded = {source for reader in readers for source in self._reads[reader].values()} if form else set()
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        self._inputs = {node: [batch[i] for batch in batches] for i, node in enumerate(inputs) if i < len(batches[0])}
+        self._inputs = {
+            node: self._given(node, [batch[i] for batch in batches])
+            for i, node in enumerate(inputs)
+            if i < len(batches[0])
+        }
         self._values: dict[fx.Node, list[object]] = dict(self._inputs)
         self._done: set[fx.Node] = set()  # nodes computed since the last change, whether their value is kept or dropped
-        self._reads = self._readings()
         self._users: dict[fx.Node, list[fx.Node]] = {node: [] for node in graph.graph.nodes}
         for node, readings in self._reads.items():
             for source in readings.values():
                 self._users[source].append(node)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether there are rounded values."""
+        return bool(self._rounded)
 
     @torch.no_grad()
     def values(self, node: fx.Node) -> list[object]:
@@ -88,7 +108,11 @@ class Stream:
             self._runner.env = inputs
             found.append(self._runner.run_node(node))
         self._runner.env = {}
-        return found
+        return self._given(node, found)
+
+    def _given(self, node: fx.Node, values: list[object]) -> list[object]:
+        """Return the values of a node as others read them."""
+        return rounded(values, self._form) if self._form is not None and node in self._rounded else values
 
     def _readings(self) -> dict[fx.Node, dict[fx.Node, fx.Node]]:
         """Return, for each node, its argument nodes mapped to the nodes whose values it reads."""
@@ -113,6 +137,24 @@ class Stream:
         for node in self._sources(computed):
             if node not in keep and node not in self._inputs and self._done.issuperset(self._users[node]):
                 self._values.pop(node, None)
+
+
+def rounded(values: Sequence[object], form: QuantizedForm) -> list[object]:
+    """Return values rounded to 8 bits, with one scale from their least and largest entry over all batches."""
+    floats = [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.numel()]
+    low = min((float(v.min()) for v in floats), default=math.nan)
+    high = max((float(v.max()) for v in floats), default=math.nan)
+    if not (math.isfinite(low) and math.isfinite(high)):  # whoever reads them says so
+        return list(values)
+    step = form.step(low, high)
+    least, most = (-128, 127) if form.symmetric else (0, 255)
+    zero = 0 if form.symmetric else round(-min(low, 0.0) / step)
+    return [
+        ((v / step).round_() + zero).clamp_(least, most).sub_(zero).mul_(step)
+        if isinstance(v, Tensor) and v.is_floating_point()
+        else v
+        for v in values
+    ]
 
 
 def follows(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:

@@ -7,6 +7,10 @@ has a bias or a batch norm behind it. It is then factorised in the metric of tho
 becomes the map itself. The target is the dense network's value behind the layer, its batch norm and the addition of a
 shortcut. A block therefore also corrects errors that arrive through its shortcut (this project's completion). Zhang et
 al. 2016, arXiv 1505.06798, reconstruct one layer's output from approximated layers before it.
+
+For a plan in int8 the layers read inputs that are rounded to 8 bits, as those of the int8 model are. The fit then also
+lowers what rounding adds: least squares on noisy inputs shrinks weights that magnify the noise (this project's
+completion).
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tdcompile.backend.compiled_int8 import is_of
+from tdcompile.backend.quantized_form import form_of
 from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.core.plan import Candidate, RankPlan
@@ -47,6 +53,9 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_", _ATEN.add.T
 # model with 5 rows for each input, the given ridge tripled the divergence that a hundred times as much lowers.
 _RIDGES = (1.0, 10.0, 100.0, 1000.0)
 _PLENTY = 10
+# Ridges to try on rounded inputs. Batch norm magnifies directions of almost no variance, and with them the noise of
+# rounding; a pull to the dense weight would keep what magnifies it.
+_ROUNDED_RIDGES = (1.0, 1e-2, 1e-4)
 # Share of the samples that judge a fit, and their largest number.
 _JUDGE_SHARE, _JUDGES = 5, 256
 # A token whose value behind the layer is longer than this multiple of the median gets a weight below 1:
@@ -108,9 +117,11 @@ class Refit(TunePass):
         fitted = len(parts)
         parts += [range(i, min(i + self.batch, count + judges)) for i in range(count, count + judges, self.batch)]
         batches = [chosen.batch(part).inputs for part in parts]
-        streams = Stream(graph, batches), Stream(program.dense.eval(), batches)
-        values = _Values(*streams, [len(part) for part in parts], fitted)
         plan = program.facts.get(RankPlan)
+        rounds = (plan.precision if plan else program.target.precision) == "int8"
+        form = form_of(program.target) if rounds else None
+        streams = Stream(graph, batches, _integer_layers(graph, program), form), Stream(program.dense.eval(), batches)
+        values = _Values(*streams, [len(part) for part in parts], fitted)
         choices = plan.choices if plan else {}
         history: list[Change | Diagnostic] = []
         todo = [(sweep, name, site) for sweep in range(self.sweeps) for name, site in self._sites(program).items()]
@@ -147,9 +158,15 @@ class Refit(TunePass):
             x, t = patches_at(layer, source, rows), values_at(layer, target, rows)
             weights = _weights(values_at(layer, end, rows)) if layer.kind == "linear" else None
             (fit if place < values.fitted else judge).add(x, t, weights)
-        told = aim.write(fit, judge, choice, self.ridge)
+        told = aim.write(fit, judge, choice, self._ridges(aim, fit, values))
         values.ours.changed(aim.chain)
         return told
+
+    def _ridges(self, aim: _Aim, fit: Sums, values: _Values) -> tuple[float, ...]:
+        """Return the ridges of which the one of least held-out loss is taken."""
+        if fit.rows < _PLENTY * aim.site.weight[0].numel():
+            return tuple(self.ridge * more for more in _RIDGES)
+        return tuple(self.ridge * less for less in _ROUNDED_RIDGES) if values.ours.rounds else (self.ridge,)
 
 
 @dataclass(frozen=True)
@@ -238,11 +255,12 @@ class _Aim:
                 wanted = (wanted - shift.reshape(shape)) / scale.reshape(shape)
             yield source, wanted, target
 
-    def write(self, sums: Sums, judge: Sums, choice: Candidate, ridge: float) -> str:
+    def write(self, sums: Sums, judge: Sums, choice: Candidate, ridges: Sequence[float]) -> str:
         """Replace the layer by its fit if that is better on held-out rows; return a text with both errors there."""
         name, dtype = self.site.name, self.site.weight.dtype
         layer = replace(self.site.layer, bias=sums.affine)
-        slope = _best_slope(sums, judge, self.site.weight.flatten(1), ridge)
+        slopes = [sums.fit(self.site.weight.flatten(1), ridge) for ridge in ridges]
+        slope = min(slopes, key=lambda slope: judge.loss(slope, sums.intercept(slope)))
         weight = slope.reshape(layer.weight_shape).to(dtype)
         form = None if choice.is_dense else choice.decomposition
         if form is None:
@@ -263,11 +281,14 @@ class _Aim:
         return f"held-out error of its output {before:.3g} before and {after:.3g} after"
 
 
-def _best_slope(sums: Sums, judge: Sums, prior: Tensor, ridge: float) -> Tensor:
-    """Return the fit whose ridge has the least held-out loss; with enough rows only the given ridge is tried."""
-    ridges = (ridge,) if sums.rows >= _PLENTY * prior.shape[1] else tuple(ridge * more for more in _RIDGES)
-    slopes = [sums.fit(prior, each) for each in ridges]
-    return min(slopes, key=lambda slope: judge.loss(slope, sums.intercept(slope)))
+def _integer_layers(graph: fx.GraphModule, program: Program) -> list[fx.Node]:
+    """Return the nodes that read rounded values in an int8 model: convolutions and linear layers not kept in float."""
+    return [
+        node
+        for node in graph.graph.nodes
+        if isinstance(module_at(graph, node), (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+        and not any(is_of(str(node.target), name) for name in program.keep_fp32)
+    ]
 
 
 def _weights(values: Tensor) -> Tensor:

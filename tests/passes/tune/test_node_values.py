@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from tdcompile.passes.tune._node_values import Stream, follows
+from tdcompile.backend.quantized_form import QuantizedForm
+from tdcompile.passes.tune._node_values import Stream, follows, rounded
 
 
 class Block(nn.Module):
@@ -122,3 +124,34 @@ def test_masks_and_indices_are_compared_too() -> None:
     x = (torch.randn(8, 4),)
     assert follows(fx.symbolic_trace(Masked(through_a_view=False).eval()), x)
     assert not follows(fx.symbolic_trace(Masked(through_a_view=True).eval()), x)
+
+
+def test_a_layer_reads_rounded_values_and_others_read_what_was_rounded() -> None:
+    module = graph()
+    readers = [node for node in module.graph.nodes if node.target in ("a", "c")]
+    sources = {node.args[0] for node in readers}
+    plain, stream = Stream(module, BATCHES), Stream(module, BATCHES, readers, QuantizedForm("x64"))
+    assert (plain.rounds, stream.rounds) == (False, True)
+    for source in sources:
+        values = torch.cat(stream.values(source))
+        assert torch.equal(values, torch.cat(rounded(stream.values(source), QuantizedForm("x64"))))  # once is enough
+    x = next(node for node in module.graph.nodes if node.op == "placeholder")
+    given = torch.cat([batch[0] for batch in BATCHES])
+    step = float(given.max() - given.min()) / 255
+    assert 0 < float((torch.cat(stream.values(x)) - given).abs().max()) <= 0.51 * step
+    assert torch.equal(torch.cat(plain.values(x)), given)
+
+
+@pytest.mark.parametrize("form", [QuantizedForm("x64"), QuantizedForm("arm64", symmetric=True)])
+def test_rounding_has_the_steps_of_the_form_and_keeps_zero(form: QuantizedForm) -> None:
+    values = [torch.tensor([-1.0, 0.0, 0.25]), torch.tensor([3.0])]
+    steps = [v / form.step(-1.0, 3.0) for v in rounded(values, form)]
+    assert float(steps[0][1]) == 0
+    assert all(torch.allclose(v, v.round(), atol=1e-4) for v in steps)
+    assert float((torch.cat(rounded(values, form)) - torch.cat(values)).abs().max()) <= 0.51 * form.step(-1.0, 3.0)
+
+
+def test_values_that_are_no_floats_or_not_finite_are_not_rounded() -> None:
+    whole, broken = [torch.tensor([1, 2])], [torch.tensor([1.3, float("nan")])]
+    assert rounded(whole, QuantizedForm("x64"))[0] is whole[0]
+    assert rounded(broken, QuantizedForm("x64"))[0] is broken[0]

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import tdcompile
+from tdcompile.backend.lowering import export_lowered
+from tdcompile.backend.quantize import activation_ranges, write_quantized
+from tdcompile.backend.quantized_form import form_of
+from tdcompile.backend.session import infer, open_session
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan
 from tdcompile.data.task import Batch, Samples, Task, Tensors
@@ -18,6 +24,7 @@ from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.graph_edits import works_in_place
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Change, Program, parameters_of
+from tdcompile.ir.target import Target
 
 
 def images(count: int = 200, seed: int = 0) -> Tensors:
@@ -317,3 +324,60 @@ def test_with_many_samples_unseen_tokens_come_nearer() -> None:
     before = blocks(samples=400)
     after = Pipeline.parse("refit").run(before)
     assert error_of(after.graph, before) < 0.97 * error_of(before.graph, before)
+
+
+class Cancelling(nn.Module):
+    """A narrow linear layer, and one with a row that magnifies a direction of almost no variance, as batch norm makes.
+
+    8 channels become 16; the first of the 16 is 400 times the difference of two channels that are nearly equal.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.narrow, self.wide, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 5, 1)
+        with torch.no_grad():
+            self.narrow.weight[1] = self.narrow.weight[0] * 1.001
+            self.narrow.bias[1] = self.narrow.bias[0]
+            self.wide.weight[0] = 0
+            self.wide.weight[0, 0], self.wide.weight[0, 1] = 400.0, -400.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.wide(self.narrow(x)).relu())
+
+
+def int8_distance(program: Program, folder: Path) -> float:
+    """Squared difference of the int8 model's outputs from the dense network's, over their variance, on new images."""
+    model, rounded = folder / "fp32.onnx", folder / "int8.onnx"
+    export_lowered(program, program.graph, model)
+    ranges = activation_ranges(model, ([batch.inputs[0].numpy()] for batch in images().batches(50)))
+    write_quantized(model, rounded, ranges, form_of(Target()))
+    unseen = images(100, seed=9).inputs[0]
+    found = torch.from_numpy(infer(open_session(rounded, Target()), [unseen])[0])
+    dense = outputs_of(program.dense, (unseen,))[0]
+    return float((dense - found).square().mean() / dense.var())
+
+
+def largest(program: Program) -> float:
+    """The largest weight of the row that magnifies."""
+    return float(program.graph.get_submodule("wide").weight[0].detach().abs().max())
+
+
+def test_in_int8_weights_that_magnify_rounding_are_fitted_to_rounded_inputs(tmp_path: Path) -> None:
+    network = tdcompile.trace(Cancelling().eval(), (X,)).with_(task=Task(images()))
+    before = network.with_(target=Target(precision="int8"))
+    after = Pipeline.parse("refit{samples=150}").run(before)
+    assert int8_distance(after, tmp_path) < 0.2 * int8_distance(before, tmp_path)
+    assert largest(after) < 200  # it was 400
+
+
+def test_layers_that_stay_float_are_fitted_as_in_fp32() -> None:
+    """The layers of an int8 plan, all of them kept in float or none."""
+    network = program(residual(), "channel")
+    planned = network.with_(facts=network.facts.having(replace(network.facts[RankPlan], precision="int8")))
+    floats = planned.with_(keep_fp32=frozenset({"stem", "conv1", "conv2", "fc"}))
+    in_fp32, in_floats, in_int8 = (
+        Pipeline.parse("refit{samples=150}").run(one).graph.state_dict() for one in (network, floats, planned)
+    )
+    assert all(torch.equal(in_fp32[name], in_floats[name]) for name in in_fp32)
+    assert not torch.equal(in_fp32["fc.weight"], in_int8["fc.weight"])
