@@ -16,6 +16,7 @@ from tdcompile.core.passes import RewritePass, Rewritten
 from tdcompile.core.plan import RankPlan
 from tdcompile.ir.graph_edits import calls_of, module_at, only_user
 from tdcompile.ir.layer import Layer
+from tdcompile.ir.memory import samples_within
 from tdcompile.ir.modules import called_differently, outputs_of
 from tdcompile.ir.program import Change, Program
 from tdcompile.numerics.gauge import channel_gauge, spreading_gauge
@@ -70,7 +71,8 @@ class Gauge(RewritePass):
         found = _boundaries(graph, [name for name, choice in plan.choices.items() if not choice.is_dense])
         if not found:
             return Rewritten(graph)
-        inputs = [batch.inputs for batch, _ in filled_batches(train, program, _BATCH, self.samples)]
+        size = samples_within(program, _BATCH)
+        inputs = [batch.inputs for batch, _ in filled_batches(train, program, size, self.samples)]
         for boundary, gauge in zip(found, _gauges(graph, found, inputs, program), strict=True):
             _apply(boundary, gauge)
         changed = dict.fromkeys(boundary.layer for boundary in found)

@@ -31,6 +31,7 @@ from tdcompile.backend.session import time_models
 from tdcompile.core.plan import RankPlan
 from tdcompile.errors import ParityError, TdcompileError
 from tdcompile.ir.measurements import GoalSearch
+from tdcompile.ir.memory import samples_within
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import LATENCY_TOLERANCE
 
@@ -135,8 +136,12 @@ def is_of(own: str, name: str) -> bool:
 
 
 def judged_inputs(program: Program, size: int = CHECKED // 8) -> Iterator[tuple[Tensor, ...]]:
-    """Yield inputs of test or held-out samples, else of training samples, in batches of a size."""
+    """Yield inputs of test or held-out samples, else of training samples, in batches of at most a size.
+
+    The batches are so small that all values of a network can be kept.
+    """
     samples = program.task.judges or program.task.train
     assert samples is not None  # int8 needs samples
+    size = samples_within(program, size, kept=True)
     for batch, _ in filled_batches(samples, program, size, min(CHECKED, len(samples))):
         yield batch.inputs

@@ -19,6 +19,7 @@ from tdcompile.backend.evaluation import filled_batches
 from tdcompile.backend.quantize import Quantized, Ranges, activation_ranges, save_model, write_quantized
 from tdcompile.backend.quantized_form import form_of
 from tdcompile.data.task import FEW
+from tdcompile.ir.memory import samples_within
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import Precision
 from tdcompile.support.quiet import captured_output
@@ -74,7 +75,7 @@ def sample_activations(program: Program, model: Path) -> Activations:
     most = min(program.task.calibrate, RANGE_SAMPLES)
 
     def batches(limit: int) -> Iterator[list[NDArray[Any]]]:
-        for batch, _ in filled_batches(train, program, _BATCH, limit):
+        for batch, _ in filled_batches(train, program, samples_within(program, _BATCH), limit):
             yield [x.numpy() for x in batch.inputs]
 
     ranges = activation_ranges(model, batches(most))
@@ -82,13 +83,16 @@ def sample_activations(program: Program, model: Path) -> Activations:
 
 
 def held_out_batches(program: Program, count: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yield inputs of training samples that did not give the ranges; of all training samples if those are too few."""
+    """Yield inputs of training samples that did not give the ranges; of all training samples if those are too few.
+
+    The batches are so small that all values of a network can be kept.
+    """
     train = program.task.train
     assert train is not None  # ``calibrated`` has checked it
     used = min(program.task.calibrate, RANGE_SAMPLES)
     left = range(used, min(used + count, len(train)))
     samples = train.subset(left) if len(left) >= FEW else train
-    for batch, _ in filled_batches(samples, program, FEW, min(count, len(samples))):
+    for batch, _ in filled_batches(samples, program, samples_within(program, FEW, kept=True), min(count, len(samples))):
         yield batch.inputs
 
 

@@ -19,6 +19,7 @@ from tdcompile.data.objective import Objective, has_targets
 from tdcompile.data.quality import OutputComparison, OutputQuality, compare_outputs
 from tdcompile.data.task import FEW, Batch, Samples
 from tdcompile.errors import RuinedError
+from tdcompile.ir.memory import samples_within
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program
 from tdcompile.ir.scoring import is_scored, objective_of
@@ -72,7 +73,7 @@ def evaluate(
     target = replace(program.target, threads=max(program.target.threads, free_processors()))
     sessions = [open_session(path, target) for path in (dense, *others)]
     each = sum(y.nbytes for y in infer(sessions[0], program.inputs)) // len(program.inputs[0])
-    size = max(1, min(_BATCH, _OUTPUT_BYTES // max(each, 1)))
+    size = max(1, min(samples_within(program, _BATCH), _OUTPUT_BYTES // max(each, 1)))
     batches = filled_batches(samples, program, size, limit)
     return _compared([partial(_outputs, session) for session in sessions], batches, _objective(program, samples))
 
@@ -89,7 +90,7 @@ def evaluate_graph(program: Program, samples: Samples, limit: int | None = None)
     def outputs(graph: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tensor]:
         return [y[:count] if y.ndim else y for y in outputs_of(graph, inputs)]
 
-    batches = filled_batches(samples, program, _BATCH, limit)
+    batches = filled_batches(samples, program, samples_within(program, _BATCH), limit)
     networks = [partial(outputs, graph) for graph in (program.dense, program.graph)]
     return _compared(networks, batches, _objective(program, samples))[0]
 

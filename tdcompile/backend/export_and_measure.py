@@ -36,10 +36,12 @@ from tdcompile.backend.weight_uses import UnmatchedError
 from tdcompile.core.plan import RankPlan
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode, Reason
 from tdcompile.ir.layer import Layer
+from tdcompile.ir.memory import samples_within
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program, Site, parameters_of, sites_of
 from tdcompile.ir.target import LATENCY_TOLERANCE, Precision
 
+_DIFFERED = 64  # samples of which the largest difference of outputs is reported
 _COMPARED = 4  # samples whose every rounded value is compared with the fake-quantised graph's
 _NEARLY = 1.05  # a latency above its limit by less than this factor is measured again
 
@@ -342,7 +344,7 @@ def _known(program: Program, path: Path, stamp: Mapping[str, str]) -> tuple[Expo
 def _approximation(dense: nn.Module, compiled: nn.Module, program: Program) -> tuple[float, float]:
     """Return the largest output difference, absolute and relative to the largest dense output; use data if any."""
     samples = program.task.test or program.task.train
-    inputs = next(samples.batches(64)).inputs if samples is not None else program.inputs
+    inputs = program.inputs if samples is None else next(samples.batches(samples_within(program, _DIFFERED))).inputs
     pairs = list(zip(outputs_of(dense, inputs), outputs_of(compiled, inputs), strict=True))
     pairs = [(a.double(), b.double()) for a, b in pairs if a.numel() and not a.is_complex()]
     worst = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)

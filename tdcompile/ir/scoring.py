@@ -13,6 +13,7 @@ from tdcompile.data.objective import Example, Objective, check_metric, has_targe
 from tdcompile.data.task import Batch, Note, Task
 from tdcompile.errors import InputError, first_line
 from tdcompile.ir.facts import Fact
+from tdcompile.ir.memory import samples_within
 from tdcompile.ir.modules import evaluating, output_names, outputs_of, separate_attention
 from tdcompile.ir.program import Program
 from tdcompile.support.heap import keep_freed_memory
@@ -121,9 +122,9 @@ def score_of(objective: Objective, module: nn.Module, batches: Iterable[Batch]) 
 
 
 def samples_at_once(program: Program) -> int:
-    """Return the samples to run in one pass: 256, or fewer if the dense network's outputs take much memory."""
+    """Return the samples to run in one pass: 256, or fewer if the dense network takes much memory."""
     each = sum(y.nbytes for y in outputs_of(program.dense, program.inputs)) // len(program.inputs[0])
-    return max(1, min(_AT_ONCE, _OUTPUT_BYTES // max(each, 1)))
+    return max(1, min(samples_within(program, _AT_ONCE), _OUTPUT_BYTES // max(each, 1)))
 
 
 def _told_by_many(targets: object) -> bool:
