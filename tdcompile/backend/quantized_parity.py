@@ -19,6 +19,9 @@ from tdcompile.ir.target import Target
 # output has been below a third of the quantisation error on all networks of the tests; a wrong kernel, or saturation
 # of 16-bit sums, adds many times that error.
 _ALLOWED = 1.0
+# Where the quantisation error exceeds the spread, the int8 model answers noise: one step more or less in an early layer
+# grows to the whole error, and two independent errors of one size differ by √2 of it.
+_ALLOWED_OF_NOISE, _NOISE = 1.5, 1.0
 # Below this share of the output's spread, or of its magnitude, both errors are rounding of floats.
 _FLOOR, _ROUNDING = 1e-4, 1e-6
 
@@ -70,7 +73,8 @@ def check_quantized(
             worst = max(worst, float(np.abs(a - b).max(initial=0.0)))
     scale = spread.value
     found = QuantizedParity(math.sqrt(kernels) / scale, math.sqrt(error) / scale, worst, samples)
-    if not found.kernels <= max(_ALLOWED * found.error, _FLOOR, _ROUNDING * spread.magnitude / scale):
+    allowed = _ALLOWED if found.error < _NOISE else _ALLOWED_OF_NOISE
+    if not found.kernels <= max(allowed * found.error, _FLOOR, _ROUNDING * spread.magnitude / scale):
         raise ParityError(
             f"{model.name} computes something else in onnxruntime's integer kernels than its rounded floats do: they "
             f"differ by {found.kernels:.3g} of the output's spread, the quantisation error is {found.error:.3g}; "

@@ -1,5 +1,6 @@
 """``write_quantized`` and ``activation_ranges``: what becomes int8, what stays float and why, whose scales count."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,30 @@ def test_a_kernel_that_computes_something_else_is_told(model: Path, tmp_path: Pa
     monkeypatch.setattr(checked, "infer", saturated)
     with pytest.raises(ParityError, match="integer kernels"):
         check_quantized(made.path, model, batches(), Target())
+
+
+@pytest.mark.parametrize(("size", "passes"), [(1.0, True), (3.0, False)])
+def test_kernels_of_a_model_that_answers_noise_may_differ_by_as_much_as_two_noises(
+    model: Path, monkeypatch, size: float, passes: bool
+) -> None:
+    """Float outputs vary by 0.01; the int8 model adds noise of 1 to them, and its kernels other noise."""
+    from tdcompile.backend import quantized_parity as checked
+
+    draws = {
+        role: np.random.default_rng(place).normal(scale=scale, size=(8, 500))
+        for place, (role, scale) in enumerate({"fused": size, "plain": 1.0, "float": 0.01}.items())
+    }
+
+    def opened(path, target, *, optimised=True):
+        return ("fused" if optimised else "plain") if path == Path("int8.onnx") else "float"
+
+    def noisy(role, inputs):
+        return [draws["float"] + (0 if role == "float" else draws[role])]
+
+    monkeypatch.setattr(checked, "open_session", opened)
+    monkeypatch.setattr(checked, "infer", noisy)
+    with contextlib.nullcontext() if passes else pytest.raises(ParityError, match="integer kernels"):
+        check_quantized(Path("int8.onnx"), model, [(torch.zeros(8, 1),)], Target())
 
 
 def test_the_errors_do_not_depend_on_how_samples_are_batched(model: Path, tmp_path: Path) -> None:
