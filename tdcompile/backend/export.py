@@ -9,7 +9,7 @@ import shutil
 import sysconfig
 import tempfile
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ LOWEST_EXPORTED = 18  # the lowest opset that torch exports; models are converte
 # What onnx's converter says about an operator without a lower version.
 _NO_ADAPTER = re.compile(r"No Adapter From Version \$?(?P<opset>\d+) for (?P<operator>\w+)")
 _NO_OPERATOR = re.compile(r"No Previous Version of (?P<operator>\w+) exists")
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
 _HERE = str(Path(__file__).resolve().parents[1])  # this package
 _FIXED_AXIS = re.compile(r"\.shape\[(?P<axis>\d+)\]")
 _TORCH = Path(torch.__file__).parent
@@ -558,15 +559,21 @@ def _not_simplified(why: str) -> Diagnostic:
 def _name_merged_nodes(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
     """Name a node that onnxsim made, such as the Gemm of MatMul and Add, by the module that it belongs to.
 
-    That is the module that makes the first value behind the node that the old graph has too. If the network itself
-    makes the value, it is the module whose weights the node reads. Weights alone do not tell the module: equal weights
-    of several modules are stored once.
+    That is the module that makes the first value behind the node that the old graph has too; or the one module inside
+    it whose weights the node reads, or that reads the first value before the node, as the linear layer of an attention
+    whose output is split into heads. Weights alone do not tell the module: equal weights of several modules are stored
+    once.
     """
     makers = {output: node.name.rpartition("/")[0] for node in old.node for output in node.output}
     readers: dict[str, set[str]] = {weight.name: set() for weight in old.initializer}
     for node in old.node:
         for value in readers.keys() & set(node.input):
             readers[value].add(node.name.rpartition("/")[0])
+    takers: dict[str, set[str]] = {}
+    for node in old.node:
+        for value in node.input:
+            takers.setdefault(value, set()).add(node.name.rpartition("/")[0])
+    before = {output: node.input[0] for node in new.node if node.input for output in node.output}
     behind: dict[str, str] = {}  # value that only the new graph has -> its module
     for node in reversed(new.node):
         module = next((m for value in node.output if (m := makers.get(value, behind.get(value, "")))), "")
@@ -577,9 +584,22 @@ def _name_merged_nodes(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
     for node in new.node:
         if node.name not in known:
             module = next((m for value in node.output if (m := makers.get(value, behind.get(value, "")))), "")
-            modules = set[str]().union(*(readers.get(value, ()) for value in node.input)) - {""}
-            module = module or (modules.pop() if len(modules) == 1 else "")
+            source = node.input[0] if node.input else ""
+            while source not in takers and source in before:
+                source = before[source]
+            weighted = set[str]().union(*(readers.get(value, ()) for value in node.input))
+            reading = takers.get(source, ()) if node.op_type in _PRODUCTS else ()
+            module = _only_inside(weighted, module) or _only_inside(reading, module) or module
             node.name = f"{module}/{node.name}" if module else node.name
+
+
+def _only_inside(modules: Iterable[str], outer: str) -> str:
+    """Return the only one of the modules that is a module or inside it; an empty text if there are none or several.
+
+    An empty name is the network, which all modules are inside.
+    """
+    inside = {name for name in modules if name and (not outer or name == outer or name.startswith(f"{outer}."))}
+    return inside.pop() if len(inside) == 1 else ""
 
 
 def _name_made_values(new: onnx.GraphProto, old: onnx.GraphProto) -> None:

@@ -438,6 +438,33 @@ def test_equal_weights_change_no_names(tmp_path):
     assert all(name.startswith(("0/", "2/", "linear", "output")) for name in named)
 
 
+class Heads(nn.Module):
+    """Attention whose linear layer gives queries, keys and values, which the attention itself splits into heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n, length, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return x + self.proj(mixed.transpose(1, 2).reshape(n, length, 8))
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_layer_whose_output_is_split_keeps_its_name(tmp_path, equal):
+    """Its values are reshaped twice, and onnxsim merges both: what follows it belongs to the module around it."""
+    torch.manual_seed(0)
+    module = nn.Sequential(Heads(), Heads()).eval()
+    if equal:
+        module[1].load_state_dict(module[0].state_dict())
+    made = onnx.load(export_onnx(module, (torch.randn(2, 4, 8),), tmp_path / "m.onnx").path)
+    products = [n.name.partition("/")[0] for n in made.graph.node if n.op_type in ("Gemm", "MatMul")]
+    layers = [name for name in products if name.endswith(("qkv", "proj"))]
+    assert layers == ["0.qkv", "0.proj", "1.qkv", "1.proj"]
+
+
 class Recurrent(nn.Module):
     """A recurrent layer over six steps."""
 
