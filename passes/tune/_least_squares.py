@@ -27,7 +27,7 @@ class Sums:
     cross: Tensor = field(default_factory=lambda: torch.zeros(()))
     z: Tensor = field(default_factory=lambda: torch.zeros(()))
     t: Tensor = field(default_factory=lambda: torch.zeros(()))
-    energy: float = 0.0
+    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, z: Tensor, t: Tensor, weights: Tensor | None = None) -> None:
         """Add rows of inputs z and targets t; ``weights``, ``(n,)``, scale their squared errors."""
@@ -42,12 +42,12 @@ class Sums:
             self.z, self.t = self.z + z.double().sum(0), self.t + t.double().sum(0)
         self.inner = self.inner + inner_products(z).double()
         self.cross = self.cross + (t.T @ z).double()
-        self.energy += float(t.double().square().sum())
+        self.squares = self.squares + t.double().square().sum(0)
 
     @property
     def spread(self) -> float:
         """Return the variance of the targets, summed over the outputs."""
-        return max(self.energy / self.count - float((self.t / self.count).square().sum()), 1e-30)
+        return max(float((self.squares / self.count - (self.t / self.count).square()).sum()), 1e-30)
 
     def covariances(self) -> tuple[Tensor, Tensor]:
         """Return the covariance of z, ``(d, d)``, and of t with z, ``(m, d)``; second moments without an intercept."""
@@ -71,10 +71,13 @@ class Sums:
         b: Tensor = (self.t - slope.double() @ self.z) / self.count
         return b
 
+    def losses(self, slope: Tensor, bias: Tensor) -> Tensor:
+        """Return the mean of (t − M z − b)² over the rows for each output, ``(m,)``."""
+        M, b = slope.double(), bias.double()
+        fitted = ((M @ self.inner) * M).sum(1) + self.count * b.square() + 2 * b * (M @ self.z)
+        across = (M * self.cross).sum(1) + b * self.t
+        return ((self.squares - 2 * across + fitted) / self.count).clamp_min(0.0)
+
     def loss(self, slope: Tensor, bias: Tensor) -> float:
         """Return the mean of ‖t − M z − b‖² over the rows."""
-        M, b = slope.double(), bias.double()
-        fitted = float(((M @ self.inner) * M).sum()) + self.count * float(b.square().sum())
-        fitted += 2 * float(b @ (M @ self.z))
-        across = float((M * self.cross).sum()) + float(b @ self.t)
-        return max((self.energy - 2 * across + fitted) / self.count, 0.0)
+        return float(self.losses(slope, bias).sum())
