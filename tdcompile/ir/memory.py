@@ -13,7 +13,7 @@ from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program
 
 _PASS_BYTES = 2**28  # of the largest value in one pass; a pass keeps about three such values
-_ALL_BYTES = 2**30  # of all values of one pass, where all are kept
+_ALL_BYTES = 2**27  # of all values of one pass, where all are kept: those of two models, before and after rounding
 
 
 class Footprint(NamedTuple):
