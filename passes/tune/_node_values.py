@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from tdcompile.backend.quantized_form import QuantizedForm
 from tdcompile.data.nesting import tensors_in
 from tdcompile.ir.graph_edits import works_in_place
+from tdcompile.ir.memory import footprint
 from tdcompile.ir.modules import outputs_of
 
 
@@ -182,14 +183,4 @@ def samples_in_memory(graph: fx.GraphModule, inputs: Sequence[Tensor], memory: i
 
     Each network keeps about three of its largest tensors alive.
     """
-    sizes: list[int] = [1]
-    hooks = [
-        m.register_forward_hook(lambda m, i, y: sizes.extend(t.numel() for t in tensors_in(y))) for m in graph.modules()
-    ]
-    try:
-        graph(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    largest = max(sizes) // len(inputs[0])
-    return max(2, int(memory * 1e6 / (4 * 6 * max(largest, 1))))
+    return max(2, int(memory * 1e6 / (6 * footprint(graph, inputs).largest)))
