@@ -148,7 +148,7 @@ def rounded(values: Sequence[object], form: QuantizedForm) -> list[object]:
     if not (math.isfinite(low) and math.isfinite(high)):  # whoever reads them says so
         return list(values)
     step = form.step(low, high)
-    least, most = (-128, 127) if form.symmetric else (0, 255)
+    least, most = form.limits
     zero = 0 if form.symmetric else round(-min(low, 0.0) / step)
     return [
         ((v / step).round_() + zero).clamp_(least, most).sub_(zero).mul_(step)

@@ -35,6 +35,11 @@ class QuantizedForm:
         """Whether biases are integers, in multiples of the scales of input and weight."""
         return self.family != "tensorrt"
 
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The least and the largest integer of an activation."""
+        return (-128, 127) if self.symmetric else (0, 255)
+
     def step(self, low: float, high: float) -> float:
         """Return the scale of an activation, from its least and largest value."""
         wide = max(abs(low), abs(high)) / 127 if self.symmetric else (max(high, 0.0) - min(low, 0.0)) / 255
