@@ -75,7 +75,8 @@ def chosen_int8(program: Program, source: Path, path: Path, dense: Path) -> tupl
     """Write a network in int8, and let layers go back to float if the quantisation error falls enough.
 
     The samples that judge are neither test samples nor, if there are enough, those that gave the ranges. The latency
-    budget must hold as measured; without one, the model may become slower by ``SLOWER`` and larger by ``LARGER``.
+    budget must hold as measured, and what costs more than ``SLOWER`` of it must take half of the error off; without
+    one, the model may become slower by ``SLOWER`` and larger by ``LARGER``.
 
     Returns:
         what was written, and the layers that went back to float with the reason.
@@ -105,7 +106,7 @@ def chosen_int8(program: Program, source: Path, path: Path, dense: Path) -> tupl
                 error = check_quantized(model.path, source, judges, program.target).error
             except ParityError:  # ``measure`` raises it again if it is the model to keep
                 error = math.inf
-            known[model.path] = Trial(error, allowed)
+            known[model.path] = Trial(error, allowed, first_speed / own - 1)
         return known[model.path]
 
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:

@@ -68,6 +68,20 @@ def test_a_sensitive_layer_goes_back_to_float_and_the_error_falls(model: Path, r
     assert (slow, dict(none)) == (first, {})
 
 
+def test_a_layer_that_costs_latency_must_take_off_half_of_the_error() -> None:
+    trials = {
+        (): Trial(1.0, True),
+        ("a",): Trial(0.6, True, 0.2),
+        ("b",): Trial(0.4, True, 0.2),
+        ("b", "c"): Trial(0.3, True, 0.24),
+    }
+    kept, reasons = back_to_float(
+        (), "abc", lambda floats: tuple(sorted(floats)), lambda made: trials[made]  # type: ignore[arg-type,return-value]
+    )
+    assert kept == ("b", "c")
+    assert list(reasons) == ["b", "c"]
+
+
 def test_few_layers_are_tried_and_each_must_pay() -> None:
     errors = {(): 1.0, ("a",): 0.9, ("b",): 0.5, ("b", "c"): 0.45, ("b", "d"): 0.1}
     tried = []
