@@ -76,7 +76,10 @@ def test_a_layer_that_costs_latency_must_take_off_half_of_the_error() -> None:
         ("b", "c"): Trial(0.3, True, 0.24),
     }
     kept, reasons = back_to_float(
-        (), "abc", lambda floats: tuple(sorted(floats)), lambda made: trials[made]  # type: ignore[arg-type,return-value]
+        (),
+        "abc",
+        lambda floats: tuple(sorted(floats)),
+        lambda made: trials[made],  # type: ignore[arg-type,return-value]
     )
     assert kept == ("b", "c")
     assert list(reasons) == ["b", "c"]
