@@ -48,6 +48,7 @@ lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	cd $(HOUSE) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-cache
 	cd $(HOUSE) && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache $(CURDIR)/tests/typed_calls.py
 	MYPYPATH=docs/hooks $(BIN)/mypy docs/hooks
+	MYPYPATH=$(HOUSE):benchmarks $(BIN)/mypy --cache-dir .mypy_cache/benchmarks --no-warn-unused-ignores --no-warn-return-any --allow-untyped-calls benchmarks/*.py
 
 # The theme announces a successor at every build; the variable keeps that out of the log.
 docs: export NO_MKDOCS_2_WARNING = 1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tdcompile
 from tdcompile.data.task import Samples
-from tdcompile.ir.im2col import spread_rows
+from tdcompile.ir.im2col import draw_rows, patches_at
 from tdcompile.ir.layer import Layer
 from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Program, Site
@@ -85,7 +85,7 @@ def _moments(program: Program, samples: Samples, places: int, seed: int) -> dict
                 name: str = name,
             ) -> None:
                 x = input_of(given, named)
-                patches[name] = spread_rows(layer, x, places * len(x), generator).double()
+                patches[name] = patches_at(layer, x, draw_rows(layer, x, places * len(x), generator)).double()
 
             hooks.append(site.module.register_forward_pre_hook(keep, with_kwargs=True))
     with torch.no_grad():

@@ -47,7 +47,7 @@ def main(
                 "MACs dense / compiled": report.ratio.macs,
                 "realised": 1 / share / report.ratio.macs,
                 "predicted / measured": predicted / share,
-                "replaced": sum(not layer.is_dense for layer in report.layers),
+                "replaced": sum(layer.decomposition != "dense" for layer in report.layers),
                 "layers": len(report.layers),
                 "rounds in graph": len(report.iterations),
             }

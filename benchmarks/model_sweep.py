@@ -25,6 +25,7 @@ from tdcompile.core.network import Network
 from tdcompile.core.plan import Candidates, RankPlan, decompositions_of
 from tdcompile.core.registry import find
 from tdcompile.errors import BudgetError, InputError, TdcompileError
+from tdcompile.frontend.select import Frontend
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.target import Budget, Cost, Target
 
@@ -49,7 +50,7 @@ SHARES = (0.6, 0.8, 0.95)
 def main(
     only: Annotated[str, typer.Option(help="networks whose names contain one of these, comma-separated")] = "",
     sources: Annotated[str, typer.Option(help="of: transformers, models, torchvision, timm")] = "transformers,models",
-    frontend: Annotated[str, typer.Option(help="auto, fx or export")] = "auto",
+    frontend: Annotated[Frontend, typer.Option(help="auto, fx or export")] = "auto",
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here; rows of other networks stay")] = None,
 ) -> None:
@@ -70,7 +71,7 @@ def main(
     publish(title, list(rows.values()), seed, Target(), json, _FORMATS)
 
 
-def _tried(build: Build, frontend: str, seed: int) -> dict[str, Any]:
+def _tried(build: Build, frontend: Frontend, seed: int) -> dict[str, Any]:
     for share in SHARES:
         try:
             torch.manual_seed(seed)
@@ -90,7 +91,7 @@ def _tried(build: Build, frontend: str, seed: int) -> dict[str, Any]:
     return refused
 
 
-def _at_full_ranks(module: nn.Module, inputs: Any, frontend: str, seed: int) -> float:
+def _at_full_ranks(module: nn.Module, inputs: Any, frontend: Frontend, seed: int) -> float:
     """Return the largest relative difference of outputs after each layer takes a random form at exact ranks."""
     program = tdcompile.trace(module, inputs, frontend=frontend).with_(budget=Budget(macs=1.0))
     forms = "+".join(form for form in find(Decomposition) if form not in ITERATED)

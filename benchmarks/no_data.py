@@ -11,15 +11,18 @@ import typer
 from common import percent, publish, trained
 
 import tdcompile
-from tdcompile.backend.deployment import sample_ranges, write_deployed
+from tdcompile.backend.deployment import sample_activations, write_deployed
 from tdcompile.backend.evaluation import evaluate
 from tdcompile.backend.lowering import lower
 from tdcompile.backend.verified_export import export_verified
+from tdcompile.core.decomposition import Decomposition
 from tdcompile.core.hooks import RunRecord, StepTimer
 from tdcompile.core.pipeline import Pipeline, fine_tuner
+from tdcompile.core.plan import Candidate, RankPlan
+from tdcompile.core.registry import make
 from tdcompile.data.task import Samples, Task, Tensors
 from tdcompile.ir.modules import outputs_of
-from tdcompile.ir.program import Program
+from tdcompile.ir.program import Program, sites
 from tdcompile.ir.target import Budget, Target
 from tdcompile.planning.synthetic_data import BringSamples, makers
 
@@ -31,8 +34,12 @@ def main(
     weights: Annotated[Path, typer.Option(help="safetensors of the dense network")],
     network: str = "resnet20",
     macs: Annotated[float, typer.Option(help="share of the MACs to keep")] = 0.5,
+    ranks: Annotated[
+        float | None,
+        typer.Option(help="instead of a budget, every convolution as `channel` at this share of its break-even rank"),
+    ] = None,
     real: Annotated[str, typer.Option(help="numbers of real training images, one row each")] = "64,256",
-    tune: Annotated[str, typer.Option(help="options of finetune")] = "epochs=50,batch=32,lr=0.005",
+    tune: Annotated[str, typer.Option(help="none, or options of finetune")] = "epochs=50,batch=32,lr=0.005",
     images: Annotated[int, typer.Option(help="test images")] = 10_000,
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
@@ -48,16 +55,17 @@ def main(
     judges, rows = test.subset(range(min(images, len(test)))), list[dict[str, Any]]()
     dense = {"dense %": _correct(program, judges)}
     for title, task in tasks.items():
-        rows.append({"training samples": title} | dense | _row(program.with_(task=task), judges, tune))
-        name = f"{network} on CIFAR-10 at macs={macs:g}, by the samples it is compiled with"
+        rows.append({"training samples": title} | dense | _row(program.with_(task=task), judges, tune, ranks))
+        asked = f"macs={macs:g}" if ranks is None else f"{ranks:g} of the break-even ranks"
+        name = f"{network} on CIFAR-10 at {asked}, by the samples it is compiled with"
         publish(name, rows, seed, Target(), json)  # after each row: the whole table takes a quarter of an hour
 
 
-def _row(program: Program, judges: Samples, tune: str) -> dict[str, Any]:
+def _row(program: Program, judges: Samples, tune: str, ranks: float | None) -> dict[str, Any]:
     record = RunRecord()
     hooks = [BringSamples(), StepTimer(record)]
     program = Pipeline(makers(program.task)).run(program, hooks)
-    factors = Pipeline.parse(PLAN).run(program, hooks)
+    factors = Pipeline.parse(PLAN).run(program, hooks) if ranks is None else at_break_even(program, ranks)
     row: dict[str, Any] = {
         "factors %": _correct(factors, judges),
         "refitted %": None,
@@ -68,12 +76,26 @@ def _row(program: Program, judges: Samples, tune: str) -> dict[str, Any]:
     if program.task.train is None:
         return row
     refitted = Pipeline.parse("recalibrate,refit").run(factors, hooks)
-    tuned = Pipeline([fine_tuner(tune)]).run(refitted, hooks)
+    tuned = None if tune == "none" else Pipeline([fine_tuner(tune)]).run(refitted, hooks)
     return row | {
         "refitted %": _correct(refitted, judges),
-        "tuned %": _correct(tuned, judges),
+        "tuned %": None if tuned is None else _correct(tuned, judges),
         "dense int8 %": _int8(program, judges),
     }
+
+
+def at_break_even(program: Program, share: float) -> Program:
+    """Return the program with every convolution as ``channel`` at a share of its break-even rank TN / (T + N).
+
+    T are its outputs and N the inputs of one of them; at that rank both factors have as many weights as the layer.
+    """
+    form, choices = make(Decomposition, "channel"), dict[str, Candidate]()
+    for name, site in sites(program).items():
+        if site.layer.kind == "conv" and form.refuse(site.layer) is None:
+            rows, columns = site.weight.shape[0], site.weight[0].numel()
+            choices[name] = Candidate(form, (max(1, round(share * rows * columns / (rows + columns))),))
+    program = Pipeline.parse("calibrate").run(program)
+    return Pipeline.parse("factorize").run(program.with_(facts=program.facts.having(RankPlan(choices))))
 
 
 def _unlabelled(samples: Samples, count: int) -> Tensors:
@@ -94,7 +116,7 @@ def _int8(program: Program, judges: Samples) -> float | None:
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
         dense, path = Path(folder) / "dense.onnx", Path(folder) / "int8.onnx"
         export_verified(program, lower(program, program.dense), dense)
-        write_deployed(program, dense, path, "int8", sample_ranges(program, dense))
+        write_deployed(program, dense, path, "int8", sample_activations(program, dense))
         (found,) = evaluate(dense, [path], judges, program)
     return percent(found.compiled_score)
 

@@ -119,9 +119,9 @@ def measured(case: Case, times: float, tune: str, seed: int) -> Iterator[dict[st
     """Compile a network to int8 and yield a row for each of the four models."""
     alone = int8_share(case)
     budget = {"latency": min(alone / times, 1.0)} | ({"macs": case.macs} if case.macs else {})
-    judged = {"max_drop": 100.0} if case.measure != "none" else {}  # the quality is a figure here, not a gate
+    drop = 100.0 if case.measure != "none" else None  # the quality is a figure here, not a gate
     made = tdcompile.compile(
-        case.module, case.inputs, data=case.task, precision="int8", budget=budget, tune=tune, seed=seed, **judged
+        case.module, case.inputs, data=case.task, precision="int8", budget=budget, tune=tune, seed=seed, max_drop=drop
     )
     report, int8 = made.report, next(v for v in made.report.variants if v.title == "dense int8")
     for one in report.variants:

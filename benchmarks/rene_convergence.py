@@ -161,7 +161,7 @@ def _plans(steps: int) -> dict[str, Callable[[Program], RankPlan]]:
         "rene": f"rene{{steps={steps}}}",
         "rene, simultaneous": f"rene{{steps={steps},alternate=false}}",
     }
-    return {"one rank for all layers": one_rank} | {name: partial(by_text, text) for name, text in texts.items()}
+    return {"one rank for all layers": one_rank, **{name: partial(by_text, text) for name, text in texts.items()}}
 
 
 def _against(

@@ -14,7 +14,7 @@ from common import publish
 import tdcompile
 from tdcompile.core.pipeline import Pipeline
 from tdcompile.data.task import Task, Tensors
-from tdcompile.ir.target import Budget, Target
+from tdcompile.ir.target import Budget, Device, Target
 from tdcompile.training.run_state import Tuning
 
 
@@ -25,7 +25,7 @@ def main(
     batch: int = 128,
     steps: Annotated[int, typer.Option(help="of each turn")] = 4,
     rounds: int = 5,
-    device: str = "cpu",
+    device: Annotated[Device, typer.Option()] = "cpu",
     seed: int = 0,
     json: Annotated[Path | None, typer.Option(help="also write the table here")] = None,
 ) -> None:

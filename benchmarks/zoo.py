@@ -417,7 +417,7 @@ def torchvision() -> Iterator[tuple[str, Callable[[], Built]]]:
     models = importlib.import_module("torchvision.models")
     for name in models.list_models(module=models):
         size = 299 if name.startswith("inception") else 224
-        yield name, lambda name=name, size=size: (models.get_model(name), (torch.randn(1, 3, size, size),))
+        yield name, partial(_of_images, models.get_model, name, size)
 
 
 def timm() -> Iterator[tuple[str, Callable[[], Built]]]:
@@ -425,6 +425,10 @@ def timm() -> Iterator[tuple[str, Callable[[], Built]]]:
     library = importlib.import_module("timm")
     for name in library.list_models():
         yield name, partial(_from_timm, name)
+
+
+def _of_images(get: Callable[[str], nn.Module], name: str, size: int) -> Built:
+    return get(name), (torch.randn(1, 3, size, size),)
 
 
 def _from_timm(name: str) -> Built:
