@@ -117,7 +117,7 @@ def _int8(program: Program, judges: Samples) -> float | None:
         dense, path = Path(folder) / "dense.onnx", Path(folder) / "int8.onnx"
         export_verified(program, lower(program, program.dense), dense)
         write_deployed(program, dense, path, "int8", sample_activations(program, dense))
-        (found,) = evaluate(dense, [path], judges, program)
+        (found,) = evaluate(dense, [path], judges, program.with_(task=Task(test=judges)))  # only these have classes
     return percent(found.compiled_score)
 
 
