@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from tdcompile.artifact.report import Report, render_html, tables
-from tdcompile.artifact.summary import budget_gates, history_notes
+from tdcompile.artifact.summary import bad_bargain, budget_gates, history_notes
 from tdcompile.backend.evaluation import Evaluation
 from tdcompile.backend.quality_drop import judged, quality_drop
 from tdcompile.backend.session import Timing
@@ -32,6 +32,23 @@ ACCURACY = About("accuracy", True, "%")
 FIGURES = {"params": 2000, "macs": 40_000, "latency_ms": 3.0, "onnx_bytes": 9000, "score": 0.9}
 PARITY = {"provider": "CPUExecutionProvider", "max_abs": 1e-5, "max_rel": 2e-6, "cases": 5}
 DENSE_ROW = {"decomposition": "dense", "ranks": [], "error": 0.0, "macs_before": 7000, "macs_after": 7000}
+
+
+@pytest.mark.parametrize(
+    ("about", "alone", "score", "speedup", "told"),
+    [
+        (ACCURACY, 0.658, 0.604, 1.73, "is 1.01 times as slow as that and has accuracy 65.80 %: --budget latency=0.59"),
+        (ACCURACY, 0.658, 0.604, 1.6, "is 1.07 times as fast as that and has accuracy 65.80 %: --budget latency=0.59"),
+        (About("MAE", False), 0.2, 0.3, 1.73, "and has MAE 0.2: --budget latency=0.59"),
+        (About("MAE", False), 0.3, 0.2, 1.73, None),  # better than int8 alone
+        (ACCURACY, 0.658, 0.604, 1.9, None),  # worth its loss to those who asked for it
+    ],
+)
+def test_the_verdict_tells_what_a_little_more_latency_would_keep(
+    about: About, alone: float, score: float, speedup: float, told: str | None
+) -> None:
+    found = bad_bargain(about, alone, score, 1.705, speedup)
+    assert (told in found) if told else not found
 
 
 def document(**changes: Any) -> dict[str, Any]:
