@@ -41,6 +41,7 @@ POINTS = 8
 _MOST = 100  # points; more cannot be told apart
 _UNKNOWN = 0.1  # least share where no table of prices tells what is reachable
 _ABOVE = 1.001  # of the least reachable share: the sum of the cheapest candidates is within it
+_ALIKE = 0.02  # budgets that differ by less give the same plan
 _ANY_DROP = "100%"  # a point of a sweep shows what its budget costs, whatever it is
 
 
@@ -117,6 +118,9 @@ def sweep_recipe(recipe: Recipe, points: int) -> tuple[Recipe, str, float | None
     for option, why in (("goal", "it tries budgets itself"), ("plan", "it makes a plan for each budget")):
         if getattr(recipe, option) is not None:
             raise InputError(f"'{option}' has no effect in a sweep, because {why}: leave it out")
+    for option in ("max_drop", "min_speedup"):
+        if getattr(recipe, option) is not None:
+            raise InputError(f"'{option}' has no effect in a sweep, which shows what every budget costs: leave it out")
     given = dict(recipe.budget) if "budget" in recipe.model_fields_set else {}
     if len(given) > 1:
         raise InputError(f"a sweep varies one cost, and the budget names {' and '.join(given)}: give one of them")
@@ -234,6 +238,12 @@ class _Sweeping:
         low = max(low, least or 0.0)
         learned = _Learned()
         for number in range(points):
+            if number and high - low < _ALIKE * high:
+                self.notes.append(
+                    f"there is one point, because no budget tells plans apart: {self.name} reaches {low:.3g} of the "
+                    f"dense network's at least and {high:.3g} at most"
+                )
+                return
             share = low + (high - low) * number / points
             known = self.ledger.get(number)
             if known is None:

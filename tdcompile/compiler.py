@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,12 +38,13 @@ from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode, Reason
 from tdcompile.ir.modules import evaluating
 from tdcompile.ir.program import Change, Program
 from tdcompile.ir.scoring import scoring
-from tdcompile.ir.target import Budget, total
+from tdcompile.ir.target import Budget, Precision, total
 from tdcompile.planning.allocation import keeps_counts
 from tdcompile.planning.input_checks import (
     calibrated,
     check_class_names,
     check_not_quantised,
+    check_outputs_to_judge,
     check_precision,
     check_sample_inputs,
     check_samples_to_judge,
@@ -175,6 +176,8 @@ def compile(  # the field's word, as in torch.compile
         pipeline.check(program.facts, planned=True)
         check_training_samples(pipeline, program.task)
         check_samples_to_judge(chosen.max_drop, program.task)
+        if chosen.max_drop is not None:
+            check_outputs_to_judge(f"max_drop={chosen.max_drop}", program)
         folder = Path(tempfile.mkdtemp(prefix="tdcompile-"))
         try:
             source = chosen.source or type(unwrapped(module)).__name__
@@ -412,8 +415,9 @@ def prepare(
         UnavailableError: the target's execution provider does not load.
     """
     target = recipe.device()
-    if recipe.plan is not None and ("precision" not in recipe.model_fields_set or recipe.precision == "auto"):
-        target = replace(target, precision=read_plan(recipe.plan).precision)
+    given = None if recipe.plan is None else read_plan(recipe.plan).precision
+    if given is not None and ("precision" not in recipe.model_fields_set or recipe.precision == "auto"):
+        target = replace(target, precision=given)
     budget = recipe.shares()
     form, names = recipe.onnx(), recipe.class_names()
     check_precision(target, form)
@@ -450,6 +454,7 @@ def prepare(
     read = [Diagnostic("warning" if note.warning else "info", DiagnosticCode.DATA, note.text) for note in said]
     told = (
         *notes,
+        *_other_precision(given, program.target.precision),
         *read,
         *unquantised,
         *equal_samples_warnings(program),
@@ -458,6 +463,12 @@ def prepare(
         *cautions(task, recipe.steps().trainer),
     )
     return program.with_(history=(*told, *program.history))
+
+
+def _other_precision(planned: Precision | None, precision: Precision) -> Iterator[Diagnostic]:
+    if planned not in (None, precision):
+        text = f"the plan was made for {planned} and is compiled in {precision}, as asked: its ranks may not fit"
+        yield Diagnostic("info", DiagnosticCode.PRECISION, text)
 
 
 def _exact_rewrites(recipe: Recipe) -> Pipeline:

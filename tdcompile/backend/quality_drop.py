@@ -44,8 +44,8 @@ class Drop:
 
 
 def judged(evaluation: Evaluation) -> bool:
-    """Return whether the samples tell a loss of quality: with targets any do, else at least ``FEW``."""
-    return evaluation.dense_score is not None or evaluation.samples >= FEW
+    """Return whether the samples tell a loss of quality: with targets any do, else at least ``FEW`` with an output."""
+    return evaluation.dense_score is not None or (evaluation.samples >= FEW and bool(evaluation.outputs))
 
 
 def quality_drop(max_drop: AllowedDrop | None, evaluation: Evaluation) -> Drop:
@@ -82,5 +82,5 @@ def _answers_drop(max_drop: AllowedDrop | None, evaluation: Evaluation) -> Drop:
             sentence = f"the outputs differ by {value:.1f}% from the dense network's {on}, {limit:g}% allowed"
         found.append((value / max(limit, _ROUNDING), Drop(value if math.isfinite(value) else None, limit, sentence)))
     if not found:
-        return Drop(0.0, 0.0, f"there is no output to compare {on}")
+        return Drop(None, 0.0, f"there is no output to compare {on}")
     return max(found, key=lambda one: one[0])[1]

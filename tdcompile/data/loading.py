@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from tdcompile.data.image_folders import read_image_folder
 from tdcompile.data.images import Normalisation, Shape, to_tensor
 from tdcompile.data.labels import described, renumbered
 from tdcompile.data.loaders import read_loader
+from tdcompile.data.members import no_keys
 from tdcompile.data.network_input import NetworkInput, SampleFields
 from tdcompile.data.readers import DatasetReader
 from tdcompile.data.samples import Loaded, Split
@@ -78,6 +79,8 @@ def load_data(
     read, argument = _resolve(spec)
     if fields is not None and fields.targets is not None and read not in (read_npz, _CALLABLE.read):
         raise InputError(f"--targets '{fields.targets}' has no effect on the data '{spec}', which have no keys")
+    if fields is not None and fields.tokenizer is not None and read is not read_text:
+        raise InputError(f"--tokenizer has no effect on the data '{spec}': it reads text:FILE")
     train, test = read(argument, NetworkInput(shape, dtype, fields), seed)
     made = _finished((train, test), normalisation, shape)
     assert made[0] is not None  # readers return training samples
@@ -97,8 +100,9 @@ def given(
     Args:
         data: a text for ``load_data``, training samples, or a pair (training, test). Samples are ``Samples``, a
             torch ``Dataset``, a ``DataLoader`` (read by index, with its ``collate_fn`` and sampler), an array
-            ``x`` ``(N, ...)``, arrays ``(x, y)``, or a mapping of arrays by the names of inputs. Targets ``y`` have any
-            shape ``(N, ...)``. Streams (``IterableDataset``) are read from their beginning.
+            ``x`` ``(N, ...)``, arrays ``(x, y)``, a mapping of arrays by the names of inputs, or a list of more than
+            two samples that are tuples or mappings. Targets ``y`` have any shape ``(N, ...)``. Streams
+            (``IterableDataset``) are read from their beginning.
         input_shape: shape of the network's input, without the batch.
         normalize: ``none``, ``imagenet`` or ``m,m,m/s,s,s``; ``Samples`` allow only ``none``.
         seed: seeds the hold-out split if the data of a text has no test set, and the draw of a loader's sampler.
@@ -112,9 +116,14 @@ def given(
     if data is None:
         if normalize != "none":
             raise InputError(f"there are no data to normalise by '{normalize}': give --data (from Python data=) too")
+        for option, value in (("targets", fields and fields.targets), ("tokenizer", fields and fields.tokenizer)):
+            if value is not None:
+                raise InputError(f"--{option} has no effect without data: give --data (from Python data=) too")
         return None, None
     if isinstance(data, str):
         return load_data(data, input_shape, normalize, seed, dtype, fields)
+    if fields is not None and fields.tokenizer is not None:
+        raise InputError("--tokenizer has no effect on data that are no text: it reads text:FILE")
     shape = tuple(input_shape)
     named = zip(_halves(data), ("the data", "the test data"), strict=True)
     wanted = NetworkInput(shape, dtype, fields)
@@ -227,9 +236,29 @@ def _halves(made: Any) -> tuple[Any, Any]:
     return made, None
 
 
+class _Items(Dataset[Any]):
+    """A list of samples as a map-style data set."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, place: int) -> Any:
+        return self._items[place]
+
+
+def _listed(made: object) -> bool:
+    """Return whether it is a list of samples, each a tuple or a mapping, and not a list of arrays."""
+    return isinstance(made, list) and bool(made) and all(isinstance(item, tuple | Mapping) for item in made)
+
+
 def _part(made: object, name: str, wanted: NetworkInput, seed: int) -> Part:
     if isinstance(made, Samples):
         return made
+    if _listed(made):
+        made = _Items(cast("list[Any]", made))
     if isinstance(made, DataLoader | Dataset):
         try:
             if is_stream(made):
@@ -240,6 +269,8 @@ def _part(made: object, name: str, wanted: NetworkInput, seed: int) -> Part:
             structured = read_structured(made, name, wanted)
             if structured is not None:
                 return structured
+            if wanted.members.targets is not None:
+                raise no_keys(wanted.members.targets, name)
             reader = DatasetReader(made, wanted)
             labels = reader.labels()
         except InputError as error:
@@ -249,7 +280,11 @@ def _part(made: object, name: str, wanted: NetworkInput, seed: int) -> Part:
         made = (made,)
     if isinstance(made, Mapping):
         return array_samples(name, made, wanted)
+    if isinstance(made, tuple | list) and any(isinstance(part, Dataset | DataLoader | Samples) for part in made):
+        raise InputError(f"{name} holds {len(made)} data sets; a pair (train, test) is needed, and test may be None")
     if isinstance(made, tuple | list) and made:
+        if wanted.members.targets is not None:
+            raise no_keys(wanted.members.targets, name)
         if len(made) in (1, 2) and len(wanted.members.names) == 1 and (len(made) == 1 or are_labels(made[1])):
             x, y = (*made, None)[:2]
             return array_split(name, to_tensor(x, name), y, wanted)

@@ -41,6 +41,8 @@ def split_sample(item: Any, fields: SampleFields, where: str) -> tuple[list[Any]
     if isinstance(item, Mapping):
         return _split_mapping(item, fields, where)
     parts = list(item) if isinstance(item, tuple | list) else [item]
+    if fields.targets is not None and not (parts and isinstance(parts[0], Mapping)):
+        raise no_keys(fields.targets, where)
     if parts and isinstance(parts[0], Mapping | tuple | list):
         inner = parts[0]
         if isinstance(inner, Mapping):
@@ -57,6 +59,11 @@ def split_sample(item: Any, fields: SampleFields, where: str) -> tuple[list[Any]
     if len(parts) < count:
         raise InputError(f"{where} has {len(parts)} members; the network takes {_names(fields)}")
     return parts[:count], _targets(parts[count:])
+
+
+def no_keys(targets: str, where: str) -> InputError:
+    """Return the error of targets chosen by key among samples without keys."""
+    return InputError(f"--targets '{targets}' has no effect on {where}, which has no keys: leave it out")
 
 
 def _targets(rest: Sequence[Any]) -> Any:

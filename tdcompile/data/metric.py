@@ -229,8 +229,10 @@ class TorchMeter:
         try:
             self._metric.to(device)
             self._metric.update(outputs, map_tensors(lambda y: y.to(device), targets))
-        except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
-            raise InputError(f"the metric {type(self._metric).__name__} failed: {error}") from error
+        except Exception as error:  # the user's code, or torchmetrics on what it was given
+            raise InputError(
+                f"the metric {type(self._metric).__name__} failed: {type(error).__name__}: {error}"
+            ) from error
 
     def compute(self) -> float:
         """See ``Meter``.
@@ -240,8 +242,12 @@ class TorchMeter:
         """
         try:
             value = self._metric.compute()
-        except (ValueError, RuntimeError, TypeError, IndexError) as error:
-            raise InputError(f"the metric {type(self._metric).__name__} failed: {error}") from error
+        except Exception as error:  # the user's code, or torchmetrics on what it was given
+            raise InputError(
+                f"the metric {type(self._metric).__name__} failed: {type(error).__name__}: {error}"
+            ) from error
+        if isinstance(value, int | float):
+            return float(value)
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"the metric {type(self._metric).__name__} gives {shape}; one number is needed")
@@ -271,7 +277,7 @@ class FunctionMeter:
         Raises:
             InputError: the function fails, or gives NaN, or neither one number nor one for each sample.
         """
-        count = len(next(tensors_in(outputs)))
+        count = next(len(output) for output in tensors_in(outputs) if output.ndim)
         mean = self._mean(outputs, targets, count)
         if math.isnan(mean):
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,7 @@ class Objective:
         own_loss: the user's loss; None takes that of the task.
         output: index of the scored output.
         outputs: number of the network's outputs.
+        chosen: whether the scored output was asked for: a metric of one's own then gets it alone.
     """
 
     kind: TaskKind
@@ -53,6 +55,7 @@ class Objective:
     own_loss: Callable[[Any, Any], Tensor] | None = field(default=None, compare=False)
     output: int = 0
     outputs: int = 1
+    chosen: bool = False
 
     @property
     def trains(self) -> bool:
@@ -123,13 +126,18 @@ class ObjectiveMeter:
         """
         objective = self._objective
         output = outputs[objective.output]
+        if not output.ndim:
+            raise InputError(
+                f"the metric '{objective.metric.name}' needs an output with a value for each sample; the scored output "
+                "is one number for a whole batch"
+            )
         if (bad := first_not_finite(output)) is not None:
             raise InputError(
                 f"the metric '{objective.metric.name}' is undefined: the network's output for sample "
                 f"{self.samples + bad} holds NaN or Inf"
             )
         if objective.metric.raw:
-            given: Any = output if objective.outputs == 1 else tuple(outputs)
+            given: Any = output if objective.outputs == 1 or objective.chosen else tuple(outputs)
             self._meter.update(given, map_tensors(lambda y: y.to(output.device), batch.targets))
         else:
             self._meter.update(*objective.kind.pair(output, batch))
@@ -139,18 +147,24 @@ class ObjectiveMeter:
         """Return the metric, which may be NaN.
 
         Raises:
-            InputError: it fails, or is not one number.
+            InputError: it fails, is infinite, or is not one number.
         """
-        return self._meter.compute()
+        value = self._meter.compute()
+        if math.isinf(value):
+            raise InputError(
+                f"the metric '{self._objective.metric.name}' is infinite over {self.samples} samples, so that no "
+                "difference can be told: targets that equal the outputs, as for PSNR, may be left out"
+            )
+        return value
 
     def compute(self) -> float:
         """Return the metric.
 
         Raises:
-            InputError: it is NaN.
+            InputError: it is NaN or infinite.
         """
-        value = self._meter.compute()
-        if value != value:
+        value = self.tried()
+        if math.isnan(value):
             raise InputError(
                 f"the metric '{self._objective.metric.name}' is NaN over {self.samples} samples, whose outputs are "
                 "finite: check that the targets vary"
@@ -212,7 +226,7 @@ def resolve_objective(
             return None, ()
         kind = guessed
     metric = own_metric or kind.metric()
-    objective = Objective(kind, metric, own_loss, place, len(outputs))
+    objective = Objective(kind, metric, own_loss, place, len(outputs), chosen=task.output is not None)
     direction = "higher is better" if metric.higher_is_better else "lower is better"
     unit = f" in {metric.unit}" if metric.unit else ""
     how = "task" if task.kind else "task guessed from the targets"

@@ -69,7 +69,7 @@ class DiagnosticCode(_Code):
     NO_LAYER = "no_layer", "a weight belongs to no convolution or linear layer"
     QUANTISED = "quantised", "a layer is quantised already"
     NOT_QUANTIZED = "not_quantized", "int8 was left out, or a layer stays float in an int8 model"
-    PRECISION = "precision", "why precision=auto chose int8 or fp32"
+    PRECISION = "precision", "why precision=auto chose int8 or fp32, or that a plan is compiled in another precision"
     NOT_TUNED_INT8 = "not_tuned_int8", "the network was not tuned through the rounding of int8"
     CAUTION = "caution", "a decomposition reports a numerical problem in the factors of a layer"
     DATA = "data", "how samples or labels were read, or what about them limits the result"

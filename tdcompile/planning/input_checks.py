@@ -17,6 +17,7 @@ from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.modules import outputs_of, trained_norms
 from tdcompile.ir.onnx_format import OnnxFormat, check_int8_opset
 from tdcompile.ir.program import Program, sites
+from tdcompile.ir.scoring import is_scored
 from tdcompile.ir.target import AskedPrecision, Target
 
 _SCALE_SAMPLES = 64  # of which the variance behind the first layers is taken
@@ -47,6 +48,26 @@ def check_samples_to_judge(max_drop: float | str | None, task: Task) -> None:
         raise InputError(
             f"max_drop={max_drop} bounds the loss of quality, and there are no samples to measure it "
             f"on: give data with test samples, or at least {ENOUGH} training samples"
+        )
+
+
+def check_outputs_to_judge(asked: str, program: Program) -> None:
+    """Require an output that can be compared sample by sample, where a loss of quality is bounded without a metric.
+
+    Args:
+        asked: what bounds it, for the message.
+        program: the traced network and its task.
+
+    Raises:
+        InputError: no output has a real value for each sample.
+    """
+    if is_scored(program):
+        return
+    outputs = outputs_of(program.graph, program.inputs)
+    if not any(y.ndim and y.numel() and not y.is_complex() for y in outputs):
+        raise InputError(
+            f"{asked} bounds the loss of quality, and the network has no output with a real value for each sample that "
+            "could be compared: let it return one"
         )
 
 

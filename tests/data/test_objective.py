@@ -241,6 +241,64 @@ def test_a_metric_that_is_nan_names_the_sample() -> None:
         score(objective, outputs, CLASSES)
 
 
+def test_a_metric_gets_the_output_that_was_asked_for_and_else_all() -> None:
+    seen: list[Any] = []
+
+    def size(outputs: Any, targets: Tensor) -> float:
+        seen.append(outputs)
+        return 1.0
+
+    size.higher_is_better = True  # type: ignore[attr-defined]
+    for asked in ({"output": 1}, {}):
+        objective = resolved((SCORES, VALUES), CLASSES, metric=size, **asked)
+        assert objective is not None
+        objective.meter().update([SCORES, VALUES], Batch((IMAGES,), CLASSES))
+    assert seen[0] is VALUES
+    assert isinstance(seen[1], tuple)
+
+
+def test_an_infinite_metric_and_one_of_an_output_without_samples_are_refused() -> None:
+    images = torch.rand(4, 3, 8, 8)
+    equal = resolved(images, images.clone())
+    assert equal is not None
+    assert equal.metric.name == "PSNR"
+    for act in (lambda: check_metric(equal, [images], Batch((IMAGES,), images)), lambda: score(equal, images, images)):
+        with pytest.raises(InputError, match="'PSNR' is infinite over"):
+            act()
+    single = resolved(SCORES, CLASSES, metric=lambda_metric())
+    assert single is not None
+    with pytest.raises(InputError, match="the scored output is one number for a whole batch"):
+        single.meter().update([SCORES.mean()], Batch((IMAGES,), CLASSES))
+
+
+def lambda_metric() -> Any:
+    def one(outputs: Any, targets: Any) -> float:
+        return 1.0
+
+    one.higher_is_better = True  # type: ignore[attr-defined]
+    return one
+
+
+class Own(torchmetrics.Metric):
+    """Returns a plain number, or fails where the outputs are no class scores."""
+
+    higher_is_better = True
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        assert outputs.dim() == 2, "no class scores"
+
+    def compute(self) -> float:
+        return 0.5
+
+
+def test_a_torchmetrics_class_of_ones_own_may_return_a_number_and_its_failure_is_told() -> None:
+    objective = resolved(SCORES, CLASSES, metric=Own)
+    assert objective is not None
+    assert score(objective, SCORES, CLASSES) == 0.5
+    with pytest.raises(InputError, match="the metric Own failed: AssertionError: no class scores"):
+        score(objective, PLACES, CLASSES)
+
+
 @given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3), st.booleans(), st.sampled_from(["%", "dB", ""]))
 def test_a_drop_is_worse_in_the_metrics_direction(dense: float, compiled: float, higher: bool, unit: str) -> None:
     about = About("m", higher, unit)

@@ -91,6 +91,10 @@ NAMED = [{"image": x, "segmentation": y} for x, y in SEGMENTED]
     [
         (Items(SEGMENTED), IMAGE, (X,), MASKS),
         (Items(NAMED), IMAGE, (X,), MASKS),
+        (SEGMENTED, IMAGE, (X,), MASKS),  # lists of samples
+        (NAMED, IMAGE, (X,), MASKS),
+        ([(x, 0.5) for x in X], IMAGE, (X,), torch.full((12,), 0.5)),
+        ([(x, x + 1, 0.5) for x in X], PAIR, (X, X + 1), torch.full((12,), 0.5)),
         (Items([{"pixels": x, "label": y} for x, y in SEGMENTED]), IMAGE, (X,), MASKS),
         (Items([(x, y, 1.0) for x, y in SEGMENTED]), IMAGE, (X,), (MASKS, torch.ones(12))),
         (
@@ -161,6 +165,9 @@ def test_tokens_of_several_lengths_are_padded_where_a_mask_tells() -> None:
         read(Items(items), alone)
 
 
+KEYED = SampleFields.of((X[:2],), ("image",), targets="depth")
+
+
 @pytest.mark.parametrize(
     ("data", "fields", "says"),
     [
@@ -186,6 +193,10 @@ def test_tokens_of_several_lengths_are_padded_where_a_mask_tells() -> None:
         ),
         (Stream([]), IMAGE, "is a stream without samples"),
         ({"image": X, "mask": MASKS[:5]}, IMAGE, "their counts are .5, 12."),
+        ((Items(SEGMENTED),) * 3, IMAGE, "holds 3 data sets; a pair"),
+        ((X, MASKS), KEYED, "--targets 'depth' has no effect on .*, which has no keys"),
+        (Items(SEGMENTED), KEYED, "--targets 'depth' has no effect on"),
+        (Items([(x, 1) for x in X]), KEYED, "--targets 'depth' has no effect on"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(data: Any, fields: SampleFields, says: str) -> None:

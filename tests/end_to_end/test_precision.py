@@ -95,6 +95,7 @@ def test_a_plan_names_its_precision_and_fp32_plans_do_not(made) -> None:
 def test_an_int8_plan_compiles_in_fp32_if_asked_and_then_needs_no_samples(made) -> None:
     found = compiled(plan=made.plan, budget={}, decompose="auto", precision="fp32")
     assert found.report.precision == found.plan.precision == "fp32"
+    assert any("the plan was made for int8 and is compiled in fp32, as asked" in note for note in found.report.notes)
     assert {n: c.ranks for n, c in found.plan.choices.items()} == {n: c.ranks for n, c in made.plan.choices.items()}
     with pytest.raises(InputError, match=r"int8 needs calibration samples.* or take --precision fp32"):
         compiled(plan=made.plan, budget={}, decompose="auto")

@@ -88,6 +88,8 @@ def test_another_sweep_does_not_take_the_state_for_its_own(tmp_path):
         ({"plan": "plan.json", "decompose": ("auto",)}, "'plan' has no effect in a sweep"),
         ({"budget": {"macs": 0.5, "params": 0.5}}, "the budget names macs and params: give one of them"),
         ({"budget": {"macs": 1.0}}, "leaves nothing to sweep"),
+        ({"max_drop": 1}, "'max_drop' has no effect in a sweep"),
+        ({"min_speedup": 2.0}, "'min_speedup' has no effect in a sweep"),
         ({"resume": True}, "no effect without a workspace"),
         ({"pipeline": "score,factorize", "decompose": ("auto",)}, "RankPlan"),
     ],
@@ -96,6 +98,15 @@ def test_a_sweep_that_cannot_be_made_is_refused_in_one_sentence(options, message
     with pytest.raises(InputError) as refusal:
         swept(**options)
     assert message in str(refusal.value)
+
+
+def test_where_no_budget_changes_the_plan_there_is_one_point_and_a_note():
+    made = swept(budget={"params": 0.995}, points=4)
+    assert len(made.points) == 1
+    assert made.notes == (
+        "there is one point, because no budget tells plans apart: params reaches 0.995 of the dense network's at least "
+        "and 1 at most",
+    )
 
 
 def test_a_recipe_with_the_default_budget_sweeps_latency():

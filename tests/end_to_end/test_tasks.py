@@ -188,6 +188,29 @@ def test_a_metric_and_a_loss_of_ones_own_lead(tmp_path: Path, monkeypatch: pytes
     assert "close" in report.verdict
 
 
+class Mean(nn.Module):
+    """Answers with one number for the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 96))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).mean()
+
+
+@pytest.mark.usefixtures("brief_timing")
+def test_outputs_that_cannot_be_compared_have_no_figure_and_no_bound() -> None:
+    x = torch.randn(96, 16)
+    data = tdcompile.Tensors(x[:64]), tdcompile.Tensors(x[64:])
+    report = tdcompile.compile(Mean().eval(), x[:2], data=data, budget={"macs": 0.5}).report
+    assert "quality not measured, because no output has a real value for each sample" in report.verdict
+    assert "answers" not in {gate.name for gate in report.gates}
+    for bound in ({"budget": {"macs": 0.5}}, {"goal": "smallest"}):
+        with pytest.raises(tdcompile.TdcompileError, match="bounds the loss of quality, and the network has no output"):
+            tdcompile.compile(Mean().eval(), x[:2], data=data, max_drop=1, **bound)
+
+
 @pytest.mark.usefixtures("brief_timing")
 def test_of_several_outputs_the_one_asked_for_is_scored() -> None:
     net = CASES["multilabel"].network()
