@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tdcompile.data.task import LEAST_SELECTION
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.facts import Aspect, Fact, Facts
 from tdcompile.ir.target import Goal, Precision
@@ -190,6 +191,12 @@ class GoalSearch(Fact):
             few = (
                 f"search: {self.samples} training samples judge the plans, and one of them is {self.resolution:.2g} "
                 f"points: a limit of {self.limit:g} needs more training samples"
+            )
+            told.append(Diagnostic("warning", DiagnosticCode.FEW_SAMPLES, few))
+        elif self.samples < LEAST_SELECTION:
+            few = (
+                f"search: {self.samples} training samples judge the plans, and the loss on others may be larger: "
+                f"give at least {4 * LEAST_SELECTION} training samples"
             )
             told.append(Diagnostic("warning", DiagnosticCode.FEW_SAMPLES, few))
         return told

@@ -413,7 +413,7 @@ def evaluation(*outputs):
         ([OutputQuality(0.6, 0.9, 0.8, 0.1)], 19.0, False),
         ([OutputQuality(0.2, 0.9)], 20.0, True),
         ([OutputQuality(0.21, 0.9)], 20.0, False),
-        ([], None, True),
+        ([], None, False),
     ],
 )
 def test_without_labels_lost_agreement_or_the_relative_error_is_bounded(outputs, max_drop, passed):
@@ -423,6 +423,8 @@ def test_without_labels_lost_agreement_or_the_relative_error_is_bounded(outputs,
 
 
 def test_few_samples_judge_only_if_they_have_labels():
-    assert [judged(Evaluation(*one, ())) for one in ((7, None, None), (8, None, None), (1, 0.5, 0.5))] == [
+    compared = (OutputQuality(0.1, 0.9),)
+    assert [judged(Evaluation(*one, compared)) for one in ((7, None, None), (8, None, None), (1, 0.5, 0.5))] == [
         *(False, True, True)
     ]
+    assert not judged(Evaluation(8, None, None, ()))  # no output can be compared

@@ -215,3 +215,17 @@ def test_a_goal_has_no_default_budget_and_reads_back_as_a_pipeline():
 def test_a_task_sets_aside_once():
     task = Task(samples(600, 1)).selecting(torch.Generator())
     assert task.selecting(torch.Generator()) is task
+
+
+@pytest.mark.parametrize(("count", "aside"), [(64, 16), (128, 32), (200, 32), (400, 50), (20_000, 2048)])
+def test_few_samples_give_up_to_a_quarter_to_judge_plans_by(count, aside):
+    task = Task(Tensors(torch.zeros(count, 1))).selecting(torch.Generator().manual_seed(0))
+    assert (len(task.selection), len(task.train)) == (aside, count - aside)
+
+
+@pytest.mark.parametrize(("judges", "warned"), [(31, True), (32, False)])
+def test_a_goal_warns_if_few_samples_judge(judges, warned):
+    found = GoalSearch("fastest", "2%", 0.02, judges, 0.0, (), "", "search: done")
+    warnings = [one.text for one in found.diagnostics() if one.level == "warning"]
+    assert warnings == [text for text in warnings if "31 training samples judge the plans" in text]
+    assert bool(warnings) == warned
