@@ -1,6 +1,6 @@
 """The accuracy of a dense network in int8 over draws of calibration samples, with and without bias correction.
 
-One draw tells little: which samples give the ranges moves the accuracy of ResNet-56 by 0.1 points either way.
+One draw tells little: which samples give the ranges moves the accuracy of ResNet-56 by 0.1 points or more.
 """
 
 from __future__ import annotations

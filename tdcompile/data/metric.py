@@ -230,9 +230,7 @@ class TorchMeter:
             self._metric.to(device)
             self._metric.update(outputs, map_tensors(lambda y: y.to(device), targets))
         except Exception as error:  # the user's code, or torchmetrics on what it was given
-            raise InputError(
-                f"the metric {type(self._metric).__name__} failed: {type(error).__name__}: {error}"
-            ) from error
+            raise self._failure(error) from error
 
     def compute(self) -> float:
         """See ``Meter``.
@@ -243,9 +241,7 @@ class TorchMeter:
         try:
             value = self._metric.compute()
         except Exception as error:  # the user's code, or torchmetrics on what it was given
-            raise InputError(
-                f"the metric {type(self._metric).__name__} failed: {type(error).__name__}: {error}"
-            ) from error
+            raise self._failure(error) from error
         if isinstance(value, int | float):
             return float(value)
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -253,6 +249,9 @@ class TorchMeter:
             raise InputError(f"the metric {type(self._metric).__name__} gives {shape}; one number is needed")
         # Without the digits that fp32 does not have, 77 right of 100 are 0.77, and a drop of one point is one point.
         return float(value) if value.dtype is torch.float64 else float(f"{float(value):.7g}")
+
+    def _failure(self, error: Exception) -> InputError:
+        return InputError(f"the metric {type(self._metric).__name__} failed: {type(error).__name__}: {error}")
 
 
 def _never() -> bool:

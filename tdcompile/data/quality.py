@@ -78,10 +78,15 @@ def _log_probabilities(scores: Tensor) -> Tensor:
     return scores.log_softmax(1)
 
 
+def comparable(output: Tensor) -> bool:
+    """Return whether an output has a real value for each sample."""
+    return bool(output.ndim and output.numel() and not output.is_complex())
+
+
 def compare_outputs(
     comparisons: Sequence[OutputComparison], dense: Sequence[Tensor], compiled: Sequence[Tensor]
 ) -> None:
     """Add one batch of all outputs of both networks; complex and empty outputs are left out."""
     for comparison, a, b in zip(comparisons, dense, compiled, strict=True):
-        if a.ndim and a.numel() and not a.is_complex():
+        if comparable(a):
             comparison.add(a, b)

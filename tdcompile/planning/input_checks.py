@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tdcompile.core.pipeline import Pipeline
+from tdcompile.data.quality import comparable
 from tdcompile.data.task import ENOUGH, Task
 from tdcompile.errors import InputError, nearest
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
@@ -63,8 +64,7 @@ def check_outputs_to_judge(asked: str, program: Program) -> None:
     """
     if is_scored(program):
         return
-    outputs = outputs_of(program.graph, program.inputs)
-    if not any(y.ndim and y.numel() and not y.is_complex() for y in outputs):
+    if not any(map(comparable, outputs_of(program.graph, program.inputs))):
         raise InputError(
             f"{asked} bounds the loss of quality, and the network has no output with a real value for each sample that "
             "could be compared: let it return one"
