@@ -21,7 +21,7 @@ from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make, registered
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.ir.facts import Fact, Facts
-from tdcompile.ir.measurements import GoalSearch, Probe, Rehearsal
+from tdcompile.ir.measurements import Baseline, GoalSearch, Probe, Rehearsal
 from tdcompile.ir.program import Program
 from tdcompile.ir.scoring import is_scored
 from tdcompile.ir.target import LATENCY_TOLERANCE, LEAST, LIMITED, WEIGHT_BYTES, Budget, Goal
@@ -316,9 +316,13 @@ class _Bench:
 
 def _as_model(made: Program, plan: RankPlan) -> Evaluation:
     """Compare the ONNX model in the precision of the plan with the dense one in fp32, in onnxruntime."""
+    known = made.facts.get(Baseline)
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
         dense, floats, model = (Path(folder) / f"{name}.onnx" for name in ("dense", "floats", "model"))
-        export_lowered(made, made.dense, dense)
+        if known is None:
+            export_lowered(made, made.dense, dense)
+        else:
+            dense = known.model
         export_lowered(made, made.graph, floats)
         seen = sample_activations(made, floats) if plan.precision == "int8" else None
         write_deployed(made, floats, model, plan.precision, seen)

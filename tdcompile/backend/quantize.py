@@ -33,7 +33,10 @@ WEIGHTED = ("Conv", "Gemm", "MatMul")
 # Operators with an integer kernel that keep a region of integers together. They join a region only if all their inputs
 # come from one: between float operators they would only add conversions.
 _CARRIED = ("Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Mul", "Sigmoid")
+_NEVER_NEGATIVE = ("Relu", "Sigmoid", "Softmax")
 _MOVED = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")  # they move values and round none
+# Operators that give no negative value if they read none.
+_SIGN_KEPT = (*_MOVED, "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Mul")
 # Layers without an integer kernel, by the operator that tells them, with the reason.
 _NO_KERNEL = {
     "ConvTranspose": "onnxruntime has no integer kernel for transposed convolutions",
@@ -79,7 +82,7 @@ def write_quantized(
     Args:
         model: written by ``export_onnx``, which names nodes ``<module>/<operator>``.
         path: the file to write.
-        ranges: see ``activation_ranges``; None takes -1 to 1 for all, which is enough to measure latency.
+        ranges: see ``activation_ranges``; None takes ranges that are enough to measure latency.
         form: the target family.
         keep: modules that stay float, with all modules in them.
         overrides: scales and zero points of one's own, by tensor; see ``exact_overrides``.
@@ -342,15 +345,37 @@ def _is_kept(module: str, keep: Collection[str]) -> bool:
 
 
 def _checked(ranges: Ranges | None, proto: onnx.ModelProto) -> TensorsData:
-    """Return the ranges in onnxruntime's form; the same for all values if none are given."""
+    """Return the ranges in onnxruntime's form; those for latency if none are given."""
     if ranges is None:
-        values = [*proto.graph.input, *proto.graph.output]
-        names = {value.name for value in values} | {name for node in proto.graph.node for name in node.output}
-        ranges = dict.fromkeys(names, (-1.0, 1.0))
+        ranges = _ranges_for_latency(proto)
     entries = {
         name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()
     }
     return TensorsData(CalibrationMethod.MinMax, entries)
+
+
+def _ranges_for_latency(proto: onnx.ModelProto) -> Ranges:
+    """Return 0 to 1 for values that are never negative, and -1 to 1 for all others.
+
+    onnxruntime drops a ReLU whose output has the least integer as its zero point, and then takes an integer kernel for
+    the addition before it: with -1 to 1 for all values ResNet-56 takes 7 % more time than with its own ranges.
+    """
+    stored = {weight.name: weight for weight in proto.graph.initializer}
+    positive: set[str] = set()
+    for node in proto.graph.node:
+        read = [name for name in node.input[: 1 if node.op_type in _MOVED else None] if name]
+        kept = node.op_type in _SIGN_KEPT and all(name in positive for name in read)
+        if node.op_type in _NEVER_NEGATIVE or kept or (node.op_type == "Clip" and _clips_below(node, stored)):
+            positive |= set(node.output)
+    values = [*proto.graph.input, *proto.graph.output]
+    names = {value.name for value in values} | {name for node in proto.graph.node for name in node.output}
+    return {name: (0.0 if name in positive else -1.0, 1.0) for name in names}
+
+
+def _clips_below(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
+    """Return whether a Clip keeps no negative value."""
+    least = node.input[1] if len(node.input) > 1 else ""
+    return least in stored and bool((numpy_helper.to_array(stored[least]) >= 0).all())
 
 
 def _scales(proto: onnx.ModelProto) -> dict[str, tuple[float, int]]:

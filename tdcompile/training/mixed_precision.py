@@ -16,7 +16,10 @@ AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfl
 
 
 def bf16_speedup(device: str) -> float:
-    """Measure how many times faster a training step of a convolution is in bf16 than in fp32: 64 channels, 16×16."""
+    """Measure how many times faster a training step of a convolution is in bf16 than in fp32: 64 channels, 16×16.
+
+    On one thread: several wait for the slowest, and a busy processor then decides the ratio.
+    """
     from torch.utils.benchmark import Timer  # takes 0.2 s to import, and only the doctor needs it
 
     x = torch.randn(32, 64, 16, 16, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -28,7 +31,7 @@ def bf16_speedup(device: str) -> float:
         torch.autograd.grad(loss, (x, weight))
 
     whole, half = (
-        Timer("step(half)", globals={"step": step, "half": half}, num_threads=torch.get_num_threads())
+        Timer("step(half)", globals={"step": step, "half": half}, num_threads=1)
         .blocked_autorange(min_run_time=0.1)
         .median
         for half in (False, True)

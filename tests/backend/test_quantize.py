@@ -123,6 +123,34 @@ def test_ranges_are_those_of_the_samples_and_latency_needs_none(model: Path, tmp
     assert infer(open_session(made.path, Target()), batches()[0])[0].shape == (8, 5)
 
 
+class Bounded(nn.Module):
+    """ReLU6 behind an addition, pooling and a concatenation of what is never negative, and a branch that can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(48, 8, 1)
+
+    def forward(self, x):
+        x = nn.functional.relu6(self.stem(x))
+        y = nn.functional.relu6(self.inner(x) + x)
+        z = self.inner(y)
+        return self.last(torch.cat([nn.functional.max_pool2d(y, 3, 1, 1), nn.functional.relu(x + z), z], 1)).relu()
+
+
+@pytest.mark.parametrize("kind", [Block, Bounded])
+def test_a_model_that_only_measures_latency_runs_the_same_kernels(kind, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tmp_path / "float.onnx"
+    export_onnx(kind().eval(), (torch.randn(2, 3, 12, 12),), model)
+    timed = write_quantized(model, tmp_path / "timed.onnx", None, X64)
+    made = write_quantized(model, tmp_path / "int8.onnx", ranges_of(model), X64)
+    kernels = [set(node_seconds(path, batches()[0], Target())) for path in (timed.path, made.path)]
+    assert kernels[0] == kernels[1]
+    never_negative = {name for name, (_, zero) in made.scales.items() if zero == 0}
+    assert never_negative == {name for name, (_, zero) in timed.scales.items() if zero == 0}
+
+
 def test_what_cannot_be_quantised_is_one_sentence(model: Path, tmp_path: Path) -> None:
     made = write_quantized(model, tmp_path / "int8.onnx", None, X64)
     with pytest.raises(InputError, match="quantised already: give the float model"):
