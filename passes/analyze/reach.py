@@ -132,7 +132,9 @@ class Reach(AnalysisPass):
         if _priced(candidates, table, seconds) * seconds <= _SAFE * share * baseline.seconds:
             return Reachable()
         limit = share * (1 + LATENCY_TOLERANCE)
-        lowest = 1.0  # the dense network
+        lowest = seconds / baseline.seconds  # the dense network in the plans' precision
+        if lowest <= limit:
+            return Reachable(lowest)
         for measured in self._measured(program, baseline.model, candidates, table):
             lowest = min(lowest, measured)
             if lowest <= limit:

@@ -14,7 +14,7 @@ from tdcompile.core.plan import Importances, RankPlan
 from tdcompile.core.registry import make
 from tdcompile.errors import BudgetError
 from tdcompile.ir.measurements import Baseline, Reachable
-from tdcompile.ir.target import Budget, Cost
+from tdcompile.ir.target import Budget, Cost, Target
 from tdcompile.passes.analyze import reach
 from tdcompile.passes.analyze.choose import Choose
 from tests.passes.analyze.test_rehearse import table
@@ -49,7 +49,7 @@ def graph(monkeypatch):
         yield Path("plan.onnx")
 
     def layers(model, names, *rest):
-        return dict.fromkeys(names, 10.0) if model == Path("dense.onnx") else took(plans[-1])
+        return took(plans[-1]) if model == Path("plan.onnx") else dict.fromkeys(names, 10.0)
 
     def times(models, *rest, **options):
         return [Timing.of([22.0]), Timing.of([2.0 + sum(took(plans[-1]).values())], [22.0])]
@@ -101,6 +101,16 @@ def test_prices_that_the_graph_denies_are_corrected_before_a_budget_is_refused(p
     assert [{c.form for c in choices.values()} for choices in plans] == [{"spatial"}, {"channel"}]
     with pytest.raises(BudgetError, match=r"keeps 0\.91"):
         run(program, 0.3, rounds=1)
+
+
+def test_int8_alone_is_within_reach_although_every_form_is_slower_there(program, graph):
+    prices, inside, _ = graph
+    prices["channel"], inside["channel"] = 8.0, 20.0
+    facts = program.facts.having(Baseline(Path("dense.onnx"), 22.0, Path("int8.onnx"), 11.0))
+    in_int8 = program.with_(facts=facts, target=Target(precision="int8"))
+    assert run(in_int8, 0.5, decompose=("channel",)) == Reachable(0.5)
+    with pytest.raises(BudgetError, match=r"the cheapest one keeps 0\.5,"):
+        run(in_int8, 0.4, decompose=("channel",))
 
 
 def test_a_network_without_a_faster_form_is_told_so(program, graph):
