@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,9 @@ from tdcompile.data.task import Samples
 from tdcompile.ir.program import Program
 from tdcompile.ir.scoring import objective_of
 from tdcompile.training.distillation import ScoredOutputs
-from tdcompile.training.run_state import Tuning
+from tdcompile.training.run_state import Optimizer, Tuning
 
-RATE = 0.03 / 128  # highest learning rate to try, for each sample of a batch; see ``lr``
+_RATES: dict[Optimizer, float] = {"sgd": 0.03, "adam": 0.003}  # highest learning rates to try, for batches of 128
 _HELDOUT = 5000  # upper bound: more samples do not change which epoch wins
 
 
@@ -26,6 +27,15 @@ class Lesson:
     heldout: Samples | None
     program: Program
     scored: ScoredOutputs
+
+
+def highest_rate(optimizer: Optimizer, batch: int) -> float:
+    """Return the highest learning rate to try: for SGD in proportion to the batch, for Adam to its root.
+
+    Goyal et al. 2017, arXiv 1706.02677; Malladi et al. 2022, arXiv 2205.10287.
+    """
+    times = batch / 128
+    return _RATES[optimizer] * (math.sqrt(times) if optimizer == "adam" else times)
 
 
 def split(train: Samples, share: float, program: Program) -> tuple[Samples, Samples | None]:

@@ -32,12 +32,12 @@ from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Change, Program
 from tdcompile.ir.scoring import objective_of
-from tdcompile.passes.tune._distil import RATE, split, told_of
+from tdcompile.passes.tune._distil import highest_rate, split, told_of
 from tdcompile.support.options import Count, NonNegative, Part, Positive
 from tdcompile.training.augment import AugmentOption, resolve_augment
 from tdcompile.training.distillation import Distillation, excluded_output, scored_outputs
 from tdcompile.training.distributed import from_first, no_gpu, same_in_all
-from tdcompile.training.run_state import Int8Tuning, Tuning
+from tdcompile.training.run_state import Int8Tuning, Optimizer, Tuning
 from tdcompile.training.trainer import Settings, Trainer, training_state_of
 
 # LSQ trains 8-bit networks at a tenth of the rate of lower precisions: they begin next to where they end.
@@ -56,8 +56,9 @@ class FinetuneInt8(TunePass):
 
     Attributes:
         epochs: number of epochs; may be a fraction.
-        lr: highest learning rate, also of the scales. ``none`` takes a tenth of the rate of ``finetune``, or of 0.03
-            for a batch of 128 if that did not run.
+        optimizer: ``sgd`` or ``adam``; ``none`` takes that of ``finetune``, or ``sgd`` if that did not run.
+        lr: highest learning rate, also of the scales. ``none`` takes a tenth of the rate of ``finetune``, or of the
+            highest that it tries if it did not run with this optimizer.
         batch: see ``finetune``.
         temperature: see ``finetune``.
         labels: see ``finetune``.
@@ -74,6 +75,7 @@ class FinetuneInt8(TunePass):
     needs: ClassVar[tuple[type[Fact], ...]] = (RankPlan,)
     gives: ClassVar[tuple[type[Fact], ...]] = (Int8Tuning, LearnedScales)
     epochs: Positive = 1.0
+    optimizer: Optimizer | None = None
     lr: Positive | None = None
     batch: Count = 128
     temperature: Positive = 4.0
@@ -113,7 +115,9 @@ class FinetuneInt8(TunePass):
         except UnmatchedError as error:
             return _untrained(graph, f"finetune-int8: the network is not tuned through rounding: {error}")
         known = program.facts.get(Tuning)
-        rate = (known.rate if known else None) or RATE * self.batch
+        optimizer = self.optimizer or (known.optimizer if known else "sgd")
+        rate = known.rate if known is not None and known.optimizer == optimizer else None
+        rate = rate or highest_rate(optimizer, self.batch)
         settings = Settings(
             epochs=self.epochs,
             lr=self.lr or _SHARE * rate,
@@ -125,6 +129,7 @@ class FinetuneInt8(TunePass):
             frozen=True,
             average=self.average,
             patience=self.patience,
+            optimizer=optimizer,
         )
         fit, heldout = split(train, self.holdout, program)
         scored, left = scored_outputs(program, train, self.others)

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from tdcompile.backend.onnx_nodes import make_model
-from tdcompile.backend.quantize import WEIGHTED, float_inputs, module_of, save_model, stored_values
+from tdcompile.backend.quantize import float_inputs, module_of, save_model, stored_values
 from tdcompile.backend.session import infer, open_session
+from tdcompile.ir.onnx_format import WEIGHTED
 from tdcompile.ir.target import Target
 
 Array = NDArray[Any]

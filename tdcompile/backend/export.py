@@ -38,7 +38,7 @@ from tdcompile.ir.dynamic_shapes import (
     symbolic_lengths,
 )
 from tdcompile.ir.modules import evaluating, separate_attention
-from tdcompile.ir.onnx_format import OnnxFormat
+from tdcompile.ir.onnx_format import WEIGHTED, OnnxFormat
 from tdcompile.support.quiet import captured_output
 
 # A protobuf message is limited to 2 GiB; 64 MiB of it are left for the graph beside the weights.
@@ -52,7 +52,6 @@ LOWEST_EXPORTED = 18  # the lowest opset that torch exports; models are converte
 # What onnx's converter says about an operator without a lower version.
 _NO_ADAPTER = re.compile(r"No Adapter From Version \$?(?P<opset>\d+) for (?P<operator>\w+)")
 _NO_OPERATOR = re.compile(r"No Previous Version of (?P<operator>\w+) exists")
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
 _HERE = str(Path(__file__).resolve().parents[1])  # this package
 _FIXED_AXIS = re.compile(r"\.shape\[(?P<axis>\d+)\]")
 _TORCH = Path(torch.__file__).parent
@@ -588,7 +587,7 @@ def _name_merged_nodes(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
             while source not in takers and source in before:
                 source = before[source]
             weighted = set[str]().union(*(readers.get(value, ()) for value in node.input))
-            reading = takers.get(source, ()) if node.op_type in _PRODUCTS else ()
+            reading = takers.get(source, ()) if node.op_type in WEIGHTED else ()
             module = _only_inside(weighted, module) or _only_inside(reading, module) or module
             node.name = f"{module}/{node.name}" if module else node.name
 

@@ -21,15 +21,13 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from tdcompile.backend.quantized_form import QuantizedForm
 from tdcompile.backend.weight_scales import weight_overrides
 from tdcompile.errors import InputError
-from tdcompile.ir.onnx_format import check_int8_opset
+from tdcompile.ir.onnx_format import WEIGHTED, check_int8_opset
 from tdcompile.support.quiet import captured_output
 
 Ranges = Mapping[str, tuple[float, float]]  # least and largest value of each activation, by its name
 Overrides = Mapping[str, Sequence[Mapping[str, Any]]]  # ``TensorQuantOverrides`` of onnxruntime.quantization
 Scales = Mapping[str, tuple[float, int]]  # scale and zero point of each activation, by its name
 
-# Operators whose weights are quantised. ConvTranspose, recurrent layers and normalisations have no integer kernel.
-WEIGHTED = ("Conv", "Gemm", "MatMul")
 # Operators with an integer kernel that keep a region of integers together. They join a region only if all their inputs
 # come from one: between float operators they would only add conversions.
 _CARRIED = ("Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Mul", "Sigmoid")

@@ -1,4 +1,4 @@
-"""``OnnxFormat``: the versions and the output names of an exported ONNX model."""
+"""``OnnxFormat``: the versions and the output names of an exported ONNX model; ``WEIGHTED``: its layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from tdcompile.errors import InputError
 from tdcompile.ir.target import INT8_OPSET
+
+# Operators of layers with a weight. Recurrent layers, normalisations and ConvTranspose have no integer kernel.
+WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)

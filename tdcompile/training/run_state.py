@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from tdcompile.errors import UnwrittenError
 from tdcompile.ir.facts import Fact
 
 log = logging.getLogger("tdcompile")
+
+Optimizer = Literal["sgd", "adam"]
 
 
 class Epoch(NamedTuple):
@@ -43,6 +45,7 @@ class Tuning(Fact):
         seconds: the duration of all epochs, including epochs before an interruption.
         start_score: the metric on the held-out split before training; None without targets.
         rate: the highest learning rate.
+        optimizer: whose rate it is.
     """
 
     epochs: int = 0
@@ -51,6 +54,7 @@ class Tuning(Fact):
     seconds: float = 0.0
     start_score: float | None = None
     rate: float | None = None
+    optimizer: Optimizer = "sgd"
 
 
 @dataclass(frozen=True)

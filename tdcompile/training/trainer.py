@@ -30,7 +30,7 @@ from tdcompile.support.progress import report_progress
 from tdcompile.training.augment import Augment, Augmented
 from tdcompile.training.distributed import count, devices, from_first, no_gpu, same_in_all
 from tdcompile.training.mixed_precision import Precision, strided_depthwise_in_fp32
-from tdcompile.training.run_state import Epoch, Saved, Tuning, key_of, state_folder
+from tdcompile.training.run_state import Epoch, Optimizer, Saved, Tuning, key_of, state_folder
 from tdcompile.training.schedule import warmup_cosine
 from tdcompile.training.sync_batchnorm import synchronized_batchnorm
 
@@ -39,19 +39,21 @@ from tdcompile.training.sync_batchnorm import synchronized_batchnorm
 # addend keeps an epoch that is worse by exactly 0.01.
 _START_DISCOUNT = 0.01 + 1e-9
 
+_SQUARES = 0.999  # β₂ of Adam: the decay of its mean of squared gradients
+
 # Consecutive steps that fp16 may skip: its loss scale starts at 2^16 and is halved by each.
 _MAX_SKIPPED_STEPS = 20
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyperparameters of SGD with Nesterov momentum, linear warm-up, cosine decay, clipped gradients, no weight decay.
+    """Hyperparameters: linear warm-up, cosine decay, clipped gradients, no weight decay.
 
     Attributes:
         epochs: number of epochs; may be a fraction.
         lr: highest learning rate.
         batch: samples per step, over all processes together.
-        momentum: momentum of SGD; 0 turns Nesterov off.
+        momentum: momentum of SGD, 0 turns Nesterov off; β₁ of Adam.
         warmup: share of the steps in which the rate rises.
         clip: upper bound on the gradient norm of all parameters together.
         augment: augmentation of images.
@@ -59,6 +61,7 @@ class Settings:
         average: decay of the exponential moving average of the weights, which is then evaluated and kept; 0 is off.
         patience: stop after so many epochs without improvement; 0 never stops early.
         precision: precision of autocast; the weights stay in fp32.
+        optimizer: ``sgd`` with Nesterov momentum, or ``adam`` (Kingma and Ba 2015, arXiv 1412.6980).
     """
 
     epochs: float
@@ -72,6 +75,13 @@ class Settings:
     average: float = 0.0
     patience: int = 0
     precision: Precision = "fp32"
+    optimizer: Optimizer = "sgd"
+
+    def optimizer_of(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimizer of some parameters."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, self.lr, (self.momentum, _SQUARES))
+        return torch.optim.SGD(parameters, self.lr, self.momentum, nesterov=self.momentum > 0)
 
 
 class Trainer:
@@ -148,7 +158,7 @@ class Trainer:
         )
         self._steps = max(1, round(settings.epochs * len(loader)))
         self._epochs = math.ceil(self._steps / len(loader))
-        optimizer = torch.optim.SGD(trained, settings.lr, settings.momentum, nesterov=settings.momentum > 0)
+        optimizer = settings.optimizer_of(trained)
         rate = partial(warmup_cosine, warmup=round(settings.warmup * self._steps), total=self._steps)
         self._model, self._optimizer, self._loader, self._scheduler = accelerator.prepare(
             self._objective, optimizer, loader, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
@@ -191,7 +201,8 @@ class Trainer:
                 self._saved.write(state)
         self._end(state["weights"])
         kept, rate = state["best"][0], self._settings.lr
-        return Tuning(len(curve), tuple(curve), kept, state["seconds"], state["start"][2], rate)
+        start = state["start"][2]
+        return Tuning(len(curve), tuple(curve), kept, state["seconds"], start, rate, self._settings.optimizer)
 
     def _begin(self) -> dict[str, Any]:
         """Return the saved state after loading it into graph and optimizer, or the state of a new run."""

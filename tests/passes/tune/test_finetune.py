@@ -374,6 +374,26 @@ def test_the_default_rate_is_in_proportion_to_the_batch() -> None:
     assert Finetune()._settings(start).lr == pytest.approx(0.03)
     assert Finetune(batch=32)._settings(start).lr == pytest.approx(0.0075)
     assert Finetune(batch=32, lr=0.2)._settings(start).lr == 0.2
+    assert Finetune(optimizer="adam")._settings(start).lr == pytest.approx(0.003)
+    assert Finetune(optimizer="adam", batch=32)._settings(start).lr == pytest.approx(0.0015)
+
+
+def test_adam_learns_and_an_interrupted_run_goes_on_with_its_moments(taught: Program, tmp_path: Path) -> None:
+    adam, start = replace(FAST, optimizer="adam"), program(data())
+    whole = adam.run(start)
+    assert distance(whole) < 0.8 * distance(start)
+    assert not same(whole, FAST.run(start))
+    resumable = start.with_(workspace=tmp_path)
+    interrupted(adam, resumable, step=23)
+    steps, resumed = steps_of(adam, resumable)
+    assert len(steps) < 27
+    assert same(whole, resumed)
+    assert resumed.facts[Tuning].optimizer == "adam"
+
+
+def test_an_unknown_optimizer_is_refused_by_the_names_of_the_known() -> None:
+    with pytest.raises(InputError, match=r"optimizer=adamw must be one of sgd, adam"):
+        Finetune.from_options({"optimizer": "adamw"})
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,21 @@ def int8_loss(program: Program, folder: Path) -> tuple[float, Quantized]:
     return float(Distillation(program.dense, 4.0, 0.0)(torch.from_numpy(answers), batch)), made
 
 
+@pytest.mark.parametrize(
+    ("before", "own", "used", "rate"),
+    [
+        (Tuning(1, rate=0.02, optimizer="adam"), None, "adam", 0.002),
+        (Tuning(1, rate=0.02), "adam", "adam", 0.0003),  # a tenth of the highest rate: SGD's says nothing about Adam
+        (Tuning(1, rate=0.02), None, "sgd", 0.002),
+        (None, None, "sgd", 0.003),
+    ],
+)
+def test_it_goes_on_with_the_optimizer_and_a_tenth_of_the_rate_of_finetune(narrow, before, own, used, rate) -> None:
+    start = narrow if before is None else narrow.with_(facts=narrow.facts.having(before))
+    figures = FinetuneInt8(epochs=0.1, optimizer=own).run(start).facts[Int8Tuning]
+    assert (figures.optimizer, figures.rate) == (used, pytest.approx(rate))
+
+
 def test_tuning_repairs_ranges_that_are_too_narrow(narrow: Program, tuned: Program, tmp_path: Path) -> None:
     before, first = int8_loss(narrow, tmp_path / "before")
     after, made = int8_loss(tuned, tmp_path / "after")
