@@ -277,7 +277,7 @@ class Recipe(RecipeOptions):
                 f"add {only(Pass, 'fine_tunes').name}{{…}}"
             )
         options = parse_options(self.tune)
-        tuned = [step for step in trainers if not kinds[step.name].fine_tunes_int8]
+        tuned = [step for step in trainers if not kinds[step.name].fine_tunes_int8] or trainers
         return [replace(step, options={**step.options, **options}) if step in tuned else step for step in steps]
 
     def _passed_on(self, step: Spec) -> Spec:

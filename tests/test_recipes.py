@@ -114,6 +114,15 @@ def test_tuning_goes_to_the_pass_of_a_pipeline_that_trains() -> None:
     assert annealed.spec().options["epochs"] == "2.0"
 
 
+def test_tuning_goes_to_the_pass_that_trains_through_rounding_only_if_no_other_trains() -> None:
+    tail = "fold-batchnorm,drop-dead,finetune-int8"
+    alone = Recipe(pipeline=f"factorize,{tail}", precision="int8", tune="optimizer=adam,epochs=3")
+    assert str(alone.steps()).endswith("finetune-int8{epochs=3.0,optimizer=adam}")
+    both = Recipe(pipeline=f"factorize,finetune,{tail}", precision="int8", tune="optimizer=adam,epochs=3")
+    assert "finetune{epochs=3.0,optimizer=adam}" in str(both.steps())
+    assert str(both.steps()).endswith("finetune-int8")
+
+
 @pytest.mark.parametrize(
     ("recipe", "options", "said"),
     [

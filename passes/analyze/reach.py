@@ -19,7 +19,7 @@ from tdcompile.errors import BudgetError
 from tdcompile.ir.facts import Fact
 from tdcompile.ir.measurements import Baseline, Reachable
 from tdcompile.ir.program import Program, Site, kept_dense, parameters_of, sites
-from tdcompile.ir.target import LATENCY_TOLERANCE, total
+from tdcompile.ir.target import LATENCY_TOLERANCE, Precision, total
 from tdcompile.passes.analyze._layer_prices import Spaces, chain_of, cost_of, grain_of, prices_of, spaces_of
 from tdcompile.passes.analyze._plan_graph import written
 from tdcompile.planning.allocation import lowest_shares, out_of_reach, rounded_up
@@ -37,8 +37,8 @@ class Reach(AnalysisPass):
     """Find the cheapest plan, whatever its errors, and refuse a budget below it.
 
     Parameters and multiply-accumulates are counted. Under a latency budget each layer gets its fastest form at the
-    smallest ranks by the layers' prices. If that is not clearly within the budget, the plan is measured in the whole
-    graph, the prices are corrected, and the fastest plan is measured again.
+    smallest ranks by the layers' prices. If that is not clearly within the budget, and int8 alone does not meet it, the
+    plan is measured in the whole graph, the prices are corrected, and the fastest plan is measured again.
 
     Attributes:
         decompose: text forms of the decompositions to consider; all if empty.
@@ -132,14 +132,14 @@ class Reach(AnalysisPass):
         if _priced(candidates, table, seconds) * seconds <= _SAFE * share * baseline.seconds:
             return Reachable()
         limit = share * (1 + LATENCY_TOLERANCE)
-        lowest = seconds / baseline.seconds  # the dense network in the plans' precision
-        if lowest <= limit:
+        own = lowest = seconds / baseline.seconds  # the dense network in the plans' precision
+        if lowest <= limit and lowest < 1.0:
             return Reachable(lowest)
         for measured in self._measured(program, baseline.model, candidates, table):
             lowest = min(lowest, measured)
             if lowest <= limit:
                 return Reachable(lowest)
-        raise BudgetError(_told(share, lowest))
+        raise BudgetError(_told(share, lowest, candidates.precision if own > 1.0 else None))
 
     def _measured(
         self, program: Program, baseline: Path, candidates: Candidates, table: dict[str, list[float]]
@@ -191,9 +191,18 @@ def _in_step(options: Sequence[Candidate], dense: float) -> list[float]:
     return [scale * option.cost.seconds for option in options]
 
 
-def _told(share: float, lowest: float) -> str:
+def _told(share: float, lowest: float, slow: Precision | None) -> str:
+    """Return why a latency is out of reach.
+
+    Args:
+        share: the budget.
+        lowest: what is reached.
+        slow: the precision of the plans, if it makes the dense network slower than fp32 does.
+    """
     least = lowest / (1 + LATENCY_TOLERANCE)
     asked = f"no plan keeps latency within {share:g} of dense: the cheapest one keeps {rounded_up(lowest)}"
+    if lowest >= 1.0 and slow is not None:
+        return f"{asked}, because {slow} makes this network slower here: take --precision fp32 or auto"
     if lowest >= 1.0:
         return f"{asked}, because no layer has a faster form; ask for fewer MACs or parameters, or allow more forms"
     margin = f"a latency may exceed its budget by {LATENCY_TOLERANCE * 100:g} %"

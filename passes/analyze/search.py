@@ -319,7 +319,7 @@ def _as_model(made: Program, plan: RankPlan) -> Evaluation:
     known = made.facts.get(Baseline)
     with tempfile.TemporaryDirectory(prefix="tdcompile-") as folder:
         dense, floats, model = (Path(folder) / f"{name}.onnx" for name in ("dense", "floats", "model"))
-        if known is None:
+        if known is None or not known.model.is_file():
             export_lowered(made, made.dense, dense)
         else:
             dense = known.model

@@ -131,7 +131,9 @@ class Finetune(TunePass):
         tuning = done or self._trained(graph, lesson, settings, self.name, saved)
         told = [excluded_output(self.name, place, why) for place, why in left.items()]
         return Rewritten(
-            graph, [*told, Change("", self.name, f"{told_of(tuning, program)}, rate {settings.lr:.3g}")], [tuning]
+            graph,
+            [*told, Change("", self.name, f"{told_of(tuning, program)}, {self.optimizer}, rate {settings.lr:.3g}")],
+            [tuning],
         )
 
     @property

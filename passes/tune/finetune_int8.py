@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -134,7 +134,7 @@ class FinetuneInt8(TunePass):
         fit, heldout = split(train, self.holdout, program)
         scored, left = scored_outputs(program, train, self.others)
         loss = Distillation(copy_weights(lower(program, program.dense)), self.temperature, self.labels, scored=scored)
-        saved = training_state_of(self, student, train, program)
+        saved = training_state_of(replace(self, optimizer=optimizer, lr=settings.lr), student, train, program)
         tuning = Trainer(student, loss, fit, heldout, settings, program, self.name, saved).run()
         # Without a better epoch, ranges from samples and corrected biases are better than the start without them.
         found = settled(student, lowered, floats) if tuning.best_epoch else LearnedScales()

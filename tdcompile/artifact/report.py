@@ -210,6 +210,7 @@ class Tuned(_Part):
     epochs: int
     kept_epoch: int
     rate: float | None
+    optimizer: str = "sgd"
     seconds: float
     heldout_before: float | None = None
     """The metric on the held-out samples before the first epoch; null without targets."""

@@ -158,6 +158,7 @@ def _tuned(tuning: Tuning) -> dict[str, Any]:
         "epochs": tuning.epochs,
         "kept_epoch": tuning.best_epoch,
         "rate": tuning.rate,
+        "optimizer": tuning.optimizer,
         "seconds": tuning.seconds,
         "heldout_before": tuning.start_score,
         "heldout_after": tuning.start_score if kept is None else kept.heldout_score,

@@ -33,8 +33,9 @@ Scales = Mapping[str, tuple[float, int]]  # scale and zero point of each activat
 _CARRIED = ("Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Mul", "Sigmoid")
 _NEVER_NEGATIVE = ("Relu", "Sigmoid", "Softmax")
 _MOVED = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")  # they move values and round none
-# Operators that give no negative value if they read none.
-_SIGN_KEPT = (*_MOVED, "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Mul")
+# Operators that give no negative value if they read none: those that copy all values of their first input, and others.
+_COPIED = (*_MOVED, "DepthToSpace", "SpaceToDepth", "Expand", "Tile")
+_SIGN_KEPT = ("MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Mul")
 # Layers without an integer kernel, by the operator that tells them, with the reason.
 _NO_KERNEL = {
     "ConvTranspose": "onnxruntime has no integer kernel for transposed convolutions",
@@ -356,18 +357,32 @@ def _ranges_for_latency(proto: onnx.ModelProto) -> Ranges:
     """Return 0 to 1 for values that are never negative, and -1 to 1 for all others.
 
     onnxruntime drops a ReLU whose output has the least integer as its zero point, and then takes an integer kernel for
-    the addition before it: with -1 to 1 for all values ResNet-56 takes 7 % more time than with its own ranges.
+    the addition before it: with -1 to 1 for all values ResNet-56 takes 7 % more time than with its own ranges. It
+    copies integers only where the copy has the range of the original.
     """
     stored = {weight.name: weight for weight in proto.graph.initializer}
+    sizes = {
+        value.name: [each.dim_value or each.dim_param for each in value.type.tensor_type.shape.dim]
+        for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)
+    }
     positive: set[str] = set()
     for node in proto.graph.node:
-        read = [name for name in node.input[: 1 if node.op_type in _MOVED else None] if name]
-        kept = node.op_type in _SIGN_KEPT and all(name in positive for name in read)
+        copied = _copies(node) or (node.op_type == "Slice" and sizes.get(node.input[0]) == sizes.get(node.output[0]))
+        read = [name for name in node.input[: 1 if copied else None] if name]
+        kept = (copied or node.op_type in _SIGN_KEPT) and all(name in positive for name in read)
         if node.op_type in _NEVER_NEGATIVE or kept or (node.op_type == "Clip" and _clips_below(node, stored)):
             positive |= set(node.output)
     values = [*proto.graph.input, *proto.graph.output]
     names = {value.name for value in values} | {name for node in proto.graph.node for name in node.output}
     return {name: (0.0 if name in positive else -1.0, 1.0) for name in names}
+
+
+def _copies(node: onnx.NodeProto) -> bool:
+    """Return whether the values of a node are those of its first input."""
+    if node.op_type == "Resize":
+        given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        return bool(given.get("mode", b"nearest") == b"nearest")
+    return node.op_type in _COPIED
 
 
 def _clips_below(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:

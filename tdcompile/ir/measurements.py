@@ -111,7 +111,8 @@ class Reachable(Fact):
     """The budget is within reach.
 
     Attributes:
-        latency: measured share of the dense latency that a plan reaches; None if the prices left no doubt.
+        latency: measured share of the dense latency that a plan, or int8 alone, reaches; None if the prices left no
+            doubt.
     """
 
     latency: float | None = None

@@ -113,6 +113,14 @@ def test_int8_alone_is_within_reach_although_every_form_is_slower_there(program,
         run(in_int8, 0.4, decompose=("channel",))
 
 
+def test_a_precision_that_makes_the_network_slower_is_the_reason(program, graph):
+    prices, inside, _ = graph
+    prices["channel"], inside["channel"] = 8.0, 12.0
+    facts = program.facts.having(Baseline(Path("dense.onnx"), 22.0, Path("int8.onnx"), 28.6))
+    with pytest.raises(BudgetError, match=r"keeps 1, because int8 makes this network slower here: take --precision"):
+        run(program.with_(facts=facts, target=Target(precision="int8")), 0.9, decompose=("channel",))
+
+
 def test_a_network_without_a_faster_form_is_told_so(program, graph):
     prices, _, plans = graph
     prices["channel"] = 30.0

@@ -140,6 +140,28 @@ class StopError(Exception):
     pass
 
 
+def test_a_run_does_not_resume_from_the_state_of_another_optimizer(
+    narrow: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form, epoch, seen = replace(FAST, lr=None), Trainer._epoch, []
+
+    def stopping(self, number, curve):
+        seen.append(number)
+        if len(seen) == 2:
+            raise StopError
+        return epoch(self, number, curve)
+
+    monkeypatch.setattr(Trainer, "_epoch", stopping)
+    after_adam, after_sgd = (
+        narrow.with_(workspace=tmp_path, facts=narrow.facts.having(Tuning(1, rate=0.02, optimizer=name)))
+        for name in ("adam", "sgd")
+    )
+    with pytest.raises(StopError):
+        form.run(after_adam)
+    form.run(after_sgd)
+    assert seen == [1, 2, 1, 2, 3]
+
+
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
     narrow: Program, tuned: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
