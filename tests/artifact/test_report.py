@@ -180,8 +180,10 @@ def printed(shown: Report, width: int = 160) -> str:
 
 
 def test_it_says_at_which_rate_the_tuning_was_and_what_it_kept() -> None:
-    assert "2 epochs at a rate of 0.03" in render_html(report())
+    assert "2 epochs of SGD at a rate of 0.03" in render_html(report())
     assert "the weights of epoch 2 were kept" in render_html(report())
+    adam = {"epochs": 2, "kept_epoch": 2, "rate": 0.03, "optimizer": "adam", "seconds": 60.0}
+    assert "2 epochs of Adam at a rate of 0.03" in render_html(report(tuning=adam))
     none = {"epochs": 2, "kept_epoch": 0, "rate": 0.03, "seconds": 60.0}
     assert "all did worse on held-out samples than the start" in render_html(report(tuning=none))
 
