@@ -507,3 +507,34 @@ def test_a_message_of_dynamo_is_told_beyond_its_first_line(tmp_path, monkeypatch
     said = "The operator failed:\n\n  because of its input\n"
     with pytest.raises(TdcompileError, match=r"says: The operator failed: because of its input$"):
         export_onnx(nn.ReLU(), (torch.randn(2, 3),), tmp_path / "m.onnx")
+
+
+class Factored(nn.Module):
+    """Linear layers as two factors that read one value, and one that is dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Sequential(nn.Linear(16, rank, bias=False), nn.Linear(rank, 16)) for rank in (4, 8))
+        self.dense, self.alone = nn.Linear(16, 16), nn.Linear(16, 3, bias=False)
+
+    def forward(self, x):
+        return self.alone((self.a(x) + self.b(x) * self.dense(x)).relu())
+
+
+def test_both_factors_of_a_linear_layer_read_rows_and_layers_share_the_reshape(tmp_path: Path) -> None:
+    network, x = Factored().eval(), torch.randn(2, 5, 16)
+    export_onnx(network, (x,), tmp_path / "net.onnx")
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    makers = {output: node for node in graph.node for output in node.output}
+    first = [makers[node.input[0]] for node in graph.node if node.op_type == "Gemm" and node.name.startswith(("a", "b"))]
+    assert [node.op_type for node in first] == ["MatMul", "MatMul"]
+    assert {node.name.split("/")[0] for node in first} == {"a.0", "b.0"}
+    assert len({node.input[0] for node in first}) == 1
+    assert makers[first[0].input[0]].op_type == "Reshape"
+    (alone,) = [node for node in graph.node if node.name.startswith("alone")]
+    assert makers[alone.input[0]].op_type == "Relu"  # nothing is flattened behind it
+    read = {value for node in graph.node for value in node.input}
+    assert all(weight.name in read for weight in graph.initializer)
+    many = torch.cat([x, x, x])
+    (found,) = infer(open_session(tmp_path / "net.onnx", Target()), (many,))
+    torch.testing.assert_close(torch.from_numpy(found), network(many).detach(), atol=1e-5, rtol=1e-4)
