@@ -526,7 +526,8 @@ def test_both_factors_of_a_linear_layer_read_rows_and_layers_share_the_reshape(t
     export_onnx(network, (x,), tmp_path / "net.onnx")
     graph = onnx.load(tmp_path / "net.onnx").graph
     makers = {output: node for node in graph.node for output in node.output}
-    first = [makers[node.input[0]] for node in graph.node if node.op_type == "Gemm" and node.name.startswith(("a", "b"))]
+    second = [node for node in graph.node if node.name.startswith(("a.1/Gemm", "b.1/Gemm"))]
+    first = [makers[node.input[0]] for node in second]
     assert [node.op_type for node in first] == ["MatMul", "MatMul"]
     assert {node.name.split("/")[0] for node in first} == {"a.0", "b.0"}
     assert len({node.input[0] for node in first}) == 1
