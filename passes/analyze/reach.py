@@ -22,7 +22,7 @@ from tdcompile.ir.program import Program, Site, kept_dense, parameters_of, sites
 from tdcompile.ir.target import LATENCY_TOLERANCE, Precision, total
 from tdcompile.passes.analyze._layer_prices import Spaces, chain_of, cost_of, grain_of, prices_of, spaces_of
 from tdcompile.passes.analyze._plan_graph import written
-from tdcompile.planning.allocation import lowest_shares, out_of_reach, rounded_up
+from tdcompile.planning.allocation import lowest_shares, out_of_reach, rounded_up, slower_in
 from tdcompile.support.options import Count, NonNegative
 from tdcompile.support.progress import report_progress
 
@@ -202,7 +202,7 @@ def _told(share: float, lowest: float, slow: Precision | None) -> str:
     least = lowest / (1 + LATENCY_TOLERANCE)
     asked = f"no plan keeps latency within {share:g} of dense: the cheapest one keeps {rounded_up(lowest)}"
     if lowest >= 1.0 and slow is not None:
-        return f"{asked}, because {slow} makes this network slower here: take --precision fp32 or auto"
+        return f"{asked}, because {slower_in(slow)}"
     if lowest >= 1.0:
         return f"{asked}, because no layer has a faster form; ask for fewer MACs or parameters, or allow more forms"
     margin = f"a latency may exceed its budget by {LATENCY_TOLERANCE * 100:g} %"

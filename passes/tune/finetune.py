@@ -56,10 +56,10 @@ class Finetune(TunePass):
         epochs: number of epochs; may be a fraction.
         optimizer: ``sgd`` with Nesterov momentum, or ``adam``, which suits transformers.
         lr: highest learning rate. ``none`` searches: short runs try 0.03 for a batch of 128, 0.003 with Adam, and
-            shares of it down to a hundredth, and the least held-out loss wins. Other batches change the rate in
-            proportion, with Adam as their root. One epoch uses the winner; more epochs use √epochs times it, because
-            they have time to recover from a high rate. If the whole tuning is no longer than a short run, the winner's
-            weights are the result.
+            shares of it down to a hundredth, and the least held-out loss wins. For other batch sizes the rate changes
+            in proportion, with Adam by the square root. One epoch uses the winner; more epochs use √epochs times it,
+            because they have time to recover from a high rate. If the whole tuning is no longer than a short run, the
+            winner's weights are the result.
         trial: steps of each short run; 0, or no held-out samples, takes the highest rate without a search.
         batch: samples in one step.
         momentum: that of SGD; β₁ of Adam.

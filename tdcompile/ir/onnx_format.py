@@ -1,4 +1,4 @@
-"""``OnnxFormat``: the versions and the output names of an exported ONNX model; ``WEIGHTED``: its layers."""
+"""``OnnxFormat``: the versions and the output names of an exported ONNX model; ``WEIGHTED``: its products."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tdcompile.errors import InputError
 from tdcompile.ir.target import INT8_OPSET
 
-# Operators of layers with a weight. Recurrent layers, normalisations and ConvTranspose have no integer kernel.
+# Operators that multiply by a weight and have an integer kernel; ConvTranspose has none.
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 

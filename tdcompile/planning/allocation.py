@@ -245,12 +245,17 @@ def _miss(selector: RankSelector, candidates: Candidates, budget: Budget, reache
     closest = {name: getattr(reached, LIMITED[name]) / getattr(dense, LIMITED[name]) for name in budget.shares}
     if (sentence := out_of_reach(lowest, budget)) is not None:
         if lowest.get("latency", 0.0) >= 1.0 and candidates.precision != "fp32":
-            return f"{sentence}; {candidates.precision} makes this network slower here: take --precision fp32 or auto"
+            return f"{sentence}; {slower_in(candidates.precision)}"
         return f"{sentence}; raise the budget or allow more decompositions"
     return (
         f"{selector.spec()} gives no plan within {budget}: its closest one keeps {_shares(closest)} "
         f"(each on its own can go down to {_shares(lowest)}); raise the budget or use another rank selector"
     )
+
+
+def slower_in(precision: str) -> str:
+    """Return the advice for a network that another precision than fp32 makes slower."""
+    return f"{precision} makes this network slower here: take --precision fp32 or auto"
 
 
 def lowest_shares(candidates: Candidates, budget: Budget) -> dict[str, float]:
