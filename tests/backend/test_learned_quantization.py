@@ -146,6 +146,26 @@ def test_scales_have_the_gradient_of_lsq_times_the_scale() -> None:
     assert x.grad.tolist() == [[0.0, 1.0, 1.0, 0.0]]
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_rounding_on_a_cpu_has_values_and_gradients_of_the_operator_of_torch(
+    signed: bool, form: torch.memory_format
+) -> None:
+    part = LearnedFakeQuantize("x", LearnedScale(0.013, 1.0), 3, signed=signed)
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = (torch.randn(4, 8, 5, 7, generator=generator).contiguous(memory_format=form) for _ in range(2))
+    x.requires_grad_()
+    ours = part(x)
+    theirs = torch._fake_quantize_learnable_per_tensor_affine(
+        x, part.scale, part.zero.float().reshape(1), part.low, part.high, 10.0
+    )
+    assert torch.equal(ours, theirs)
+    assert bool((ours == ours.max()).sum() > 1)  # values out of range
+    given = [torch.autograd.grad(made, [x, part.learned.log], gradient) for made in (ours, theirs)]
+    assert torch.equal(given[0][0], given[1][0])
+    assert given[0][1].item() == pytest.approx(given[1][1].item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("value", [-100.0, -9.0, 0.0, 9.0])
 def test_a_scale_that_leaves_its_bounds_stays_usable_and_comes_back(value: float) -> None:
     scale = LearnedScale(0.5, 2.0)
