@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import os
 import re
 import shutil
@@ -11,7 +10,7 @@ import sysconfig
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import onnx
 import onnx.version_converter
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -566,40 +566,73 @@ def _flatten_before_products(graph: onnx.GraphProto) -> None:
     """
     if any(part.HasField("g") or part.graphs for node in graph.node for part in node.attribute):
         return  # a graph inside a node may read the values that go
+    known = {value for node in graph.node for value in node.input}
+    products = {product.output[0]: (reshape, rows) for product, reshape, rows in _flattened_products(graph)}
+    gone = {reshape.output[0] for reshape, _ in products.values()}
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.output[0] in products:
+            reshape, rows = products[node.output[0]]
+            source, flat = node.input[0], f"{node.output[0]}/rows"
+            graph.initializer.append(numpy_helper.from_array(rows, f"{flat}/shape"))
+            kept.append(helper.make_node("Reshape", [source, f"{flat}/shape"], [flat], name="Reshape_rows"))
+            node.input[0], node.output[0] = flat, reshape.output[0]
+            known.add(f"{flat}/shape")
+        elif node.op_type == "Reshape" and node.output[0] in gone:
+            continue
+        kept.append(node)
+    kept = _reshaped_once(graph, kept)
+    count = len(graph.node)
+    graph.node.extend(kept)
+    del graph.node[:count]
+    made = {value for node in graph.node for value in node.output}
+    described = [value for value in graph.value_info if value.name in made]
+    count = len(graph.value_info)
+    graph.value_info.extend(described)
+    del graph.value_info[:count]
+    unread = known - {value for node in graph.node for value in node.input}
+    for shape in [weight for weight in graph.initializer if weight.name in unread]:
+        graph.initializer.remove(shape)
+
+
+def _flattened_products(
+    graph: onnx.GraphProto,
+) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto, NDArray[np.int64]]]:
+    """Yield each product with a matrix whose output one Reshape alone reads, to rows; the Reshape; its input's shape.
+
+    The shape is that of the product's input as rows.
+    """
     stored = {weight.name: weight for weight in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
     users = Counter(value for node in graph.node for value in node.input)
     users.update(value.name for value in graph.output)
-    flat: dict[str, onnx.NodeProto] = {}
-    shapes: set[str] = set()  # of Reshapes that go
-    kept: list[onnx.NodeProto] = []
     for node in graph.node:
         product = makers.get(node.input[0]) if node.op_type == "Reshape" and node.input[1] in stored else None
-        if product is not None and product.op_type == "MatMul" and users[product.output[0]] == 1:
-            weight, sizes = stored.get(product.input[1]), numpy_helper.to_array(stored[node.input[1]]).tolist()
-            if weight is not None and len(weight.dims) == len(sizes) == 2 and sizes[1] == weight.dims[1]:
-                source, shape = product.input[0], f"{product.input[0]}/rows"
-                if source not in flat:
-                    rows = np.array([sizes[0], weight.dims[0]], np.int64)
-                    graph.initializer.append(numpy_helper.from_array(rows, shape))
-                    flat[source] = helper.make_node("Reshape", [source, shape], [f"{source}/flat"], name="Reshape_rows")
-                shapes.add(node.input[1])
-                product.input[0], product.output[0] = flat[source].output[0], node.output[0]
+        if product is None or product.op_type != "MatMul" or users[product.output[0]] > 1:
+            continue
+        weight, sizes = stored.get(product.input[1]), numpy_helper.to_array(stored[node.input[1]]).tolist()
+        if weight is not None and len(weight.dims) == len(sizes) == 2 and sizes[1] == weight.dims[1]:
+            yield product, node, np.array([sizes[0], weight.dims[0]], np.int64)
+
+
+def _reshaped_once(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Return the nodes without Reshapes of a value to a shape that an earlier one makes; their users read that one."""
+    stored = {weight.name: weight for weight in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    first: dict[tuple[object, ...], str] = {}
+    renamed: dict[str, str] = {}
+    kept = []
+    for node in nodes:
+        for place, value in enumerate(node.input):
+            node.input[place] = renamed.get(value, value)
+        if node.op_type == "Reshape" and node.input[1] in stored and node.output[0] not in outputs:
+            sizes = numpy_helper.to_array(stored[node.input[1]]).tolist()
+            same = first.setdefault((node.input[0], *sizes, str(node.attribute)), node.output[0])
+            if same != node.output[0]:
+                renamed[node.output[0]] = same
                 continue
         kept.append(node)
-    first = [one for source, one in flat.items() if source not in makers]
-    behind = ([node, *(flat[value] for value in node.output if value in flat)] for node in kept)
-    ordered = [*first, *itertools.chain.from_iterable(behind)]
-    count = len(graph.node)
-    graph.node.extend(ordered)
-    del graph.node[:count]
-    made = {value for node in graph.node for value in node.output}
-    known = [value for value in graph.value_info if value.name in made]
-    count = len(graph.value_info)
-    graph.value_info.extend(known)
-    del graph.value_info[:count]
-    for shape in shapes - {value for node in graph.node for value in node.input}:
-        graph.initializer.remove(stored[shape])
+    return kept
 
 
 def _name_merged_nodes(new: onnx.GraphProto, old: onnx.GraphProto) -> None:

@@ -521,7 +521,7 @@ class Factored(nn.Module):
         return self.alone((self.a(x) + self.b(x) * self.dense(x)).relu())
 
 
-def test_both_factors_of_a_linear_layer_read_rows_and_layers_share_the_reshape(tmp_path: Path) -> None:
+def test_both_factors_of_a_linear_layer_read_rows_and_all_layers_share_the_reshape(tmp_path: Path) -> None:
     network, x = Factored().eval(), torch.randn(2, 5, 16)
     export_onnx(network, (x,), tmp_path / "net.onnx")
     graph = onnx.load(tmp_path / "net.onnx").graph
@@ -530,7 +530,8 @@ def test_both_factors_of_a_linear_layer_read_rows_and_layers_share_the_reshape(t
     first = [makers[node.input[0]] for node in second]
     assert [node.op_type for node in first] == ["MatMul", "MatMul"]
     assert {node.name.split("/")[0] for node in first} == {"a.0", "b.0"}
-    assert len({node.input[0] for node in first}) == 1
+    (dense,) = [node for node in graph.node if node.name.startswith("dense/Gemm")]
+    assert len({node.input[0] for node in [*first, dense]}) == 1
     assert makers[first[0].input[0]].op_type == "Reshape"
     (alone,) = [node for node in graph.node if node.name.startswith("alone")]
     assert makers[alone.input[0]].op_type == "Relu"  # nothing is flattened behind it
