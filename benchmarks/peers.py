@@ -116,7 +116,9 @@ def measured(bench: Bench, times: float, tune: str, count: int) -> Iterator[dict
 
 
 def compiled(bench: Bench, share: float, times: float, tune: str) -> Compiled:
-    """Compile to int8 at a speed over int8 alone; where no plan reaches it, at the latency of int8 alone.
+    """Compile to int8 at a speed over int8 alone; where no plan reaches it, at the latency of int8 alone, or as it is.
+
+    At the latency of the dense fp32 network every layer stays dense, which is int8 alone with what tdcompile adds.
 
     Args:
         bench: the network.
@@ -124,7 +126,7 @@ def compiled(bench: Bench, share: float, times: float, tune: str) -> Compiled:
         times: the speed to ask for.
         tune: none, or options of finetune.
     """
-    for wanted in (share / times, share):
+    for wanted in (share / times, share, 1.0):
         try:
             return tdcompile.compile(
                 bench.module,
@@ -138,7 +140,7 @@ def compiled(bench: Bench, share: float, times: float, tune: str) -> Compiled:
             )
         except BudgetError as error:
             print(f"latency={wanted:.3f}: {error}", flush=True)
-    raise BudgetError(f"no plan in int8 keeps the latency of int8 alone, {share:.3f} of dense")
+    raise BudgetError("int8 is slower than fp32 here")
 
 
 def timed(bench: Bench, paths: Sequence[Path]) -> list[Timing]:
