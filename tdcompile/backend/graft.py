@@ -95,13 +95,13 @@ def _chain(
     for i, part in enumerate(chain):
         last = i == len(chain) - 1
         weight, out = f"{name}.{i}.weight", node.output[0] if last else f"{node.output[0]}.{i}"
-        stored[weight] = numpy_helper.from_array(_weight(part).astype(kind), weight)
+        stored[weight] = numpy_helper.from_array(_weight(part, weight).astype(kind), weight)
         inputs = [source, weight, *(node.input[2:] if last else ())]
         made.append(layer_node(part, inputs, out, f"{name}.{i}/{node.name.rpartition('/')[2]}"))
         source = out
     return made
 
 
-def _weight(part: Layer) -> NDArray[np.float32]:
+def _weight(part: Layer, name: str) -> NDArray[np.float32]:
     """Return noise divided by the root of its fan-in, which neither amplifies nor damps a signal."""
-    return noise_weight(part) / np.float32(math.sqrt(math.prod(part.weight_shape[1:])))
+    return noise_weight(part, name) / np.float32(math.sqrt(math.prod(part.weight_shape[1:])))

@@ -229,7 +229,7 @@ def layers_model(layers: Sequence[Layer], target: Target) -> onnx.ModelProto:
         shape = _input_shape(layer, target.batch)
         inputs.append(helper.make_tensor_value_info(f"input{i}", kind, shape))
         nodes.append(helper.make_node("Relu", [f"input{i}"], [f"fresh{i}"], name=f"fresh{i}"))
-        weights.append(numpy_helper.from_array(noise_weight(layer).astype(number), f"weight{i}"))
+        weights.append(numpy_helper.from_array(noise_weight(layer, f"weight{i}").astype(number), f"weight{i}"))
         weights.append(numpy_helper.from_array(np.zeros(layer.out_channels, number), f"bias{i}"))
         nodes += _nodes(layer, i)
         outputs.append(helper.make_tensor_value_info(f"layer{i}", kind, None))

@@ -5,6 +5,7 @@ Exporting a network takes seconds; a layer with random weights takes as long to 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,12 +58,18 @@ def stored_shape(layer: Layer) -> tuple[int, ...]:
     return layer.weight_shape
 
 
-def noise_weight(layer: Layer) -> NDArray[np.float32]:
-    """Return a weight of normal noise in the layer's ``stored_shape``.
+def noise_weight(layer: Layer, name: str) -> NDArray[np.float32]:
+    """Return a weight of normal noise in the layer's ``stored_shape``, another one for each name.
 
-    A short piece of noise is repeated: run time depends on values only if they are zero or denormal.
+    A short piece of noise is repeated: run time depends on values only if they are zero or denormal, or if weights are
+    equal. onnxruntime stores equal weights once, and what then fits into a cache runs faster: a MiniLM whose factors
+    had one noise for each shape took 0.49 of dense, with any other weights 0.58.
+
+    Args:
+        layer: gives the shape.
+        name: of the weight in its model.
     """
-    piece = np.random.default_rng(0).standard_normal(_NOISE, dtype=np.float32)
+    piece = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(_NOISE, dtype=np.float32)
     return np.resize(piece, stored_shape(layer))
 
 

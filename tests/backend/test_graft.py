@@ -39,6 +39,27 @@ def graft(form: str, module: nn.Module, extent: tuple[int, ...], ranks: tuple[in
     return Graft(layer, calls, make(Decomposition, form).blueprint(layer, ranks))
 
 
+class Alike(nn.Module):
+    """Two layers of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(9, 9), nn.Linear(9, 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu())
+
+
+def test_no_two_weights_are_equal_because_onnxruntime_would_store_them_once(tmp_path: Path) -> None:
+    network = Alike().eval()
+    export_onnx(network, (X,), tmp_path / "dense.onnx")
+    grafts = {name: graft("svd", network.get_submodule(name), (4, 9), (9,)) for name in ("a", "b")}
+    assert graft_layers(tmp_path / "dense.onnx", grafts, tmp_path / "out.onnx")
+    stored = [w for w in onnx.load(tmp_path / "out.onnx").graph.initializer if list(w.dims) == [9, 9]]
+    assert len(stored) == 4
+    assert len({weight.raw_data for weight in stored}) == 4
+
+
 def test_every_call_becomes_the_chain_and_the_model_still_runs(tmp_path: Path) -> None:
     network = Shared().eval()
     export_onnx(network, (X,), tmp_path / "dense.onnx")
