@@ -20,7 +20,7 @@ from tdcompile.errors import InputError
 from tdcompile.ir.target import Budget
 from tdcompile.planning.allocation import LOSSES, limits_of, load, settle
 from tdcompile.support.options import NonNegative, PositiveOrInf
-from tdcompile.support.quiet import native_output_to_stderr
+from tdcompile.support.quiet import native_output_dropped
 
 log = logging.getLogger("tdcompile")
 
@@ -178,5 +178,5 @@ class _Problem:
 
 def _milp(costs: Floats, **problem: Any) -> Any:
     """Call ``scipy.optimize.milp``; some versions of HiGHS print a debug line regardless of their options."""
-    with native_output_to_stderr():
+    with native_output_dropped():
         return milp(costs, **problem)

@@ -22,11 +22,26 @@ def native_output_to_stderr() -> Iterator[None]:
 
     Replacing ``sys.stdout`` is not enough: a C library writes to the descriptor.
     """
+    with _redirected(_STDERR):
+        yield
+
+
+@contextmanager
+def native_output_dropped() -> Iterator[None]:
+    """Drop what is written to file descriptor 1, in all threads; do nothing if the descriptor is not there."""
+    with open(os.devnull, "wb") as nowhere, _redirected(nowhere.fileno()):
+        yield
+
+
+@contextmanager
+def _redirected(place: int) -> Iterator[None]:
+    """Redirect file descriptor 1 to another descriptor."""
     with contextlib.suppress(AttributeError, ValueError):  # no stdout, or a closed one
         sys.stdout.flush()
+    _flush_c()
     try:
         kept = os.dup(_STDOUT)
-        os.dup2(_STDERR, _STDOUT)
+        os.dup2(place, _STDOUT)
     except OSError:
         yield
         return
