@@ -30,6 +30,7 @@ from tdcompile.errors import BudgetError, InputError, ParityError
 from tdcompile.frontend.tracing import check_is_network
 from tdcompile.frontend.wrappers import unwrapped
 from tdcompile.ir.diagnostics import Diagnostic
+from tdcompile.ir.facts import Shared
 from tdcompile.ir.modules import evaluating
 from tdcompile.ir.program import Program
 from tdcompile.ir.target import LIMITED, Budget
@@ -218,6 +219,7 @@ class _Sweeping:
         record = RunRecord(start=start)
         hooks = self.compilation.hooks(record, self.watch, resume=resume)
         program = shared.run(program.with_(workspace=checkpoint.folder), hooks)
+        program.facts.derived(Shared, Shared)  # of all points, which start from these facts
         seconds = {"shared": time.perf_counter() - start}
         records = list(self._records(program, rest, points, least))
         if not records:

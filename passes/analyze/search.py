@@ -20,7 +20,7 @@ from tdcompile.core.plan import Candidates, FloatCandidates, Importances, RankPl
 from tdcompile.core.rank_selector import RankSelector
 from tdcompile.core.registry import make, registered
 from tdcompile.errors import BudgetError, InputError
-from tdcompile.ir.facts import Fact, Facts
+from tdcompile.ir.facts import Fact, Facts, Shared
 from tdcompile.ir.measurements import Baseline, GoalSearch, Probe, Rehearsal
 from tdcompile.ir.program import Program
 from tdcompile.ir.scoring import is_scored
@@ -114,6 +114,7 @@ class Search(AnalysisPass):
         if program.task.selection is None:
             raise InputError("'search' judges plans on Task.selection, which is empty: Task.selecting fills it")
         bench = _Bench(self, program)
+        program.facts.derived(Shared, Shared)  # of all plans, which start from these facts
         found, floats = program.facts[Candidates], program.facts.get(FloatCandidates)
         tables = [found, *([floats.candidates] if floats is not None and floats.candidates is not None else [])]
         best: _Built | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from tdcompile.core.passes import Rewritten, TunePass
 from tdcompile.data.task import Samples, lacking
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
-from tdcompile.ir.facts import Aspect
+from tdcompile.ir.facts import Aspect, Shared
 from tdcompile.ir.graph_edits import calls_of, copy_weights
 from tdcompile.ir.modules import input_of
 from tdcompile.ir.program import Change, Program
@@ -85,13 +85,27 @@ class Recalibrate(TunePass):
         old = {name: _Statistics.of(module) for name, module in layers.items()}
         known = _norms(program.dense) if self.relative else {}
         compared = known.keys() & layers.keys()
-        pools, *before = self._pooled([graph, *([copy_weights(program.dense)] if compared else [])], chosen)
+        pools, before = self._both_pooled(graph, program, chosen) if compared else (*self._pooled([graph], chosen), {})
         for name, module in layers.items():
-            pools[name].settle(name, module, before[0].get(name) if before else None, known.get(name))
+            pools[name].settle(name, module, before.get(name), known.get(name))
         undone = _undo_worse(graph, program, old, judging)
         told = f"{len(layers)} batch-norm layers on {count} samples"
         told += f"; {len(undone)} undone, because held-out error did not fall: {', '.join(undone)}" if undone else ""
         return Rewritten(graph, [Change("", self.name, told)])
+
+    def _both_pooled(
+        self, graph: fx.GraphModule, program: Program, chosen: Samples
+    ) -> tuple[dict[str, _Pool], dict[str, _Pool]]:
+        """Return the pooled statistics in the compressed and in the dense network, which plans share."""
+        train, shared = program.task.train, program.facts.derived(Shared, Shared).values
+        key = (self.name, len(chosen), self.batch, program.seed, id(train), id(program.dense))
+        if key in shared:
+            (pools,) = self._pooled([graph], chosen)
+        else:
+            pools, dense = self._pooled([graph, copy_weights(program.dense)], chosen)
+            shared[key] = train, program.dense, dense  # the first two live as long as their numbers in the key
+        _, _, before = cast("tuple[object, object, dict[str, _Pool]]", shared[key])
+        return pools, before
 
     def _pooled(self, graphs: Sequence[fx.GraphModule], samples: Samples) -> list[dict[str, _Pool]]:
         """Return, for each graph, the pooled statistics of every batch-norm layer's input.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar, TypeVar, cast
 
@@ -28,6 +28,17 @@ class Fact:
     def diagnostics(self) -> Sequence[Diagnostic]:
         """Return messages for the report; the pass that gives the fact adds them to the history."""
         return ()
+
+
+@dataclass(frozen=True)
+class Shared(Fact):
+    """Results on the dense network that several plans need; a derived fact, which a search or sweep makes before them.
+
+    Attributes:
+        values: by a key that names the pass and all that the result depends on.
+    """
+
+    values: dict[object, object] = field(default_factory=dict)
 
 
 F = TypeVar("F", bound=Fact)

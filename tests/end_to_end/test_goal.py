@@ -12,6 +12,7 @@ from tdcompile.data.task import Task, Tensors
 from tdcompile.errors import BudgetError, InputError
 from tdcompile.ir.measurements import GoalSearch
 from tdcompile.ir.target import LEAST
+from tdcompile.passes.tune.recalibrate import Recalibrate
 from tdcompile.recipes import Recipe, load_recipe
 
 X = torch.randn(1, 3, 8, 8)
@@ -96,6 +97,20 @@ def test_plans_are_judged_on_training_samples_that_nothing_else_reads(smallest):
     assert len(aside) == 75
     assert len(rest) == 525
     assert not aside & rest
+
+
+def test_the_dense_network_is_pooled_once_for_all_plans(monkeypatch):
+    networks, pooled = [], Recalibrate._pooled
+
+    def counted(self, graphs, samples):
+        networks.append(len(graphs))
+        return pooled(self, graphs, samples)
+
+    monkeypatch.setattr(Recalibrate, "_pooled", counted)
+    net = nn.Sequential(network()[0], nn.BatchNorm2d(16), *network()[1:]).eval()
+    goal, _ = searched(net)
+    assert len(goal.probes) > 1
+    assert networks == [2, *[1] * len(goal.probes)]  # the result is built again
 
 
 def test_a_looser_limit_gives_no_larger_network():

@@ -5,11 +5,13 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 
 import tdcompile
 from tdcompile.cli.main import main
 from tdcompile.core.hooks import Hook
 from tdcompile.errors import InputError
+from tdcompile.passes.tune.recalibrate import Recalibrate
 from tdcompile.recipes import Recipe
 from tests.end_to_end.test_goal import network, samples
 
@@ -70,6 +72,20 @@ def test_the_plan_of_a_point_builds_the_same_model(interrupted, tmp_path):
     assert again.report.compiled.params == point.plan.predicted.params
     made.save(tmp_path / "out")
     assert (tmp_path / "out" / "sweep.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_the_dense_network_is_pooled_once_for_all_points(monkeypatch):
+    networks, pooled = [], Recalibrate._pooled
+
+    def counted(self, graphs, samples):
+        networks.append(len(graphs))
+        return pooled(self, graphs, samples)
+
+    monkeypatch.setattr(Recalibrate, "_pooled", counted)
+    net, options = nn.Sequential(nn.BatchNorm2d(3), *network()).eval(), {"budget": {"params": 0.2}, "decompose": FEW}
+    made = tdcompile.sweep(net, X, data=(samples(200, 1), samples(100, 2)), points=2, **options)
+    assert len(made.points) == 2
+    assert networks == [2, 1]
 
 
 def test_another_sweep_does_not_take_the_state_for_its_own(tmp_path):

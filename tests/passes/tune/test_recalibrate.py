@@ -1,15 +1,18 @@
 """``recalibrate``: the statistics are those of the data, whatever the batch, and nothing else changes."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from tdcompile.data.task import Task, Tensors
+from tdcompile.data.task import Samples, Task, Tensors
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic
-from tdcompile.ir.facts import Aspect, Fact, Facts
+from tdcompile.ir.facts import Aspect, Fact, Facts, Shared
 from tdcompile.ir.graph_edits import copy_weights
 from tdcompile.ir.program import Change, Program
 from tdcompile.passes.tune.recalibrate import Recalibrate
@@ -223,3 +226,28 @@ def test_the_time_of_judging_grows_with_the_number_of_layers() -> None:
             module.register_forward_hook(lambda *_: calls.append(1))
     Recalibrate(samples=16, batch=16).run(made.with_(graph=graph))
     assert len(calls) < 12 * 10
+
+
+def test_plans_share_what_was_pooled_in_the_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks: list[int] = []
+    pooled = Recalibrate._pooled
+
+    def counted(self: Recalibrate, graphs: Sequence[fx.GraphModule], samples: Samples) -> list[Any]:
+        networks.append(len(graphs))
+        return pooled(self, graphs, samples)
+
+    monkeypatch.setattr(Recalibrate, "_pooled", counted)
+    before = program(network(), drawn(48))
+    changed = copy_weights(before.graph)
+    changed.get_submodule("1").weight.data.mul_(2.0)
+    before.facts.derived(Shared, Shared)  # as a search does
+    shared = before.facts.after(frozenset({Aspect.WEIGHTS}))
+    plans = [before.with_(graph=graph, facts=shared) for graph in (before.graph, changed)]
+    found = [Recalibrate().run(plan).graph.state_dict() for plan in plans]
+    assert networks == [2, 1]
+    alone = [Recalibrate().run(plan.with_(facts=Facts())).graph.state_dict() for plan in plans]
+    assert networks == [2, 1, 2, 2]
+    for one, other in zip(found, alone, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    Recalibrate().run(plans[1].with_(seed=3))  # another seed draws other samples
+    assert networks[4:] == [2]
