@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -104,8 +104,7 @@ class Recalibrate(TunePass):
         else:
             pools, dense = self._pooled([graph, copy_weights(program.dense)], chosen)
             shared[key] = train, program.dense, dense  # the first two live as long as their numbers in the key
-        _, _, before = cast("tuple[object, object, dict[str, _Pool]]", shared[key])
-        return pools, before
+        return pools, shared[key][-1]
 
     def _pooled(self, graphs: Sequence[fx.GraphModule], samples: Samples) -> list[dict[str, _Pool]]:
         """Return, for each graph, the pooled statistics of every batch-norm layer's input.

@@ -590,7 +590,7 @@ def _flatten_before_products(graph: onnx.GraphProto) -> None:
     count = len(graph.value_info)
     graph.value_info.extend(described)
     del graph.value_info[:count]
-    unread = known - {value for node in graph.node for value in node.input}
+    unread = known - {value for node in graph.node for value in node.input} - {value.name for value in graph.output}
     for shape in [weight for weight in graph.initializer if weight.name in unread]:
         graph.initializer.remove(shape)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from tdcompile.errors import TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic
@@ -38,7 +38,7 @@ class Shared(Fact):
         values: by a key that names the pass and all that the result depends on.
     """
 
-    values: dict[object, object] = field(default_factory=dict)
+    values: dict[object, Any] = field(default_factory=dict)
 
 
 F = TypeVar("F", bound=Fact)
