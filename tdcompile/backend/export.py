@@ -548,6 +548,7 @@ def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto | Diagnostic:
             simple.metadata_props.extend(proto.metadata_props)
             _flatten_before_products(simple.graph)
             _name_merged_nodes(simple.graph, proto.graph)
+            _name_by_weights(simple.graph)
             _name_made_values(simple.graph, proto.graph)
             return _completed(simple)
         except Exception as error:  # noqa: BLE001  # simplification is optional: on any failure the model is kept
@@ -670,6 +671,23 @@ def _name_merged_nodes(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
             reading = takers.get(source, ()) if node.op_type in WEIGHTED else ()
             module = _only_inside(weighted, module) or _only_inside(reading, module) or module
             node.name = f"{module}/{node.name}" if module else node.name
+
+
+def _name_by_weights(graph: onnx.GraphProto) -> None:
+    """Name a node by the layer whose weight or bias it reads, if that layer is inside the module that it is named by.
+
+    Attention reads the weights of its linear layers itself and does not call them. What several nodes read tells
+    nothing: equal weights of several layers are stored once.
+    """
+    users = Counter(value for node in graph.node for value in node.input)
+    stored = {weight.name for weight in graph.initializer if users[weight.name] == 1}
+    for node in graph.node:
+        if node.op_type not in WEIGHTED:
+            continue
+        module, _, operator = node.name.rpartition("/")
+        read = [name.rpartition(".") for name in node.input[1:] if name in stored]
+        layer = _only_inside({owner for owner, _, own in read if own in ("weight", "bias")}, module)
+        node.name = f"{layer}/{operator}" if layer else node.name
 
 
 def _only_inside(modules: Iterable[str], outer: str) -> str:

@@ -21,6 +21,7 @@ from tdcompile.errors import InputError, TdcompileError
 from tdcompile.ir.diagnostics import Diagnostic, DiagnosticCode
 from tdcompile.ir.modules import register_trees
 from tdcompile.ir.onnx_format import OnnxFormat
+from tdcompile.ir.program import sites
 from tdcompile.ir.target import Target
 
 
@@ -463,6 +464,43 @@ def test_a_layer_whose_output_is_split_keeps_its_name(tmp_path, equal):
     products = [n.name.partition("/")[0] for n in made.graph.node if n.op_type in ("Gemm", "MatMul")]
     layers = [name for name in products if name.endswith(("qkv", "proj"))]
     assert layers == ["0.qkv", "0.proj", "1.qkv", "1.proj"]
+
+
+class Reading(nn.Module):
+    """A module that reads the weights of its linear layers itself, as attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.linear(x, self.a.weight, self.a.bias).relu()
+        return nn.functional.linear(x, self.b.weight, self.b.bias)
+
+
+@pytest.mark.parametrize(("equal", "layers"), [(False, ["0.a", "0.b"]), (True, ["0", "0"])])
+def test_a_layer_is_named_whose_weights_the_module_around_it_reads_unless_others_have_equal_ones(
+    tmp_path: Path, equal: bool, layers: list[str]
+) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(Reading()).eval()
+    if equal:
+        module[0].b.load_state_dict(module[0].a.state_dict())
+    made = onnx.load(export_onnx(module, (torch.randn(2, 4, 8),), tmp_path / "m.onnx").path)
+    assert [node.name.partition("/")[0] for node in made.graph.node if node.op_type == "Gemm"] == layers
+
+
+def test_the_projections_of_attention_are_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    with torch.no_grad():
+        layer.self_attn.in_proj_bias.add_(torch.randn(48))
+    x = torch.randn(2, 5, 16)
+    program = tdcompile.trace(layer, (x,))
+    export_onnx(program.graph, (x,), tmp_path / "m.onnx")
+    nodes = onnx.load(tmp_path / "m.onnx").graph.node
+    named = [node.name.rpartition("/")[0] for node in nodes if node.op_type in ("Gemm", "MatMul")]
+    assert [named.count(name) for name in sites(program)] == [1, 1, 1, 1]
 
 
 class Recurrent(nn.Module):
