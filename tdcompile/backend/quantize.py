@@ -271,6 +271,12 @@ def _chosen(proto: onnx.ModelProto, keep: Collection[str]) -> tuple[list[str], d
     Nodes without weights are quantised if all their inputs are integers already.
     """
     stored = {weight.name for weight in proto.graph.initializer}
+    weighted = {
+        module_of(node)
+        for node in proto.graph.node
+        if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in stored
+    }
+    keep = {*keep, *_around(keep, weighted)}
     produced: set[str] = set()  # values that a region of integers gives
     chosen, floats = [], {}
     for node in proto.graph.node:
@@ -336,6 +342,20 @@ def _keep_floats(proto: onnx.ModelProto) -> None:
     if kept:
         lowest = np.array(np.finfo(np.float32).min, np.float32)
         graph.initializer.append(numpy_helper.from_array(lowest, _LEAST))
+
+
+def _around(keep: Collection[str], modules: Collection[str]) -> Iterator[str]:
+    """Yield the module around each kept layer that has no node of its name: the nodes of its weights are among its.
+
+    Args:
+        keep: names of layers.
+        modules: the modules that nodes with weights are named by.
+    """
+    for name in keep:
+        if not any(_is_kept(module, [name]) for module in modules):
+            parts = name.split(".")
+            outer = (".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1))
+            yield from itertools.islice((module for module in outer if module in modules), 1)
 
 
 def _is_kept(module: str, keep: Collection[str]) -> bool:

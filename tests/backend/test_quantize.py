@@ -9,8 +9,9 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from torch import nn
+from torch import Tensor, nn
 
+import tdcompile
 from tdcompile.backend.export import export_onnx
 from tdcompile.backend.profile import node_seconds
 from tdcompile.backend.quantize import activation_ranges, write_quantized
@@ -18,6 +19,7 @@ from tdcompile.backend.quantized_form import QuantizedForm, has_vnni
 from tdcompile.backend.quantized_parity import check_quantized
 from tdcompile.backend.session import infer, open_session
 from tdcompile.errors import InputError, ParityError
+from tdcompile.ir.program import sites
 from tdcompile.ir.target import Target
 
 # isort: split
@@ -244,6 +246,42 @@ def test_the_errors_do_not_depend_on_how_samples_are_batched(model: Path, tmp_pa
     assert alone.kernels == pytest.approx(whole.kernels, rel=0.1, abs=1e-3)
     kept = write_quantized(model, tmp_path / "float.onnx", ranges_of(model), X64, keep=["stem", "inner", "fc"])
     assert check_quantized(kept.path, model, one_by_one[:1], Target()).error < 1e-5
+
+
+class Encoders(nn.Module):
+    """Attention that reads the weights of its linear layers itself, twice with equal biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2)]
+        self.layers = nn.ModuleList(layers)
+        self.layers[1].self_attn.load_state_dict(layers[0].self_attn.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[1](self.layers[0](x))
+
+
+@pytest.mark.parametrize(("biased", "apart"), [(True, True), (False, False)])
+def test_a_kept_layer_of_attention_stays_float_with_those_around_it_if_it_has_no_name(
+    tmp_path: Path, biased: bool, apart: bool
+) -> None:
+    torch.manual_seed(0)
+    network, x = Encoders().eval(), torch.randn(4, 5, 16)
+    with torch.no_grad():
+        for layer in network.layers if biased else ():
+            layer.self_attn.in_proj_bias.add_(torch.randn(48))
+            layer.self_attn.out_proj.weight.mul_(1 + 0.1 * torch.rand(16, 16))
+    program = tdcompile.trace(network, (x,))
+    model = tmp_path / "float.onnx"
+    export_onnx(program.graph, (x,), model)
+    (kept,) = [name for name in sites(program) if "layers.1.self_attn.in_proj" in name]
+    made = write_quantized(model, tmp_path / "int8.onnx", activation_ranges(model, [[x.numpy()]]), X64, keep=[kept])
+    nodes = onnx.load(made.path).graph.node
+    rounded = {node.name.rpartition("/")[0] for node in nodes if len(node.input) > 1 and "Dequant" in node.input[1]}
+    assert kept not in rounded
+    assert "layers.1.self_attn" not in rounded
+    assert ("layers.1.self_attn.out_proj" in rounded) == apart
+    assert {"layers.0.linear1", "layers.1.linear1", "layers.1.linear2"} <= rounded
 
 
 class Tokens(nn.Module):
