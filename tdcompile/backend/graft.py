@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,8 @@ def graft_layers(model: Path, grafts: Mapping[str, Graft], path: Path) -> bool:
     """Write the model with each layer's nodes replaced by its chain; return False and write nothing if impossible.
 
     It is impossible if the weights are external data, or if a node cannot be identified as its layer by name and
-    padding: another node pads its input, or onnxsim merged it with another node.
+    padding: a node of its own pads its input by reflection, or onnxsim merged it with another node. Zeros around the
+    input that onnxsim merged into a convolution go to the first layer of the chain, as in an export.
 
     Args:
         model: written by ``export_onnx``, which names nodes ``<module>/<operator>``.
@@ -60,7 +61,7 @@ def graft_layers(model: Path, grafts: Mapping[str, Graft], path: Path) -> bool:
     nodes: list[onnx.NodeProto] = []
     for node in proto.graph.node:
         if node.name in names:
-            nodes += _chain(node, names[node.name], grafts[names[node.name]].chain, stored)
+            nodes += _chain(node, names[node.name], grafts[names[node.name]], stored)
         else:
             nodes.append(node)
     used = {value for node in nodes for value in node.input}
@@ -73,24 +74,38 @@ def graft_layers(model: Path, grafts: Mapping[str, Graft], path: Path) -> bool:
 
 
 def _is_layer(node: onnx.NodeProto, layer: Layer, stored: Mapping[str, onnx.TensorProto]) -> bool:
-    """Return whether the node computes the layer, padding included."""
+    """Return whether the node computes the layer, padding included; it may pad its input by more zeros."""
     if node.op_type not in _KINDS[layer.kind] or node.input[1] not in stored or layer.padding_mode != "zeros":
         return False
     if layer.kind == "linear":
         return True
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     automatic = given.get("auto_pad", b"NOTSET") != b"NOTSET"
-    return not automatic and list(given.get("pads", [0] * (2 * len(layer.kernel)))) == pads(layer)
+    return not automatic and all(min(pair) >= 0 for pair in _more_padding(node, layer))
 
 
-def _chain(
-    node: onnx.NodeProto, name: str, chain: Sequence[Layer], stored: dict[str, onnx.TensorProto]
-) -> list[onnx.NodeProto]:
+def _more_padding(node: onnx.NodeProto, layer: Layer) -> list[tuple[int, int]]:
+    """Return how many more zeros the node of a convolution pads than the layer, before and after each spatial axis."""
+    given = next((list(a.ints) for a in node.attribute if a.name == "pads"), [0] * (2 * len(layer.kernel)))
+    more = [own - known for own, known in zip(given, pads(layer), strict=True)]
+    return list(zip(more[: len(layer.kernel)], more[len(layer.kernel) :], strict=True))
+
+
+def _padded(chain: Sequence[Layer], more: Sequence[tuple[int, int]]) -> list[Layer]:
+    """Return the chain, whose first layer pads its input by so many more zeros."""
+    first, *rest = chain
+    padding = [(a + b, c + d) for (a, c), (b, d) in zip(first.padding, more, strict=True)]
+    return [replace(first, padding=tuple(padding)), *rest]
+
+
+def _chain(node: onnx.NodeProto, name: str, graft: Graft, stored: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto]:
     """Return the chain's nodes, from the node's input to its output, and add their weights to ``stored``.
 
     The last node takes the bias of the node that is replaced.
     """
     kind = numpy_helper.to_array(stored[node.input[1]]).dtype
+    layer, chain = graft.layer, graft.chain
+    chain = _padded(chain, _more_padding(node, layer)) if layer.kind == "conv" else chain
     made, source = [], node.input[0]
     for i, part in enumerate(chain):
         last = i == len(chain) - 1

@@ -101,6 +101,41 @@ def test_a_layer_that_may_be_padded_by_another_node_is_right_or_refused(
         assert y.shape == conv(X).shape
 
 
+class Padded(nn.Module):
+    """A convolution whose input is padded outside, as TensorFlow's "same" is."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.conv, self.value = nn.Conv2d(4, 6, (4, 3), stride=(2, 1), padding=(0, 1)), value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(nn.functional.pad(x, (0, 1, 1, 2), value=self.value))
+
+
+@pytest.mark.parametrize("form", ["channel", "spatial", "cp"])
+def test_zeros_around_the_input_go_to_the_first_layer_of_the_chain(tmp_path: Path, form: str) -> None:
+    network = Padded(0.0).eval()
+    export_onnx(network, (X,), tmp_path / "dense.onnx")
+    (node,) = onnx.load(tmp_path / "dense.onnx").graph.node
+    assert node.op_type == "Conv"  # it has the padding
+    grafts = {"conv": graft(form, network.conv, (12, 10), (2,))}
+    assert graft_layers(tmp_path / "dense.onnx", grafts, tmp_path / "out.onnx")
+    (y,) = infer(open_session(tmp_path / "out.onnx", Target()), [X])
+    assert y.shape == network(X).shape
+    first = onnx.load(tmp_path / "out.onnx").graph.node[0]
+    padding = next(list(a.ints) for a in first.attribute if a.name == "pads")
+    assert padding[0::2] == [1, 2]
+    assert padding[3] - padding[1] == 1
+
+
+def test_a_layer_whose_input_is_padded_by_other_values_keeps_the_padding_before_it(tmp_path: Path) -> None:
+    network = Padded(1.0).eval()
+    export_onnx(network, (X,), tmp_path / "dense.onnx")
+    grafts = {"conv": graft("channel", network.conv, (12, 10), (2,))}
+    assert graft_layers(tmp_path / "dense.onnx", grafts, tmp_path / "out.onnx")
+    assert [node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node] == ["Pad", "Conv", "Conv"]
+
+
 def test_a_layer_that_is_not_there_as_often_as_it_is_called_is_refused(tmp_path: Path) -> None:
     network = Shared().eval()
     export_onnx(network, (X,), tmp_path / "dense.onnx")
