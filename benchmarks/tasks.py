@@ -149,7 +149,7 @@ def pitch(seed: int) -> tuple[nn.Module, Tensor, Task]:
 def speech_quality(seed: int) -> tuple[nn.Module, Tensor, Task]:
     """Return DistillMOS with the dense network's own scores of degraded sound."""
     module = real.distillmos_body()
-    train, test = (real.spectra(count, seed + place) for place, count in enumerate((64, 64)))
+    train, test = (real.spectra(count, seed + place) for place, count in enumerate((128, 64)))
     with torch.no_grad():
         scores = [torch.cat([module(part) for part in x.split(8)]) for x in (train, test)]
     return module, train[:1], Task(Tensors(train, scores[0]), Tensors(test, scores[1]), calibrate=64)
