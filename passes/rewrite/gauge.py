@@ -23,6 +23,7 @@ from tdcompile.numerics.gauge import channel_gauge, spreading_gauge
 from tdcompile.support.options import Count
 
 _BATCH = 32
+_MEMORY = 500  # MB of values that are kept; if there are more, the graph runs twice
 Read = Callable[[Tensor], None]  # takes values of a boundary, ``(n, r)``
 
 
@@ -107,22 +108,35 @@ def _gauges(
 ) -> list[Tensor]:
     """Return G of each boundary in float64: ``(r, r)``, or ``(r,)`` where it is diagonal."""
     moments: list[Tensor | float] = [0.0] * len(found)
+    kept: list[tuple[int, Tensor]] = []  # all values in order, or none once they exceed ``_MEMORY``
+    size = 0
 
     def add(place: int, values: Tensor) -> None:
-        moments[place] = moments[place] + values.T @ values
+        nonlocal size
+        size += values.nbytes
+        if size <= _MEMORY * 1e6:
+            kept.append((place, values))
+        else:
+            kept.clear()
+        if found[place].dense:
+            wide = values.double()
+            moments[place] = moments[place] + wide.T @ wide
 
-    _observe(graph, {i: (one, partial(add, i)) for i, one in enumerate(found) if one.dense}, inputs)
+    _observe(graph, {i: (one, partial(add, i)) for i, one in enumerate(found)}, inputs)
     generator, grams = program.generator("gauge"), _grams(found)
     mixed = {i: spreading_gauge(torch.as_tensor(moments[i]), grams[i], generator) for i in grams}
     ranges: list[tuple[Tensor, Tensor] | None] = [None] * len(found)
 
     def widen(place: int, values: Tensor) -> None:
-        values = values @ mixed[place].T if place in mixed else values
+        values = values.double() @ mixed[place].T if place in mixed else values.double()
         low, high = torch.aminmax(values, dim=0)
         known = ranges[place]
         ranges[place] = (low, high) if known is None else (low.minimum(known[0]), high.maximum(known[1]))
 
-    _observe(graph, {i: (one, partial(widen, i)) for i, one in enumerate(found)}, inputs)
+    if not kept:
+        _observe(graph, {i: (one, partial(widen, i)) for i, one in enumerate(found)}, inputs)
+    for place, values in kept:
+        widen(place, values)
     gauges = []
     for place, known in enumerate(ranges):
         assert known is not None  # the samples went through every layer of the graph
@@ -134,15 +148,13 @@ def _gauges(
 def _observe(
     graph: fx.GraphModule, reads: dict[int, tuple[_Boundary, Read]], inputs: Sequence[tuple[Tensor, ...]]
 ) -> None:
-    """Run the graph and give the values of each boundary to its reader, in float64 with the channels last."""
-    if not reads:
-        return
+    """Run the graph and give the values of each boundary to its reader, with the channels last."""
     hooks = []
     for boundary, read in reads.values():
         axis = 1 - _weight(boundary.modules[0]).dim()  # of the channels: before the spatial axes, if there are any
 
         def hook(_: nn.Module, __: object, output: Tensor, read: Read = read, axis: int = axis) -> None:
-            read(output.detach().movedim(axis, -1).flatten(0, -2).double())
+            read(output.detach().movedim(axis, -1).flatten(0, -2))
 
         hooks.append(boundary.modules[0].register_forward_hook(hook))
     try:

@@ -91,11 +91,11 @@ def _more_padding(node: onnx.NodeProto, layer: Layer) -> list[tuple[int, int]]:
     return list(zip(more[: len(layer.kernel)], more[len(layer.kernel) :], strict=True))
 
 
-def _padded(chain: Sequence[Layer], more: Sequence[tuple[int, int]]) -> list[Layer]:
+def _padded(chain: tuple[Layer, ...], more: Sequence[tuple[int, int]]) -> tuple[Layer, ...]:
     """Return the chain, whose first layer pads its input by so many more zeros."""
     first, *rest = chain
     padding = [(a + b, c + d) for (a, c), (b, d) in zip(first.padding, more, strict=True)]
-    return [replace(first, padding=tuple(padding)), *rest]
+    return (replace(first, padding=tuple(padding)), *rest)
 
 
 def _chain(node: onnx.NodeProto, name: str, graft: Graft, stored: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto]:

@@ -15,6 +15,7 @@ from tdcompile.core.registry import make
 from tdcompile.data.task import Task, Tensors
 from tdcompile.ir.modules import outputs_of
 from tdcompile.ir.program import Change, Program
+from tdcompile.passes.rewrite import gauge
 
 
 def compiled(layer, form, ranks, shape, *, precision="int8", samples=64, outlier=1.0) -> Program:
@@ -88,6 +89,18 @@ def test_the_outputs_stay_and_the_noise_of_an_outlier_is_gone(layer, form, ranks
 def test_a_balanced_chain_does_not_get_worse(layer, form, ranks, shape):
     before = compiled(layer(), form, ranks, shape)
     assert latent_noise(gauged(before)) < 1.15 * latent_noise(before)
+
+
+@pytest.mark.parametrize(("layer", "form", "ranks", "shape"), CHAINS)
+def test_values_that_are_not_kept_are_computed_again(layer, form, ranks, shape, monkeypatch):
+    before, runs = compiled(layer(), form, ranks, shape), []
+    observe = gauge._observe
+    monkeypatch.setattr(gauge, "_observe", lambda *given: (runs.append(1), observe(*given)))
+    kept = weights(gauged(before).graph)
+    monkeypatch.setattr(gauge, "_MEMORY", 1e-4)
+    again = weights(gauged(before).graph)
+    assert len(runs) == 1 + 2
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
 def weights(graph) -> list[torch.Tensor]:
