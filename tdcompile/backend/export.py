@@ -568,24 +568,22 @@ def _flatten_before_products(graph: onnx.GraphProto) -> None:
     if any(part.HasField("g") or part.graphs for node in graph.node for part in node.attribute):
         return  # a graph inside a node may read the values that go
     known = {value for node in graph.node for value in node.input}
-    products = {product.output[0]: (reshape, rows) for product, reshape, rows in _flattened_products(graph)}
-    gone = {reshape.output[0] for reshape, _ in products.values()}
-    kept: list[onnx.NodeProto] = []
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.output[0] in products:
-            reshape, rows = products[node.output[0]]
-            source, flat = node.input[0], f"{node.output[0]}/rows"
-            graph.initializer.append(numpy_helper.from_array(rows, f"{flat}/shape"))
-            kept.append(helper.make_node("Reshape", [source, f"{flat}/shape"], [flat], name="Reshape_rows"))
-            node.input[0], node.output[0] = flat, reshape.output[0]
-            known.add(f"{flat}/shape")
-        elif node.op_type == "Reshape" and node.output[0] in gone:
-            continue
-        kept.append(node)
-    kept = _reshaped_once(graph, kept)
-    count = len(graph.node)
-    graph.node.extend(kept)
-    del graph.node[:count]
+    while products := {product.output[0]: (reshape, rows) for product, reshape, rows in _flattened_products(graph)}:
+        gone = {reshape.output[0] for reshape, _ in products.values()}
+        kept: list[onnx.NodeProto] = []
+        for node in graph.node:
+            if node.op_type == "MatMul" and node.output[0] in products:
+                reshape, rows = products[node.output[0]]
+                source, flat = node.input[0], f"{node.output[0]}/rows"
+                graph.initializer.append(numpy_helper.from_array(rows, f"{flat}/shape"))
+                kept.append(helper.make_node("Reshape", [source, f"{flat}/shape"], [flat], name="Reshape_rows"))
+                node.input[0], node.output[0] = flat, reshape.output[0]
+                known.add(f"{flat}/shape")
+            elif node.op_type == "Reshape" and node.output[0] in gone:
+                continue
+            kept.append(node)
+        _set_nodes(graph, kept)
+    _set_nodes(graph, _reshaped_once(graph))
     made = {value for node in graph.node for value in node.output}
     described = [value for value in graph.value_info if value.name in made]
     count = len(graph.value_info)
@@ -616,14 +614,21 @@ def _flattened_products(
             yield product, node, np.array([sizes[0], weight.dims[0]], np.int64)
 
 
-def _reshaped_once(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+def _set_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Give a graph other nodes, which may be its own."""
+    count = len(graph.node)
+    graph.node.extend(nodes)
+    del graph.node[:count]
+
+
+def _reshaped_once(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """Return the nodes without Reshapes of a value to a shape that an earlier one makes; their users read that one."""
     stored = {weight.name: weight for weight in graph.initializer}
     outputs = {value.name for value in graph.output}
     first: dict[tuple[object, ...], str] = {}
     renamed: dict[str, str] = {}
     kept = []
-    for node in nodes:
+    for node in graph.node:
         for place, value in enumerate(node.input):
             node.input[place] = renamed.get(value, value)
         if node.op_type == "Reshape" and node.input[1] in stored and node.output[0] not in outputs:

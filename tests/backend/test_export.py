@@ -554,9 +554,11 @@ class Factored(nn.Module):
         super().__init__()
         self.a, self.b = (nn.Sequential(nn.Linear(16, rank, bias=False), nn.Linear(rank, 16)) for rank in (4, 8))
         self.dense, self.alone = nn.Linear(16, 16), nn.Linear(16, 3, bias=False)
+        train = [nn.Linear(16, 4, bias=False), nn.Linear(4, 5, bias=False), nn.Linear(5, 16)]
+        self.train_of_three = nn.Sequential(*train)
 
     def forward(self, x):
-        return self.alone((self.a(x) + self.b(x) * self.dense(x)).relu())
+        return self.alone((self.a(x) + self.b(x) * self.dense(x) + self.train_of_three(x)).relu())
 
 
 def test_both_factors_of_a_linear_layer_read_rows_and_all_layers_share_the_reshape(tmp_path: Path) -> None:
@@ -569,7 +571,10 @@ def test_both_factors_of_a_linear_layer_read_rows_and_all_layers_share_the_resha
     assert [node.op_type for node in first] == ["MatMul", "MatMul"]
     assert {node.name.split("/")[0] for node in first} == {"a.0", "b.0"}
     (dense,) = [node for node in graph.node if node.name.startswith("dense/Gemm")]
-    assert len({node.input[0] for node in [*first, dense]}) == 1
+    (last,) = [node for node in graph.node if node.name.startswith("train_of_three.2/Gemm")]
+    products = [makers[last.input[0]], makers[makers[last.input[0]].input[0]]]
+    assert [node.op_type for node in products] == ["MatMul", "MatMul"]
+    assert len({node.input[0] for node in [*first, dense, products[1]]}) == 1
     assert makers[first[0].input[0]].op_type == "Reshape"
     (alone,) = [node for node in graph.node if node.name.startswith("alone")]
     assert makers[alone.input[0]].op_type == "Relu"  # nothing is flattened behind it
