@@ -219,7 +219,7 @@ class _Sweeping:
         record = RunRecord(start=start)
         hooks = self.compilation.hooks(record, self.watch, resume=resume)
         program = shared.run(program.with_(workspace=checkpoint.folder), hooks)
-        program.facts.derived(Shared, Shared)  # of all points, which start from these facts
+        program.facts.derived(Shared, Shared)  # all points start from these facts
         seconds = {"shared": time.perf_counter() - start}
         records = list(self._records(program, rest, points, least))
         if not records:

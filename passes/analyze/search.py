@@ -114,7 +114,7 @@ class Search(AnalysisPass):
         if program.task.selection is None:
             raise InputError("'search' judges plans on Task.selection, which is empty: Task.selecting fills it")
         bench = _Bench(self, program)
-        program.facts.derived(Shared, Shared)  # of all plans, which start from these facts
+        program.facts.derived(Shared, Shared)  # all plans start from these facts
         found, floats = program.facts[Candidates], program.facts.get(FloatCandidates)
         tables = [found, *([floats.candidates] if floats is not None and floats.candidates is not None else [])]
         best: _Built | None = None

@@ -96,15 +96,21 @@ class Recalibrate(TunePass):
     def _both_pooled(
         self, graph: fx.GraphModule, program: Program, chosen: Samples
     ) -> tuple[dict[str, _Pool], dict[str, _Pool]]:
-        """Return the pooled statistics in the compressed and in the dense network, which plans share."""
+        """Return the pooled statistics in the compressed and in the dense network.
+
+        Plans share those of the dense network, unless samples differ each time they are read, as augmented ones do:
+        both networks must see the same.
+        """
         train, shared = program.task.train, program.facts.derived(Shared, Shared).values
-        key = (self.name, len(chosen), self.batch, program.seed, id(train), id(program.dense))
-        if key in shared:
+        _, digest = chosen.fingerprint()
+        key = (self.name, len(chosen), self.batch, program.seed, digest, id(train), id(program.dense))
+        if digest and key in shared:
             (pools,) = self._pooled([graph], chosen)
+            _, _, dense = shared[key]
         else:
             pools, dense = self._pooled([graph, copy_weights(program.dense)], chosen)
-            shared[key] = train, program.dense, dense  # the first two live as long as their numbers in the key
-        return pools, shared[key][-1]
+            shared[key] = train, program.dense, dense  # kept, so that no other object gets their ids
+        return pools, dense
 
     def _pooled(self, graphs: Sequence[fx.GraphModule], samples: Samples) -> list[dict[str, _Pool]]:
         """Return, for each graph, the pooled statistics of every batch-norm layer's input.

@@ -590,16 +590,17 @@ def _flatten_before_products(graph: onnx.GraphProto) -> None:
     graph.value_info.extend(described)
     del graph.value_info[:count]
     unread = known - {value for node in graph.node for value in node.input} - {value.name for value in graph.output}
-    for shape in [weight for weight in graph.initializer if weight.name in unread]:
-        graph.initializer.remove(shape)
+    for weight in [weight for weight in graph.initializer if weight.name in unread]:
+        graph.initializer.remove(weight)
 
 
 def _flattened_products(
     graph: onnx.GraphProto,
 ) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto, NDArray[np.int64]]]:
-    """Yield each product with a matrix whose output one Reshape alone reads, to rows; the Reshape; its input's shape.
+    """Yield each product with a stored matrix whose output goes into one Reshape to rows and nowhere else.
 
-    The shape is that of the product's input as rows.
+    Returns:
+        The product, the Reshape, and the shape of the product's input as rows.
     """
     stored = {weight.name: weight for weight in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
@@ -681,8 +682,8 @@ def _name_merged_nodes(new: onnx.GraphProto, old: onnx.GraphProto) -> None:
 def _name_by_weights(graph: onnx.GraphProto) -> None:
     """Name a node by the layer whose weight or bias it reads, if that layer is inside the module that it is named by.
 
-    Attention reads the weights of its linear layers itself and does not call them. What several nodes read tells
-    nothing: equal weights of several layers are stored once.
+    Attention reads the weights of its linear layers itself and does not call them. A weight that several nodes read
+    may be that of several layers: equal ones are stored once.
     """
     users = Counter(value for node in graph.node for value in node.input)
     stored = {weight.name for weight in graph.initializer if users[weight.name] == 1}

@@ -101,20 +101,25 @@ class _RoundInRange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: int, low: int, high: int) -> Tensor:
         """Return the values at the nearest steps; those out of range at its end."""
-        step = float(scale)
-        made = (x * float(scale.reciprocal())).round_().clamp_(low - zero, high - zero).mul_(step)
-        ctx.save_for_backward(x, made, scale)
-        ctx.ends = (low - zero - 0.5) * step, (high - zero + 0.5) * step
-        return made
+        ctx.save_for_backward(x, scale)  # not the result, which the next operator may change in place
+        ctx.limits = low - zero, high - zero
+        return _at_steps(x, scale, ctx.limits)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Pass the gradient to the values in range, and to the scale that of LSQ (equation 3) times ``_SPEED``."""
-        x, made, scale = ctx.saved_tensors
+        x, scale = ctx.saved_tensors
+        low, high = ctx.limits
+        ends = (low - 0.5) * float(scale), (high + 0.5) * float(scale)
         within = torch.ops.aten.hardtanh_backward
-        off = made - within(x, x, *ctx.ends)  # rounded less value; out of range the end of the range
+        off = _at_steps(x, scale, ctx.limits).sub_(within(x, x, *ends))  # out of range: the end of the range
         slope = off.mul_(gradient).sum() / scale * _SPEED
-        return within(gradient, x, *ctx.ends), slope, None, None, None
+        return within(gradient, x, *ends), slope, None, None, None
+
+
+def _at_steps(x: Tensor, scale: Tensor, limits: tuple[int, int]) -> Tensor:
+    """Return the values at the nearest multiples of a scale, between two of them."""
+    return (x * float(scale.reciprocal())).round_().clamp_(*limits).mul_(float(scale))
 
 
 class LearnedFakeQuantize(FakeQuantize):

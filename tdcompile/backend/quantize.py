@@ -276,7 +276,7 @@ def _chosen(proto: onnx.ModelProto, keep: Collection[str]) -> tuple[list[str], d
         for node in proto.graph.node
         if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in stored
     }
-    keep = {*keep, *_around(keep, weighted)}
+    keep = {*keep, *_around(keep, weighted, {node.name for node in proto.graph.node if "/" not in node.name})}
     produced: set[str] = set()  # values that a region of integers gives
     chosen, floats = [], {}
     for node in proto.graph.node:
@@ -344,18 +344,20 @@ def _keep_floats(proto: onnx.ModelProto) -> None:
         graph.initializer.append(numpy_helper.from_array(lowest, _LEAST))
 
 
-def _around(keep: Collection[str], modules: Collection[str]) -> Iterator[str]:
-    """Yield the module around each kept layer that has no node of its name: the nodes of its weights are among its.
+def _around(keep: Collection[str], modules: Collection[str], top: Collection[str]) -> Iterator[str]:
+    """Yield, for each kept layer that has no node of its name, the module around it, whose nodes read its weights.
 
     Args:
         keep: names of layers.
         modules: the modules that nodes with weights are named by.
+        top: the names of nodes that belong to no module but the network itself.
     """
     for name in keep:
         if not any(_is_kept(module, [name]) for module in modules):
             parts = name.split(".")
             outer = (".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1))
-            yield from itertools.islice((module for module in outer if module in modules), 1)
+            found = next((module for module in outer if module in modules), None)
+            yield from [found] if found else (module for module in modules if module in top)
 
 
 def _is_kept(module: str, keep: Collection[str]) -> bool:

@@ -32,7 +32,9 @@ class Fact:
 
 @dataclass(frozen=True)
 class Shared(Fact):
-    """Results on the dense network that several plans need; a derived fact, which a search or sweep makes before them.
+    """Results on the dense network that several plans need. A search or sweep adds this derived fact before them.
+
+    Passes add to its values: it is a cache, and nothing that a pass returns depends on it.
 
     Attributes:
         values: by a key that names the pass and all that the result depends on.

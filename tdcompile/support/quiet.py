@@ -1,4 +1,4 @@
-"""Control what libraries print: native output goes to stderr, since stdout is for results; exporters are captured."""
+"""Control what libraries print: native output goes to stderr or nowhere, and that of exporters is captured."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import io
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 _STDOUT, _STDERR = 1, 2
+_DROPPING = threading.RLock()
 _CHATTY = ("torch", "onnxscript", "onnx_ir")
 
 
@@ -28,8 +30,11 @@ def native_output_to_stderr() -> Iterator[None]:
 
 @contextmanager
 def native_output_dropped() -> Iterator[None]:
-    """Drop what is written to file descriptor 1, in all threads; do nothing if the descriptor is not there."""
-    with open(os.devnull, "wb") as nowhere, _redirected(nowhere.fileno()):
+    """Drop what is written to file descriptor 1, in all threads; do nothing if the descriptor is not there.
+
+    One thread at a time: the second would take the first one's redirection for the original descriptor.
+    """
+    with _DROPPING, open(os.devnull, "wb") as nowhere, _redirected(nowhere.fileno()):
         yield
 
 

@@ -166,6 +166,18 @@ def test_rounding_on_a_cpu_has_values_and_gradients_of_the_operator_of_torch(
     assert given[0][1].item() == pytest.approx(given[1][1].item(), rel=1e-4)
 
 
+def test_the_next_operator_may_change_the_rounded_values_in_place() -> None:
+    part, x = LearnedFakeQuantize("x", LearnedScale(0.02, 1.0), 100, signed=False), torch.linspace(-4, 4, 40)
+    found = []
+    for inplace in (False, True):
+        x = x.detach().requires_grad_()
+        nn.functional.hardswish(part(x), inplace=inplace).sum().backward()
+        found += [(x.grad, part.learned.log.grad)]
+        part.learned.log.grad = None
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("value", [-100.0, -9.0, 0.0, 9.0])
 def test_a_scale_that_leaves_its_bounds_stays_usable_and_comes_back(value: float) -> None:
     scale = LearnedScale(0.5, 2.0)

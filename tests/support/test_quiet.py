@@ -1,6 +1,7 @@
 import ctypes
 import os
 import sys
+import threading
 
 import pytest
 
@@ -31,5 +32,23 @@ def test_what_is_dropped_goes_nowhere_and_what_was_buffered_before_stays(capfd):
 def test_the_descriptor_is_put_back_after_an_error(redirected, capfd):
     with pytest.raises(KeyError), redirected():
         raise KeyError
+    os.write(1, b"a result\n")
+    assert capfd.readouterr().out == "a result\n"
+
+
+def test_two_threads_that_drop_output_leave_the_descriptor_as_it_was(capfd):
+    started = threading.Barrier(2)
+
+    def dropping():
+        started.wait()
+        for _ in range(50):
+            with native_output_dropped():
+                os.write(1, b"from below\n")
+
+    threads = [threading.Thread(target=dropping) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     os.write(1, b"a result\n")
     assert capfd.readouterr().out == "a result\n"

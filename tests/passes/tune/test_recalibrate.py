@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from tdcompile.data.task import Samples, Task, Tensors
+from tdcompile.data.task import Batch, Samples, Task, Tensors
 from tdcompile.errors import InputError
 from tdcompile.ir.diagnostics import Diagnostic
 from tdcompile.ir.facts import Aspect, Fact, Facts, Shared
@@ -228,6 +228,14 @@ def test_the_time_of_judging_grows_with_the_number_of_layers() -> None:
     assert len(calls) < 12 * 10
 
 
+class Noisy(Tensors):
+    """Samples that differ each time they are read."""
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        found = super().batch(indices)
+        return found._replace(inputs=tuple(x + 0.1 * torch.randn(x.shape) for x in found.inputs))
+
+
 def test_plans_share_what_was_pooled_in_the_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:
     networks: list[int] = []
     pooled = Recalibrate._pooled
@@ -249,5 +257,10 @@ def test_plans_share_what_was_pooled_in_the_dense_network(monkeypatch: pytest.Mo
     assert networks == [2, 1, 2, 2]
     for one, other in zip(found, alone, strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
+    augmented = Task(Noisy(drawn(48)))
+    for _ in range(2):  # both networks have to see the same noise
+        Recalibrate().run(plans[1].with_(task=augmented, facts=plans[1].facts))
+    assert networks[4:] == [2, 2]
+    networks[4:] = []
     Recalibrate().run(plans[1].with_(seed=3))  # another seed draws other samples
     assert networks[4:] == [2]
